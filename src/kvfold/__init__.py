@@ -1,0 +1,43 @@
+"""kvfold: long contexts with a small KV cache, for any transformers model."""
+
+from typing import TYPE_CHECKING, Any
+
+from kvfold.decisions import Keep, Read, Rewrite, Store
+from kvfold.formats import Dense
+from kvfold.methods import Method, MethodInfo, Pipeline, list_methods, method, parse
+from kvfold.views import LayerView
+
+if TYPE_CHECKING:
+    from kvfold.hf.cache import Cache
+    from kvfold.hf.models import load
+
+__version__ = "0.1.0"
+__all__ = [
+    "Cache",
+    "Dense",
+    "Keep",
+    "LayerView",
+    "Method",
+    "MethodInfo",
+    "Pipeline",
+    "Read",
+    "Rewrite",
+    "Store",
+    "list_methods",
+    "load",
+    "method",
+    "parse",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers takes seconds to import; methods, formats and kernels do not need it.
+    if name == "Cache":
+        from kvfold.hf.cache import Cache
+
+        return Cache
+    if name == "load":
+        from kvfold.hf.models import load
+
+        return load
+    raise AttributeError(f"module 'kvfold' has no attribute {name!r}")

@@ -1,0 +1,85 @@
+"""What every format promises: a segment holds tokens of one layer and answers queries over them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+POSITION = "position"
+"""Column (int32): a token's place in its row's text, counted without padding. Every segment has it."""
+
+LOG_MASS = "log_mass"
+"""Column (float32): log of how many tokens a slot stands for; added to its logits."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens as dense tensors: keys and values as the model made them, columns by name, and which slots are tokens."""
+
+    keys: Float[Tensor, "B H T D"]
+    values: Float[Tensor, "B H T Dv"]
+    valid: Bool[Tensor, "B H T"]
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> Int[Tensor, "B H T"]:
+        return self.columns[POSITION]
+
+
+class Segment(Protocol):
+    """Tokens of one layer in one format. Rows are (sequence, KV head) pairs and may differ in length."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held, tables included."""
+        ...
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        ...
+
+    def counts(self) -> np.ndarray:
+        """Tokens of each row, (B, H)."""
+        ...
+
+    def attend(
+        self, q: Float[Tensor, "B H G Q D"], scale: float, *, read: Bool[Tensor, "B H T"] | None, compact: Any
+    ) -> tuple[Float[Tensor, "B H G Q Dv"], Float[Tensor, "B H G Q"]]:
+        """(out, lse) over the segment's tokens, or over those that `read` marks; `compact` re-rotates keys on read."""
+        ...
+
+    def dense(self) -> Chunk:
+        """All tokens as dense tensors, padded to the longest row; to be read, not written."""
+        ...
+
+    def append(self, chunk: Chunk, *, even: bool) -> None:
+        """Add the chunk's valid tokens to the end of each row; `even`: all of them are valid."""
+        ...
+
+    def keep(self, mask: Bool[Tensor, "B H T"], columns: Mapping[str, Tensor]) -> None:
+        """Drop the tokens that `mask` does not mark, set `columns` on the rest, and give memory back."""
+        ...
+
+    def truncate(self, counts: np.ndarray) -> None:
+        """Keep the first `counts[b, h]` tokens of each row: what a crop takes back stands at the end."""
+        ...
+
+    def select(self, rows: np.ndarray) -> "Segment":
+        """A segment whose sequence i is sequence `rows[i]` of this one; shares storage until written."""
+        ...
+
+    def clear(self) -> None:
+        """Drop everything."""
+        ...
+
+
+class Format(Protocol):
+    """A recipe for segments; a method names it in `Store`."""
+
+    def segment(self, chunk: Chunk) -> Segment:
+        """An empty segment for tokens like those of `chunk` (heads, sizes, device)."""
+        ...

@@ -1,0 +1,90 @@
+"""The attention and mask functions registered under the name "kvfold".
+
+With a kvfold cache the key tensor carries a handle on its layer, and the layer attends. With any other cache, or
+none, both functions do exactly what transformers' "sdpa" does.
+"""
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+NAME = "kvfold"
+_HANDLE = "_kvfold_handle"
+REFUSED = ("softcap", "s_aux", "position_bias")
+"""Arguments of attention functions that change the softmax in ways that the paged segments don't know."""
+
+
+class Handle(Protocol):
+    """What a key tensor carries from `Cache.update` to the attention function."""
+
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float
+    ) -> Tensor:
+        """Attend (B, Hq, Q, D) over the new tokens and what the layer holds."""
+        ...
+
+
+class PagedLength(int):
+    """A key length that says: this layer is paged, its mask is the padding mask alone."""
+
+
+def attach_handle(keys: Tensor, handle: Handle) -> Tensor:
+    """Mark a tensor of new keys as belonging to a paged layer."""
+    setattr(keys, _HANDLE, handle)
+    return keys
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function of transformers' interface: (B, Q, Hq, Dv) and no weights."""
+    handle: Handle | None = getattr(key, _HANDLE, None)
+    if handle is None:
+        out: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return out
+    name = type(module).__name__
+    for argument in REFUSED:
+        if kwargs.get(argument) is not None:
+            raise ValueError(f"{name} attends with {argument}, which a kvfold cache does not support")
+    if dropout:
+        raise ValueError(f"dropout={dropout} in {name}: a kvfold cache is for inference; call model.eval()")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} in {name}: a kvfold cache takes a padding mask (B, T)"
+        )
+    valid = None if attention_mask is None else attention_mask[:, -query.shape[2] :].bool()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return handle.attend(module, query, key, value, valid, scale).transpose(1, 2).contiguous(), None
+
+
+def mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """A mask function of transformers' interface: the padding mask for paged layers, SDPA's mask elsewhere."""
+    if not isinstance(kwargs.get("kv_length"), PagedLength):
+        made: Tensor | None = sdpa_mask(*args, **kwargs)
+        return made
+    if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
+        raise ValueError(
+            "this model asks for an attention mask that is not causal; a kvfold cache attends causally"
+        )
+    padding: Tensor | None = kwargs.get("attention_mask")
+    if padding is None or bool(padding[:, -kwargs["q_length"] :].all()):
+        return None
+    return padding
+
+
+def register() -> None:
+    """Make "kvfold" known to transformers; called when the first cache is made, not on import."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)

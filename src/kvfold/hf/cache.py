@@ -1,0 +1,322 @@
+"""The cache that goes to `model.generate(past_key_values=...)`."""
+
+import copy
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache as HFCache
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from kvfold.hf import attention
+from kvfold.hf.layers import PagedLayer, WindowLayer, storage_bytes
+from kvfold.hf.rope import find_rope
+from kvfold.layer import KVLayer, Pass
+from kvfold.methods.base import Decisions, Method
+from kvfold.methods.registry import parse
+from kvfold.hf.report import Report, layer_report
+from kvfold.views import LayerView
+
+
+class Cache(HFCache):  # type: ignore[misc]
+    """A transformers cache that holds its tokens on pages and lets a method decide which.
+
+    `method` is a slug, a composition as text, or a Method; `options` go to the method. Sets the model's attention
+    implementation to "kvfold", which without this cache computes what "sdpa" does. Sliding-window layers keep
+    their window and linear-attention layers their state: no method sees them.
+
+    Raises ValueError for a model that can't work, naming what is missing, and for options that don't fit.
+    """
+
+    def __init__(self, model: PreTrainedModel, method: str | Method = "full", **options: Any):
+        self.method = parse(method, **options)
+        check_model(model)
+        self.model = model
+        self.recording = False
+        self._pass: Pass | None = None
+        self._at = -1
+        self._token_ids: Tensor | None = None
+        self._listen, self._observe = True, None
+        super().__init__(layers=self._layers())
+        use_kvfold(model)
+
+    def _layers(self) -> list[Any]:
+        config = self.model.config.get_text_config(decoder=True)
+        plan = DynamicCache(config=config).layers
+        paged = tuple(index for index, layer in enumerate(plan) if type(layer) is DynamicLayer)
+        if not paged:
+            warnings.warn(
+                f"{type(self.model).__name__} has no layer with full attention: {self.method} has nothing to do",
+                stacklevel=3,
+            )
+        modules = attention_modules(self.model)
+        layers: list[Any] = []
+        for index, layer in enumerate(plan):
+            if type(layer) is DynamicLayer:
+                rope = find_rope(self.model, modules.get(index), "full_attention")
+                if self.method.compact and rope is None:
+                    raise ValueError(
+                        f"method={self.method} needs RoPE with fixed angles to move tokens; "
+                        f"{type(self.model).__name__} has none that it could use in layer {index}"
+                    )
+                core = KVLayer(self.method, index, paged, len(plan), rope)
+                layers.append(PagedLayer(self, core))
+            elif type(layer) is DynamicSlidingWindowLayer:
+                layers.append(WindowLayer(sliding_window=layer.sliding_window))
+            else:
+                layers.append(layer)
+        return layers
+
+    # -- what a user reads -----------------------------------------------------------------------------------
+
+    @property
+    def paged(self) -> list[KVLayer]:
+        """The layers whose tokens are on pages, in order."""
+        return [layer.core for layer in self.layers if isinstance(layer, PagedLayer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held: pages with their columns and tables, windows, recurrent states."""
+        return sum(
+            layer.core.nbytes if isinstance(layer, PagedLayer) else storage_bytes(layer)
+            for layer in self.layers
+        )
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that a dense cache would hold for the same tokens (padding not counted, windows as they are)."""
+        return sum(
+            layer.core.dense_nbytes if isinstance(layer, PagedLayer) else storage_bytes(layer)
+            for layer in self.layers
+        )
+
+    @property
+    def kept_tokens(self) -> float:
+        """Tokens held per KV head, a mean over the paged layers, rows and heads."""
+        counts = [layer.counts().mean() for layer in self.paged if layer.width]
+        return float(sum(counts) / len(counts)) if counts else 0.0
+
+    def kept(self, layer: int) -> list[list[list[int]]]:
+        """Text positions that model layer `layer` holds: kept[row][kv_head], ascending, padding not counted.
+
+        Raises ValueError for a layer that is not on pages.
+        """
+        if not 0 <= layer < len(self.layers) or not isinstance(self.layers[layer], PagedLayer):
+            paged = [core.layer for core in self.paged]
+            raise ValueError(f"layer={layer} is not one of the layers with full attention: {paged}")
+        found: list[list[list[int]]] = self.layers[layer].core.kept()
+        return found
+
+    def report(self) -> Report:
+        """Tokens and bytes of each layer; prints as a table."""
+        return layer_report(self)
+
+    # -- forward passes --------------------------------------------------------------------------------------
+
+    def enter(self, ordinal: int, tokens: int) -> Pass:
+        """A paged layer is about to attend: the pass it belongs to, a new one when the layers start over."""
+        if self._pass is None or ordinal <= self._at:
+            prefill = tokens > 1 or self.paged[ordinal].width == 0
+            later = self.recording and self.paged[ordinal].width > 0
+            self._pass = Pass(
+                prefill=prefill and not later, listen=self._listen, defer=self.recording, observe=self._observe,
+                token_ids=self._token_ids,
+            )  # fmt: skip
+        self._at = ordinal
+        return self._pass
+
+    def leave(self, ordinal: int, this: Pass) -> None:
+        """A paged layer has stored its tokens: decisions about it and earlier ones, and after the last about all."""
+        if not this.listen or this.defer:
+            return
+        self._late_events(ordinal, this)
+
+    def _late_events(self, ordinal: int, this: Pass) -> None:
+        done = Done(self.paged[: ordinal + 1], this)
+        if self.method.listens("after_layer"):
+            self._carry_out(self.method.after_layer(done, ordinal), this)
+        if ordinal == len(self.paged) - 1 and self.method.listens("after_forward"):
+            self._carry_out(self.method.after_forward(done), this)
+
+    def _carry_out(self, decisions: Mapping[int, Decisions], this: Pass) -> None:
+        for ordinal, made in decisions.items():
+            self.paged[ordinal].decide(made, this)
+
+    def check_consumed(self) -> None:
+        """Raise RuntimeError if a layer got keys that no attention function has seen."""
+        for layer in self.layers:
+            if isinstance(layer, PagedLayer) and layer.waiting:
+                layer.waiting = False
+                raise RuntimeError(
+                    f"layer {layer.core.layer} of {type(self.model).__name__} updated the cache, but its attention did "
+                    'not call the function registered as "kvfold" with the keys that it got: it ignores '
+                    "transformers' AttentionInterface, or changes the keys first"
+                )
+
+    @contextmanager
+    def tentative(self, observe: Callable[[LayerView], None] | None = None) -> Iterator[None]:
+        """Forward passes inside the block leave no trace: no event runs, and what they appended is taken back.
+
+        `observe` gets every layer's view, with the queries of the pass: a draft's look-ahead, a patched prompt.
+        """
+        marks = [core.mark() for core in self.paged]
+        others = [None if isinstance(x, PagedLayer) else copy.deepcopy(x) for x in self.layers]
+        before = (self._listen, self._observe)
+        self._listen, self._observe, self._pass = False, observe, None
+        try:
+            yield
+        finally:
+            self._listen, self._observe = before
+            self._pass = None
+            for core, mark in zip(self.paged, marks, strict=True):
+                core.rewind(mark)
+            self.layers = [
+                old if old is not None else new for old, new in zip(others, self.layers, strict=True)
+            ]
+            for layer in self.layers:
+                if isinstance(layer, PagedLayer):
+                    layer.waiting = False
+
+    # -- the cache operations --------------------------------------------------------------------------------
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens of every row, then run what waited for it."""
+        waiting = [core.waiting for core in self.paged]
+        super().crop(tokens_to_remove)
+        for core, this in zip(self.paged, waiting, strict=True):
+            if this is not None:
+                self._late_events(core.ordinal, this)
+
+    def activate_past_recording(self) -> None:
+        """Assisted decoding will crop after each pass: events wait until it has."""
+        super().activate_past_recording()
+        self.recording = True
+
+    def reset(self) -> None:
+        """Forget everything that was read."""
+        super().reset()
+        self._pass, self._at, self.recording = None, -1, False
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch, -1 before the first forward pass."""
+        sizes = {core.batch for core in self.paged if core.width}
+        return sizes.pop() if sizes else -1
+
+    def fork(self) -> "Cache":
+        """A second cache with the same content; pages are shared until one of the two writes them."""
+        other = copy.copy(self)
+        other._pass = None
+        other.layers = [
+            self._fork_layer(layer, other) if isinstance(layer, PagedLayer) else copy.deepcopy(layer)
+            for layer in self.layers
+        ]
+        return other
+
+    snapshot = fork
+
+    @staticmethod
+    def _fork_layer(layer: PagedLayer, owner: "Cache") -> PagedLayer:
+        forked = PagedLayer(owner, layer.core.fork())
+        forked.is_initialized = layer.is_initialized
+        return forked
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to a safetensors file, by a temporary name first. See kvfold.hf.store."""
+        from kvfold.hf.store import save
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel) -> "Cache":
+        """Read a cache that `save` wrote for this model. Raises ValueError where it does not fit the model."""
+        from kvfold.hf.store import load
+
+        return load(path, model)
+
+
+class Done:
+    """The layers that a forward pass has done with, as a method's late events see them."""
+
+    def __init__(self, layers: list[KVLayer], this: Pass):
+        self._layers, self._this = layers, this
+
+    @property
+    def prefill(self) -> bool:
+        """Whether the pass read a prompt."""
+        return self._this.prefill
+
+    @property
+    def step(self) -> dict[str, Any]:
+        """The context that the layers of this pass share."""
+        return self._this.step
+
+    def __getitem__(self, ordinal: int) -> LayerView:
+        return self._layers[ordinal].view(self._this)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Attention modules by layer index."""
+    found = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and type(module).__name__.endswith("Attention"):
+            found.setdefault(index, module)
+    return found
+
+
+def check_model(model: Any) -> None:
+    """Raise ValueError unless kvfold can attend for this model; the message says which part is missing."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model={type(model).__name__} is not a transformers PreTrainedModel")
+    name = type(model).__name__
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder; kvfold caches serve decoder-only models")
+    if not model._can_set_attn_implementation():
+        raise ValueError(f"the attention of {name} does not go through transformers' AttentionInterface")
+    if getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0):
+        raise ValueError(f"{name} shares keys and values between layers, which kvfold does not support yet")
+    for field in ("attn_logit_softcapping",):
+        if getattr(config, field, None):
+            raise ValueError(f"{name} caps its attention logits ({field}), which kvfold does not support yet")
+    strange = [x for x in DynamicCache(config=config).layers if not isinstance(x, CacheLayerMixin)]
+    for layer in strange:
+        if not hasattr(layer, "conv_states"):
+            raise ValueError(
+                f"{name} has cache layers of type {type(layer).__name__}, which kvfold does not know"
+            )
+
+
+def use_kvfold(model: PreTrainedModel) -> None:
+    """Set the model's attention to "kvfold" and let its forward passes tell their cache what they read."""
+    attention.register()
+    if model.config.get_text_config(decoder=True)._attn_implementation != attention.NAME:
+        model.set_attn_implementation(attention.NAME)
+    if not getattr(model, "_kvfold_hooks", None):
+        model._kvfold_hooks = (
+            model.register_forward_pre_hook(_before_forward, with_kwargs=True),
+            model.register_forward_hook(_after_forward, with_kwargs=True),
+        )
+
+
+def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, Cache):
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        cache._token_ids, cache._pass = (ids if isinstance(ids, torch.Tensor) else None), None
+
+
+def _after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, Cache):
+        cache.check_consumed()
+        cache._token_ids, cache._pass = None, None

@@ -1,0 +1,147 @@
+"""Cache layers as transformers wants them: paged layers that hand over to KVLayer, window layers that free memory."""
+
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+
+from kvfold.hf.attention import PagedLength, attach_handle
+from kvfold.layer import KVLayer, Pass
+
+
+class Owner(Protocol):
+    """What a paged layer asks of the cache that it belongs to."""
+
+    recording: bool
+
+    def enter(self, ordinal: int, tokens: int) -> Pass:
+        """A layer is about to attend `tokens` new tokens."""
+        ...
+
+    def leave(self, ordinal: int, this: Pass) -> None:
+        """A layer has stored them."""
+        ...
+
+    def check_consumed(self) -> None:
+        """Raise if a layer got keys that no attention function has seen."""
+        ...
+
+
+class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """The transformers side of a KVLayer. `update` only marks the keys; the attention function does the work."""
+
+    is_croppable = True
+    supports_early_init = False
+    is_sliding = False
+
+    def __init__(self, owner: Owner, core: KVLayer):
+        super().__init__()
+        self.owner = owner
+        self.core = core
+        self.waiting = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the first attention call knows the shapes."""
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The same tensors, the keys carrying a handle on this layer."""
+        self.owner.check_consumed()
+        self.is_initialized = True
+        self.waiting = True
+        return attach_handle(key_states, self), value_states
+
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float
+    ) -> Tensor:
+        """Called by the attention function: (B, Hq, Q, D) over new and stored tokens."""
+        self.waiting = False
+        this = self.owner.enter(self.core.ordinal, q.shape[2])
+        out = self.core.attend(q, k, v, valid, scale, this, module)
+        self.owner.leave(self.core.ordinal, this)
+        return out
+
+    @property
+    def batch_size(self) -> int:
+        return self.core.batch
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return PagedLength(self.core.width + query_length), 0
+
+    def get_seq_length(self) -> int:
+        return self.core.width
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.core.clear()
+        self.is_initialized = self.waiting = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` columns; a positive number is the length to crop to."""
+        drop = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.core.width - tokens_to_remove)
+        self.core.settle(drop)
+
+    def _select(self, rows: np.ndarray) -> None:
+        if self.core.width:
+            self.core.select(rows)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx.cpu().numpy())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(np.repeat(np.arange(self.core.batch), repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(np.arange(self.core.batch)[indices.cpu().numpy()])
+
+    def offload(self) -> None:
+        raise NotImplementedError("offloading=True: a kvfold cache does not move its pages")
+
+    def prefetch(self) -> None:
+        raise NotImplementedError("offloading=True: a kvfold cache does not move its pages")
+
+
+class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """transformers' sliding-window layer, but what leaves the window is freed.
+
+    The parent keeps a slice of the whole prompt's keys, and with it all of the prompt's memory.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if not self.record_past and self.keys.untyped_storage().nbytes() > 1.1 * self.keys.nbytes:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        return keys, values
+
+
+def tensors(layer: Any) -> list[Tensor]:
+    """All tensors that a cache layer of transformers holds, in dictionaries and lists too."""
+    found: list[Tensor] = []
+    todo = list(vars(layer).values())
+    while todo:
+        value = todo.pop()
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            todo.extend(value.values())
+        elif isinstance(value, list | tuple):
+            todo.extend(value)
+    return found
+
+
+def storage_bytes(layer: Any) -> int:
+    """Bytes of the storages behind those tensors, each counted once."""
+    stores = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors(layer)
+    }
+    return sum(stores.values())
+
+
+__all__ = ["Owner", "PagedLayer", "WindowLayer", "storage_bytes", "tensors"]

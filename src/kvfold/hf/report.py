@@ -1,0 +1,94 @@
+"""What a cache holds, layer by layer."""
+
+from dataclasses import asdict, dataclass
+from io import StringIO
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.table import Table
+
+from kvfold.hf.layers import storage_bytes
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: tokens per KV head (mean, least, most), bytes held, bytes of a dense cache for the same tokens."""
+
+    layer: int
+    kind: str
+    tokens: float
+    least: int
+    most: int
+    nbytes: int
+    dense_nbytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """A cache: its method, totals, and each layer. `str()` gives a table."""
+
+    method: str
+    nbytes: int
+    dense_nbytes: int
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Bytes held over bytes of a dense cache."""
+        return self.nbytes / self.dense_nbytes if self.dense_nbytes else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {**asdict(self), "ratio": self.ratio}
+
+    def table(self) -> Table:
+        """For rich consoles."""
+        table = Table(title=self.method)
+        for name in ("layer", "kind", "tokens/head", "least", "most", "bytes", "of dense"):
+            table.add_column(name, justify="left" if name == "kind" else "right")
+        for row in self.layers:
+            of = f"{row.nbytes / row.dense_nbytes:.3f}" if row.dense_nbytes else "-"
+            cells = (f"{row.tokens:.1f}", f"{row.least}", f"{row.most}", f"{row.nbytes:,}", of)
+            table.add_row(str(row.layer), row.kind, *cells)
+        table.add_section()
+        table.add_row("all", "", "", "", "", f"{self.nbytes:,}", f"{self.ratio:.3f}")
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=StringIO(), width=100)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+
+class Reportable(Protocol):
+    """The parts of a cache that a report reads."""
+
+    method: Any
+    layers: list[Any]
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def dense_nbytes(self) -> int: ...
+
+
+def layer_report(cache: Reportable) -> Report:
+    """The report of a cache; layers that are not on pages have no token counts per head."""
+    rows = []
+    for index, layer in enumerate(cache.layers):
+        core = getattr(layer, "core", None)
+        if core is None:
+            held = storage_bytes(layer)
+            kind = "window" if getattr(layer, "is_sliding", False) else "state"
+            keys = getattr(layer, "keys", None)
+            length = 0 if keys is None or keys.dim() < 3 else keys.shape[-2]
+            rows.append(LayerReport(index, kind, float(length), length, length, held, held))
+        else:
+            counts = core.counts()
+            some = counts.size > 0
+            least, most = (int(counts.min()), int(counts.max())) if some else (0, 0)
+            mean = float(counts.mean()) if some else 0.0
+            rows.append(LayerReport(index, "paged", mean, least, most, core.nbytes, core.dense_nbytes))
+    return Report(str(cache.method), cache.nbytes, cache.dense_nbytes, tuple(rows))

@@ -1,0 +1,6 @@
+"""Methods: one file per paper."""
+
+from kvfold.methods.base import CacheView, Method, MethodInfo, Pipeline, method
+from kvfold.methods.registry import get_method, list_methods, parse
+
+__all__ = ["CacheView", "Method", "MethodInfo", "Pipeline", "get_method", "list_methods", "method", "parse"]

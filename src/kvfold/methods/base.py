@@ -1,0 +1,201 @@
+"""What a method is: a frozen dataclass of options, with events that return decisions."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+from kvfold.decisions import Decision, Read
+
+if TYPE_CHECKING:
+    from kvfold.views import LayerView
+
+Decisions = Decision | Sequence[Decision] | None
+
+
+class CacheView(Protocol):
+    """What `after_layer` and `after_forward` see: the stored tokens of every layer that is done."""
+
+    @property
+    def prefill(self) -> bool:
+        """Whether the forward pass read a prompt (more than one token, or the first)."""
+        ...
+
+    @property
+    def step(self) -> dict[str, Any]:
+        """The context shared by the layers of this forward pass."""
+        ...
+
+    def __getitem__(self, ordinal: int) -> "LayerView":
+        """The view of a layer that is done, by its place among the paged layers."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+class Method:
+    """Base of all methods. Options are dataclass fields; whatever lives between steps is in the cache, as columns.
+
+    Every event gets the state after the step's own tokens are in, and may return a decision, several, or None.
+    """
+
+    info: ClassVar["MethodInfo"]
+    compact: bool = False
+    """Read keys at consecutive slots instead of text positions (needs the model's RoPE)."""
+
+    def after_prefill(self, view: "LayerView") -> Decisions:
+        """After a forward pass over more than one token (a prompt, a chunk of it, a further turn), layer by layer."""
+
+    def after_decode(self, view: "LayerView") -> Decisions:
+        """After a forward pass over one generated token, layer by layer."""
+
+    def before_attend(self, view: "LayerView") -> Read | None:
+        """Before a generated token attends: which of the stored tokens it reads. The view ends with its own token."""
+
+    def after_layer(self, cache: CacheView, ordinal: int) -> Mapping[int, Decisions]:
+        """After layer `ordinal` is stored: decisions for it and for layers before it."""
+        return {}
+
+    def after_forward(self, cache: CacheView) -> Mapping[int, Decisions]:
+        """After the last layer is stored: decisions for any layer."""
+        return {}
+
+    def listens(self, event: str) -> bool:
+        """Whether this method does anything at `event`."""
+        return getattr(type(self), event) is not getattr(Method, event)
+
+    def __or__(self, other: "Method") -> "Pipeline":
+        if not isinstance(other, Method):
+            return NotImplemented
+        return Pipeline((*_stages(self), *_stages(other)))
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{option.name}={getattr(self, option.name)!r}" for option in fields(self))  # type: ignore[arg-type]
+        return f"{self.info.slug}({options})"
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What the registry knows of a method."""
+
+    slug: str
+    title: str
+    paper: str
+    """arXiv id, or "" where there is no paper."""
+    kind: str
+    cls: type[Method]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options and their defaults."""
+        return {o.name: None if o.default is MISSING else o.default for o in fields(self.cls)}  # type: ignore[arg-type]
+
+    @property
+    def summary(self) -> str:
+        """First line of the method's docstring."""
+        return (self.cls.__doc__ or "").strip().splitlines()[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `kvfold methods --json`."""
+        return {
+            "slug": self.slug,
+            "title": self.title,
+            "arxiv": self.paper,
+            "kind": self.kind,
+            "summary": self.summary,
+            "options": self.options,
+        }
+
+
+KINDS = ("none", "evict", "pattern", "merge", "budget", "select", "quantize", "sparse", "low-rank", "offload")
+registry: dict[str, MethodInfo] = {}
+C = TypeVar("C", bound=type[Method])
+
+
+def method(slug: str, *, title: str, kind: str, paper: str = "") -> Callable[[C], C]:
+    """Register a method under `slug` (class decorator). Raises ValueError for a slug or kind that can't be."""
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
+
+    def add(cls: C) -> C:
+        taken = registry.get(slug)
+        if taken is not None and taken.cls.__module__ != cls.__module__:
+            raise ValueError(f"slug={slug!r} is taken by {taken.cls.__module__}.{taken.cls.__name__}")
+        cls.info = MethodInfo(slug, title, paper, kind, cls)
+        registry[slug] = cls.info
+        return cls
+
+    return add
+
+
+@dataclass(frozen=True)
+class Pipeline(Method):
+    """Methods one after another: each sees what the one before it left. Made by `A | B`."""
+
+    stages: tuple[Method, ...]
+
+    def __post_init__(self) -> None:
+        if sum(stage.compact for stage in self.stages) > 1:
+            raise ValueError(f"method={self} has two stages with compact positions; at most one is possible")
+
+    @property
+    def compact(self) -> bool:  # type: ignore[override]
+        """Whether a stage reads at compact positions."""
+        return any(stage.compact for stage in self.stages)
+
+    def listens(self, event: str) -> bool:
+        return any(stage.listens(event) for stage in self.stages)
+
+    def _run(self, event: str, view: "LayerView") -> list[Decision]:
+        done: list[Decision] = []
+        for stage in self.stages:
+            for decision in decided(getattr(stage, event)(view)):
+                view = view.apply(decision)
+                done.append(decision)
+        return done
+
+    def after_prefill(self, view: "LayerView") -> list[Decision]:
+        return self._run("after_prefill", view)
+
+    def after_decode(self, view: "LayerView") -> list[Decision]:
+        return self._run("after_decode", view)
+
+    def before_attend(self, view: "LayerView") -> Read | None:
+        reads = [read for stage in self.stages if (read := stage.before_attend(view)) is not None]
+        if not reads:
+            return None
+        mask = reads[0].mask
+        for read in reads[1:]:
+            mask = mask & read.mask
+        return Read(mask)
+
+    def after_layer(self, cache: CacheView, ordinal: int) -> Mapping[int, list[Decision]]:
+        return self._gather(stage.after_layer(cache, ordinal) for stage in self.stages)
+
+    def after_forward(self, cache: CacheView) -> Mapping[int, list[Decision]]:
+        return self._gather(stage.after_forward(cache) for stage in self.stages)
+
+    @staticmethod
+    def _gather(maps: Iterator[Mapping[int, Decisions]]) -> dict[int, list[Decision]]:
+        done: dict[int, list[Decision]] = {}
+        for found in maps:
+            clash = [ordinal for ordinal in found if ordinal in done]
+            if clash:
+                raise ValueError(
+                    f"two stages decide about layer {clash[0]} in the same event; compose one of them"
+                )
+            done |= {ordinal: list(decided(decisions)) for ordinal, decisions in found.items()}
+        return done
+
+    def __str__(self) -> str:
+        return " | ".join(str(stage) for stage in self.stages)
+
+
+def _stages(method: Method) -> tuple[Method, ...]:
+    return method.stages if isinstance(method, Pipeline) else (method,)
+
+
+def decided(decisions: Decisions) -> Sequence[Decision]:
+    """What an event returned, as a sequence."""
+    if decisions is None:
+        return ()
+    return decisions if isinstance(decisions, Sequence) else (decisions,)

@@ -1,0 +1,96 @@
+"""KVMerger: runs of neighbouring tokens with similar keys become one (arXiv:2407.08454)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kvfold.budgets import Budget, check_budget
+from kvfold.budgets.allocate import exempt_layers
+from kvfold.decisions import Rewrite
+from kvfold.formats import LOG_MASS, Chunk
+from kvfold.merges import chain_links, fold_sets, sets_of
+from kvfold.merges.chain import neighbour_cosine
+from kvfold.methods.base import Method, method
+from kvfold.options import check_choice, check_number
+from kvfold.scores import top_mask
+from kvfold.views import LayerView
+
+PAPER = ((0.0, 0.35, 0.5, 1.0), (0.0, 0.08, 0.17, 0.34), (0.0, 0.02, 0.12, 0.24))
+"""Budget, recent share, heavy share: the paper's settings at 35 % and 50 %, straight lines elsewhere (reconstructed)."""
+
+
+@method("kvmerger", title="KVMerger: adaptive KV cache merging", paper="2407.08454", kind="merge")
+@dataclass(frozen=True)
+class KVMerger(Method):
+    """Runs of tokens whose neighbouring keys point the same way fold into their most attended member.
+
+    Protected, bit for bit: the last `recent` and the most attended `heavy` shares of the prompt (None: as the paper
+    sets them for this budget, reconstructed in between). Of the links between free neighbours, as many of the most
+    similar are taken as the budget asks for, in each head: the paper's scan with its threshold searched. With a
+    `threshold` (the paper: 0.75) all links above it are taken, and more only where the budget asks for more. Acts
+    at the end of a prompt; generated tokens are appended, and runs never cross from one turn into the next.
+    `mass`: "counted" adds the log of a slot's token count to its logits (ours), "paper" multiplies its value,
+    "convex" does neither.
+    Differs from the paper: no public code. `bandwidth="mean_distance"` is how its sigma must be meant
+    (reconstructed); "literal" is as printed. `skip` layers count towards the budget, and keep all as long as the
+    others keep three quarters of an even share. Query heads of a group add up their attention.
+    """
+
+    budget: Budget = 0.35
+    threshold: float | None = None
+    recent: float | None = None
+    heavy: float | None = None
+    bandwidth: str | float = "mean_distance"
+    mass: str = "counted"
+    skip: tuple[int, ...] = (0, 1, -1)
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        check_choice("mass", self.mass, ("counted", "paper", "convex"))
+        for name, high in (("threshold", 1.0), ("recent", 1.0), ("heavy", 1.0)):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), -1.0 if name == "threshold" else 0.0, high)
+        if isinstance(self.bandwidth, str):
+            check_choice("bandwidth", self.bandwidth, ("mean_distance", "literal"))
+        else:
+            check_number("bandwidth", self.bandwidth, 1e-6, 1e6)
+
+    def after_prefill(self, view: LayerView) -> Rewrite | None:
+        budget = view.budget(
+            self.budget, lambda b: exempt_layers(view.place.ordinals(self.skip), view.place.layers, b)
+        )
+        need = (view.count - budget).clamp(min=0)
+        if self.threshold is None and not need.any():
+            return None
+        importance = view.column_sums()
+        free = view.valid & ~self.protected(view, importance, budget)
+        link = chain_links(neighbour_cosine(view.keys), free & ~view.newest_stored, need, self.threshold)
+        mass = view.columns[LOG_MASS].exp() if LOG_MASS in view.columns else torch.ones_like(importance)
+        sets = sets_of(link)
+        folded = fold_sets(view.keys, view.values, sets, importance, mass, bandwidth=self.bandwidth)
+        values, columns = folded.values, dict(view.columns)
+        if self.mass == "counted":
+            columns[LOG_MASS] = folded.size.log()
+        elif self.mass == "paper":
+            values = (values.float() * folded.size[..., None]).to(values.dtype)
+        return Rewrite(Chunk(folded.keys, values, view.valid & folded.pivot, columns))
+
+    def protected(
+        self, view: LayerView, importance: Float[Tensor, "B H T"], budget: Int[Tensor, "B H"]
+    ) -> Bool[Tensor, "B H T"]:
+        """The recent tokens and the heavy hitters, as many as leave the budget reachable."""
+        shares = [self.shares(fraction) for fraction in view.fraction(self.budget)]
+        recent, heavy = (view.count * torch.tensor(shares, device=budget.device).T[:, :, None]).long()
+        # A run between two protected tokens keeps a slot, and recent + heavy tokens make heavy + 1 runs at most.
+        recent = torch.minimum(recent, (budget - 1).clamp(min=0))
+        heavy = torch.minimum(heavy, (budget - recent - 1).clamp(min=0) // 2)
+        tail = view.valid & (view.rank >= (view.count - recent)[..., None])
+        return tail | top_mask(importance.masked_fill(tail | ~view.valid, -torch.inf), heavy)
+
+    def shares(self, fraction: float) -> tuple[float, float]:
+        """Shares of the prompt that are protected as recent and as heavy, for a budget that is this fraction of it."""
+        recent, heavy = (float(np.interp(fraction, PAPER[0], PAPER[i])) for i in (1, 2))
+        return (recent if self.recent is None else self.recent, heavy if self.heavy is None else self.heavy)

@@ -1,0 +1,112 @@
+"""Finding methods: every file of this folder, the entry points `kvfold.methods`, and the text form of a composition."""
+
+import ast
+import importlib
+import pkgutil
+import re
+from dataclasses import fields
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from kvfold.methods.base import Method, MethodInfo, registry
+
+_STAGE = re.compile(r"\s*([A-Za-z0-9][\w-]*)\s*(\(.*\))?\s*", re.DOTALL)
+
+
+@cache
+def _scan() -> None:
+    package = importlib.import_module("kvfold.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name not in ("base", "registry") and not module.name.startswith("_"):
+            importlib.import_module(f"kvfold.methods.{module.name}")
+    for entry in entry_points(group="kvfold.methods"):
+        entry.load()
+
+
+def list_methods() -> list[MethodInfo]:
+    """All methods, by slug: built in, and those that installed packages offer as entry points `kvfold.methods`."""
+    _scan()
+    return [registry[slug] for slug in sorted(registry)]
+
+
+def get_method(slug: str) -> MethodInfo:
+    """The entry of one method. Raises ValueError that lists what there is."""
+    _scan()
+    if slug not in registry:
+        near = get_close_matches(slug, registry, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"method={slug!r} is unknown{hint}; there are {', '.join(sorted(registry))}")
+    return registry[slug]
+
+
+def make(slug: str, options: dict[str, Any]) -> Method:
+    """A method from its slug and options. Raises ValueError that names an unknown option and the allowed ones."""
+    info = get_method(slug)
+    allowed = [option.name for option in fields(info.cls)]  # type: ignore[arg-type]
+    for name, value in options.items():
+        if name not in allowed:
+            known = ", ".join(allowed) or "none"
+            raise ValueError(f"{slug} has no option {name}={value!r}; its options are: {known}")
+    return info.cls(**options)
+
+
+def parse(method: str | Method, **options: Any) -> Method:
+    """A method from an object, a slug, or a text such as `"kvmerger(budget=0.35) | kivi(bits=2)"`.
+
+    `options` are added to a single stage; a composition takes them inside its text.
+    """
+    if isinstance(method, Method):
+        if options:
+            raise ValueError(
+                f"options {sorted(options)} must be given to {type(method).__name__}(...) itself"
+            )
+        return method
+    if not isinstance(method, str):
+        raise ValueError(f"method={method!r} must be a slug, a composition as text, or a Method")
+    stages = _split(method)
+    if len(stages) > 1 and options:
+        raise ValueError(f"options {sorted(options)} belong inside the text of a composition: {method!r}")
+    made = [_stage(stage, options) for stage in stages]
+    first = made[0]
+    for other in made[1:]:
+        first = first | other
+    return first
+
+
+def _split(text: str) -> list[str]:
+    """Cut at each | outside parentheses and quotes."""
+    parts, depth, quote, start = [], 0, "", 0
+    for i, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char in "([{":
+            depth += 1
+        elif char in ")]}":
+            depth -= 1
+        elif char == "|" and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return [*parts, text[start:]]
+
+
+def _stage(text: str, options: dict[str, Any]) -> Method:
+    found = _STAGE.fullmatch(text)
+    if found is None:
+        raise ValueError(f"method={text.strip()!r} is not of the form slug or slug(option=value, ...)")
+    slug, arguments = found[1], found[2] or "()"
+    try:
+        call = ast.parse(f"f{arguments}", mode="eval").body
+        assert isinstance(call, ast.Call)
+        if call.args:
+            raise ValueError("options are given by name")
+        given = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg is not None}
+    except (SyntaxError, ValueError, AssertionError) as error:
+        raise ValueError(f"method={text.strip()!r}: can't read the options {arguments} ({error})") from None
+    clash = sorted(set(given) & set(options))
+    if clash:
+        raise ValueError(f"option {clash[0]!r} is given twice for {slug}: in the text and as an argument")
+    return make(slug, {**given, **options})

@@ -1,0 +1,42 @@
+"""StreamingLLM: keep the first few tokens and a rolling recent window (arXiv:2309.17453)."""
+
+from dataclasses import dataclass
+
+from kvfold.budgets import Budget, check_budget
+from kvfold.decisions import Keep
+from kvfold.methods.base import Method, method
+from kvfold.options import check_choice, check_int
+from kvfold.views import LayerView
+
+
+@method("streamingllm", title="StreamingLLM", paper="2309.17453", kind="pattern")
+@dataclass(frozen=True)
+class StreamingLLM(Method):
+    """Attention sinks and the most recent tokens, after the prompt and after every generated token.
+
+    With `positions="compact"` the kept tokens are read as if they stood at 0, 1, 2, ... (the paper's rule for
+    endless streams; needs the model's RoPE); "original" leaves them where they were, as most comparisons do.
+    Differs from the paper: a prompt is read with full attention and cut once, not token by token.
+    """
+
+    budget: Budget = 0.25
+    sinks: int = 4
+    positions: str = "original"
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        check_int("sinks", self.sinks, 0)
+        check_choice("positions", self.positions, ("original", "compact"))
+
+    @property
+    def compact(self) -> bool:  # type: ignore[override]
+        """Whether keys are read at consecutive slots."""
+        return self.positions == "compact"
+
+    def after_prefill(self, view: LayerView) -> Keep:
+        budget = view.budget(self.budget)[..., None]
+        sinks = budget.clamp(max=self.sinks)
+        recent = view.rank >= view.count[..., None] - (budget - sinks)
+        return Keep((view.rank < sinks) | recent)
+
+    after_decode = after_prefill

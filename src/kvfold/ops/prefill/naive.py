@@ -1,0 +1,25 @@
+"""Dense causal attention by its definition, a block of queries at a time, in float32."""
+
+import torch
+from torch import Tensor
+
+from kvfold.ops.dispatch import register
+
+BLOCK = 128
+
+
+@register("causal", "naive", rank=0)
+def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    (b, hq, t, d), h = q.shape, k.shape[1]
+    grouped = q.view(b, h, hq // h, t, d)
+    out = q.new_empty(b, h, hq // h, t, v.shape[-1])
+    lse = q.new_empty(b, h, hq // h, t, dtype=torch.float32)
+    for i in range(0, t, BLOCK):
+        j = min(i + BLOCK, t)
+        logits = torch.einsum("bhgqd,bhtd->bhgqt", grouped[..., i:j, :].float(), k[:, :, :j].float()) * scale
+        future = torch.arange(j, device=q.device) > torch.arange(i, j, device=q.device)[:, None]
+        logits = logits.masked_fill(future, -torch.inf)
+        lse[..., i:j] = logits.logsumexp(-1)
+        weights = torch.exp(logits - lse[..., i:j, None])
+        out[..., i:j, :] = torch.einsum("bhgqt,bhtd->bhgqd", weights, v[:, :, :j].float()).to(q.dtype)
+    return out.view(b, hq, t, -1), lse.view(b, hq, t)

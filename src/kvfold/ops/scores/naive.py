@@ -1,0 +1,33 @@
+"""Attention scores by their definition, in float32."""
+
+import torch
+from torch import Tensor
+
+from kvfold.ops.dispatch import register
+
+
+def window_attention(q: Tensor, k: Tensor, scale: float, seen: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention probabilities (B, H, G, W, T) of chosen queries (B, H, G, W, D) over all keys (B, H, T, D), float32.
+
+    `seen` (B, H, W, T) says which keys a query sees, `bias` (B, H, T) is added to the logits; a query that
+    sees nothing gives zeros.
+    """
+    logits = torch.einsum("bhgwd,bhtd->bhgwt", q.float(), k.float()) * scale
+    if bias is not None:
+        logits = logits + bias[:, :, None, None]
+    logits = logits.masked_fill(~seen[:, :, None], -torch.inf)
+    return torch.softmax(logits, -1).nan_to_num(0.0)
+
+
+@register("column_sums", "naive", rank=0)
+def column_sums(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, start: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    (b, hq, n, _), (h, t) = q.shape, k.shape[1:3]
+    logits = torch.einsum("bhgqd,bhtd->bhgqt", q.view(b, h, hq // h, n, -1).float(), k.float()) * scale
+    if bias is not None:
+        logits = logits + bias[:, :, None, None]
+    own = start.to(q.device)[..., None] + torch.arange(n, device=q.device)  # B H Q
+    future = torch.arange(t, device=q.device) > own[..., None]
+    probs = torch.exp(logits - lse.view(b, h, hq // h, n, 1)).masked_fill(future[:, :, None], 0.0)
+    return probs.sum((2, 3))

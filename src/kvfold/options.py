@@ -1,0 +1,21 @@
+"""Checks of options: each error names the option, the value and what is allowed."""
+
+from collections.abc import Collection
+
+
+def check_int(name: str, value: object, low: int, odd: bool = False) -> None:
+    """Raise ValueError unless `value` is an int >= `low` (and odd, where asked)."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (odd and value % 2 == 0):
+        raise ValueError(f"{name}={value!r} must be an{' odd' if odd else ''} int >= {low}")
+
+
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    """Raise ValueError unless `value` is a number in [low, high]."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name}={value!r} must be a number in [{low}, {high}]")
+
+
+def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,296 @@
+"""Pages: fixed-size blocks of tokens, a pool that owns them, and a table that says which row holds which.
+
+A row is one (sequence, KV head). A pool has named planes, all indexed by page: `keys` (N, P, D), `values`
+(N, P, D_v), and one (N, P) plane for each column. Pages are reference counted; a page that two rows
+share is never written in place (copy-on-write).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+PAGE_SIZE = 16
+"""Tokens per page: the last page of a row is half empty on average, 8 tokens of each (row, head)."""
+
+
+@dataclass(frozen=True)
+class Plane:
+    """What a pool stores for each token: `width` numbers (None: one scalar), `fill` where nobody says."""
+
+    width: int | None
+    dtype: torch.dtype
+    fill: float = 0.0
+
+
+class PagePool:
+    """The storage of one segment: N pages of P tokens in each plane, their reference counts, a free list."""
+
+    def __init__(self, planes: Mapping[str, Plane], device: torch.device, page_size: int = PAGE_SIZE):
+        self.specs = dict(planes)
+        self.page_size = page_size
+        self.device = device
+        self.planes = {name: self._empty(spec, 0) for name, spec in self.specs.items()}
+        self.refs = np.zeros(0, dtype=np.int32)
+        self.shared = 0  # pages with more than one reference
+        self._free: list[int] = []
+
+    def _empty(self, spec: Plane, pages: int) -> Tensor:
+        shape = (pages, self.page_size) if spec.width is None else (pages, self.page_size, spec.width)
+        # Never read before it is written: lengths bound every read. Filled all the same, because the slack
+        # of a page takes part (masked) in dense reads and NaN times zero is NaN.
+        return torch.full(shape, spec.fill, dtype=spec.dtype, device=self.device)
+
+    @property
+    def pages(self) -> int:
+        """Pages allocated, used or free."""
+        return len(self.refs)
+
+    @property
+    def used(self) -> int:
+        """Pages that somebody holds."""
+        return self.pages - len(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every plane and of the reference counts."""
+        return sum(plane.nbytes for plane in self.planes.values()) + self.refs.nbytes
+
+    def add_plane(self, name: str, spec: Plane) -> None:
+        """A new column beside the others; tokens already stored get its fill value."""
+        if name not in self.specs:
+            self.specs[name] = spec
+            self.planes[name] = self._empty(spec, self.pages)
+
+    def grow(self, pages: int) -> None:
+        """Add free pages; page numbers stay valid."""
+        first = self.pages
+        for name, spec in self.specs.items():
+            self.planes[name] = torch.cat([self.planes[name], self._empty(spec, pages)])
+        self.refs = np.concatenate([self.refs, np.zeros(pages, dtype=np.int32)])
+        self._free.extend(range(first + pages - 1, first - 1, -1))
+
+    def allocate(self, count: int) -> np.ndarray:
+        """`count` page numbers with one reference each; the pool grows by an eighth when it runs out."""
+        missing = count - len(self._free)
+        if missing > 0:
+            self.grow(max(missing, self.pages // 8))
+        ids = np.array([self._free.pop() for _ in range(count)], dtype=np.int32)
+        self.refs[ids] = 1
+        return ids
+
+    def retain(self, ids: np.ndarray) -> None:
+        """One more holder for each of `ids` (a number may occur several times)."""
+        np.add.at(self.refs, ids, 1)
+        self.shared = int((self.refs > 1).sum())
+
+    def release(self, ids: np.ndarray) -> None:
+        """One holder less for each of `ids`; a page that nobody holds is free."""
+        np.subtract.at(self.refs, ids, 1)
+        self.shared = int((self.refs > 1).sum())
+        gone = np.unique(ids)
+        self._free.extend(gone[self.refs[gone] == 0].tolist()[::-1])
+
+    def empty_like(self) -> "PagePool":
+        """A pool of the same planes that holds nothing."""
+        return PagePool(self.specs, self.device, self.page_size)
+
+
+class PageTable:
+    """Which pages each row holds, in order, and how many tokens of them are filled.
+
+    `table` is (R, M) page numbers, -1 where a row has no page; `lengths` is (R,) tokens. Where `regular`, page i of
+    row r is page r * M + i of the pool, and a dense read is a view that costs nothing.
+    """
+
+    def __init__(self, pool: PagePool, rows: int):
+        self.pool = pool
+        self.table = np.full((rows, 0), -1, dtype=np.int32)
+        self.lengths = np.zeros(rows, dtype=np.int32)
+        self.regular = True
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest row."""
+        return int(self.lengths.max()) if self.rows else 0
+
+    @property
+    def even(self) -> bool:
+        """Every row has as many tokens as every other."""
+        return self.rows == 0 or bool((self.lengths == self.lengths[0]).all())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table itself; the pool counts its own."""
+        return self.table.nbytes + self.lengths.nbytes
+
+    @property
+    def exclusive(self) -> bool:
+        """Nobody else holds a page of this pool, and no two rows share one."""
+        return self.pool.shared == 0 and int((self.table >= 0).sum()) == self.pool.used
+
+    def valid(self) -> Bool[Tensor, "R T"]:
+        """Which slots of a dense read are tokens."""
+        lengths = torch.from_numpy(self.lengths).to(self.pool.device)
+        return torch.arange(self.longest, device=self.pool.device) < lengths[:, None]
+
+    def dense(self, name: str) -> Tensor:
+        """A plane as (R, T, ...), T the longest row: a view where pages lie side by side, else a gather."""
+        longest = self.longest
+        if self.regular:
+            return self.block(name)[:, :longest]
+        plane = self.pool.planes[name]
+        pages = -(-longest // self.pool.page_size)
+        ids = torch.from_numpy(np.maximum(self.table[:, :pages], 0).reshape(-1)).to(plane.device)
+        return plane.index_select(0, ids).reshape(self.rows, pages * self.pool.page_size, *plane.shape[2:])[
+            :, :longest
+        ]
+
+    def block(self, name: str) -> Tensor:
+        """A plane of a regular table as (R, M * P, ...), to read or to write in place."""
+        plane, per_row = self.pool.planes[name], self.table.shape[1]
+        return plane[: self.rows * per_row].view(self.rows, per_row * self.pool.page_size, *plane.shape[2:])
+
+    def release(self) -> None:
+        """Let go of every page."""
+        self.pool.release(self.table[self.table >= 0])
+        self.table = np.full((self.rows, 0), -1, dtype=np.int32)
+        self.lengths = np.zeros_like(self.lengths)
+        self.regular = True
+
+    def fork(self) -> "PageTable":
+        """A second table over the same pages."""
+        return self.select(np.arange(self.rows))
+
+    def select(self, rows: np.ndarray) -> "PageTable":
+        """A table whose row i is row `rows[i]` of this one, sharing its pages."""
+        other = PageTable(self.pool, len(rows))
+        other.table, other.lengths = self.table[rows].copy(), self.lengths[rows].copy()
+        identity = len(rows) == self.rows and bool((rows == np.arange(self.rows)).all())
+        other.regular = self.regular and (identity or not self.table.shape[1])
+        self.pool.retain(other.table[other.table >= 0])
+        return other
+
+    def tail(self, count: int) -> slice | None:
+        """Where `count` more tokens go in a dense view when that is the same for all rows and can be written in place.
+
+        Moves the lengths on; None (and nothing changed) where rows differ or pages are shared or scattered.
+        """
+        if not self.regular or self.pool.shared or not self.even:
+            return None
+        start = self.longest
+        self._reserve(self.lengths + count)
+        if not self.regular:
+            return None
+        self.lengths = self.lengths + np.int32(count)
+        return slice(start, start + count)
+
+    def slots(self, counts: np.ndarray) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
+        """Make room for `counts[r]` more tokens in row r; page and offset of each, row by row, and lengths moved on."""
+        size = self.pool.page_size
+        rows = np.repeat(np.arange(self.rows), counts)
+        step = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        slot = self.lengths[rows] + step
+        self._reserve(self.lengths + counts)
+        self._own(np.unique(np.stack([rows, slot // size]), axis=1))
+        self.lengths = (self.lengths + counts).astype(np.int32)
+        pages = self.table[rows, slot // size]
+        return (
+            torch.from_numpy(pages.astype(np.int64)).to(self.pool.device),
+            torch.from_numpy((slot % size).astype(np.int64)).to(self.pool.device),
+        )
+
+    def _reserve(self, lengths: np.ndarray) -> None:
+        """Pages for `lengths` tokens in each row."""
+        needed = -(-lengths // self.pool.page_size)
+        have = (self.table >= 0).sum(1)
+        if bool((needed <= have).all()):
+            return
+        if self.regular and self.exclusive and _nearly_even(needed):
+            # Rows of like length stay side by side: move to a larger block now and then, by an eighth at a time
+            # once something is stored, so that growing token by token copies each token O(log T) times.
+            slack = max(1, int(needed.max()) // 8) if self.longest else 0
+            self.relocate(int(needed.max()) + slack)
+            return
+        self.regular = False
+        width = int(needed.max())
+        if width > self.table.shape[1]:
+            more = np.full((self.rows, width - self.table.shape[1]), -1, dtype=np.int32)
+            self.table = np.concatenate([self.table, more], axis=1)
+        fresh = self.pool.allocate(int(np.maximum(needed - have, 0).sum()))
+        taken = 0
+        for row in np.flatnonzero(needed > have):
+            count = needed[row] - have[row]
+            self.table[row, have[row] : needed[row]] = fresh[taken : taken + count]
+            taken += count
+
+    def _own(self, places: np.ndarray) -> None:
+        """Copy-on-write: the pages at `places` (row, index) are about to be written."""
+        if not self.pool.shared:
+            return
+        for row, index in places.T[self.pool.refs[self.table[places[0], places[1]]] > 1]:
+            old = self.table[row, index]
+            if self.pool.refs[old] == 1:  # the other holder of this page has just taken a copy
+                continue
+            new = self.pool.allocate(1)[0]
+            for plane in self.pool.planes.values():
+                plane[int(new)] = plane[int(old)]
+            self.pool.release(np.array([old]))
+            self.table[row, index] = new
+            self.regular = False
+
+    def relocate(self, per_row: int) -> None:
+        """Move to a pool of our own with `per_row` pages side by side for each row; the old pages are let go."""
+        pool = self.pool.empty_like()
+        pool.grow(self.rows * per_row)
+        ids = pool.allocate(self.rows * per_row).reshape(self.rows, per_row)
+        longest = self.longest
+        for name in pool.planes:
+            target = pool.planes[name]
+            block = target.view(self.rows, per_row * pool.page_size, *target.shape[2:])
+            if longest:
+                block[:, :longest] = self.dense(name)
+        self.pool.release(self.table[self.table >= 0])
+        self.pool, self.table, self.regular = pool, ids, True
+
+    def trim(self) -> None:
+        """Let go of every page past a row's length, and give the memory back where the pool is ours alone."""
+        needed = -(-self.lengths // self.pool.page_size)
+        spare = (np.arange(self.table.shape[1])[None] >= needed[:, None]) & (self.table >= 0)
+        if not spare.any() and not (self.exclusive and self.pool.used < self.pool.pages):
+            return
+        if not self.exclusive:
+            self.pool.release(self.table[spare])
+            self.table[spare] = -1
+            self.regular = False
+        elif _nearly_even(needed):
+            self.relocate(int(needed.max()) if self.rows else 0)
+        else:
+            self._scatter_to_exact(needed)
+
+    def _scatter_to_exact(self, needed: np.ndarray) -> None:
+        """Rows of different lengths: a pool with exactly their pages, each row's side by side."""
+        pool = self.pool.empty_like()
+        pool.grow(int(needed.sum()))
+        ids = pool.allocate(int(needed.sum()))
+        table = np.full((self.rows, int(needed.max())), -1, dtype=np.int32)
+        table[np.arange(table.shape[1])[None] < needed[:, None]] = ids
+        mine = torch.from_numpy(self.table[:, : table.shape[1]][table >= 0].astype(np.int64)).to(
+            self.pool.device
+        )
+        for name, plane in self.pool.planes.items():
+            pool.planes[name].copy_(plane.index_select(0, mine))
+        self.pool.release(self.table[self.table >= 0])
+        self.pool, self.table, self.regular = pool, table, False
+
+
+def _nearly_even(pages: np.ndarray) -> bool:
+    """Giving every row as many pages as the longest wastes at most 2 %."""
+    return len(pages) == 0 or int(pages.max()) * len(pages) <= 1.02 * int(pages.sum())

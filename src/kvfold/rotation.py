@@ -1,0 +1,42 @@
+"""Moving keys and queries along the text by rotating them further (RoPE), for methods with compact positions."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Rope(Protocol):
+    """A model's rotary embedding."""
+
+    def shift(self, x: Float[Tensor, "B H T D"], steps: Int[Tensor, "B H T"]) -> Float[Tensor, "B H T D"]:
+        """Vectors rotated for position p become those for position p + steps."""
+        ...
+
+
+@dataclass(frozen=True)
+class Compact:
+    """Slots are numbered 0, 1, 2, ... whatever text positions they hold, as StreamingLLM does (arXiv:2309.17453).
+
+    Keys stay stored as the model rotated them and turn on every read, from that one original: no drift in bf16.
+    """
+
+    rope: Rope
+
+    def rotate_keys(
+        self, keys: Float[Tensor, "B H T D"], positions: Int[Tensor, "B H T"]
+    ) -> Float[Tensor, "B H T D"]:
+        """Each key as if it stood at its slot. Positions are ascending in every row."""
+        slots = torch.arange(keys.shape[2], device=keys.device, dtype=positions.dtype)
+        return self.rope.shift(keys, slots - positions)
+
+    def rotate_queries(
+        self, q: Float[Tensor, "B H G Q D"], positions: Int[Tensor, "B Q"], first_slot: Int[Tensor, "B H"]
+    ) -> Float[Tensor, "B H G Q D"]:
+        """Query i of a row as if it stood at `first_slot + i`, behind the row's stored tokens."""
+        b, h, g, n, d = q.shape
+        steps = first_slot[:, :, None] - positions[:, None, :1]  # the same for all queries of a row
+        steps = steps[:, :, None].expand(b, h, g, n).reshape(b, h, g * n)
+        return self.rope.shift(q.reshape(b, h, g * n, d), steps).view(b, h, g, n, d)

@@ -1,0 +1,220 @@
+"""What a method sees of one layer: its tokens, who asked for what, and lazily the attention between them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kvfold import ops
+from kvfold.budgets import Budget, allocate
+from kvfold.decisions import Decision, Keep, Rewrite, Store
+from kvfold.formats import LOG_MASS, Chunk, Format
+from kvfold.rotation import Rope
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The queries of the forward pass in hand, as the model made them (after RoPE and norms)."""
+
+    states: Float[Tensor, "B Hq Q D"]
+    valid: Bool[Tensor, "B Q"]
+    lse: Float[Tensor, "B Hq Q"]
+    """Log-sum-exp of each query's logits over everything that it attended to."""
+    positions: Int[Tensor, "B Q"]
+    start: Int[Tensor, "B H"] | None = None
+    """Slot of the first query's own token, the others' follow; None: the view's last Q slots."""
+
+    def pick(self, which: Int[Tensor, " N"]) -> "Queries":
+        """Some of them, the same in every row."""
+        return replace(
+            self,
+            states=self.states[:, :, which],
+            valid=self.valid[:, which],
+            lse=self.lse[:, :, which],
+            positions=self.positions[:, which],
+        )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the model and in the text a view stands."""
+
+    layer: int
+    """Index among the model's layers."""
+    ordinal: int
+    """Index among the layers that the cache holds on pages; budgets are split over those."""
+    paged: tuple[int, ...]
+    """Model indices of all layers that are on pages."""
+    depth: int
+    """Layers of the model."""
+    scale: float
+    prompt: Int[Tensor, " B"]
+    """Tokens that each row had read by the end of its last prompt: what a budget is a fraction of."""
+    seen: Int[Tensor, " B"]
+    """Tokens that each row has read, generated ones too."""
+    module: Any = None
+    rope: Rope | None = None
+    step: dict[str, Any] = field(default_factory=dict)
+    """Shared by the layers of one forward pass, dropped when it ends."""
+    token_ids: Int[Tensor, "B Q"] | None = None
+
+    @property
+    def layers(self) -> int:
+        """How many layers share a budget."""
+        return len(self.paged)
+
+    def ordinals(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Model layers (negative: from the end) as places among the paged ones; those that are not paged fall out."""
+        wanted = {layer % self.depth for layer in layers if -self.depth <= layer < self.depth}
+        return tuple(i for i, layer in enumerate(self.paged) if layer in wanted)
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One layer's tokens: those stored before this forward pass, then those it brought.
+
+    `valid` says which slots are tokens (rows and heads differ in length). `queries` are those of the pass.
+    """
+
+    tokens: Chunk
+    queries: Queries
+    place: Place
+    formats: tuple[tuple[Format, Tensor], ...] = ()
+    """What `Store` decided: formats and the masks of tokens that go there."""
+    rewritten: bool = False
+
+    @property
+    def keys(self) -> Float[Tensor, "B H T D"]:
+        return self.tokens.keys
+
+    @property
+    def values(self) -> Float[Tensor, "B H T Dv"]:
+        return self.tokens.values
+
+    @property
+    def positions(self) -> Int[Tensor, "B H T"]:
+        return self.tokens.positions
+
+    @property
+    def valid(self) -> Bool[Tensor, "B H T"]:
+        return self.tokens.valid
+
+    @property
+    def columns(self) -> Mapping[str, Tensor]:
+        return self.tokens.columns
+
+    @property
+    def new(self) -> int:
+        """How many of the last slots this forward pass brought."""
+        return self.queries.states.shape[2]
+
+    @property
+    def heads(self) -> int:
+        return self.keys.shape[1]
+
+    @cached_property
+    def count(self) -> Int[Tensor, "B H"]:
+        """Tokens of each (row, head)."""
+        return self.valid.sum(-1)
+
+    @cached_property
+    def rank(self) -> Int[Tensor, "B H T"]:
+        """The how-manieth token of its row and head a slot is, from 0."""
+        return self.valid.cumsum(-1) - 1
+
+    @property
+    def newest_stored(self) -> Bool[Tensor, " T"]:
+        """The slot before the first that this forward pass brought."""
+        slots = torch.arange(self.keys.shape[2], device=self.keys.device)
+        return slots == self.keys.shape[2] - self.new - 1
+
+    def fraction(self, budget: Budget) -> list[float]:
+        """The budget as a fraction of each row's prompt."""
+        if isinstance(budget, float):
+            return [budget] * len(self.place.prompt)
+        return [min(1.0, budget / max(1, prompt)) for prompt in self.place.prompt.tolist()]
+
+    def budget(
+        self, budget: Budget, weights: Callable[[float], tuple[float, ...]] | None = None
+    ) -> Int[Tensor, "B H"]:
+        """How many tokens each (row, head) of this layer may keep.
+
+        `weights` gives each layer's share of a budget that is this fraction of the prompt (default: the same for all).
+        A fraction of 1.0 is no limit: it holds for generated tokens too.
+        """
+        if isinstance(budget, float) and budget == 1.0:
+            return self.count
+        rows = []
+        lengths = zip(
+            self.place.prompt.tolist(), self.place.seen.tolist(), self.fraction(budget), strict=True
+        )
+        for prompt, seen, fraction in lengths:
+            cap = prompt if isinstance(budget, float) else seen
+            shares = None if weights is None else weights(fraction)
+            rows.append(
+                allocate(budget, prompt, cap, self.place.layers, self.heads, shares)[self.place.ordinal]
+            )
+        return torch.tensor(rows, device=self.keys.device).reshape(-1, self.heads)
+
+    def last(self, window: int) -> Bool[Tensor, "B H T"]:
+        """The last `window` tokens of each (row, head)."""
+        return self.valid & (self.rank >= self.count[..., None] - window)
+
+    def attention(self, window: int) -> Float[Tensor, "B H G W T"]:
+        """Attention probabilities of each row's last `window` queries over all tokens, float32.
+
+        W is at most the number of queries; where a row has fewer, its first W places hold zeros.
+        """
+        (b, hq, n, d), h = self.queries.states.shape, self.heads
+        w = min(window, n)
+        order = torch.argsort(self.queries.valid.byte(), dim=1, stable=True)[
+            :, n - w :
+        ]  # the valid ones last
+        chosen = self.queries.states.gather(2, order[:, None, :, None].expand(b, hq, w, d))
+        asked_at = self.queries.positions.gather(1, order).masked_fill(
+            ~self.queries.valid.gather(1, order), -1
+        )
+        seen = (self.positions[:, :, None] <= asked_at[:, None, :, None]) & self.valid[:, :, None]
+        grouped = chosen.view(b, h, hq // h, w, d)
+        return ops.window_attention(grouped, self.keys, self.place.scale, seen, self.columns.get(LOG_MASS))
+
+    def column_sums(self) -> Float[Tensor, "B H T"]:
+        """The attention that each token got from all queries of this pass and group, summed; float32, 0 where empty."""
+        return self._column_sums.masked_fill(~self.valid, 0.0)
+
+    @cached_property
+    def _column_sums(self) -> Float[Tensor, "B H T"]:
+        lse = self.queries.lse.masked_fill(~self.queries.valid[:, None], torch.inf)
+        start = self.queries.start
+        if start is None:
+            start = torch.full(self.keys.shape[:2], self.keys.shape[2] - self.new)
+        return ops.column_sums(
+            self.queries.states, self.keys, lse, self.place.scale, start, self.columns.get(LOG_MASS)
+        )
+
+    def apply(self, decision: Decision) -> "LayerView":
+        """The view after a decision; what the next method of a composition sees, and what is stored in the end."""
+        if isinstance(decision, Rewrite):
+            if decision.tokens.keys.shape[:3] != self.keys.shape[:3]:
+                raise ValueError(
+                    f"Rewrite.tokens has slots {tuple(decision.tokens.keys.shape[:3])} (B, H, T); "
+                    f"it must have those of the view, {tuple(self.keys.shape[:3])}"
+                )
+            return replace(self, tokens=decision.tokens, rewritten=True, formats=())
+        if isinstance(decision, Store):
+            mask = decision.mask & self.valid
+            earlier = tuple((form, others & ~mask) for form, others in self.formats)
+            return replace(self, formats=(*earlier, (decision.format, mask)))
+        if isinstance(decision, Keep):
+            tokens = replace(
+                self.tokens, valid=self.valid & decision.mask, columns={**self.columns, **decision.columns}
+            )
+            view = replace(self, tokens=tokens)
+            if "_column_sums" in self.__dict__:  # what was attended does not change with what is kept
+                view.__dict__["_column_sums"] = self._column_sums
+            return view
+        raise TypeError(f"decision={decision!r} is not one of Keep, Rewrite, Store")
