@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold import ops
-from kvfold.formats import POSITION, Chunk, Dense, Format, Segment
+from kvfold.formats import POSITION, Chunk, Dense, Format, Segment, join
 from kvfold.methods.base import Decisions, Method, decided
 from kvfold.rotation import Compact, Rope
 from kvfold.views import LayerView, Place, Queries
@@ -92,7 +92,8 @@ class KVLayer:
         """Tokens stored for each (row, head), (B, H)."""
         if not self.segments:
             return np.zeros((self.batch, self.shape[0] if self.shape else 0), dtype=np.int64)
-        return np.sum([segment.counts() for _, segment in self.segments], axis=0)
+        counts: np.ndarray = sum(segment.counts() for _, segment in self.segments)  # type: ignore[assignment]
+        return counts
 
     def kept(self) -> list[list[list[int]]]:
         """Text positions stored, kept[row][head], ascending."""
@@ -134,12 +135,12 @@ class KVLayer:
         if this.prefill:
             self.prompt = self.seen.copy()
         compact = Compact(self._need_rope()) if self.method.compact else None
-        if this.prefill or not ones:
+        appended = ones and q.shape[2] == 1 and not this.prefill
+        if not appended:
             out, lse = self._attend_prompt(q, k, v, mask, ones, positions, scale, compact, first)
         else:
             self.segments[0][1].append(chunk, even=True)
             out, lse = self._attend_token(q, positions, scale, compact, this, module)
-        appended = not (this.prefill or not ones)
         if not (listening := self._listening(this)) and this.observe is None:
             if not appended:
                 self.segments[0][1].append(chunk, even=ones)
@@ -212,7 +213,7 @@ class KVLayer:
             self.shape, self.dtype, self.device = (k.shape[1], k.shape[3], v.shape[3]), k.dtype, k.device
             self.seen = np.zeros(k.shape[0], dtype=np.int64)
             self.prompt = np.zeros(k.shape[0], dtype=np.int64)
-            sample = Chunk(k, v, k.new_zeros(0, dtype=torch.bool))
+            sample = Chunk(k, v, k.new_zeros(k.shape[:3], dtype=torch.bool))
             self.segments = [(Dense(), Dense().segment(sample))]
         elif k.shape[0] != self.batch:
             raise ValueError(f"the batch has {k.shape[0]} rows, but the cache holds {self.batch}")
@@ -231,7 +232,7 @@ class KVLayer:
         compact: Compact | None, first: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """New tokens see each other causally and all that is stored; the two answers merge."""
-        own = ops.causal(q, k, v, scale) if ones else _causal_rows(q, k, v, mask, scale)
+        own = ops.causal(q, k, v, scale) if ones else ops.causal_rows(q, k, v, mask, scale)
         if first or all(segment.longest == 0 for _, segment in self.segments):
             return own
         past = self._attend_segments(q, positions, scale, compact, after=True)
@@ -294,30 +295,14 @@ class KVLayer:
     def _stored(self, new: Chunk | None = None) -> Chunk:
         """All stored tokens, and `new` behind them, as one chunk."""
         chunks = [segment.dense() for _, segment in self.segments if segment.longest]
-        if new is not None:
-            chunks.append(new)
-        if len(chunks) == 1:
-            return chunks[0]
-        if not chunks:
-            return self.segments[0][1].dense()
-        names = list(dict.fromkeys(name for chunk in chunks for name in chunk.columns))
-        samples = {name: next(c.columns[name] for c in chunks if name in c.columns) for name in names}
-
-        def column(chunk: Chunk, name: str) -> Tensor:
-            if name in chunk.columns:
-                return chunk.columns[name]
-            return torch.zeros(chunk.valid.shape, dtype=samples[name].dtype, device=chunk.valid.device)
-
-        return Chunk(
-            torch.cat([chunk.keys for chunk in chunks], 2),
-            torch.cat([chunk.values for chunk in chunks], 2),
-            torch.cat([chunk.valid for chunk in chunks], 2),
-            {name: torch.cat([column(chunk, name) for chunk in chunks], 2) for name in names},
-        )
+        chunks += [] if new is None else [new]
+        return join(chunks) if chunks else self.segments[0][1].dense()
 
     def _commit(self, view: LayerView, new: Chunk | None) -> None:
         """Make the segments hold what the view says. `new`: its last slots are not stored yet."""
         tokens, homes = view.tokens, view.formats
+        if homes and self.method.compact:
+            raise ValueError(f"method={self.method}: compact positions and Store don't go together yet")
         moved = torch.zeros_like(tokens.valid)
         for _, mask in homes:
             moved |= mask
@@ -336,7 +321,7 @@ class KVLayer:
                     segment.keep(staying[..., start:stop], here)
                 start = stop
             if new is not None:
-                self.segments[0][1].append(_slice(replace(tokens, valid=staying), start))
+                self.segments[0][1].append(replace(tokens, valid=staying).after(start))
         for form, mask in homes:
             home = next((s for f, s in self.segments[1:] if f == form), None)
             if home is None:
@@ -393,21 +378,3 @@ class KVLayer:
         for _, segment in self.segments:
             segment.clear()
         self._reset()
-
-
-def _slice(tokens: Chunk, start: int) -> Chunk:
-    columns = {name: column[..., start:] for name, column in tokens.columns.items()}
-    return Chunk(tokens.keys[:, :, start:], tokens.values[:, :, start:], tokens.valid[..., start:], columns)
-
-
-def _causal_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Causal attention with padding: each row alone, without its padding, so that no T x T mask is needed."""
-    out = q.new_zeros(*q.shape[:3], v.shape[3])
-    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
-    for row in range(q.shape[0]):
-        here = mask[row].nonzero()[:, 0]
-        if len(here):
-            rows = slice(row, row + 1)
-            got = ops.causal(q[rows, :, here], k[rows, :, here], v[rows, :, here], scale)
-            out[rows, :, here], lse[rows, :, here] = got
-    return out, lse

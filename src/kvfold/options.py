@@ -19,3 +19,10 @@ def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+
+
+def check_ints(name: str, values: object) -> None:
+    """Raise ValueError unless `values` is a tuple or list of ints."""
+    ints = isinstance(values, tuple | list) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+    if not ints:
+        raise ValueError(f"{name}={values!r} must be a tuple of ints")

@@ -69,7 +69,8 @@ class PagePool:
         """Add free pages; page numbers stay valid."""
         first = self.pages
         for name, spec in self.specs.items():
-            self.planes[name] = torch.cat([self.planes[name], self._empty(spec, pages)])
+            more = self._empty(spec, pages)
+            self.planes[name] = torch.cat([self.planes[name], more]) if first else more
         self.refs = np.concatenate([self.refs, np.zeros(pages, dtype=np.int32)])
         self._free.extend(range(first + pages - 1, first - 1, -1))
 
@@ -149,9 +150,7 @@ class PageTable:
         plane = self.pool.planes[name]
         pages = -(-longest // self.pool.page_size)
         ids = torch.from_numpy(np.maximum(self.table[:, :pages], 0).reshape(-1)).to(plane.device)
-        return plane.index_select(0, ids).reshape(self.rows, pages * self.pool.page_size, *plane.shape[2:])[
-            :, :longest
-        ]
+        return plane.index_select(0, ids).reshape(self.rows, pages * self.pool.page_size, *plane.shape[2:])[:, :longest]
 
     def block(self, name: str) -> Tensor:
         """A plane of a regular table as (R, M * P, ...), to read or to write in place."""
@@ -164,6 +163,12 @@ class PageTable:
         self.table = np.full((self.rows, 0), -1, dtype=np.int32)
         self.lengths = np.zeros_like(self.lengths)
         self.regular = True
+
+    def __del__(self) -> None:
+        # A fork that goes out of scope must not keep its pages shared for the others.
+        held = self.table[self.table >= 0]
+        if len(held):
+            self.pool.release(held)
 
     def fork(self) -> "PageTable":
         """A second table over the same pages."""
@@ -186,8 +191,7 @@ class PageTable:
         if not self.regular or self.pool.shared or not self.even:
             return None
         start = self.longest
-        self._reserve(self.lengths + count)
-        if not self.regular:
+        if not self._reserve(self.lengths + count):
             return None
         self.lengths = self.lengths + np.int32(count)
         return slice(start, start + count)
@@ -207,18 +211,18 @@ class PageTable:
             torch.from_numpy((slot % size).astype(np.int64)).to(self.pool.device),
         )
 
-    def _reserve(self, lengths: np.ndarray) -> None:
-        """Pages for `lengths` tokens in each row."""
+    def _reserve(self, lengths: np.ndarray) -> bool:
+        """Pages for `lengths` tokens in each row; whether the table is regular then."""
         needed = -(-lengths // self.pool.page_size)
         have = (self.table >= 0).sum(1)
         if bool((needed <= have).all()):
-            return
+            return self.regular
         if self.regular and self.exclusive and _nearly_even(needed):
             # Rows of like length stay side by side: move to a larger block now and then, by an eighth at a time
             # once something is stored, so that growing token by token copies each token O(log T) times.
             slack = max(1, int(needed.max()) // 8) if self.longest else 0
             self.relocate(int(needed.max()) + slack)
-            return
+            return True
         self.regular = False
         width = int(needed.max())
         if width > self.table.shape[1]:
@@ -230,6 +234,7 @@ class PageTable:
             count = needed[row] - have[row]
             self.table[row, have[row] : needed[row]] = fresh[taken : taken + count]
             taken += count
+        return False
 
     def _own(self, places: np.ndarray) -> None:
         """Copy-on-write: the pages at `places` (row, index) are about to be written."""
@@ -282,9 +287,7 @@ class PageTable:
         ids = pool.allocate(int(needed.sum()))
         table = np.full((self.rows, int(needed.max())), -1, dtype=np.int32)
         table[np.arange(table.shape[1])[None] < needed[:, None]] = ids
-        mine = torch.from_numpy(self.table[:, : table.shape[1]][table >= 0].astype(np.int64)).to(
-            self.pool.device
-        )
+        mine = torch.from_numpy(self.table[:, : table.shape[1]][table >= 0].astype(np.int64)).to(self.pool.device)
         for name, plane in self.pool.planes.items():
             pool.planes[name].copy_(plane.index_select(0, mine))
         self.pool.release(self.table[self.table >= 0])

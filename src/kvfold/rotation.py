@@ -1,13 +1,14 @@
 """Moving keys and queries along the text by rotating them further (RoPE), for methods with compact positions."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 
+@runtime_checkable
 class Rope(Protocol):
     """A model's rotary embedding."""
 
@@ -24,13 +25,13 @@ class Compact:
     """
 
     rope: Rope
+    slots: Int[Tensor, "B H T"] | None = None
+    """Where each key stands; None: in the order in which they are stored."""
 
-    def rotate_keys(
-        self, keys: Float[Tensor, "B H T D"], positions: Int[Tensor, "B H T"]
-    ) -> Float[Tensor, "B H T D"]:
-        """Each key as if it stood at its slot. Positions are ascending in every row."""
-        slots = torch.arange(keys.shape[2], device=keys.device, dtype=positions.dtype)
-        return self.rope.shift(keys, slots - positions)
+    def rotate_keys(self, keys: Float[Tensor, "B H T D"], positions: Int[Tensor, "B H T"]) -> Float[Tensor, "B H T D"]:
+        """Each key as if it stood at its slot."""
+        slots = torch.arange(keys.shape[2], device=keys.device) if self.slots is None else self.slots
+        return self.rope.shift(keys, slots.to(positions.dtype) - positions)
 
     def rotate_queries(
         self, q: Float[Tensor, "B H G Q D"], positions: Int[Tensor, "B Q"], first_slot: Int[Tensor, "B H"]

@@ -86,6 +86,8 @@ class LayerView:
     formats: tuple[tuple[Format, Tensor], ...] = ()
     """What `Store` decided: formats and the masks of tokens that go there."""
     rewritten: bool = False
+    memo: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """Attention worked out so far: it does not change with what is kept, so views of the same tokens share it."""
 
     @property
     def keys(self) -> Float[Tensor, "B H T D"]:
@@ -126,11 +128,22 @@ class LayerView:
         """The how-manieth token of its row and head a slot is, from 0."""
         return self.valid.cumsum(-1) - 1
 
-    @property
-    def newest_stored(self) -> Bool[Tensor, " T"]:
-        """The slot before the first that this forward pass brought."""
-        slots = torch.arange(self.keys.shape[2], device=self.keys.device)
-        return slots == self.keys.shape[2] - self.new - 1
+    @cached_property
+    def earlier(self) -> Bool[Tensor, "B H T"]:
+        """The tokens that were there before this forward pass."""
+        return self.valid & (self.positions < self.queries.positions[:, None, :1])
+
+    @cached_property
+    def _packed(self) -> Int[Tensor, "B H T"]:
+        return torch.argsort((~self.valid).byte(), dim=-1, stable=True)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """A (B, H, T, ...) tensor with the tokens of each (row, head) side by side from 0 on, empty slots behind."""
+        return x.gather(2, _wide(self._packed, x))
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """What `pack` did, undone."""
+        return torch.empty_like(x).scatter_(2, _wide(self._packed, x), x)
 
     def fraction(self, budget: Budget) -> list[float]:
         """The budget as a fraction of each row's prompt."""
@@ -138,9 +151,7 @@ class LayerView:
             return [budget] * len(self.place.prompt)
         return [min(1.0, budget / max(1, prompt)) for prompt in self.place.prompt.tolist()]
 
-    def budget(
-        self, budget: Budget, weights: Callable[[float], tuple[float, ...]] | None = None
-    ) -> Int[Tensor, "B H"]:
+    def budget(self, budget: Budget, weights: Callable[[float], tuple[float, ...]] | None = None) -> Int[Tensor, "B H"]:
         """How many tokens each (row, head) of this layer may keep.
 
         `weights` gives each layer's share of a budget that is this fraction of the prompt (default: the same for all).
@@ -149,15 +160,11 @@ class LayerView:
         if isinstance(budget, float) and budget == 1.0:
             return self.count
         rows = []
-        lengths = zip(
-            self.place.prompt.tolist(), self.place.seen.tolist(), self.fraction(budget), strict=True
-        )
+        lengths = zip(self.place.prompt.tolist(), self.place.seen.tolist(), self.fraction(budget), strict=True)
         for prompt, seen, fraction in lengths:
             cap = prompt if isinstance(budget, float) else seen
             shares = None if weights is None else weights(fraction)
-            rows.append(
-                allocate(budget, prompt, cap, self.place.layers, self.heads, shares)[self.place.ordinal]
-            )
+            rows.append(allocate(budget, prompt, cap, self.place.layers, self.heads, shares)[self.place.ordinal])
         return torch.tensor(rows, device=self.keys.device).reshape(-1, self.heads)
 
     def last(self, window: int) -> Bool[Tensor, "B H T"]:
@@ -171,30 +178,25 @@ class LayerView:
         """
         (b, hq, n, d), h = self.queries.states.shape, self.heads
         w = min(window, n)
-        order = torch.argsort(self.queries.valid.byte(), dim=1, stable=True)[
-            :, n - w :
-        ]  # the valid ones last
+        order = torch.argsort(self.queries.valid.byte(), dim=1, stable=True)[:, n - w :]  # the valid ones last
         chosen = self.queries.states.gather(2, order[:, None, :, None].expand(b, hq, w, d))
-        asked_at = self.queries.positions.gather(1, order).masked_fill(
-            ~self.queries.valid.gather(1, order), -1
-        )
+        asked_at = self.queries.positions.gather(1, order).masked_fill(~self.queries.valid.gather(1, order), -1)
         seen = (self.positions[:, :, None] <= asked_at[:, None, :, None]) & self.valid[:, :, None]
         grouped = chosen.view(b, h, hq // h, w, d)
         return ops.window_attention(grouped, self.keys, self.place.scale, seen, self.columns.get(LOG_MASS))
 
     def column_sums(self) -> Float[Tensor, "B H T"]:
         """The attention that each token got from all queries of this pass and group, summed; float32, 0 where empty."""
-        return self._column_sums.masked_fill(~self.valid, 0.0)
+        if "column_sums" not in self.memo:
+            self.memo["column_sums"] = self._column_sums()
+        return self.memo["column_sums"].masked_fill(~self.valid, 0.0)
 
-    @cached_property
     def _column_sums(self) -> Float[Tensor, "B H T"]:
         lse = self.queries.lse.masked_fill(~self.queries.valid[:, None], torch.inf)
         start = self.queries.start
         if start is None:
             start = torch.full(self.keys.shape[:2], self.keys.shape[2] - self.new)
-        return ops.column_sums(
-            self.queries.states, self.keys, lse, self.place.scale, start, self.columns.get(LOG_MASS)
-        )
+        return ops.column_sums(self.queries.states, self.keys, lse, self.place.scale, start, self.columns.get(LOG_MASS))
 
     def apply(self, decision: Decision) -> "LayerView":
         """The view after a decision; what the next method of a composition sees, and what is stored in the end."""
@@ -204,7 +206,7 @@ class LayerView:
                     f"Rewrite.tokens has slots {tuple(decision.tokens.keys.shape[:3])} (B, H, T); "
                     f"it must have those of the view, {tuple(self.keys.shape[:3])}"
                 )
-            return replace(self, tokens=decision.tokens, rewritten=True, formats=())
+            return replace(self, tokens=decision.tokens, rewritten=True, formats=(), memo={})
         if isinstance(decision, Store):
             mask = decision.mask & self.valid
             earlier = tuple((form, others & ~mask) for form, others in self.formats)
@@ -213,8 +215,9 @@ class LayerView:
             tokens = replace(
                 self.tokens, valid=self.valid & decision.mask, columns={**self.columns, **decision.columns}
             )
-            view = replace(self, tokens=tokens)
-            if "_column_sums" in self.__dict__:  # what was attended does not change with what is kept
-                view.__dict__["_column_sums"] = self._column_sums
-            return view
+            return replace(self, tokens=tokens)
         raise TypeError(f"decision={decision!r} is not one of Keep, Rewrite, Store")
+
+
+def _wide(slots: Int[Tensor, "B H T"], like: Tensor) -> Tensor:
+    return slots.view(*slots.shape, *[1] * (like.dim() - 3)).expand(like.shape)

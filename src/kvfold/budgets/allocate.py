@@ -44,7 +44,7 @@ def round_shares(shares: np.ndarray, cap: int) -> np.ndarray:
     return whole
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)  # 1 token is not 1.0 of the prompt
 def allocate(
     budget: Budget, length: int, cap: int, layers: int, heads: int, weights: tuple[float, ...] | None = None
 ) -> tuple[tuple[int, ...], ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvfold import ops
 from kvfold.formats.segment import LOG_MASS, POSITION, Chunk
-from kvfold.pages import PAGE_SIZE, PageTable, PagePool, Plane
+from kvfold.pages import PAGE_SIZE, PagePool, PageTable, Plane
 from kvfold.rotation import Compact
 
 
@@ -56,7 +56,7 @@ class DenseSegment:
         return self.table.lengths.reshape(-1, self.heads)
 
     def _rows(self, plane: Tensor) -> Tensor:
-        return plane.unflatten(0, (-1, self.heads))
+        return plane.reshape(-1, self.heads, *plane.shape[1:])
 
     def attend(
         self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None
@@ -77,14 +77,10 @@ class DenseSegment:
             return None if mass is None else mass[:, :, None]
         seen = self._rows(self.table.valid())
         seen = seen if read is None else seen & read
-        return torch.where(seen, torch.zeros((), device=seen.device) if mass is None else mass, -torch.inf)[
-            :, :, None
-        ]
+        return torch.where(seen, torch.zeros((), device=seen.device) if mass is None else mass, -torch.inf)[:, :, None]
 
     def dense(self) -> Chunk:
-        columns = {
-            n: self._rows(self.table.dense(n)) for n in self.pool.planes if n not in ("keys", "values")
-        }
+        columns = {n: self._rows(self.table.dense(n)) for n in self.pool.planes if n not in ("keys", "values")}
         return Chunk(
             self._rows(self.table.dense("keys")).to(self.compute),
             self._rows(self.table.dense("values")).to(self.compute),
@@ -99,9 +95,7 @@ class DenseSegment:
         if place is not None:
             for name in self.pool.planes:
                 block = self.table.block(name)[:, place]
-                block.copy_(planes[name].flatten(0, 1)) if name in planes else block.fill_(
-                    self.pool.specs[name].fill
-                )
+                block.copy_(planes[name].flatten(0, 1)) if name in planes else block.fill_(self.pool.specs[name].fill)
             return
         valid = chunk.valid.flatten(0, 1)
         pages, offsets = self.table.slots(valid.sum(1).cpu().numpy())
@@ -118,9 +112,7 @@ class DenseSegment:
         mask = mask.flatten(0, 1)
         counts = mask.sum(1)
         longest = int(counts.max()) if len(counts) else 0
-        order = torch.argsort((~mask).byte(), dim=1, stable=True)[
-            :, :longest
-        ]  # the kept ones first, in order
+        order = torch.argsort((~mask).byte(), dim=1, stable=True)[:, :longest]  # the kept ones first, in order
         kept = {}
         for name in self.pool.planes:
             dense = columns[name].flatten(0, 1) if name in columns else self.table.dense(name)

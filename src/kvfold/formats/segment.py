@@ -1,10 +1,12 @@
 """What every format promises: a segment holds tokens of one layer and answers queries over them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -28,7 +30,65 @@ class Chunk:
     def positions(self) -> Int[Tensor, "B H T"]:
         return self.columns[POSITION]
 
+    def since(self, start: int) -> "Chunk":
+        """The slots from `start` on."""
+        columns = {name: column[..., start:] for name, column in self.columns.items()}
+        return Chunk(self.keys[:, :, start:], self.values[:, :, start:], self.valid[..., start:], columns)
 
+    def take(self, slots: Int[Tensor, "B H T"]) -> "Chunk":
+        """Slot i of each (row, head) becomes what slot `slots[..., i]` was."""
+
+        def wide(states: Tensor) -> Tensor:
+            return states.gather(2, slots[..., None].expand(*slots.shape, states.shape[-1]))
+
+        columns = {name: column.gather(-1, slots) for name, column in self.columns.items()}
+        return Chunk(wide(self.keys), wide(self.values), self.valid.gather(-1, slots), columns)
+
+
+def join(chunks: Sequence[Chunk]) -> Chunk:
+    """Chunks one after another; a column that one of them lacks is zero there."""
+    if len(chunks) == 1:
+        return chunks[0]
+    samples = {name: column for chunk in chunks for name, column in chunk.columns.items()}
+
+    def column(chunk: Chunk, name: str) -> Tensor:
+        if name in chunk.columns:
+            return chunk.columns[name]
+        return torch.zeros(chunk.valid.shape, dtype=samples[name].dtype, device=chunk.valid.device)
+
+    return Chunk(
+        torch.cat([chunk.keys for chunk in chunks], 2),
+        torch.cat([chunk.values for chunk in chunks], 2),
+        torch.cat([chunk.valid for chunk in chunks], 2),
+        {name: torch.cat([column(chunk, name) for chunk in chunks], 2) for name in samples},
+    )
+
+    def after(self, start: int) -> "Chunk":
+        """The slots from `start` on."""
+        columns = {name: column[..., start:] for name, column in self.columns.items()}
+        return Chunk(self.keys[:, :, start:], self.values[:, :, start:], self.valid[..., start:], columns)
+
+
+def join(chunks: Sequence[Chunk]) -> Chunk:
+    """Chunks one behind the other along T; a column that one of them lacks is 0 there."""
+    if len(chunks) == 1:
+        return chunks[0]
+    samples = {name: column for chunk in chunks for name, column in chunk.columns.items()}
+
+    def column(chunk: Chunk, name: str) -> Tensor:
+        if name in chunk.columns:
+            return chunk.columns[name]
+        return torch.zeros(chunk.valid.shape, dtype=samples[name].dtype, device=chunk.valid.device)
+
+    return Chunk(
+        torch.cat([chunk.keys for chunk in chunks], 2),
+        torch.cat([chunk.values for chunk in chunks], 2),
+        torch.cat([chunk.valid for chunk in chunks], 2),
+        {name: torch.cat([column(chunk, name) for chunk in chunks], 2) for name in samples},
+    )
+
+
+@runtime_checkable
 class Segment(Protocol):
     """Tokens of one layer in one format. Rows are (sequence, KV head) pairs and may differ in length."""
 
@@ -56,7 +116,7 @@ class Segment(Protocol):
         """All tokens as dense tensors, padded to the longest row; to be read, not written."""
         ...
 
-    def append(self, chunk: Chunk, *, even: bool) -> None:
+    def append(self, chunk: Chunk, *, even: bool = False) -> None:
         """Add the chunk's valid tokens to the end of each row; `even`: all of them are valid."""
         ...
 
@@ -77,6 +137,7 @@ class Segment(Protocol):
         ...
 
 
+@runtime_checkable
 class Format(Protocol):
     """A recipe for segments; a method names it in `Store`."""
 

@@ -4,7 +4,7 @@ With a kvfold cache the key tensor carries a handle on its layer, and the layer 
 none, both functions do exactly what transformers' "sdpa" does.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -17,12 +17,11 @@ REFUSED = ("softcap", "s_aux", "position_bias")
 """Arguments of attention functions that change the softmax in ways that the paged segments don't know."""
 
 
+@runtime_checkable
 class Handle(Protocol):
     """What a key tensor carries from `Cache.update` to the attention function."""
 
-    def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float
-    ) -> Tensor:
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float) -> Tensor:
         """Attend (B, Hq, Q, D) over the new tokens and what the layer holds."""
         ...
 
@@ -62,7 +61,7 @@ def attention(
         raise ValueError(f"dropout={dropout} in {name}: a kvfold cache is for inference; call model.eval()")
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
-            f"attention_mask of shape {tuple(attention_mask.shape)} in {name}: a kvfold cache takes a padding mask (B, T)"
+            f"attention_mask of shape {tuple(attention_mask.shape)} in {name}: a kvfold cache takes padding masks (B, T)"
         )
     valid = None if attention_mask is None else attention_mask[:, -query.shape[2] :].bool()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -75,10 +74,13 @@ def mask(*args: Any, **kwargs: Any) -> Tensor | None:
         made: Tensor | None = sdpa_mask(*args, **kwargs)
         return made
     if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
-        raise ValueError(
-            "this model asks for an attention mask that is not causal; a kvfold cache attends causally"
-        )
+        raise ValueError("this model asks for an attention mask that is not causal; a kvfold cache attends causally")
     padding: Tensor | None = kwargs.get("attention_mask")
+    if padding is not None and padding.shape[1] != kwargs["kv_length"]:
+        raise ValueError(
+            f"attention_mask of shape {tuple(padding.shape)} must cover all tokens read so far and the new ones: "
+            f"(B, {int(kwargs['kv_length'])})"
+        )
     if padding is None or bool(padding[:, -kwargs["q_length"] :].all()):
         return None
     return padding

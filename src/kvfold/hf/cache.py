@@ -15,15 +15,15 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from kvfold.hf import attention
 from kvfold.hf.layers import PagedLayer, WindowLayer, storage_bytes
+from kvfold.hf.report import Report, layer_report
 from kvfold.hf.rope import find_rope
 from kvfold.layer import KVLayer, Pass
 from kvfold.methods.base import Decisions, Method
 from kvfold.methods.registry import parse
-from kvfold.hf.report import Report, layer_report
 from kvfold.views import LayerView
 
 
-class Cache(HFCache):  # type: ignore[misc]
+class Cache(HFCache):
     """A transformers cache that holds its tokens on pages and lets a method decide which.
 
     `method` is a slug, a composition as text, or a Method; `options` go to the method. Sets the model's attention
@@ -33,6 +33,8 @@ class Cache(HFCache):  # type: ignore[misc]
     Raises ValueError for a model that can't work, naming what is missing, and for options that don't fit.
     """
 
+    layers: list[Any]
+
     def __init__(self, model: PreTrainedModel, method: str | Method = "full", **options: Any):
         self.method = parse(method, **options)
         check_model(model)
@@ -41,19 +43,20 @@ class Cache(HFCache):  # type: ignore[misc]
         self._pass: Pass | None = None
         self._at = -1
         self._token_ids: Tensor | None = None
-        self._listen, self._observe = True, None
+        self._listen = True
+        self._observe: Callable[[LayerView], None] | None = None
         super().__init__(layers=self._layers())
+        if not self.paged:
+            warnings.warn(
+                f"{type(model).__name__} has no layer with full attention: {self.method} has nothing to do",
+                stacklevel=2,
+            )
         use_kvfold(model)
 
     def _layers(self) -> list[Any]:
         config = self.model.config.get_text_config(decoder=True)
         plan = DynamicCache(config=config).layers
         paged = tuple(index for index, layer in enumerate(plan) if type(layer) is DynamicLayer)
-        if not paged:
-            warnings.warn(
-                f"{type(self.model).__name__} has no layer with full attention: {self.method} has nothing to do",
-                stacklevel=3,
-            )
         modules = attention_modules(self.model)
         layers: list[Any] = []
         for index, layer in enumerate(plan):
@@ -83,16 +86,14 @@ class Cache(HFCache):  # type: ignore[misc]
     def nbytes(self) -> int:
         """Bytes of all tensors held: pages with their columns and tables, windows, recurrent states."""
         return sum(
-            layer.core.nbytes if isinstance(layer, PagedLayer) else storage_bytes(layer)
-            for layer in self.layers
+            layer.core.nbytes if isinstance(layer, PagedLayer) else storage_bytes(layer) for layer in self.layers
         )
 
     @property
     def dense_nbytes(self) -> int:
         """Bytes that a dense cache would hold for the same tokens (padding not counted, windows as they are)."""
         return sum(
-            layer.core.dense_nbytes if isinstance(layer, PagedLayer) else storage_bytes(layer)
-            for layer in self.layers
+            layer.core.dense_nbytes if isinstance(layer, PagedLayer) else storage_bytes(layer) for layer in self.layers
         )
 
     @property
@@ -175,12 +176,32 @@ class Cache(HFCache):  # type: ignore[misc]
             self._pass = None
             for core, mark in zip(self.paged, marks, strict=True):
                 core.rewind(mark)
-            self.layers = [
-                old if old is not None else new for old, new in zip(others, self.layers, strict=True)
-            ]
+            self.layers = [old if old is not None else new for old, new in zip(others, self.layers, strict=True)]
             for layer in self.layers:
                 if isinstance(layer, PagedLayer):
                     layer.waiting = False
+
+    @contextmanager
+    def observed(self, observe: Callable[[LayerView], None]) -> Iterator[None]:
+        """Within the block `observe` gets every layer's view, before the method decides."""
+        before, self._observe = self._observe, observe
+        try:
+            yield
+        finally:
+            self._observe = before
+
+    def adopt(self, view: LayerView) -> None:
+        """Fill one layer of this empty cache from another cache's view of its first pass. See `prefill_many`."""
+        core = self.paged[view.place.ordinal]
+        this = Pass(prefill=True, step=self._step_of(view), token_ids=view.place.token_ids)
+        core.adopt(view, this)
+        self.leave(core.ordinal, this)
+
+    def _step_of(self, view: LayerView) -> dict[str, Any]:
+        """This cache's own step context for the pass that it adopts."""
+        if view.place.ordinal == 0 or self._pass is None:
+            self._pass = Pass(prefill=True)
+        return self._pass.step
 
     # -- the cache operations --------------------------------------------------------------------------------
 
@@ -199,7 +220,8 @@ class Cache(HFCache):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything that was read."""
-        super().reset()
+        # New layers: transformers' own keep the batch size and the past recording of what they have read.
+        self.layers = self._layers()
         self._pass, self._at, self.recording = None, -1, False
 
     @property
@@ -265,7 +287,7 @@ class Done:
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Attention modules by layer index."""
-    found = {}
+    found: dict[int, nn.Module] = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and type(module).__name__.endswith("Attention"):
@@ -291,9 +313,7 @@ def check_model(model: Any) -> None:
     strange = [x for x in DynamicCache(config=config).layers if not isinstance(x, CacheLayerMixin)]
     for layer in strange:
         if not hasattr(layer, "conv_states"):
-            raise ValueError(
-                f"{name} has cache layers of type {type(layer).__name__}, which kvfold does not know"
-            )
+            raise ValueError(f"{name} has cache layers of type {type(layer).__name__}, which kvfold does not know")
 
 
 def use_kvfold(model: PreTrainedModel) -> None:

@@ -1,6 +1,7 @@
 """Cache layers as transformers wants them: paged layers that hand over to KVLayer, window layers that free memory."""
 
-from typing import Any, Protocol
+import weakref
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from kvfold.hf.attention import PagedLength, attach_handle
 from kvfold.layer import KVLayer, Pass
 
 
+@runtime_checkable
 class Owner(Protocol):
     """What a paged layer asks of the cache that it belongs to."""
 
@@ -28,7 +30,7 @@ class Owner(Protocol):
         ...
 
 
-class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
+class PagedLayer(CacheLayerMixin):
     """The transformers side of a KVLayer. `update` only marks the keys; the attention function does the work."""
 
     is_croppable = True
@@ -37,26 +39,29 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, owner: Owner, core: KVLayer):
         super().__init__()
-        self.owner = owner
+        self._owner = weakref.ref(owner)  # no cycle: the pages go when the last reference to the cache goes
         self.core = core
         self.waiting = False
+
+    @property
+    def owner(self) -> Owner:
+        """The cache that this layer belongs to."""
+        owner = self._owner()
+        assert owner is not None, "a layer outlived its cache"
+        return owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the first attention call knows the shapes."""
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The same tensors, the keys carrying a handle on this layer."""
         self.owner.check_consumed()
         self.is_initialized = True
         self.waiting = True
         return attach_handle(key_states, self), value_states
 
-    def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float
-    ) -> Tensor:
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float) -> Tensor:
         """Called by the attention function: (B, Hq, Q, D) over new and stored tokens."""
         self.waiting = False
         this = self.owner.enter(self.core.ordinal, q.shape[2])
@@ -106,15 +111,16 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         raise NotImplementedError("offloading=True: a kvfold cache does not move its pages")
 
 
-class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+class WindowLayer(DynamicSlidingWindowLayer):
     """transformers' sliding-window layer, but what leaves the window is freed.
 
     The parent keeps a slice of the whole prompt's keys, and with it all of the prompt's memory.
     """
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    keys: Tensor
+    values: Tensor
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         if not self.record_past and self.keys.untyped_storage().nbytes() > 1.1 * self.keys.nbytes:
             self.keys, self.values = self.keys.clone(), self.values.clone()
@@ -138,9 +144,7 @@ def tensors(layer: Any) -> list[Tensor]:
 
 def storage_bytes(layer: Any) -> int:
     """Bytes of the storages behind those tensors, each counted once."""
-    stores = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors(layer)
-    }
+    stores = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors(layer)}
     return sum(stores.values())
 
 

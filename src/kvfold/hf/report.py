@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from io import StringIO
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.table import Table
@@ -61,6 +61,7 @@ class Report:
         return capture.get()
 
 
+@runtime_checkable
 class Reportable(Protocol):
     """The parts of a cache that a report reads."""
 

@@ -37,10 +37,9 @@ def find_rope(model: nn.Module, attention: nn.Module | None, layer_type: str) ->
     apply: Any = attention and getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if rotary is None or apply is None:
         return None
-    kind = getattr(rotary, "rope_type", "default")
-    by_layer = isinstance(kind, dict)
-    if by_layer:
-        kind = kind[layer_type]
+    kinds: Any = getattr(rotary, "rope_type", "default")
+    by_layer = isinstance(kinds, dict)
+    kind = kinds[layer_type] if by_layer else kinds
     if "dynamic" in kind or kind == "longrope":
         return None
     return ModelRope(rotary, apply, layer_type if by_layer else None)

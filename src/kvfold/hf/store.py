@@ -25,7 +25,7 @@ VERSION = "1"
 
 
 def save(cache: "Cache", path: str | os.PathLike[str]) -> None:
-    """Write what the cache holds to `path`, under a temporary name first. Raises ValueError for layers it can't write."""
+    """Write what the cache holds to `path`, under a temporary name first. ValueError for layers it can't write."""
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
     for index, layer in enumerate(cache.layers):
@@ -37,9 +37,7 @@ def save(cache: "Cache", path: str | os.PathLike[str]) -> None:
                 tensors[f"{index}.values"] = layer.values.contiguous()
             layers.append({"kind": "window", "length": layer.cumulative_length})
         else:
-            raise ValueError(
-                f"layer {index} is a {type(layer).__name__}; only paged and window layers can be saved"
-            )
+            raise ValueError(f"layer {index} is a {type(layer).__name__}; only paged and window layers can be saved")
     header = {
         "version": VERSION,
         "method": str(cache.method),
@@ -61,9 +59,7 @@ def _save_paged(core: KVLayer, prefix: str, tensors: dict[str, Tensor]) -> dict[
     formats = []
     for number, (form, segment) in enumerate(core.segments):
         if not isinstance(form, Dense):
-            raise ValueError(
-                f"layer {core.layer} holds a segment of format {form!r}; only dense ones can be saved"
-            )
+            raise ValueError(f"layer {core.layer} holds a segment of format {form!r}; only dense ones can be saved")
         tokens = segment.dense()
         stored = {"keys": tokens.keys, "values": tokens.values, **tokens.columns}
         for name, plane in stored.items():
@@ -99,9 +95,7 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel) -> "Cache":
             raise ValueError(f"path={os.fspath(path)!r} is not a kvfold cache")
         header = json.loads(text)
         if header["version"] != VERSION:
-            raise ValueError(
-                f"path={os.fspath(path)!r} has version {header['version']}; this kvfold reads {VERSION}"
-            )
+            raise ValueError(f"path={os.fspath(path)!r} has version {header['version']}; this kvfold reads {VERSION}")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     cache = Cache(model, header["method"])
     kinds = ["paged" if isinstance(layer, PagedLayer) else "window" for layer in cache.layers]
@@ -132,9 +126,7 @@ def _load_paged(
     for number, form in enumerate(state["formats"]):
         counts = torch.tensor(form["counts"])
         valid = torch.arange(int(counts.max()) if counts.numel() else 0) < counts[..., None]
-        planes = {
-            name.split(".", 2)[2]: t for name, t in tensors.items() if name.startswith(f"{prefix}.{number}.")
-        }
+        planes = {name.split(".", 2)[2]: t for name, t in tensors.items() if name.startswith(f"{prefix}.{number}.")}
         dense = {}
         for name, flat in planes.items():
             dtype = core.dtype if name in ("keys", "values") else flat.dtype

@@ -26,9 +26,7 @@ def pivots(sets: Int[Tensor, "B H T"], importance: Float[Tensor, "B H T"]) -> Bo
     best = torch.full_like(importance, -torch.inf).scatter_reduce(-1, sets, importance, "amax")
     top = importance == best.gather(-1, sets)
     slot = torch.arange(sets.shape[-1], device=sets.device).expand_as(sets)
-    first = torch.full_like(sets, sets.shape[-1]).scatter_reduce(
-        -1, sets, slot.where(top, sets.shape[-1]), "amin"
-    )
+    first = torch.full_like(sets, sets.shape[-1]).scatter_reduce(-1, sets, slot.where(top, sets.shape[-1]), "amin")
     return slot == first.gather(-1, sets)
 
 

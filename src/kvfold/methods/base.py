@@ -1,8 +1,9 @@
 """What a method is: a frozen dataclass of options, with events that return decisions."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from kvfold.decisions import Decision, Read
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 Decisions = Decision | Sequence[Decision] | None
 
 
+@runtime_checkable
 class CacheView(Protocol):
     """What `after_layer` and `after_forward` see: the stored tokens of every layer that is done."""
 
@@ -113,6 +115,8 @@ C = TypeVar("C", bound=type[Method])
 
 def method(slug: str, *, title: str, kind: str, paper: str = "") -> Callable[[C], C]:
     """Register a method under `slug` (class decorator). Raises ValueError for a slug or kind that can't be."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", slug):
+        raise ValueError(f"slug={slug!r} must be letters, digits, - and _, so that it can be written in a composition")
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
 
@@ -180,9 +184,7 @@ class Pipeline(Method):
         for found in maps:
             clash = [ordinal for ordinal in found if ordinal in done]
             if clash:
-                raise ValueError(
-                    f"two stages decide about layer {clash[0]} in the same event; compose one of them"
-                )
+                raise ValueError(f"two stages decide about layer {clash[0]} in the same event; compose one of them")
             done |= {ordinal: list(decided(decisions)) for ordinal, decisions in found.items()}
         return done
 

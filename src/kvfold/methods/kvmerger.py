@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -14,12 +15,12 @@ from kvfold.formats import LOG_MASS, Chunk
 from kvfold.merges import chain_links, fold_sets, sets_of
 from kvfold.merges.chain import neighbour_cosine
 from kvfold.methods.base import Method, method
-from kvfold.options import check_choice, check_number
+from kvfold.options import check_choice, check_ints, check_number
 from kvfold.scores import top_mask
 from kvfold.views import LayerView
 
 PAPER = ((0.0, 0.35, 0.5, 1.0), (0.0, 0.08, 0.17, 0.34), (0.0, 0.02, 0.12, 0.24))
-"""Budget, recent share, heavy share: the paper's settings at 35 % and 50 %, straight lines elsewhere (reconstructed)."""
+"""Budget, recent share, heavy share: the paper's at 35 % and 50 %, straight lines elsewhere (reconstructed)."""
 
 
 @method("kvmerger", title="KVMerger: adaptive KV cache merging", paper="2407.08454", kind="merge")
@@ -53,40 +54,55 @@ class KVMerger(Method):
         for name, high in (("threshold", 1.0), ("recent", 1.0), ("heavy", 1.0)):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), -1.0 if name == "threshold" else 0.0, high)
+        check_ints("skip", self.skip)
         if isinstance(self.bandwidth, str):
             check_choice("bandwidth", self.bandwidth, ("mean_distance", "literal"))
         else:
             check_number("bandwidth", self.bandwidth, 1e-6, 1e6)
 
     def after_prefill(self, view: LayerView) -> Rewrite | None:
-        budget = view.budget(
-            self.budget, lambda b: exempt_layers(view.place.ordinals(self.skip), view.place.layers, b)
-        )
+        budget = view.budget(self.budget, lambda b: exempt_layers(view.place.ordinals(self.skip), view.place.layers, b))
         need = (view.count - budget).clamp(min=0)
-        if self.threshold is None and not need.any():
+        skipped = view.place.ordinal in view.place.ordinals(self.skip)
+        threshold = None if skipped else self.threshold
+        if threshold is None and not need.any():
             return None
         importance = view.column_sums()
-        free = view.valid & ~self.protected(view, importance, budget)
-        link = chain_links(neighbour_cosine(view.keys), free & ~view.newest_stored, need, self.threshold)
         mass = view.columns[LOG_MASS].exp() if LOG_MASS in view.columns else torch.ones_like(importance)
-        sets = sets_of(link)
-        folded = fold_sets(view.keys, view.values, sets, importance, mass, bandwidth=self.bandwidth)
+        free = view.valid & ~self.protected(view, importance, budget)
+        # Neighbours are tokens side by side in what is left of the text, whatever empty slots lie between them.
+        keys, values, importance, mass = map(view.pack, (view.keys, view.values, importance, mass))
+        link = chain_links(self._cosine(view, keys), view.pack(free), need, threshold)
+        folded = fold_sets(keys, values, sets_of(link), importance, mass, bandwidth=self.bandwidth)
         values, columns = folded.values, dict(view.columns)
         if self.mass == "counted":
-            columns[LOG_MASS] = folded.size.log()
+            columns[LOG_MASS] = view.unpack(folded.size.log())
         elif self.mass == "paper":
             values = (values.float() * folded.size[..., None]).to(values.dtype)
-        return Rewrite(Chunk(folded.keys, values, view.valid & folded.pivot, columns))
+        slots = view.valid & view.unpack(folded.pivot) & (budget > 0)[..., None]
+        return Rewrite(Chunk(view.unpack(folded.keys), view.unpack(values), slots, columns))
+
+    @staticmethod
+    def _cosine(view: LayerView, keys: Float[Tensor, "B H T D"]) -> Float[Tensor, "B H T"]:
+        """Cosine of each packed key with the next; below any other where the next one came with a later turn.
+
+        So turns only join where the budget leaves no other link: when it is a single token.
+        """
+        earlier = view.pack(view.earlier)
+        return neighbour_cosine(keys).masked_fill(earlier & ~F.pad(earlier[..., 1:], (0, 1), value=True), -2.0)
 
     def protected(
         self, view: LayerView, importance: Float[Tensor, "B H T"], budget: Int[Tensor, "B H"]
     ) -> Bool[Tensor, "B H T"]:
         """The recent tokens and the heavy hitters, as many as leave the budget reachable."""
         shares = [self.shares(fraction) for fraction in view.fraction(self.budget)]
-        recent, heavy = (view.count * torch.tensor(shares, device=budget.device).T[:, :, None]).long()
-        # A run between two protected tokens keeps a slot, and recent + heavy tokens make heavy + 1 runs at most.
-        recent = torch.minimum(recent, (budget - 1).clamp(min=0))
-        heavy = torch.minimum(heavy, (budget - recent - 1).clamp(min=0) // 2)
+        wanted = torch.tensor(shares, dtype=torch.float64, device=budget.device)
+        recent, heavy = (view.count * wanted.T[:, :, None]).long()
+        # A run between two protected tokens keeps a slot; recent + heavy tokens make heavy + 1 runs at most, and
+        # one more where a run ends because the turn does.
+        runs = 1 + view.earlier.any(-1).long()
+        recent = torch.minimum(recent, (budget - runs).clamp(min=0))
+        heavy = torch.minimum(heavy, (budget - recent - runs).clamp(min=0) // 2)
         tail = view.valid & (view.rank >= (view.count - recent)[..., None])
         return tail | top_mask(importance.masked_fill(tail | ~view.valid, -torch.inf), heavy)
 

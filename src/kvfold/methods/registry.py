@@ -59,9 +59,7 @@ def parse(method: str | Method, **options: Any) -> Method:
     """
     if isinstance(method, Method):
         if options:
-            raise ValueError(
-                f"options {sorted(options)} must be given to {type(method).__name__}(...) itself"
-            )
+            raise ValueError(f"options {sorted(options)} must be given to {type(method).__name__}(...) itself")
         return method
     if not isinstance(method, str):
         raise ValueError(f"method={method!r} must be a slug, a composition as text, or a Method")
@@ -77,10 +75,11 @@ def parse(method: str | Method, **options: Any) -> Method:
 
 def _split(text: str) -> list[str]:
     """Cut at each | outside parentheses and quotes."""
-    parts, depth, quote, start = [], 0, "", 0
+    parts, depth, quote, start, escaped = [], 0, "", 0, False
     for i, char in enumerate(text):
         if quote:
-            quote = "" if char == quote else quote
+            quote = "" if char == quote and not escaped else quote
+            escaped = char == "\\" and not escaped
         elif char in "'\"":
             quote = char
         elif char in "([{":
@@ -100,11 +99,15 @@ def _stage(text: str, options: dict[str, Any]) -> Method:
     slug, arguments = found[1], found[2] or "()"
     try:
         call = ast.parse(f"f{arguments}", mode="eval").body
-        assert isinstance(call, ast.Call)
-        if call.args:
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError("one pair of parentheses, and | between methods")
+        words = [word.arg for word in call.keywords]
+        if call.args or None in words:
             raise ValueError("options are given by name")
-        given = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg is not None}
-    except (SyntaxError, ValueError, AssertionError) as error:
+        if twice := [word for word in words if words.count(word) > 1]:
+            raise ValueError(f"{twice[0]} is given twice")
+        given = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, ValueError) as error:
         raise ValueError(f"method={text.strip()!r}: can't read the options {arguments} ({error})") from None
     clash = sorted(set(given) & set(options))
     if clash:

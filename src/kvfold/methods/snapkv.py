@@ -35,6 +35,7 @@ class SnapKV(Method):
         budget = view.budget(self.budget)
         window = view.last(self.window)
         votes = view.attention(self.window).sum(3).mean(2)  # B H T
-        votes = smooth(votes.masked_fill(window | ~view.valid, 0.0), self.kernel, self.pool)
+        votes = view.pack(votes.masked_fill(window | ~view.valid, 0.0))  # empty slots are nobody's neighbours
+        votes = view.unpack(smooth(votes, self.kernel, self.pool))
         latest = view.rank >= (view.count - budget.clamp(max=self.window))[..., None]
         return keep_top(view, votes.masked_fill(window, 0.0), budget, always=window & latest)

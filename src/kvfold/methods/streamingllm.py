@@ -37,6 +37,6 @@ class StreamingLLM(Method):
         budget = view.budget(self.budget)[..., None]
         sinks = budget.clamp(max=self.sinks)
         recent = view.rank >= view.count[..., None] - (budget - sinks)
-        return Keep((view.rank < sinks) | recent)
+        return Keep(view.valid & ((view.rank < sinks) | recent))
 
     after_decode = after_prefill

@@ -24,9 +24,7 @@ _kernels: dict[str, list[Kernel]] = defaultdict(list)
 _forced: list[str] = [os.environ["KVFOLD_KERNELS"]] if os.environ.get("KVFOLD_KERNELS") else []
 
 
-def register(
-    op: str, name: str, *, rank: int, fits: Callable[[Tensor], bool] = lambda _: True
-) -> Callable[..., Any]:
+def register(op: str, name: str, *, rank: int, fits: Callable[[Tensor], bool] = lambda _: True) -> Callable[..., Any]:
     """Add a version of `op` (decorator); a higher rank is tried first."""
 
     def add(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,17 +37,25 @@ def register(
 
 def select(op: str, tensor: Tensor) -> Callable[..., Any]:
     """The version of `op` for this tensor's device and dtype."""
-    for kernel in _kernels[op]:
+    kernels = _known(op)
+    for kernel in kernels:
         if kernel.fits(tensor) and (not _forced or kernel.name == _forced[-1]):
             return kernel.run
-    if not _kernels[op]:
-        raise KeyError(f"op={op!r} is unknown; there are {sorted(_kernels)}")
-    return _kernels[op][-1].run
+    names = {kernel.name for others in _kernels.values() for kernel in others}
+    if _forced and _forced[-1] not in names:
+        raise ValueError(f"kernels={_forced[-1]!r} (use() or KVFOLD_KERNELS) must be one of {sorted(names)}")
+    return kernels[-1].run
 
 
 def versions(op: str) -> list[str]:
     """Names of the versions of `op`, fastest first."""
-    return [kernel.name for kernel in _kernels[op]]
+    return [kernel.name for kernel in _known(op)]
+
+
+def _known(op: str) -> list[Kernel]:
+    if op not in _kernels:
+        raise KeyError(f"op={op!r} is unknown; there are {sorted(_kernels)}")
+    return _kernels[op]
 
 
 @contextlib.contextmanager

@@ -22,9 +22,7 @@ def top_mask(scores: Float[Tensor, "B H T"], count: Int[Tensor, "B H"]) -> Bool[
     """The `count` highest scores of each (row, head); ties go to the earlier token, -inf is never chosen."""
     order = torch.argsort(scores, dim=-1, descending=True, stable=True)
     first = torch.arange(scores.shape[-1], device=scores.device) < count[..., None]
-    return torch.zeros_like(first.expand_as(scores)).scatter(-1, order, first.expand_as(scores)) & (
-        scores > -torch.inf
-    )
+    return torch.zeros_like(first.expand_as(scores)).scatter(-1, order, first.expand_as(scores)) & (scores > -torch.inf)
 
 
 def keep_top(

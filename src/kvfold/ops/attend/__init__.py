@@ -17,7 +17,7 @@ def attend(
     scale: float,
     bias: Float[Tensor, "B H #Q T"] | None = None,
 ) -> tuple[Float[Tensor, "B H Q Dv"], Float[Tensor, "B H Q"]]:
-    """Softmax attention with its log-sum-exp (float32). Nothing is causal here: `bias` (float32, -inf: not seen) is all.
+    """Softmax attention with its log-sum-exp (float32). Not causal: `bias` (float32, -inf: not seen) is all there is.
 
     The query heads of a group go into Q: they read the same keys. A query that sees no token gives 0 and -inf.
     """

@@ -9,9 +9,7 @@ from kvfold.ops.dispatch import register
 
 
 @register("attend", "naive", rank=0)
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if k.shape[2] == 0:
         return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     logits = torch.einsum("bhqd,bhtd->bhqt", q.float(), k.float()) * scale

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvfold.ops.attend.sdpa import FLOATS, fits
+from kvfold.ops.attend.sdpa import FLOATS, fits, flash_cpu
 from kvfold.ops.dispatch import register
 from kvfold.ops.prefill import naive
 
@@ -12,10 +12,7 @@ from kvfold.ops.prefill import naive
 def causal_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     if k.shape[3] != v.shape[3]:
         return naive.causal(q, k, v, scale)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, is_causal=True, scale=scale
-    )
-    return out, lse
+    return flash_cpu(q, k, v, is_causal=True, scale=scale)
 
 
 @register("causal", "sdpa-cuda", rank=10, fits=lambda q: q.device.type == "cuda" and q.dtype in FLOATS)

@@ -10,15 +10,14 @@ BLOCK_ELEMENTS = 1 << 20
 
 
 @register("column_sums", "blocked", rank=10)
-def column_sums(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, start: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def column_sums(q: Tensor, k: Tensor, lse: Tensor, scale: float, start: Tensor, bias: Tensor | None = None) -> Tensor:
     (b, hq, n, d), (h, t) = q.shape, k.shape[1:3]
     group, starts = hq // h, start.tolist()
     block = max(16, min(256, BLOCK_ELEMENTS // max(1, group * t)))
-    queries = q.float().view(b, h, group, n, d) * scale
-    keys = k.float().transpose(-1, -2)
     lse = lse.view(b, h, group, n)
+    # A query that must not count may hold anything, NaN too.
+    queries = (q.float().view(b, h, group, n, d) * scale).masked_fill((lse == torch.inf)[..., None], 0.0)
+    keys = k.float().transpose(-1, -2)
     sums = torch.zeros(b, h, t, dtype=torch.float32, device=q.device)
     for row in range(b):
         for head in range(h):

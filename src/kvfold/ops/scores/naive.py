@@ -20,14 +20,13 @@ def window_attention(q: Tensor, k: Tensor, scale: float, seen: Tensor, bias: Ten
 
 
 @register("column_sums", "naive", rank=0)
-def column_sums(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, start: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def column_sums(q: Tensor, k: Tensor, lse: Tensor, scale: float, start: Tensor, bias: Tensor | None = None) -> Tensor:
     (b, hq, n, _), (h, t) = q.shape, k.shape[1:3]
     logits = torch.einsum("bhgqd,bhtd->bhgqt", q.view(b, h, hq // h, n, -1).float(), k.float()) * scale
     if bias is not None:
         logits = logits + bias[:, :, None, None]
     own = start.to(q.device)[..., None] + torch.arange(n, device=q.device)  # B H Q
     future = torch.arange(t, device=q.device) > own[..., None]
-    probs = torch.exp(logits - lse.view(b, h, hq // h, n, 1)).masked_fill(future[:, :, None], 0.0)
+    lse = lse.view(b, h, hq // h, n, 1)
+    probs = torch.exp(logits - lse).masked_fill(future[:, :, None] | (lse == torch.inf), 0.0)
     return probs.sum((2, 3))

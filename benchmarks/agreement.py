@@ -1,0 +1,143 @@
+"""Agreement with the full cache over real documents: mean KL and equal greedy tokens, for methods x budgets.
+
+    python benchmarks/agreement.py --model smollm2-135m-instruct --data ../shared/data --docs 24 \
+        --out benchmarks/results/agreement-smollm2.json
+
+Protocol: a document's first 1,024, 1,536 or 2,048 tokens (in turn) are read and compressed, without a question; its
+next 64 tokens are then fed, appended to what is kept, and every next-token distribution is compared with the
+full cache's. One exact prefill serves all methods and budgets of a document. Intervals: bootstrap over documents.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import kvfold
+from kvfold.evaluation.agreement import agreement
+from kvfold.evaluation.compare import with_budget
+from kvfold.hf.fanout import prefill_many
+
+METHODS = "kvmerger,h2o,snapkv,tova,streamingllm"
+CONTEXTS = (1024, 1536, 2048)
+
+
+def documents(folder: Path) -> list[tuple[str, str]]:
+    """Names and texts: long WikiText-2 articles and L-Eval inputs, alternating."""
+    wiki = re.split(r"\n(?= = [^=].* = \n)", (folder / "wikitext-2-valid.txt").read_text())
+    articles = [(f"wikitext:{text.split(' = ')[1]}", text) for text in wiki if len(text) > 8_000]
+    inputs = []
+    for path in sorted((folder / "leval").glob("*.jsonl")):
+        seen: set[str] = set()
+        for i, line in enumerate(path.read_text().splitlines()):
+            text = json.loads(line)["input"]
+            if len(text) > 10_000 and text[:200] not in seen and len(seen) < 8:
+                seen.add(text[:200])
+                inputs.append((i, f"{path.stem}:{i}", text))
+    inputs.sort(key=lambda x: x[0])
+    mixed = itertools.zip_longest(articles, [(name, text) for _, name, text in inputs])
+    return [doc for pair in mixed for doc in pair if doc is not None]
+
+
+def interval(values: list[float], seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean."""
+    data = np.array(values)
+    picks = np.random.default_rng(seed).integers(0, len(data), (2000, len(data)))
+    low, high = np.quantile(data[picks].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--budgets", default="0.5,0.35,0.2,0.1")
+    parser.add_argument("--docs", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+
+    model, tokenizer = kvfold.load(args.model, device=args.device)
+    budgets = [float(b) for b in args.budgets.split(",")]
+    # Options stand in parentheses and hold commas too: cut at the commas outside.
+    methods = re.split(r",(?![^(]*\))", args.methods)
+    cells = [(m, b) for m in methods for b in budgets]
+    results: dict[str, list[dict[str, object]]] = {f"{m}@{b}": [] for m, b in cells}
+    started, done = time.perf_counter(), 0
+    for name, text in documents(args.data):
+        context = CONTEXTS[done % len(CONTEXTS)]
+        ids = tokenizer(text[: 12 * (context + args.tokens)], return_tensors="pt").input_ids[:, : context + args.tokens]
+        if ids.shape[1] < context + args.tokens:
+            continue
+        ids = ids.to(model.device)
+        chosen = [_method(m, b) for m, b in cells]
+        caches = [kvfold.Cache(model, method) for method in ["full", *chosen]]
+        prompt, rest = ids[:, :context], ids[:, context:]
+        prefill_many(model, {"input_ids": prompt}, caches, logits_to_keep=1)
+        logits = []
+        for cache in caches:
+            with torch.no_grad(), cache.tentative():
+                logits.append(model(input_ids=rest, past_key_values=cache).logits[0])
+        for (m, b), cache, got in zip(cells, caches[1:], logits[1:], strict=True):
+            found = agreement(logits[0], got)
+            held = cache.nbytes / caches[0].nbytes
+            results[f"{m}@{b}"].append(
+                {"doc": name, "context": context, "kl": found.kl, "top1": found.top1, "bytes": held}
+            )
+        done += 1
+        print(f"{done}/{args.docs} {name} ({time.perf_counter() - started:.0f} s)", file=sys.stderr)
+        if done == args.docs:
+            break
+    report(args, results, methods, budgets, done)
+
+
+def _method(text: str, budget: float) -> kvfold.Method:
+    """`kvmerger` or `kvmerger(skip=())`, at a budget."""
+    if "(" not in text:
+        return with_budget(text, budget)
+    return kvfold.parse(text.replace("(", f"(budget={budget},", 1))
+
+
+def report(
+    args: argparse.Namespace, results: dict[str, list[dict]], methods: list[str], budgets: list[float], docs: int
+) -> None:
+    """The table on standard output, everything in --out."""
+    print(f"\n{args.model}, {docs} documents, mean KL [95 %] / equal greedy tokens / KV bytes of full\n")
+    print("| method | " + " | ".join(f"{b:.0%}" for b in budgets) + " |")
+    print("| --- |" + " --- |" * len(budgets))
+    summary = {}
+    for m in methods:
+        row = []
+        for b in budgets:
+            found = results[f"{m}@{b}"]
+            kl, top1, held = ([float(r[key]) for r in found] for key in ("kl", "top1", "bytes"))
+            low, high = interval(kl)
+            row.append(f"{np.mean(kl):.3f} [{low:.3f}, {high:.3f}] / {np.mean(top1):.3f} / {np.mean(held):.3f}")
+            summary[f"{m}@{b}"] = {
+                "kl": float(np.mean(kl)), "kl_low": low, "kl_high": high, "top1": float(np.mean(top1)),
+                "bytes_of_full": float(np.mean(held)),
+            }  # fmt: skip
+        print(f"| {m} | " + " | ".join(row) + " |")
+    if args.out:
+        about = {
+            "command": "python benchmarks/agreement.py", "model": args.model, "documents": docs,
+            "tokens": args.tokens, "contexts": CONTEXTS, "device": args.device,
+            "versions": {name: version(name) for name in ("kvfold", "torch", "transformers")},
+        }  # fmt: skip
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = args.out.with_suffix(".tmp")
+        temporary.write_text(json.dumps({**about, "summary": summary, "results": results}, indent=1))
+        temporary.replace(args.out)
+
+
+if __name__ == "__main__":
+    main()

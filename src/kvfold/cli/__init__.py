@@ -1,0 +1,5 @@
+"""The `kvfold` command."""
+
+from kvfold.cli.app import main
+
+__all__ = ["main"]

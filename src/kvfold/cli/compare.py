@@ -1,0 +1,85 @@
+"""`kvfold compare`: methods side by side on one document."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from kvfold.cli import common
+
+if TYPE_CHECKING:
+    from kvfold.evaluation.compare import Row
+
+
+def compare_command(
+    file: common.File,
+    methods: Annotated[str, typer.Option("--methods", help="Slugs, separated by commas.")] = "full,kvmerger,h2o,snapkv",
+    budget: Annotated[str, typer.Option("--budget", help="One or several; the first is timed.")] = "0.35",
+    model: common.Model = "smollm2-135m-instruct",
+    ask: common.Ask = None,
+    max_new_tokens: common.NewTokens = 64,
+    context: common.Context = None,
+    dtype: common.Dtype = None,
+    device: common.Device = "cpu",
+    chat: common.Chat = True,
+    chart: Annotated[Path | None, typer.Option("--chart", help="Write memory against agreement (.html, .png).")] = None,
+    json: common.Json = False,
+) -> None:
+    """Compare methods on one document: answer, memory, time, agreement with the full cache."""
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    budgets = [common.number(part) for part in budget.split(",")]
+    if not names:
+        raise ValueError(f"methods={methods!r} names no method")
+
+    from kvfold.evaluation.chart import check_chart_path, memory_against_agreement, save_chart
+    from kvfold.evaluation.compare import compare, with_budget
+    from kvfold.evaluation.prompts import build_prompt
+    from kvfold.hf.models import load
+
+    for name in names:
+        for value in budgets:
+            with_budget(name, value)
+    if chart is not None:
+        check_chart_path(chart)
+    document = common.read_document(file)
+    lm, tokenizer = load(model, dtype=dtype, device=device)
+    ids = build_prompt(tokenizer, document, ask, chat=chat, limit=context)["input_ids"]
+    common.check_fits(lm, ids.shape[1], max_new_tokens)
+    with common.stderr.status("") as status:
+        rows = compare(
+            lm, tokenizer, ids, names, budgets, max_new_tokens=max_new_tokens,
+            tick=lambda what: status.update(f"{ids.shape[1]} tokens: {what}"),
+        )  # fmt: skip
+    title = f"{model}, {ids.shape[1]} tokens of {file.name}"
+    if json:
+        about = {
+            "model": model, "prompt_tokens": ids.shape[1], "question": ask, "device": str(lm.device),
+            "dtype": str(lm.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        common.print_json({**about, "versions": common.versions(), "rows": [row.to_dict() for row in rows]})
+    else:
+        common.stdout.print(_table(rows, title))
+    if chart is not None:
+        save_chart(memory_against_agreement(rows, title), chart)
+        common.stderr.print(f"chart: {chart}")
+
+
+def _table(rows: Sequence["Row"], title: str) -> Table:
+    table = Table(title=title)
+    for name, where in (
+        ("method", "left"), ("budget", "right"), ("kept/head", "right"), ("KV cache", "right"), ("of full", "right"),
+        ("prefill s", "right"), ("tokens/s", "right"), ("top-1", "right"), ("KL", "right"), ("answer", "left"),
+    ):  # fmt: skip
+        table.add_column(name, justify=where, overflow="fold", max_width=48 if name == "answer" else None)  # type: ignore[arg-type]
+    for row in rows:
+        seconds = "-" if row.prefill_seconds is None else f"{row.prefill_seconds:.1f}"
+        rate = "-" if row.decode_tokens_per_second is None else f"{row.decode_tokens_per_second:.1f}"
+        table.add_row(
+            row.method, "-" if row.budget is None else str(row.budget), f"{row.kept_tokens:.0f}",
+            common.size(row.nbytes), f"{row.ratio:.3f}", seconds, rate, f"{row.top1:.2f}", f"{row.kl:.3f}",
+            " ".join(row.answer.split()),
+        )  # fmt: skip
+    return table

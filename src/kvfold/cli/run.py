@@ -1,0 +1,87 @@
+"""`kvfold run`: read a document with one method, answer a question, say what it took."""
+
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from kvfold.cli import common
+
+
+def run(
+    file: common.File,
+    model: common.Model = "smollm2-135m-instruct",
+    method: Annotated[
+        str, typer.Option("--method", help="A slug, or a composition such as 'a(x=1) | b'.")
+    ] = "kvmerger",
+    budget: Annotated[str | None, typer.Option("--budget", help="Fraction of the prompt, or tokens per head.")] = None,
+    option: Annotated[list[str], typer.Option("--option", "-o", help="Method option name=value.")] = [],  # noqa: B006
+    ask: common.Ask = None,
+    max_new_tokens: common.NewTokens = 64,
+    context: common.Context = None,
+    prefill_chunk: Annotated[int | None, typer.Option("--prefill-chunk", min=1, help="Read in chunks.")] = None,
+    dtype: common.Dtype = None,
+    device: common.Device = "cpu",
+    chat: common.Chat = True,
+    layers: Annotated[bool, typer.Option("--layers", help="Also print what each layer holds.")] = False,
+    json: common.Json = False,
+) -> None:
+    """Read a document with one method, answer a question about it, and say what that took."""
+    from kvfold.methods import parse
+
+    given = common.options(option)
+    if budget is not None:
+        given["budget"] = common.number(budget)
+    chosen = parse(method, **given)
+    document = common.read_document(file)
+
+    from kvfold.evaluation.decoding import decode, prefill
+    from kvfold.evaluation.prompts import build_prompt
+    from kvfold.hf.cache import Cache
+    from kvfold.hf.models import load
+
+    lm, tokenizer = load(model, dtype=dtype, device=device)
+    ids = build_prompt(tokenizer, document, ask, chat=chat, limit=context)["input_ids"]
+    common.check_fits(lm, ids.shape[1], max_new_tokens)
+    cache = Cache(lm, chosen)
+    with common.stderr.status(f"reading {ids.shape[1]} tokens with {chosen}"):
+        read = prefill(lm, ids, cache, prefill_chunk)
+        held = cache.report()
+        kept = cache.kept_tokens
+        answer = decode(lm, cache, read.logits, max_new_tokens)
+    result = {
+        "model": model,
+        "method": str(chosen),
+        "answer": tokenizer.decode(answer.tokens, skip_special_tokens=True).strip(),
+        "prompt_tokens": ids.shape[1],
+        "kept_tokens": kept,
+        "nbytes": held.nbytes,
+        "dense_nbytes": held.dense_nbytes,
+        "ratio": held.ratio,
+        "nbytes_at_end": cache.nbytes,
+        "new_tokens": len(answer.tokens),
+        "prefill_seconds": read.seconds,
+        "decode_tokens_per_second": answer.rate,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "device": str(lm.device),
+        "threads": torch.get_num_threads(),
+        "versions": common.versions(),
+    }
+    if json:
+        common.print_json({**result, "layers": held.to_dict()["layers"]} if layers else result)
+        return
+    common.stdout.print(result["answer"], highlight=False)
+    table = Table(box=None, show_header=False)
+    rate = f"{answer.rate:.1f} tokens/s" if answer.rate else "-"
+    for name, value in (
+        ("method", str(chosen)),
+        ("prompt", f"{ids.shape[1]} tokens, {read.seconds:.1f} s"),
+        ("kept", f"{kept:.0f} tokens per KV head"),
+        ("KV cache", f"{common.size(held.nbytes)} of {common.size(held.dense_nbytes)} ({held.ratio:.3f})"),
+        ("decode", rate),
+    ):
+        table.add_row(f"[dim]{name}[/dim]", value)
+    common.stderr.print(table)
+    if layers:
+        common.stderr.print(held.table())

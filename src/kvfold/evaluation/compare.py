@@ -1,0 +1,113 @@
+"""Methods side by side on one document and one question: answer, memory, time, agreement with the full cache."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvfold.evaluation.agreement import Agreement, agreement
+from kvfold.evaluation.decoding import Answer, decode, prefill, teacher_forced
+from kvfold.hf.cache import Cache
+from kvfold.hf.fanout import prefill_many
+from kvfold.methods import Method, get_method, parse
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one budget. Sizes are those right after the prompt; `full_nbytes` is method `full`'s."""
+
+    method: str
+    budget: float | int | None
+    answer: str
+    kept_tokens: float
+    nbytes: int
+    dense_nbytes: int
+    full_nbytes: int
+    prefill_seconds: float | None
+    decode_tokens_per_second: float | None
+    top1: float
+    kl: float
+
+    @property
+    def ratio(self) -> float:
+        """Bytes held over those of the full cache."""
+        return self.nbytes / self.full_nbytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {**asdict(self), "ratio": self.ratio}
+
+
+def with_budget(slug: str, budget: float | int | None) -> Method:
+    """A method from its text; `budget` goes to a single stage that takes one and has not set it."""
+    if "(" in slug or "|" in slug or budget is None:
+        return parse(slug)
+    takes = any(option.name == "budget" for option in fields(get_method(slug).cls))  # type: ignore[arg-type]
+    return parse(slug, budget=budget) if takes else parse(slug)
+
+
+def compare(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    ids: Tensor,
+    methods: Sequence[str],
+    budgets: Sequence[float | int],
+    *,
+    max_new_tokens: int = 64,
+    tick: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """Every method at every budget on one prompt (1, T); the first row is `full`.
+
+    At the first budget each method reads the prompt itself and is timed. At further budgets one exact prefill
+    serves them all (their times are None): the same tokens are stored, see `prefill_many`.
+    """
+    wanted = [(name, with_budget(name, budgets[0]), budgets[0]) for name in methods if name != "full"]
+    later = [(name, with_budget(name, b), b) for b in budgets[1:] for name in methods if name != "full"]
+    tick("full")
+    whole = Cache(model, "full")
+    read = prefill(model, ids, whole)
+    sizes = (whole.kept_tokens, whole.nbytes, whole.dense_nbytes)
+    with whole.tentative():
+        answer = decode(model, whole, read.logits, max_new_tokens)
+    truth = teacher_forced(model, whole, read.logits, answer.tokens)
+    full_nbytes = sizes[1]
+
+    def row(
+        name: str, budget: Any, made: Answer, held: tuple[float, int, int], prefill_s: Any, agree: Agreement
+    ) -> Row:
+        text = tokenizer.decode(made.tokens, skip_special_tokens=True).strip()
+        rate = made.rate if prefill_s is not None else None
+        return Row(name, budget, text, *held, full_nbytes, prefill_s, rate, agree.top1, agree.kl)
+
+    rows = [row("full", None, answer, sizes, read.seconds, agreement(truth, truth))]
+    del whole
+    for name, method, budget in wanted:
+        tick(f"{name} at {budget}")
+        cache = Cache(model, method)
+        own = prefill(model, ids, cache)
+        held = (cache.kept_tokens, cache.nbytes, cache.dense_nbytes)
+        logits = _forced(model, cache, own.logits, answer.tokens)
+        made = decode(model, cache, own.logits, max_new_tokens)
+        rows.append(row(name, budget, made, held, own.seconds, agreement(truth, logits)))
+    if later:
+        tick("further budgets")
+        caches = [Cache(model, method) for _, method, _ in later]
+        first = prefill_many(model, {"input_ids": ids.to(model.device)}, caches, logits_to_keep=1)[0, -1].float()
+        for (name, _, budget), cache in zip(later, caches, strict=True):
+            tick(f"{name} at {budget}")
+            held = (cache.kept_tokens, cache.nbytes, cache.dense_nbytes)
+            logits = _forced(model, cache, first, answer.tokens)
+            made = decode(model, cache, first, max_new_tokens)
+            rows.append(row(name, budget, made, held, None, agreement(truth, logits)))
+            cache.reset()
+    return rows
+
+
+def _forced(model: PreTrainedModel, cache: Cache, first: Tensor, tokens: list[int]) -> Tensor:
+    """Teacher-forced logits on a fork, so that the cache itself can still answer."""
+    fork = cache.fork()
+    logits = teacher_forced(model, fork, first, tokens)
+    fork.reset()
+    return logits

@@ -1,0 +1,78 @@
+"""Greedy decoding with a clock: what `kvfold run` and `kvfold compare` measure."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache as HFCache
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A prompt that has been read: logits of the next token (V,), and the seconds it took."""
+
+    logits: Tensor
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Generated tokens (the end token included), and the seconds that all but the first took."""
+
+    tokens: list[int]
+    seconds: float
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second, the first not counted; None for a single token."""
+        return (len(self.tokens) - 1) / self.seconds if len(self.tokens) > 1 and self.seconds > 0 else None
+
+
+def _sync(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, ids: Tensor, cache: HFCache, chunk: int | None = None) -> Prefilled:
+    """Read a prompt (1, T) into `cache`, in chunks of `chunk` tokens where given."""
+    _sync(model)
+    start = time.perf_counter()
+    out: Any = None
+    for part in torch.split(ids, chunk or ids.shape[1], dim=1):
+        out = model(input_ids=part.to(model.device), past_key_values=cache, logits_to_keep=1)
+    _sync(model)
+    return Prefilled(out.logits[0, -1].float(), time.perf_counter() - start)
+
+
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """Tokens that end an answer."""
+    end = model.generation_config.eos_token_id
+    return set() if end is None else {end} if isinstance(end, int) else set(end)
+
+
+@torch.no_grad()
+def decode(model: PreTrainedModel, cache: HFCache, first: Tensor, count: int) -> Answer:
+    """At most `count` greedy tokens, from the logits of the first on."""
+    ends = end_tokens(model)
+    tokens = [int(first.argmax())]
+    _sync(model)
+    start = time.perf_counter()
+    while len(tokens) < count and tokens[-1] not in ends:
+        step = torch.tensor([[tokens[-1]]], device=model.device)
+        tokens.append(int(model(input_ids=step, past_key_values=cache).logits[0, -1].argmax()))
+    _sync(model)
+    return Answer(tokens, time.perf_counter() - start)
+
+
+@torch.no_grad()
+def teacher_forced(model: PreTrainedModel, cache: HFCache, first: Tensor, tokens: list[int]) -> Tensor:
+    """Logits (len(tokens), V) before each of `tokens`, fed one by one as if the model had said them."""
+    logits = [first]
+    for token in tokens[:-1]:
+        step = torch.tensor([[token]], device=model.device)
+        logits.append(model(input_ids=step, past_key_values=cache).logits[0, -1].float())
+    return torch.stack(logits)

@@ -1,0 +1,38 @@
+"""One exact prefill for many caches: every layer's view goes to each of them, and each stores what it decides."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvfold.hf.cache import Cache
+from kvfold.hf.layers import PagedLayer
+from kvfold.views import LayerView
+
+
+def prefill_many(model: PreTrainedModel, inputs: dict[str, Tensor], caches: Sequence[Cache], **kwargs: Any) -> Tensor:
+    """Run the prompt once and fill all `caches` (empty, of this model) from it. Returns the logits (B, Q, V).
+
+    The same as a forward pass for each cache, since a prompt is attended in full before a method decides what is
+    stored. Raises ValueError for a cache that has read something, or whose method acts before that.
+    """
+    for cache in caches:
+        if cache.get_seq_length():
+            raise ValueError(f"a cache with {cache.get_seq_length()} tokens can't adopt a prefill; it must be empty")
+
+    def hand_out(view: LayerView) -> None:
+        for cache in caches:
+            cache.adopt(view)
+
+    base = Cache(model, "full")
+    with torch.no_grad(), base.observed(hand_out):
+        logits: Tensor = model(**inputs, past_key_values=base, **kwargs).logits
+    for cache in caches:
+        cache.layers = [
+            mine if isinstance(mine, PagedLayer) else copy.deepcopy(theirs)
+            for mine, theirs in zip(cache.layers, base.layers, strict=True)
+        ]
+    return logits

@@ -1,0 +1,42 @@
+"""What all tests share."""
+
+import sys
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+sys.path.insert(0, str(Path(__file__).parent))  # `import models`
+
+# Models are slow and shared machines slower: no deadline, few examples, the same ones on every run.
+settings.register_profile("kvfold", deadline=None, max_examples=12, derandomize=True, print_blob=False)
+settings.load_profile("kvfold")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def scratch_methods():
+    """Methods that a test registers leave the registry when it ends."""
+    from kvfold.methods import list_methods
+    from kvfold.methods.base import registry
+
+    list_methods()
+    before = dict(registry)
+    yield registry
+    registry.clear()
+    registry.update(before)
+
+
+@pytest.fixture
+def unchecked():
+    """Annotations are not checked, as in use: wrong types reach the checks that users see."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

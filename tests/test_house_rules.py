@@ -1,0 +1,60 @@
+"""The rules of the house that no linter knows."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(path for room in ("src", "tests") for path in (ROOT / room).rglob("*.py"))
+LINE_CAP = 400
+MARK = re.compile(r"\b([T]ODO|[F]IXME|[X]XX)\b")  # the brackets keep this line from finding itself
+ISSUE = re.compile(r"#\d+")
+
+
+def method_slugs(path: Path) -> list[str]:
+    """The slugs that a file registers with `@method("slug", ...)`."""
+    return [
+        decorator.args[0].value
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+        for decorator in node.decorator_list
+        if isinstance(decorator, ast.Call)
+        and ast.unparse(decorator.func).split(".")[-1] == "method"
+        and decorator.args
+        and isinstance(decorator.args[0], ast.Constant)
+        and isinstance(decorator.args[0].value, str)
+    ]
+
+
+METHODS = [(slug, path) for path in sorted((ROOT / "src/kvfold/methods").glob("*.py")) for slug in method_slugs(path)]
+
+
+def test_files_stay_short():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    assert lengths, "found no source file"
+    too_long = {name: length for name, length in lengths.items() if length > LINE_CAP}
+    assert not too_long, f"a file over {LINE_CAP} lines is two files: {too_long}"
+
+
+def test_marks_name_an_issue():
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in SOURCES
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if MARK.search(line) and not ISSUE.search(line)
+    ]
+    assert not found, "name the issue on the line, as in '#12':\n" + "\n".join(found)
+
+
+def test_there_are_methods():
+    assert METHODS, "src/kvfold/methods registers no method"
+
+
+@pytest.mark.parametrize(("slug", "path"), METHODS, ids=[slug for slug, _ in METHODS])
+def test_a_method_is_its_file_and_its_oracle(slug: str, path: Path):
+    name = slug.replace("-", "_")
+    assert path.stem == name, f"{slug} belongs in src/kvfold/methods/{name}.py"
+    oracle = ROOT / f"tests/oracles/test_{name}.py"
+    assert oracle.is_file(), f"{slug} has no oracle test: {oracle.relative_to(ROOT)}"

@@ -1,0 +1,221 @@
+"""Pages: allocation, reference counts, copy-on-write, growth, accounting."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, DenseSegment
+from kvfold.pages import PagePool, PageTable, Plane
+
+CPU = torch.device("cpu")
+
+
+def pool(page_size: int = 4) -> PagePool:
+    planes = {"keys": Plane(3, torch.float32), "age": Plane(None, torch.int16, fill=7)}
+    return PagePool(planes, CPU, page_size)
+
+
+def write(table: PageTable, counts: list[int], first: int = 0) -> None:
+    """Append tokens numbered on from `first`, row by row, to both planes."""
+    pages, offsets = table.slots(np.array(counts))
+    numbers = torch.arange(first, first + len(pages))
+    table.pool.planes["keys"][pages, offsets] = numbers[:, None].expand(-1, 3).float()
+    table.pool.planes["age"][pages, offsets] = numbers.short()
+
+
+def rows(table: PageTable) -> list[list[int]]:
+    """What each row holds, both planes agreeing."""
+    keys, ages, valid = table.dense("keys"), table.dense("age"), table.valid()
+    assert keys.shape == (*valid.shape, 3) and ages.shape == valid.shape
+    assert torch.equal(keys[valid], ages[valid][:, None].expand(-1, 3).float())
+    return [ages[row][valid[row]].tolist() for row in range(table.rows)]
+
+
+def test_allocate_and_release():
+    some = pool()
+    ids = some.allocate(5)
+    assert sorted(ids) == list(range(5)) and (some.refs == 1).all()
+    assert (some.pages, some.used, some.shared) == (5, 5, 0)
+    some.retain(ids[:2])
+    some.retain(ids[[0, 0]])  # a number may occur twice
+    assert some.refs[ids].tolist() == [4, 2, 1, 1, 1] and some.shared == 2
+    some.release(ids)
+    assert (some.used, some.shared) == (2, 1)
+    some.release(ids[[0, 0, 0, 1]])
+    assert (some.pages, some.used, some.shared) == (5, 0, 0)
+    assert len(set(some.allocate(5))) == 5 and some.pages == 5  # freed ones first, none twice
+
+
+def test_growth_is_by_an_eighth_and_keeps_what_is_there():
+    some = pool()
+    some.allocate(64)
+    some.planes["age"][:] = torch.arange(64)[:, None].short()
+    some.allocate(1)
+    assert (some.pages, some.used) == (72, 65)
+    assert some.planes["age"][:64, 0].tolist() == list(range(64))
+    assert (some.planes["age"][64:] == 7).all()
+
+
+def test_bytes_are_those_of_all_tensors():
+    some = pool()
+    assert some.nbytes == 0
+    some.allocate(3)
+    assert some.nbytes == 3 * 4 * (3 * 4 + 2) + 3 * 4  # keys and age, then reference counts
+    some.add_plane("mass", Plane(None, torch.float64, fill=2.0))
+    some.add_plane("age", Plane(None, torch.float64))  # there already
+    assert some.planes["mass"].tolist() == [[2.0] * 4] * 3 and some.planes["age"].dtype == torch.int16
+    assert some.nbytes == sum(plane.untyped_storage().nbytes() for plane in some.planes.values()) + some.refs.nbytes
+
+
+def test_even_rows_lie_side_by_side_and_ragged_ones_read_the_same():
+    even, ragged = PageTable(pool(), 2), PageTable(pool(), 2)
+    write(even, [6, 6])
+    write(ragged, [6, 0])
+    write(ragged, [0, 6], first=6)
+    assert even.regular and not ragged.regular
+    assert rows(even) == rows(ragged) == [list(range(6)), list(range(6, 12))]
+    assert even.dense("keys").data_ptr() == even.pool.planes["keys"].data_ptr()  # a view, no copy
+    for table in (even, ragged):
+        write(table, [1, 3], first=50)
+        assert rows(table) == [[*range(6), 50], [*range(6, 12), 51, 52, 53]]
+
+
+def test_tail_is_the_same_place_in_every_row_or_none():
+    table = PageTable(pool(), 2)
+    write(table, [5, 5])
+    assert table.tail(3) == slice(5, 8) and table.lengths.tolist() == [8, 8]
+    fork = table.fork()
+    assert table.tail(1) is None and table.lengths.tolist() == [8, 8]
+    fork.release()
+    assert table.tail(1) == slice(8, 9)
+    write(table, [1, 0])
+    assert table.tail(1) is None
+
+
+def test_growing_token_by_token_moves_rarely_and_wastes_little():
+    table, pools = PageTable(pool(page_size=16), 6), set()
+    for count in range(1, 2001):
+        assert table.tail(1) == slice(count - 1, count)
+        pools.add(id(table.pool.planes["keys"]))
+        assert table.pool.pages * 16 <= 6 * (count * 9 / 8 + 32)
+    assert table.regular and len(pools) < 60
+
+
+def test_forks_share_until_one_writes():
+    table = PageTable(pool(), 2)
+    write(table, [6, 6])
+    used = table.pool.used
+    fork = table.fork()
+    assert fork.pool is table.pool and table.pool.used == used and table.pool.shared == used
+    write(fork, [1, 1], first=90)
+    assert rows(table) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+    assert rows(fork) == [[0, 1, 2, 3, 4, 5, 90], [6, 7, 8, 9, 10, 11, 91]]
+    assert table.pool.shared == 2 and table.pool.used == used + 2  # the first page of each row is still shared
+    write(table, [1, 1], first=80)
+    assert rows(fork)[0][-1] == 90 and rows(table)[0][-1] == 80
+    fork.release()
+    assert (table.pool.shared, table.pool.used) == (0, used) and table.exclusive
+
+
+def test_select_repeats_rows_and_drops_rows():
+    table = PageTable(pool(), 3)
+    write(table, [5, 5, 5])
+    chosen = table.select(np.array([2, 2, 0, 2]))
+    assert table.pool.refs[table.table].tolist() == [[2, 2], [1, 1], [4, 4]]
+    table.release()
+    assert table.pool.used == 4 and table.pool.shared == 2  # nobody holds row 1 any more
+    write(chosen, [1, 1, 1, 1], first=70)
+    assert rows(chosen) == [[*range(10, 15), 70], [*range(10, 15), 71], [*range(5), 72], [*range(10, 15), 73]]
+
+
+def test_a_fork_that_goes_out_of_scope_lets_go():
+    table = PageTable(pool(), 2)
+    write(table, [5, 5])
+    fork = table.fork()
+    assert table.pool.shared
+    del fork
+    gc.collect()
+    assert table.pool.shared == 0 and table.exclusive
+
+
+@pytest.mark.parametrize("counts", [(9, 9, 9), (1, 30, 7), (0, 0, 0), (0, 17, 0)])
+def test_trim_gives_back_every_page_past_the_end(counts):
+    table = PageTable(pool(), 3)
+    write(table, [40, 40, 40])
+    before = [row[:count] for row, count in zip(rows(table), counts, strict=True)]
+    table.lengths = np.array(counts, dtype=np.int32)
+    table.trim()
+    assert table.pool.pages == table.pool.used == sum(-(-count // 4) for count in counts)
+    assert rows(table) == before
+
+
+def test_trim_of_shared_pages_leaves_them_to_the_others():
+    table = PageTable(pool(), 1)
+    write(table, [12])
+    fork = table.fork()
+    fork.lengths = np.array([3], dtype=np.int32)
+    fork.trim()
+    assert rows(fork) == [[0, 1, 2]] and rows(table) == [list(range(12))]
+    assert table.pool.refs[table.table[0]].tolist() == [2, 1, 1]
+
+
+def tokens(b: int, h: int, t: int, seed: int, valid: Tensor | None = None) -> Chunk:
+    rng = torch.Generator().manual_seed(seed)
+    k, v = torch.randn(b, h, t, 8, generator=rng), torch.randn(b, h, t, 8, generator=rng)
+    columns = {POSITION: torch.arange(t, dtype=torch.int32).expand(b, h, t), LOG_MASS: torch.rand(b, h, t, generator=rng)}
+    return Chunk(k, v, torch.ones(b, h, t, dtype=torch.bool) if valid is None else valid, columns)
+
+
+@given(st.integers(1, 40), st.integers(0, 99))
+def test_a_segment_attends_over_its_tokens_alone(t, seed):
+    """Ragged rows, a read mask, masses: against torch.softmax row by row."""
+    rng = torch.Generator().manual_seed(seed)
+    chunk = tokens(2, 3, t, seed, torch.rand(2, 3, t, generator=rng) < 0.7)
+    segment = Dense(page_size=4).segment(chunk)
+    segment.append(chunk)
+    stored = segment.dense()
+    read = torch.rand(stored.valid.shape, generator=rng) < 0.6
+    q = torch.randn(2, 3, 2, 5, 8, generator=rng)
+    for marks in (None, read):
+        out, lse = segment.attend(q, 0.3, read=marks)
+        for row, head in np.ndindex(2, 3):
+            keys, values = chunk.keys[row, head], chunk.values[row, head]
+            here = chunk.valid[row, head].nonzero()[:, 0]
+            if marks is not None:
+                here = here[marks[row, head][stored.valid[row, head]]]
+            if not len(here):
+                assert (out[row, head] == 0).all() and (lse[row, head] == -torch.inf).all()
+                continue
+            logits = q[row, head] @ keys[here].T * 0.3 + chunk.columns[LOG_MASS][row, head, here]
+            assert_close(out[row, head], logits.softmax(-1) @ values[here], atol=1e-5, rtol=1e-4)
+            assert_close(lse[row, head], logits.logsumexp(-1), atol=1e-5, rtol=1e-4)
+
+
+def test_a_narrower_dtype_is_rounded_once():
+    chunk = tokens(1, 2, 9, 0)
+    segment = Dense(torch.bfloat16, page_size=4).segment(chunk)
+    assert isinstance(segment, DenseSegment)
+    segment.append(chunk)
+    rounded = chunk.keys.bfloat16().float()
+    assert torch.equal(segment.dense().keys, rounded) and segment.pool.planes["keys"].dtype == torch.bfloat16
+    segment.keep(torch.arange(9).expand(1, 2, 9) % 2 == 0, {})
+    assert torch.equal(segment.dense().keys, rounded[:, :, ::2])
+
+
+def test_kept_tokens_stay_in_order():
+    chunk = tokens(2, 2, 23, 1)
+    segment = Dense(page_size=4).segment(chunk)
+    segment.append(chunk)
+    mask = torch.rand(2, 2, 23, generator=torch.Generator().manual_seed(2)) < 0.5
+    segment.keep(mask, {})
+    stored = segment.dense()
+    for row, head in np.ndindex(2, 2):
+        positions = stored.positions[row, head][stored.valid[row, head]].tolist()
+        assert positions == mask[row, head].nonzero()[:, 0].tolist() == sorted(positions)
+        assert torch.equal(stored.keys[row, head][stored.valid[row, head]], chunk.keys[row, head][mask[row, head]])
