@@ -306,6 +306,9 @@ class KVLayer:
         moved = torch.zeros_like(tokens.valid)
         for _, mask in homes:
             moved |= mask
+        if homes:  # dense reads may be views of the pages that `keep` is about to overwrite
+            tokens = Chunk(tokens.keys.clone(), tokens.values.clone(), tokens.valid, tokens.columns)
+            tokens = replace(tokens, columns={name: column.clone() for name, column in tokens.columns.items()})
         staying = tokens.valid & ~moved
         if view.rewritten:
             for _, segment in self.segments:
@@ -321,7 +324,7 @@ class KVLayer:
                     segment.keep(staying[..., start:stop], here)
                 start = stop
             if new is not None:
-                self.segments[0][1].append(replace(tokens, valid=staying).after(start))
+                self.segments[0][1].append(replace(tokens, valid=staying).since(start))
         for form, mask in homes:
             home = next((s for f, s in self.segments[1:] if f == form), None)
             if home is None:

@@ -6,7 +6,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -47,30 +46,6 @@ class Chunk:
 
 def join(chunks: Sequence[Chunk]) -> Chunk:
     """Chunks one after another; a column that one of them lacks is zero there."""
-    if len(chunks) == 1:
-        return chunks[0]
-    samples = {name: column for chunk in chunks for name, column in chunk.columns.items()}
-
-    def column(chunk: Chunk, name: str) -> Tensor:
-        if name in chunk.columns:
-            return chunk.columns[name]
-        return torch.zeros(chunk.valid.shape, dtype=samples[name].dtype, device=chunk.valid.device)
-
-    return Chunk(
-        torch.cat([chunk.keys for chunk in chunks], 2),
-        torch.cat([chunk.values for chunk in chunks], 2),
-        torch.cat([chunk.valid for chunk in chunks], 2),
-        {name: torch.cat([column(chunk, name) for chunk in chunks], 2) for name in samples},
-    )
-
-    def after(self, start: int) -> "Chunk":
-        """The slots from `start` on."""
-        columns = {name: column[..., start:] for name, column in self.columns.items()}
-        return Chunk(self.keys[:, :, start:], self.values[:, :, start:], self.valid[..., start:], columns)
-
-
-def join(chunks: Sequence[Chunk]) -> Chunk:
-    """Chunks one behind the other along T; a column that one of them lacks is 0 there."""
     if len(chunks) == 1:
         return chunks[0]
     samples = {name: column for chunk in chunks for name, column in chunk.columns.items()}

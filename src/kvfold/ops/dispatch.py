@@ -5,9 +5,11 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,10 @@ _kernels: dict[str, list[Kernel]] = defaultdict(list)
 _forced: list[str] = [os.environ["KVFOLD_KERNELS"]] if os.environ.get("KVFOLD_KERNELS") else []
 
 
-def register(op: str, name: str, *, rank: int, fits: Callable[[Tensor], bool] = lambda _: True) -> Callable[..., Any]:
+def register(op: str, name: str, *, rank: int, fits: Callable[[Tensor], bool] = lambda _: True) -> Callable[[F], F]:
     """Add a version of `op` (decorator); a higher rank is tried first."""
 
-    def add(run: Callable[..., Any]) -> Callable[..., Any]:
+    def add(run: F) -> F:
         _kernels[op].append(Kernel(name, rank, run, fits))
         _kernels[op].sort(key=lambda kernel: -kernel.rank)
         return run
