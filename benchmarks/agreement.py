@@ -131,7 +131,7 @@ def report(
         about = {
             "command": "python benchmarks/agreement.py", "model": args.model, "documents": docs,
             "tokens": args.tokens, "contexts": CONTEXTS, "device": args.device,
-            "versions": {name: version(name) for name in ("kvfold", "torch", "transformers")},
+            "versions": {name: version(name) for name in ("torch", "transformers")},
         }  # fmt: skip
         args.out.parent.mkdir(parents=True, exist_ok=True)
         temporary = args.out.with_suffix(".tmp")

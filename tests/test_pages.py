@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def pool(page_size: int = 4) -> PagePool:
-    planes = {"keys": Plane(3, torch.float32), "age": Plane(None, torch.int16, fill=7)}
+    planes = {"keys": Plane(3, torch.float32), "age": Plane(None, torch.int16, fill=7.0)}
     return PagePool(planes, CPU, page_size)
 
 
@@ -168,7 +168,10 @@ def test_trim_of_shared_pages_leaves_them_to_the_others():
 def tokens(b: int, h: int, t: int, seed: int, valid: Tensor | None = None) -> Chunk:
     rng = torch.Generator().manual_seed(seed)
     k, v = torch.randn(b, h, t, 8, generator=rng), torch.randn(b, h, t, 8, generator=rng)
-    columns = {POSITION: torch.arange(t, dtype=torch.int32).expand(b, h, t), LOG_MASS: torch.rand(b, h, t, generator=rng)}
+    columns = {
+        POSITION: torch.arange(t, dtype=torch.int32).expand(b, h, t),
+        LOG_MASS: torch.rand(b, h, t, generator=rng),
+    }
     return Chunk(k, v, torch.ones(b, h, t, dtype=torch.bool) if valid is None else valid, columns)
 
 

@@ -101,7 +101,7 @@ def test_quotes_and_brackets_may_hold_anything():
         label: str = ""
         more: tuple[object, ...] = ()
 
-    for label in ("a | b", "x) | (y", "it's", 'say "a|b"', "=,(", "\\", "\\' | h2o("):
+    for label in ("a | b", "x) | (y", "it's", 'say "a|b"', "=,(", "\\", "\\' | h2o(", 'it\'s "a | b"'):
         stage = Labelled(label=label, more=((label,), "|"))
         assert parse(str(stage)) == stage
         assert parse(f"{stage} | full") == stage | parse("full")

@@ -99,10 +99,10 @@ class KVLayer:
         """Text positions stored, kept[row][head], ascending."""
         if not self.segments:
             return [[] for _ in range(self.batch)]
-        stored = self._stored()
+        stored, _ = self._stored()
         positions, valid = stored.positions.cpu(), stored.valid.cpu()
         return [
-            [sorted(positions[b, h][valid[b, h]].tolist()) for h in range(valid.shape[1])]
+            [positions[b, h][valid[b, h]].tolist() for h in range(valid.shape[1])]
             for b in range(valid.shape[0])
         ]
 
@@ -146,7 +146,7 @@ class KVLayer:
                 self.segments[0][1].append(chunk, even=ones)
             return out
         queries, place = Queries(q, mask, lse, positions), self._place(scale, this, module)
-        view = LayerView(self._stored() if appended else self._stored(chunk), queries, place)
+        view = self._view(queries, place, None if appended else chunk)
         if this.observe is not None:
             this.observe(view)
         if listening and not this.defer:
@@ -171,7 +171,7 @@ class KVLayer:
             start = torch.from_numpy(self.counts() - left)
             queries = replace(queries.pick(torch.arange(left, device=self.device)), start=start)
             place = replace(place, prompt=torch.from_numpy(self.prompt), seen=torch.from_numpy(self.seen))
-            self._commit(self._decide(LayerView(self._stored(), queries, place), this), None)
+            self._commit(self._decide(self._view(queries, place), this), None)
 
     def decide(self, decisions: Decisions, this: Pass) -> None:
         """Carry out decisions that came after the layer was stored (after_layer, after_forward)."""
@@ -183,11 +183,10 @@ class KVLayer:
     def view(self, this: Pass) -> LayerView:
         """What is stored now; without queries."""
         assert self.shape is not None
-        stored = self._stored()
-        empty = stored.keys.new_zeros(self.batch, self.shape[0], 0, self.shape[1])
-        no_one = stored.positions.new_zeros(self.batch, 0)
+        empty = torch.zeros(self.batch, self.shape[0], 0, self.shape[1], dtype=self.dtype, device=self.device)
+        no_one = torch.zeros(self.batch, 0, dtype=torch.int32, device=self.device)
         none = Queries(empty, no_one.bool(), empty.new_zeros(empty.shape[:3]).float(), no_one)
-        return LayerView(stored, none, self._place(1.0, this, None))
+        return self._view(none, self._place(1.0, this, None))
 
     def adopt(self, view: LayerView, this: Pass) -> None:
         """Store what this layer's method decides about another cache's view of its first forward pass.
@@ -245,11 +244,11 @@ class KVLayer:
         if this.listen and self.method.listens("before_attend"):
             lse = q.new_zeros(q.shape[:3], dtype=torch.float32)  # not known yet
             queries = Queries(q, torch.ones_like(positions, dtype=torch.bool), lse, positions)
-            view = LayerView(self._stored(), queries, self._place(scale, this, module))
+            view = self._view(queries, self._place(scale, this, module))
             decision = self.method.before_attend(view)
             if decision is not None:
                 newest = view.positions == torch.from_numpy(self.seen - 1).to(q.device)[:, None, None]
-                read = decision.mask | newest
+                read = _as_stored(decision.mask | newest, view.order)
         return self._attend_segments(q, positions, scale, compact, read=read)
 
     def _attend_segments(
@@ -262,12 +261,14 @@ class KVLayer:
         if compact is not None:
             slots = self.counts() - (0 if after else n)
             grouped = compact.rotate_queries(grouped, positions, torch.from_numpy(slots).to(q.device))
+            compact = replace(compact, slots=self._slots())
         parts, start = [], 0
         for _, segment in self.segments:
-            longest = segment.longest
-            here = None if read is None else read[..., start : start + longest]
-            parts.append(segment.attend(grouped, scale, read=here, compact=compact))
-            start += longest
+            stop = start + segment.longest
+            here = None if read is None else read[..., start:stop]
+            turn = None if compact is None else compact.of(start, stop)
+            parts.append(segment.attend(grouped, scale, read=here, compact=turn))
+            start = stop
         out, lse = ops.merge(parts)
         return out.reshape(b, hq, n, -1), lse.reshape(b, hq, n)
 
@@ -292,17 +293,33 @@ class KVLayer:
             raise ValueError(f"method={self.method} needs the model's RoPE, and layer {self.layer} has none")
         return self.rope
 
-    def _stored(self, new: Chunk | None = None) -> Chunk:
-        """All stored tokens, and `new` behind them, as one chunk."""
+    def _stored(self) -> tuple[Chunk, Tensor | None]:
+        """All stored tokens in the order of the text, and where they lie (see `LayerView.order`)."""
         chunks = [segment.dense() for _, segment in self.segments if segment.longest]
-        chunks += [] if new is None else [new]
-        return join(chunks) if chunks else self.segments[0][1].dense()
+        if len(chunks) < 2:
+            return (chunks[0] if chunks else self.segments[0][1].dense()), None
+        tokens = join(chunks)
+        last = torch.iinfo(torch.int32).max
+        order = torch.argsort(tokens.positions.masked_fill(~tokens.valid, last), dim=-1, stable=True)
+        return tokens.take(order), order
+
+    def _slots(self) -> Tensor | None:
+        """The how-manieth of the text each stored token is; None where they are stored in that order."""
+        _, order = self._stored()
+        if order is None:
+            return None
+        return _as_stored(torch.arange(order.shape[-1], device=order.device).expand_as(order), order)
+
+    def _view(self, queries: Queries, place: Place, new: Chunk | None = None) -> LayerView:
+        """What is stored, and `new` behind it."""
+        stored, order = self._stored()
+        if new is not None:
+            stored = join([stored, new]) if stored.keys.shape[2] else new
+        return LayerView(stored, queries, place, order=order)
 
     def _commit(self, view: LayerView, new: Chunk | None) -> None:
         """Make the segments hold what the view says. `new`: its last slots are not stored yet."""
         tokens, homes = view.tokens, view.formats
-        if homes and self.method.compact:
-            raise ValueError(f"method={self.method}: compact positions and Store don't go together yet")
         moved = torch.zeros_like(tokens.valid)
         for _, mask in homes:
             moved |= mask
@@ -316,12 +333,13 @@ class KVLayer:
             self.segments = self.segments[:1]
             self.segments[0][1].append(replace(tokens, valid=staying))
         else:
+            keep = _as_stored(staying, view.order)
+            columns = {name: _as_stored(column, view.order) for name, column in tokens.columns.items()}
             start = 0
             for _, segment in self.segments:
                 stop = start + segment.longest
-                here = {name: column[..., start:stop] for name, column in tokens.columns.items()}
                 if stop > start:
-                    segment.keep(staying[..., start:stop], here)
+                    segment.keep(keep[..., start:stop], {n: c[..., start:stop] for n, c in columns.items()})
                 start = stop
             if new is not None:
                 self.segments[0][1].append(replace(tokens, valid=staying).since(start))
@@ -342,7 +360,12 @@ class KVLayer:
         for _, segment in self.segments:
             if segment.longest:
                 stored = segment.dense()
-                segment.truncate((stored.valid & (stored.positions < limit)).sum(-1).cpu().numpy())
+                stays = stored.valid & (stored.positions < limit)
+                counts = stays.sum(-1, keepdim=True)
+                if bool((stays == (torch.arange(stays.shape[-1], device=stays.device) < counts)).all()):
+                    segment.truncate(counts[..., 0].cpu().numpy())
+                else:  # tokens that `Store` moved here did not come in the order of the text
+                    segment.keep(stays, {})
 
     def mark(self) -> Mark:
         """Where the layer stands, for `rewind`."""
@@ -381,3 +404,11 @@ class KVLayer:
         for _, segment in self.segments:
             segment.clear()
         self._reset()
+
+
+def _as_stored(slots: Tensor, order: Tensor | None) -> Tensor:
+    """Values for a view's slots, in the order in which the segments hold them; new slots stay behind."""
+    if order is None:
+        return slots
+    old = slots[..., : order.shape[-1]]
+    return torch.cat([torch.empty_like(old).scatter(-1, order, old), slots[..., order.shape[-1] :]], -1)

@@ -28,6 +28,10 @@ class Compact:
     slots: Int[Tensor, "B H T"] | None = None
     """Where each key stands; None: in the order in which they are stored."""
 
+    def of(self, start: int, stop: int) -> "Compact":
+        """For a segment that holds the stored tokens `start` to `stop`."""
+        return self if self.slots is None else Compact(self.rope, self.slots[..., start:stop])
+
     def rotate_keys(self, keys: Float[Tensor, "B H T D"], positions: Int[Tensor, "B H T"]) -> Float[Tensor, "B H T D"]:
         """Each key as if it stood at its slot."""
         slots = torch.arange(keys.shape[2], device=keys.device) if self.slots is None else self.slots

@@ -86,6 +86,8 @@ class LayerView:
     formats: tuple[tuple[Format, Tensor], ...] = ()
     """What `Store` decided: formats and the masks of tokens that go there."""
     rewritten: bool = False
+    order: Int[Tensor, "B H S"] | None = None
+    """Where the stored tokens lie in the layer's segments, counted through them; None: in this order."""
     memo: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
     """Attention worked out so far: it does not change with what is kept, so views of the same tokens share it."""
 

@@ -1,5 +1,7 @@
 """attend, merge and causal: every version against the definition, and against torch.softmax on the full matrix."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -86,9 +88,7 @@ def test_the_parts_of_any_split_merge_to_the_whole(t, cuts, seed):
     q, k, v = tensors(3, t, 8, seed=seed)
     bias = torch.randn(2, 2, 1, t, generator=torch.Generator().manual_seed(seed))
     edges = [0, *sorted(min(cut, t) for cut in cuts), t]  # some parts are empty
-    parts = [
-        ops.attend(q, k[:, :, i:j], v[:, :, i:j], 0.4, bias[..., i:j]) for i, j in zip(edges, edges[1:], strict=False)
-    ]
+    parts = [ops.attend(q, k[:, :, i:j], v[:, :, i:j], 0.4, bias[..., i:j]) for i, j in pairwise(edges)]
     out, lse = ops.merge(parts)
     expected = softmax_attend(q, k, v, 0.4, bias)
     check((out, lse), expected, torch.float32)

@@ -20,14 +20,14 @@ app.command("methods")(methods.methods)
 app.command("models")(models.models)
 
 
-def _version(show: bool) -> None:
+def _version(show: bool | None) -> None:
     if show:
         print(__version__)
         raise typer.Exit
 
 
 @app.callback()
-def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it.")) -> None:
+def _root(version: bool | None = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it.")) -> None:
     """Long contexts with a small KV cache, for any transformers model."""
 
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from kvfold import __version__
+
 stderr = Console(stderr=True)
 stdout = Console()
 
@@ -73,7 +75,7 @@ def options(pairs: list[str]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    return {name: version(name) for name in ("kvfold", "torch", "transformers")}
+    return {"kvfold": __version__} | {name: version(name) for name in ("torch", "transformers")}
 
 
 def print_json(data: Any) -> None:

@@ -56,7 +56,7 @@ class DenseSegment:
         return self.table.lengths.reshape(-1, self.heads)
 
     def _rows(self, plane: Tensor) -> Tensor:
-        return plane.reshape(-1, self.heads, *plane.shape[1:])
+        return plane.reshape(len(plane) // self.heads, self.heads, *plane.shape[1:])
 
     def attend(
         self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None

@@ -1,0 +1,140 @@
+"""The commands on a tiny model: what they print, what they refuse, and with which exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import kvfold
+from kvfold.cli import main
+from kvfold.cli.app import app
+
+runner = CliRunner()
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error of `kvfold words...`."""
+    monkeypatch.setattr(sys, "argv", ["kvfold", *map(str, words)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    out, err = capsys.readouterr()
+    return int(exit_.value.code or 0), out, err
+
+
+def test_run_prints_what_the_cache_holds(folder: Path, document: Path) -> None:
+    words = ["run", "--model", str(folder), "--file", str(document), "--ask", "What?", "--json"]
+    result = runner.invoke(app, [*words, "--method", "kvmerger", "--budget", "0.35", "--max-new-tokens", "40"])
+    assert result.exit_code == 0, result.output
+    got = json.loads(result.stdout)
+    assert got["method"].startswith("kvmerger(budget=0.35")
+    assert got["prompt_tokens"] > 200
+    assert got["kept_tokens"] <= 0.35 * got["prompt_tokens"]
+    # Two of a page's 16 slots are half empty here, and the columns of a 16-wide head are 6 % of its bytes.
+    assert got["nbytes"] < 0.46 * got["dense_nbytes"]
+    assert got["nbytes"] < got["nbytes_at_end"]
+    assert 1 <= got["new_tokens"] <= 40
+    assert got["versions"]["kvfold"] == kvfold.__version__
+
+
+def test_run_equals_the_library(folder: Path, document: Path) -> None:
+    """The command's numbers are those of kvfold.Cache on the same prompt."""
+    from kvfold.evaluation.prompts import build_prompt
+
+    words = ["run", "--model", str(folder), "--file", str(document), "--method", "snapkv", "--budget", "40", "--json"]
+    got = json.loads(runner.invoke(app, [*words, "-o", "window=4", "-o", "pool=max", "--layers"]).stdout)
+    model, tokenizer = kvfold.load(folder)
+    cache = kvfold.Cache(model, "snapkv", budget=40, window=4, pool="max")
+    model(**build_prompt(tokenizer, document.read_text(), None), past_key_values=cache)
+    assert (got["kept_tokens"], got["nbytes"]) == (40, cache.nbytes)
+    assert [layer["tokens"] for layer in got["layers"]] == [40.0] * 3
+
+
+def test_run_reads_in_chunks(folder: Path, document: Path) -> None:
+    words = ["run", "--model", str(folder), "--file", str(document), "--method", "h2o", "--budget", "32", "--json"]
+    got = json.loads(runner.invoke(app, [*words, "--prefill-chunk", "50"]).stdout)
+    assert got["kept_tokens"] == 32
+
+
+def test_compare_measures_against_full(folder: Path, document: Path, tmp_path: Path) -> None:
+    chart = tmp_path / "chart.html"
+    words = ["compare", "--model", str(folder), "--file", str(document), "--methods", "full,kvmerger,tova,streamingllm"]
+    result = runner.invoke(app, [*words, "--budget", "0.5,1.0", "--max-new-tokens", "6", "--chart", str(chart), "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [(row["method"], row["budget"]) for row in rows] == [
+        ("full", None), ("kvmerger", 0.5), ("tova", 0.5), ("streamingllm", 0.5),
+        ("kvmerger", 1.0), ("tova", 1.0), ("streamingllm", 1.0),
+    ]  # fmt: skip
+    full = rows[0]
+    assert (full["ratio"], full["kl"], full["top1"]) == (1.0, 0.0, 1.0)
+    for row in rows[1:4]:
+        assert row["ratio"] < 0.65 and row["prefill_seconds"] > 0 and row["kl"] > 1e-4
+    for row in rows[4:]:
+        assert row["prefill_seconds"] is None  # they share one prefill
+        assert row["kl"] < 1e-6 and row["top1"] == 1.0 and row["answer"] == full["answer"]
+    page = chart.read_text()
+    assert "vega" in page and "streamingllm" in page and "https://cdn" not in page
+
+
+def test_compare_prints_a_table(folder: Path, document: Path) -> None:
+    words = ["compare", "--model", str(folder), "--file", str(document), "--methods", "h2o", "--max-new-tokens", "3"]
+    result = runner.invoke(app, words, env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    assert "h2o" in result.stdout and "full" in result.stdout and "top-1" in result.stdout
+
+
+def test_methods_and_models_as_json() -> None:
+    found = json.loads(runner.invoke(app, ["methods", "--json"]).stdout)
+    assert [m["slug"] for m in found] == [info.slug for info in kvfold.list_methods()]
+    merger = next(m for m in found if m["slug"] == "kvmerger")
+    assert (merger["arxiv"], merger["kind"], merger["options"]["mass"]) == ("2407.08454", "merge", "counted")
+    names = {m["name"] for m in json.loads(runner.invoke(app, ["models", "--json"]).stdout)}
+    assert {"smollm2-135m-instruct", "gemma3-270m"} <= names
+    assert "kvmerger" in runner.invoke(app, ["methods"], env={"COLUMNS": "160"}).stdout
+    assert "smollm2" in runner.invoke(app, ["models"], env={"COLUMNS": "160"}).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "nope"], "method='nope' is unknown"),
+        (["--method", "snapkw"], "did you mean 'snapkv'"),
+        (["--budget", "1.5"], "budget=1.5 must be a fraction"),
+        (["--budget", "lots"], "budget='lots'"),
+        (["--method", "full", "--budget", "0.5"], "full has no option budget=0.5"),
+        (["-o", "window"], "option='window' must be of the form name=value"),
+        (["-o", "windw=3"], "kvmerger has no option windw=3"),
+        (["--file", "missing.txt"], "file='missing.txt' is not a file"),
+        (["--max-new-tokens", "400"], "the model's context is 512"),
+    ],
+)
+def test_wrong_usage_ends_with_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, document: Path,
+    words: list[str], said: str,
+) -> None:  # fmt: skip
+    code, out, err = call(monkeypatch, capsys, "run", "--model", folder, "--file", document, *words)
+    assert (code, out) == (2, "")
+    assert said in err
+
+
+def test_a_model_that_is_not_there_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], document: Path, tmp_path: Path
+) -> None:
+    code, _, err = call(monkeypatch, capsys, "run", "--model", tmp_path / "nothing", "--file", document)
+    assert code in (1, 2) and "nothing" in err
+
+
+def test_chart_path_is_checked_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], document: Path
+) -> None:
+    words = ["compare", "--model", "never-loaded", "--file", document, "--chart", "chart.pdf"]
+    code, _, err = call(monkeypatch, capsys, *words)
+    assert code == 2 and "must end in one of .html" in err
+
+
+def test_the_module_runs_as_a_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "kvfold", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == kvfold.__version__
