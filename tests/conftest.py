@@ -12,7 +12,7 @@ torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 sys.path.insert(0, str(Path(__file__).parent))  # `import models`
 
 # Models are slow and shared machines slower: no deadline, few examples, the same ones on every run.
-settings.register_profile("kvfold", deadline=None, max_examples=12, derandomize=True, print_blob=False)
+settings.register_profile("kvfold", deadline=None, max_examples=6, derandomize=True, print_blob=False)
 settings.load_profile("kvfold")
 
 

@@ -222,3 +222,43 @@ def test_kept_tokens_stay_in_order():
         positions = stored.positions[row, head][stored.valid[row, head]].tolist()
         assert positions == mask[row, head].nonzero()[:, 0].tolist() == sorted(positions)
         assert torch.equal(stored.keys[row, head][stored.valid[row, head]], chunk.keys[row, head][mask[row, head]])
+
+
+OPERATIONS = {
+    "append": lambda segment, seed: segment.append(tokens(2, 2, 3, seed)),
+    "append even": lambda segment, seed: segment.append(tokens(2, 2, 3, seed), even=True),
+    "append a column": lambda segment, seed: segment.append(
+        Chunk(*(getattr(tokens(2, 2, 1, seed), n) for n in ("keys", "values", "valid")),
+              {POSITION: torch.zeros(2, 2, 1, dtype=torch.int32), "age": torch.ones(2, 2, 1)})
+    ),
+    "keep": lambda segment, seed: segment.keep(segment.dense().valid & (torch.arange(segment.longest) % 2 == 1), {}),
+    "keep with a column": lambda segment, seed: segment.keep(
+        segment.dense().valid & (torch.arange(segment.longest) > 0),
+        {LOG_MASS: torch.full(segment.dense().valid.shape, float(seed))},
+    ),
+    "truncate": lambda segment, seed: segment.truncate(np.array([[2, 2], [1, 0]])),
+    "clear": lambda segment, seed: segment.clear(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("length", [4, 10])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_one_fork_does_never_changes_the_other(operation, length, even):
+    chunk = tokens(2, 2, length, 3)
+    if not even:
+        ragged = torch.arange(length) < torch.tensor([[length, 2], [3, 1]])[..., None]
+        chunk = Chunk(chunk.keys, chunk.values, ragged, chunk.columns)
+    for changed in (0, 1):  # the original, then the fork
+        segment = Dense(page_size=4).segment(chunk)
+        segment.append(chunk, even=even)
+        pair = [segment, segment.select(np.arange(2))]
+        assert segment.table.regular == (even or length == 4)  # one page each lies side by side
+        for seed, (one, other) in enumerate((pair, pair[::-1]) if changed == 0 else (pair[::-1], pair)):
+            before, count = other.dense(), other.counts().copy()
+            before = [x.clone() for x in (before.keys, before.values, before.columns[LOG_MASS])]
+            OPERATIONS[operation](one, seed)
+            after = other.dense()
+            assert np.array_equal(other.counts(), count)
+            for x, y in zip(before, (after.keys, after.values, after.columns[LOG_MASS]), strict=True):
+                assert torch.equal(x[after.valid], y[after.valid])

@@ -45,10 +45,14 @@ class Segments(RuleBasedStateMachine):
         seed, share = data.draw(st.integers(0, 999)), data.draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
         return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
 
-    @initialize(batch=st.integers(1, 3))
-    def start(self, batch):
-        chunk, _ = self.chunk(torch.zeros(batch, HEADS, 0, dtype=torch.bool), scored=False)
-        self.live.append((Dense(page_size=PAGE).segment(chunk), [[] for _ in range(batch * HEADS)]))
+    @initialize(batch=st.integers(1, 3), length=st.integers(0, 9))
+    def start(self, batch, length):
+        """A segment and a fork of it: most of what can go wrong needs two holders."""
+        chunk, model = self.chunk(torch.ones(batch, HEADS, length, dtype=torch.bool), scored=False)
+        segment = Dense(page_size=PAGE).segment(chunk)
+        segment.append(chunk, even=True)
+        fork = segment.select(np.arange(batch))
+        self.live = [(segment, model), (fork, [list(row) for row in model])]
 
     @rule(data=st.data(), length=st.integers(0, 11), scored=st.booleans())
     def append(self, data, length, scored):
@@ -154,11 +158,12 @@ class Segments(RuleBasedStateMachine):
                 assert np.array_equal(table.table, expected)
 
     def teardown(self):
-        self.live.clear()
+        for segment, _ in self.live:
+            segment.clear()
         gc.collect()
         for pool in self.pools.values():
             assert pool.used == 0 and pool.shared == 0, "pages leak"
 
 
 TestSegments = Segments.TestCase
-TestSegments.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestSegments.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)

@@ -1,43 +1,19 @@
 """KVLayer: the segments of one attention layer. It attends, asks the method, and carries its decisions out."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvfold import ops
 from kvfold.formats import POSITION, Chunk, Dense, Format, Segment, join
 from kvfold.methods.base import Decisions, Method, decided
+from kvfold.passes import Mark, Pass
 from kvfold.rotation import Compact, Rope
 from kvfold.views import LayerView, Place, Queries
-
-
-@dataclass
-class Pass:
-    """One forward pass as a layer sees it."""
-
-    prefill: bool
-    listen: bool = True
-    """Whether the method's events run (not during a tentative pass)."""
-    defer: bool = False
-    """Whether they wait for `settle` (assisted decoding: a crop is still to come)."""
-    step: dict[str, Any] = field(default_factory=dict)
-    token_ids: Int[Tensor, "B Q"] | None = None
-    observe: Any = None
-    """Called with each layer's view, before any decision."""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A point in a layer's life to which it can be rewound."""
-
-    seen: np.ndarray
-    prompt: np.ndarray
-    width: int
-    counts: list[np.ndarray]
 
 
 class KVLayer:
@@ -101,10 +77,7 @@ class KVLayer:
             return [[] for _ in range(self.batch)]
         stored, _ = self._stored()
         positions, valid = stored.positions.cpu(), stored.valid.cpu()
-        return [
-            [positions[b, h][valid[b, h]].tolist() for h in range(valid.shape[1])]
-            for b in range(valid.shape[0])
-        ]
+        return [[positions[b, h][valid[b, h]].tolist() for h in range(valid.shape[1])] for b in range(valid.shape[0])]
 
     # -- one forward pass ------------------------------------------------------------------------------------
 
@@ -141,7 +114,9 @@ class KVLayer:
         else:
             self.segments[0][1].append(chunk, even=True)
             out, lse = self._attend_token(q, positions, scale, compact, this, module)
-        if not (listening := self._listening(this)) and this.observe is None:
+        listening = self._listening(this)
+        waits = this.defer and this.listen and any(map(self.method.listens, ("after_prefill", "after_decode")))
+        if not (listening or waits or this.observe):
             if not appended:
                 self.segments[0][1].append(chunk, even=ones)
             return out
@@ -149,24 +124,31 @@ class KVLayer:
         view = self._view(queries, place, None if appended else chunk)
         if this.observe is not None:
             this.observe(view)
-        if listening and not this.defer:
+        if listening and not waits:
             view = self._decide(view, this)
             self._commit(view, chunk if not appended else None)
         elif not appended:
             self.segments[0][1].append(chunk, even=ones)
-        if listening and this.defer:
+        if waits:
             # By then the new tokens are stored without padding, behind those of their row and head.
             here = mask[0].nonzero()[:, 0] if self.batch == 1 else torch.arange(q.shape[2], device=q.device)
             self._waiting = (queries.pick(here), this, place)
         return out
 
-    def settle(self, drop: int) -> None:
-        """Take the last `drop` columns back, then run the events that waited for it (assisted decoding)."""
+    def settle(self, drop: int, *, turn: bool = False) -> None:
+        """Take the last `drop` columns back, then run the events that waited for it (assisted decoding).
+
+        `turn`: no crop came, so what looked like a draft was a further prompt.
+        """
         waiting, self._waiting = self._waiting, None
         if drop:
             self._drop(drop)
         if waiting is not None and waiting[0].states.shape[2] > drop:
             queries, this, place = waiting
+            if turn and queries.states.shape[2] > 1:
+                this.prefill, self.prompt = True, self.seen.copy()
+            if not self._listening(this):
+                return
             left = queries.states.shape[2] - drop
             start = torch.from_numpy(self.counts() - left)
             queries = replace(queries.pick(torch.arange(left, device=self.device)), start=start)

@@ -39,6 +39,13 @@ def limit(cache, budget, prompt: int) -> float:
     return each * len(cache.paged) * cache.paged[0].shape[0]
 
 
+def snapshot(core) -> dict[str, torch.Tensor]:
+    """Copies of what a layer stores: keys, values and columns of its tokens."""
+    tokens = core._stored()[0]
+    planes = {"keys": tokens.keys, "values": tokens.values, **tokens.columns}
+    return {name: plane[tokens.valid].clone() for name, plane in planes.items()}
+
+
 def reachable_bytes(cache) -> int:
     """Every tensor's storage and every array's buffer that can be reached from the cache, each once."""
     stores, seen, todo = {}, set(), [cache.layers]
@@ -261,11 +268,8 @@ def test_save_and_load(slug, name, tmp_path):
     assert str(loaded.method) == str(cache.method)
     assert [p.name for p in tmp_path.iterdir()] == ["cache.safetensors"]
     for mine, theirs in zip(cache.paged, loaded.paged, strict=True):
-        one, two = mine.segments[0][1].dense(), theirs.segments[0][1].dense()
-        assert torch.equal(one.valid, two.valid) and one.columns.keys() == two.columns.keys()
-        for a, b in [(one.keys, two.keys), (one.values, two.values),
-                     *((one.columns[n], two.columns[n]) for n in one.columns)]:  # fmt: skip
-            assert torch.equal(a[one.valid], b[one.valid])
+        one, two = snapshot(mine), snapshot(theirs)
+        assert one.keys() == two.keys() and all(torch.equal(one[plane], two[plane]) for plane in one)
     assert loaded.nbytes == reachable_bytes(loaded)
     token = forced(2, 1)
     for _ in range(5):
@@ -305,7 +309,7 @@ def test_a_tentative_pass_leaves_no_trace(slug, name):
     mask = grow(prompt["attention_mask"], 3)
     model, cache = make(slug, name)
     follow(model, cache, *prompt.values(), forced(2, 3))
-    before = [(core.kept(), core._stored(), core.mark()) for core in cache.paged]
+    before = [(core.kept(), snapshot(core), core.mark()) for core in cache.paged]
     nbytes, seen = cache.nbytes, []
     with cache.tentative(lambda view: seen.append(view.place.ordinal)):
         feed(model, cache, forced(2, 20), grow(mask, 20))
@@ -315,10 +319,9 @@ def test_a_tentative_pass_leaves_no_trace(slug, name):
     for core, (kept, stored, mark) in zip(cache.paged, before, strict=True):
         assert core.kept() == kept and core.width == mark.width
         assert (core.seen == mark.seen).all() and (core.prompt == mark.prompt).all()
-        now = core._stored()
-        assert now.columns.keys() == stored.columns.keys()
-        assert torch.equal(now.keys[now.valid], stored.keys[stored.valid])
-        assert torch.equal(now.values[now.valid], stored.values[stored.valid])
+        now = snapshot(core)
+        assert now.keys() == stored.keys()
+        assert all(torch.equal(now[plane], stored[plane]) for plane in now)
     _, untouched = make(slug, name)
     follow(model, untouched, *prompt.values(), forced(2, 3))
     token, mask = forced(2, 1), grow(mask)

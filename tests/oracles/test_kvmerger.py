@@ -105,6 +105,17 @@ def test_oracle_4_mean_distance_is_dominated_by_the_pivot():
     assert_close(pair(0.1 / 2 / 2**0.5)[0], weight, atol=1e-6, rtol=1e-5)  # sigma = .0353553
 
 
+def test_members_weigh_as_many_tokens_as_they_stand_for():
+    """Slots of three, two (the pivot) and one token, the outer ones equally near."""
+    keys = torch.tensor([[[[0.0, 1.0], [0.0, 0.0], [0.0, -1.0]]]])
+    mass = torch.tensor([[[3.0, 2.0, 1.0]]])
+    sets, importance = torch.zeros(1, 1, 3, dtype=torch.int64), torch.tensor([[[0.0, 1.0, 0.0]]])
+    folded = fold_sets(keys, keys, sets, importance, mass, bandwidth=1.0)
+    g = math.exp(-1 / 2)
+    assert_close(folded.weight[0, 0], torch.tensor([3 * g, 2.0, g]) / (4 * g + 2))
+    assert folded.size[0, 0].tolist() == [6.0] * 3
+
+
 @pytest.mark.parametrize(("mass", "expected"), [("convex", 1 / 2), ("paper", 1.0), ("counted", 2 / 3)])
 def test_oracle_5_mass(mass, expected):
     """Three tokens with equal logits, v = 1, 1, 0, the first two merged; the full answer is 2/3."""

@@ -15,7 +15,7 @@ from kvfold.methods.base import decided
 from kvfold.methods.h2o import H2O
 from kvfold.methods.kvmerger import KVMerger
 from kvfold.views import LayerView
-from views import full_probabilities, random_view, row_of, run, top
+from views import full_probabilities, prompt_view, random_view, row_of, run, top
 
 
 def merged(method, view: LayerView) -> LayerView:
@@ -222,3 +222,27 @@ def test_half_precision_sums_in_float32(dtype):
     assert torch.equal(half.valid, full.valid)
     assert torch.equal(half.keys[half.valid], full.keys[full.valid].to(dtype))
     assert_close(half.columns[LOG_MASS], full.columns[LOG_MASS])
+
+
+@pytest.mark.parametrize("budget", [2, 3, 9, 10, 25])
+@pytest.mark.parametrize(("recent", "heavy"), [(0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.1, 0.5)])
+def test_protection_leaves_room_for_the_end_of_a_turn(budget, recent, heavy):
+    view = random_view(B=2, H=2, T=70, D=16, left_pad=(0, 11), seed=4)
+    stored = turns(view, [40, 30], KVMerger(budget=budget, recent=recent, heavy=heavy, skip=()))
+    mass = stored.columns[LOG_MASS].exp() * stored.valid
+    assert (stored.valid.sum(-1) == budget).all()
+    for row, first in enumerate((40, 29)):
+        old = stored.columns[POSITION][row] < first
+        assert_close((mass[row] * old).sum(-1), torch.full((2,), float(first)))
+
+
+def test_padding_inside_the_prompt_is_nobodys_neighbour():
+    view = random_view(B=1, H=2, G=2, T=40, D=16, seed=2)
+    mask = torch.ones(1, 40, dtype=torch.bool)
+    mask[0, [0, 7, 8, 20, 39]] = False
+    view = prompt_view(view.queries.states, view.keys, view.values, mask)
+    after, alone = (merged(KVMerger(budget=0.3, skip=()), v) for v in (view, row_of(view, 0)))
+    for head in range(2):
+        here, there = after.valid[0, head], alone.valid[0, head]
+        assert torch.equal(after.positions[0, head][here], alone.positions[0, head][there])
+        assert_close(after.keys[0, head][here], alone.keys[0, head][there], atol=1e-5, rtol=1e-4)

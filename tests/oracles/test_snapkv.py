@@ -177,3 +177,15 @@ def test_bad_options(options):
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         SnapKV(**options)
+
+
+def test_padding_may_stand_anywhere():
+    """Behind the prompt or inside it: what a row keeps is what it keeps alone."""
+    view = random_view(B=3, H=2, G=2, T=40, D=16, seed=5)
+    mask = torch.ones(3, 40, dtype=torch.bool)
+    mask[0, 30:] = False
+    mask[1, [3, 4, 17, 33, 38, 39]] = False
+    view = prompt_view(view.queries.states, view.keys, view.values, mask)
+    method = SnapKV(budget=11, window=5)
+    for row in range(3):
+        assert kept(method, view)[row] == kept(method, row_of(view, row))[0]

@@ -1,24 +1,25 @@
 """`kvfold models`: names that `kvfold.load` knows."""
 
+from dataclasses import asdict
+
 from rich.table import Table
 
 from kvfold.cli import common
 
 
 def models(json: common.Json = False) -> None:
-    """List the bundled models, and what has been converted to the cache folder."""
-    from kvfold.hf.models import available
+    """List the bundled models and the GGUF files that have been converted, with their place on disk."""
+    from kvfold.hf.bundled import available
 
     infos = available()
     if json:
-        common.print_json([info.to_dict() for info in infos])
+        rows = [asdict(info) for info in infos]
+        common.print_json([{**row, "folder": row["folder"] and str(row["folder"])} for row in rows])
         return
     table = Table()
-    for name in ("model", "title", "context", "licence", "on disk"):
-        table.add_column(name, overflow="fold")
+    for name in ("model", "title", "context", "licence", "on disk", "source"):
+        table.add_column(name, overflow="fold", justify="right" if name in ("context", "on disk") else "left")
     for info in infos:
-        row = info.to_dict()
-        held = common.size(row["nbytes"]) if row.get("nbytes") else "not yet"
-        cells = (row["name"], row["title"], row.get("context"), row.get("licence"), held)
-        table.add_row(*("-" if cell is None else str(cell) for cell in cells))
+        held = common.size(info.nbytes) if info.folder else "not yet"
+        table.add_row(info.name, info.title, f"{info.context_length:,}", info.licence, held, info.source)
     common.stdout.print(table)

@@ -37,6 +37,7 @@ def run(
     document = common.read_document(file)
 
     from kvfold.evaluation.decoding import decode, prefill
+    from kvfold.evaluation.memory import resident_bytes
     from kvfold.evaluation.prompts import build_prompt
     from kvfold.hf.cache import Cache
     from kvfold.hf.models import load
@@ -45,10 +46,12 @@ def run(
     ids = build_prompt(tokenizer, document, ask, chat=chat, limit=context)["input_ids"]
     common.check_fits(lm, ids.shape[1], max_new_tokens)
     cache = Cache(lm, chosen)
+    before = resident_bytes()
     with common.stderr.status(f"reading {ids.shape[1]} tokens with {chosen}"):
         read = prefill(lm, ids, cache, prefill_chunk)
         held = cache.report()
         kept = cache.kept_tokens
+        after = resident_bytes()
         answer = decode(lm, cache, read.logits, max_new_tokens)
     result = {
         "model": model,
@@ -60,6 +63,8 @@ def run(
         "dense_nbytes": held.dense_nbytes,
         "ratio": held.ratio,
         "nbytes_at_end": cache.nbytes,
+        "resident_bytes_before": before,
+        "resident_bytes_after_prefill": after,
         "new_tokens": len(answer.tokens),
         "prefill_seconds": read.seconds,
         "decode_tokens_per_second": answer.rate,

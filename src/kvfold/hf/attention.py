@@ -61,7 +61,8 @@ def attention(
         raise ValueError(f"dropout={dropout} in {name}: a kvfold cache is for inference; call model.eval()")
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
-            f"attention_mask of shape {tuple(attention_mask.shape)} in {name}: a kvfold cache takes a padding mask"
+            f"attention_mask of shape {tuple(attention_mask.shape)} in {name}: a kvfold cache takes a padding mask, "
+            "(B, T)"
         )
     valid = None if attention_mask is None else attention_mask[:, -query.shape[2] :].bool()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -17,9 +17,10 @@ from kvfold.hf import attention
 from kvfold.hf.layers import PagedLayer, WindowLayer, storage_bytes
 from kvfold.hf.report import Report, layer_report
 from kvfold.hf.rope import find_rope
-from kvfold.layer import KVLayer, Pass
+from kvfold.layer import KVLayer
 from kvfold.methods.base import Decisions, Method
 from kvfold.methods.registry import parse
+from kvfold.passes import Pass
 from kvfold.views import LayerView
 
 
@@ -122,6 +123,8 @@ class Cache(HFCache):
     def enter(self, ordinal: int, tokens: int) -> Pass:
         """A paged layer is about to attend: the pass it belongs to, a new one when the layers start over."""
         if self._pass is None or ordinal <= self._at:
+            if any(core.waiting for core in self.paged):  # no crop came: assisted decoding is over
+                self._settle(self._end_recording)
             prefill = tokens > 1 or self.paged[ordinal].width == 0
             later = self.recording and self.paged[ordinal].width > 0
             self._pass = Pass(
@@ -207,8 +210,17 @@ class Cache(HFCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens of every row, then run what waited for it."""
+        self._settle(lambda: super(Cache, self).crop(tokens_to_remove))
+
+    def _end_recording(self) -> None:
+        self.recording = False
+        for core in self.paged:
+            core.settle(0, turn=True)
+
+    def _settle(self, settle: Callable[[], None]) -> None:
+        """Settle the layers, then run the late events of those that waited."""
         waiting = [core.waiting for core in self.paged]
-        super().crop(tokens_to_remove)
+        settle()
         for core, this in zip(self.paged, waiting, strict=True):
             if this is not None:
                 self._late_events(core.ordinal, this)

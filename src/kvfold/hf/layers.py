@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from kvfold.hf.attention import PagedLength, attach_handle
-from kvfold.layer import KVLayer, Pass
+from kvfold.layer import KVLayer
+from kvfold.passes import Pass
 
 
 @runtime_checkable

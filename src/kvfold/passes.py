@@ -1,0 +1,33 @@
+"""One forward pass as a layer sees it, and a point in a layer's life to go back to."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass
+class Pass:
+    """One forward pass as a layer sees it."""
+
+    prefill: bool
+    listen: bool = True
+    """Whether the method's events run (not during a tentative pass)."""
+    defer: bool = False
+    """Whether they wait for `settle` (assisted decoding: a crop is still to come)."""
+    step: dict[str, Any] = field(default_factory=dict)
+    token_ids: Int[Tensor, "B Q"] | None = None
+    observe: Any = None
+    """Called with each layer's view, before any decision."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point in a layer's life to which it can be rewound."""
+
+    seen: np.ndarray
+    prompt: np.ndarray
+    width: int
+    counts: list[np.ndarray]
