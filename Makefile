@@ -4,8 +4,8 @@ PYTHON ?= python3
 EXTRAS ?= dev,plot
 PYTEST_FLAGS ?=
 
-DEMO_DOC ?= examples/documents/document.txt
-DEMO_QUESTION ?= What is this document about?
+DEMO_DOC ?= examples/documents/blue-carbuncle.txt
+DEMO_QUESTION ?= What was the name of the hotel?
 DEMO_MODEL ?= smollm2-135m-instruct
 DEMO_METHODS ?= full,kvmerger,h2o,snapkv,tova,streamingllm
 DEMO_BUDGET ?= 0.35

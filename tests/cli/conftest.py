@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
-from models import build
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from transformers import PreTrainedTokenizerFast
+
+from models import build
 
 
 @pytest.fixture(scope="session")

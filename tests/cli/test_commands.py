@@ -61,7 +61,9 @@ def test_run_reads_in_chunks(folder: Path, document: Path) -> None:
 def test_compare_measures_against_full(folder: Path, document: Path, tmp_path: Path) -> None:
     chart = tmp_path / "chart.html"
     words = ["compare", "--model", str(folder), "--file", str(document), "--methods", "full,kvmerger,tova,streamingllm"]
-    result = runner.invoke(app, [*words, "--budget", "0.5,1.0", "--max-new-tokens", "6", "--chart", str(chart), "--json"])
+    result = runner.invoke(
+        app, [*words, "--budget", "0.5,1.0", "--max-new-tokens", "6", "--chart", str(chart), "--json"]
+    )
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]
     assert [(row["method"], row["budget"]) for row in rows] == [

@@ -45,7 +45,7 @@ class Letters:
 
 def test_prompt_puts_document_then_question_in_the_template() -> None:
     ids = build_prompt(Letters(), "doc", "who?")["input_ids"][0].tolist()
-    assert Letters().decode(ids) == "<doc\n\nwho?>"  # no special token twice
+    assert Letters().decode(ids) == "<doc\n\nQuestion: who?>"  # no special token twice
     plain = build_prompt(Letters(), "doc", "who?", chat=False)["input_ids"][0].tolist()
     assert plain[0] == 1 and Letters().decode(plain[1:]) == "doc\n\nQuestion: who?\nAnswer:"
 
@@ -55,7 +55,7 @@ def test_a_long_document_is_cut_in_its_middle() -> None:
     made = build_prompt(Letters(), document, "who?", limit=50)
     text = Letters().decode(made["input_ids"][0].tolist())
     assert made["input_ids"].shape[1] <= 50 and made["attention_mask"].sum() == made["input_ids"].shape[1]
-    assert text.startswith("<AAA") and text.endswith("BBB\n\nwho?>")
+    assert text.startswith("<AAA") and text.endswith("BBB\n\nQuestion: who?>")
     with pytest.raises(ValueError, match="limit=12"):
         build_prompt(Letters(), document, "a question that is much longer", limit=12)
 

@@ -27,7 +27,9 @@ def _version(show: bool | None) -> None:
 
 
 @app.callback()
-def _root(version: bool | None = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it.")) -> None:
+def _root(
+    version: bool | None = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it."),
+) -> None:
     """Long contexts with a small KV cache, for any transformers model."""
 
 

@@ -26,7 +26,7 @@ def build_prompt(
 
 def _encode(tokenizer: Any, document: str, question: str | None, chat: bool) -> list[int]:
     if chat and getattr(tokenizer, "chat_template", None):
-        text = document if question is None else f"{document}\n\n{question}"
+        text = document if question is None else f"{document}\n\nQuestion: {question}"
         messages = [{"role": "user", "content": text}]
         rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return list(tokenizer(rendered, add_special_tokens=False).input_ids)

@@ -1,0 +1,67 @@
+"""The bundled models on real text: needles, memory that the process gives back, and the README's claims."""
+
+import json
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvfold
+from kvfold.evaluation.needles import DEPTHS, find, plant
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+STORY = ROOT / "examples/documents/blue-carbuncle.txt"
+
+
+@lru_cache(maxsize=1)
+def model(name: str) -> tuple[Any, Any]:
+    return kvfold.load(name, progress=False)
+
+
+def needles(name: str, tokens: int, methods: list[tuple[str, dict[str, Any]]]) -> list[int]:
+    """How many of five needles each method finds."""
+    lm, tokenizer = model(name)
+    found = [0] * len(methods)
+    for depth in DEPTHS:
+        caches = [kvfold.Cache(lm, slug, **options) for slug, options in methods]
+        for i, hit in enumerate(find(lm, tokenizer, plant(tokenizer, STORY.read_text(), tokens, depth), caches)):
+            found[i] += hit
+    return found
+
+
+def test_gemma_finds_every_needle() -> None:
+    """5 of 5 with the full cache at 3,600 tokens, and at half of it: sliding-window layers are left alone."""
+    full, half = needles("gemma3-270m", 3600, [("full", {}), ("snapkv", {"budget": 0.5})])
+    assert full == 5
+    assert half == 5
+
+
+def test_smollm_finds_most_needles() -> None:
+    """The question stands in SnapKV's window; StreamingLLM forgets what has left its own."""
+    methods = [("full", {}), ("snapkv", {"budget": 0.35}), ("kvmerger", {"budget": 0.5}), ("streamingllm", {"budget": 0.35})]
+    full, snapkv, merger, streaming = needles("smollm2-135m-instruct", 1800, methods)
+    assert full >= 4
+    assert snapkv >= full - 1
+    assert merger >= 1
+    assert streaming <= 2  # the last 35 % of the text holds two of the five
+
+
+def test_run_frees_what_kvmerger_drops() -> None:
+    """Right after the prompt the cache holds at most 0.37 of a dense one, and the process is smaller by the rest."""
+    held = {}
+    for method in (["full"], ["kvmerger", "--budget", "0.35"]):
+        words = ["run", "--model", "smollm2-135m-instruct", "--file", str(STORY), "--ask", "Who stole the stone?"]
+        command = [sys.executable, "-m", "kvfold", *words, "--json", "--max-new-tokens", "2", "--method", *method]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        held[method[0]] = json.loads(done.stdout)
+    merger, full = held["kvmerger"], held["full"]
+    assert merger["prompt_tokens"] > 6000
+    assert merger["nbytes"] <= 0.37 * merger["dense_nbytes"]
+    assert full["nbytes"] >= full["dense_nbytes"]
+    saved = full["nbytes"] - merger["nbytes"]
+    shrunk = full["resident_bytes_after_prefill"] - merger["resident_bytes_after_prefill"]
+    assert shrunk > 0.8 * saved
