@@ -1,6 +1,6 @@
 """Needles found in real text, for methods x budgets: five depths, the question in the prompt (query-aware).
 
-    python benchmarks/needles.py --model gemma3-270m --tokens 3600 --out benchmarks/results/needles-gemma3-270m.json
+python benchmarks/needles.py --model gemma3-270m --tokens 3600 --out benchmarks/results/needles-gemma3-270m.json
 """
 
 import argparse

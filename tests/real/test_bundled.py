@@ -42,7 +42,12 @@ def test_gemma_finds_every_needle() -> None:
 
 def test_smollm_finds_most_needles() -> None:
     """The question stands in SnapKV's window; StreamingLLM forgets what has left its own."""
-    methods = [("full", {}), ("snapkv", {"budget": 0.35}), ("kvmerger", {"budget": 0.5}), ("streamingllm", {"budget": 0.35})]
+    methods = [
+        ("full", {}),
+        ("snapkv", {"budget": 0.35}),
+        ("kvmerger", {"budget": 0.5}),
+        ("streamingllm", {"budget": 0.35}),
+    ]
     full, snapkv, merger, streaming = needles("smollm2-135m-instruct", 1800, methods)
     assert full >= 4
     assert snapkv >= full - 1

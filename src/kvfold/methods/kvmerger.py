@@ -19,8 +19,9 @@ from kvfold.options import check_choice, check_ints, check_number
 from kvfold.scores import top_mask
 from kvfold.views import LayerView
 
-PAPER = ((0.0, 0.35, 0.5, 1.0), (0.0, 0.08, 0.17, 0.34), (0.0, 0.02, 0.12, 0.24))
-"""Budget, recent share, heavy share: the paper's at 35 % and 50 %, straight lines elsewhere (reconstructed)."""
+SHARES = ((0.0, 0.2, 0.35, 0.5, 1.0), (0.0, 0.068, 0.08, 0.17, 0.34), (0.0, 0.048, 0.02, 0.12, 0.24))
+"""Budget, recent share, heavy share, straight lines between: the paper's at 35 % and 50 %; below 35 % ours, the same
+parts of the budget as at 50 % (reconstructed: the paper goes no lower)."""
 
 
 @method("kvmerger", title="KVMerger: adaptive KV cache merging", paper="2407.08454", kind="merge")
@@ -108,5 +109,5 @@ class KVMerger(Method):
 
     def shares(self, fraction: float) -> tuple[float, float]:
         """Shares of the prompt that are protected as recent and as heavy, for a budget that is this fraction of it."""
-        recent, heavy = (float(np.interp(fraction, PAPER[0], PAPER[i])) for i in (1, 2))
+        recent, heavy = (float(np.interp(fraction, SHARES[0], SHARES[i])) for i in (1, 2))
         return (recent if self.recent is None else self.recent, heavy if self.heavy is None else self.heavy)
