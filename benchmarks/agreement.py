@@ -22,7 +22,7 @@ import torch
 
 import kvfold
 from kvfold.evaluation.agreement import agreement
-from kvfold.evaluation.compare import with_budget
+from kvfold.evaluation.compare import split_names, with_budget
 from kvfold.hf.fanout import prefill_many
 
 METHODS = "kvmerger,h2o,snapkv,tova,streamingllm"
@@ -68,8 +68,7 @@ def main() -> None:
 
     model, tokenizer = kvfold.load(args.model, device=args.device)
     budgets = [float(b) for b in args.budgets.split(",")]
-    # Options stand in parentheses and hold commas too: cut at the commas outside.
-    methods = re.split(r",(?![^(]*\))", args.methods)
+    methods = split_names(args.methods)
     cells = [(m, b) for m in methods for b in budgets]
     results: dict[str, list[dict[str, object]]] = {f"{m}@{b}": [] for m, b in cells}
     started, done = time.perf_counter(), 0
@@ -79,7 +78,7 @@ def main() -> None:
         if ids.shape[1] < context + args.tokens:
             continue
         ids = ids.to(model.device)
-        chosen = [_method(m, b) for m, b in cells]
+        chosen = [with_budget(m, b) for m, b in cells]
         caches = [kvfold.Cache(model, method) for method in ["full", *chosen]]
         prompt, rest = ids[:, :context], ids[:, context:]
         prefill_many(model, {"input_ids": prompt}, caches, logits_to_keep=1)
@@ -98,13 +97,6 @@ def main() -> None:
         if done == args.docs:
             break
     report(args, results, methods, budgets, done)
-
-
-def _method(text: str, budget: float) -> kvfold.Method:
-    """`kvmerger` or `kvmerger(skip=())`, at a budget."""
-    if "(" not in text:
-        return with_budget(text, budget)
-    return kvfold.parse(text.replace("(", f"(budget={budget},", 1))
 
 
 def report(

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import kvfold
-from kvfold.evaluation.compare import with_budget
+from kvfold.evaluation.compare import split_names, with_budget
 from kvfold.evaluation.needles import DEPTHS, find, plant
 
 STORY = Path(__file__).parents[1] / "examples/documents/blue-carbuncle.txt"
@@ -27,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model, tokenizer = kvfold.load(args.model)
-    methods, budgets = args.methods.split(","), [float(b) for b in args.budgets.split(",")]
+    methods, budgets = split_names(args.methods), [float(b) for b in args.budgets.split(",")]
     cells = [("full", 1.0), *((m, b) for m in methods for b in budgets)]
     found = dict.fromkeys(cells, 0)
     asked = 0

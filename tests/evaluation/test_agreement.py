@@ -9,8 +9,9 @@ import torch
 
 from kvfold.evaluation.agreement import agreement
 from kvfold.evaluation.chart import memory_against_agreement, save_chart
-from kvfold.evaluation.compare import Row, with_budget
+from kvfold.evaluation.compare import Row, split_names, with_budget
 from kvfold.evaluation.prompts import build_prompt
+from kvfold.methods import parse
 
 
 def test_agreement_is_the_mean_kl_and_the_share_of_equal_tokens() -> None:
@@ -64,6 +65,15 @@ def test_budget_goes_to_the_methods_that_take_one() -> None:
     assert with_budget("snapkv", 0.3).budget == 0.3  # type: ignore[attr-defined]
     assert str(with_budget("full", 0.3)) == "full()"
     assert with_budget("snapkv(budget=7)", 0.3).budget == 7  # type: ignore[attr-defined]
+    assert str(with_budget("tova()|streamingllm(sinks=2)", 0.3)) == str(parse("tova()|streamingllm(sinks=2)"))
+    made = with_budget("snapkv(window=8, pool='max')", 0.3)
+    assert (made.budget, made.window) == (0.3, 8)  # type: ignore[attr-defined]
+
+
+def test_names_are_cut_at_commas_outside_parentheses() -> None:
+    assert split_names("full, snapkv(window=8, pool='max'),tova") == ["full", "snapkv(window=8, pool='max')", "tova"]
+    with pytest.raises(ValueError, match="names no method"):
+        split_names(" , ")
 
 
 def test_chart_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -29,16 +29,14 @@ def compare_command(
     json: common.Json = False,
 ) -> None:
     """Compare methods on one document: answer, memory, time, agreement with the full cache."""
-    names = [name.strip() for name in methods.split(",") if name.strip()]
     budgets = [common.number(part) for part in budget.split(",")]
-    if not names:
-        raise ValueError(f"methods={methods!r} names no method")
 
     from kvfold.evaluation.chart import check_chart_path, memory_against_agreement, save_chart
-    from kvfold.evaluation.compare import compare, with_budget
+    from kvfold.evaluation.compare import compare, split_names, with_budget
     from kvfold.evaluation.prompts import build_prompt
     from kvfold.hf.models import load
 
+    names = split_names(methods)
     for name in names:
         for value in budgets:
             with_budget(name, value)

@@ -1,7 +1,8 @@
 """Methods side by side on one document and one question: answer, memory, time, agreement with the full cache."""
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from kvfold.evaluation.agreement import Agreement, agreement
 from kvfold.evaluation.decoding import Answer, decode, prefill, teacher_forced
 from kvfold.hf.cache import Cache
 from kvfold.hf.fanout import prefill_many
-from kvfold.methods import Method, get_method, parse
+from kvfold.methods import Method, parse
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,20 @@ class Row:
         return {**asdict(self), "ratio": self.ratio}
 
 
-def with_budget(slug: str, budget: float | int | None) -> Method:
-    """A method from its text; `budget` goes to a single stage that takes one and has not set it."""
-    if "(" in slug or "|" in slug or budget is None:
-        return parse(slug)
-    takes = any(option.name == "budget" for option in fields(get_method(slug).cls))  # type: ignore[arg-type]
-    return parse(slug, budget=budget) if takes else parse(slug)
+def split_names(text: str) -> list[str]:
+    """Methods separated by commas; commas inside parentheses belong to options. Raises ValueError for none."""
+    names = [name.strip() for name in re.split(r",(?![^(]*\))", text) if name.strip()]
+    if not names:
+        raise ValueError(f"methods={text!r} names no method")
+    return names
+
+
+def with_budget(text: str, budget: float | int) -> Method:
+    """A method from its text; a single stage that takes a budget, and whose text sets none, gets this one."""
+    made = parse(text)
+    if "budget=" in text or not any(option.name == "budget" for option in fields(made)):  # type: ignore[arg-type]
+        return made
+    return replace(made, budget=budget)  # type: ignore[type-var]
 
 
 def compare(
