@@ -262,3 +262,78 @@ def test_what_one_fork_does_never_changes_the_other(operation, length, even):
             assert np.array_equal(other.counts(), count)
             for x, y in zip(before, (after.keys, after.values, after.columns[LOG_MASS]), strict=True):
                 assert torch.equal(x[after.valid], y[after.valid])
+
+
+def test_a_cleared_fork_leaves_its_parents_pool():
+    chunk = tokens(2, 2, 20, 0)
+    parent = Dense(page_size=4).segment(chunk)
+    parent.append(chunk, even=True)
+    nbytes, fork = parent.nbytes, parent.select(np.arange(2))
+    for _ in range(3):
+        fork.clear()
+        fork.append(tokens(2, 2, 30, 1), even=True)
+    assert fork.pool is not parent.pool and parent.nbytes == nbytes and parent.table.exclusive
+    assert torch.equal(parent.dense().keys, chunk.keys) and torch.equal(fork.dense().keys, tokens(2, 2, 30, 1).keys)
+
+
+def beams(length: int, count: int = 4) -> DenseSegment:
+    """Beams that read the same prompt and all descend from row 0."""
+    one = tokens(1, 2, length, 0)
+    columns = {name: column.expand(count, -1, -1) for name, column in one.columns.items()}
+    wide = Chunk(*(x.expand(count, *x.shape[1:]) for x in (one.keys, one.values, one.valid)), columns)
+    segment = Dense().segment(wide)
+    segment.append(wide, even=True)
+    return reorder(segment, [0] * count)
+
+
+def reorder(segment: DenseSegment, chosen: list[int]) -> DenseSegment:
+    """As `KVLayer.select` does."""
+    other = segment.select(np.array(chosen))
+    segment.clear()
+    other.compact()
+    return other
+
+
+def test_beams_of_one_row_hold_one_row():
+    one, chunk = beams(300, 1), tokens(1, 2, 300, 0)
+    segment = beams(300)
+    assert segment.nbytes <= 1.02 * one.nbytes
+    held = segment.table.table
+    assert (segment.pool.refs == 4).all() and segment.pool.shared == segment.pool.used == segment.pool.pages == 38
+    assert (held.reshape(4, -1) == held.reshape(4, -1)[0]).all() and not segment.table.regular
+    segment.append(Chunk(*(getattr(tokens(4, 2, 1, 7), n) for n in ("keys", "values", "valid")), {}), even=True)
+    for beam in range(4):
+        assert torch.equal(segment.dense().keys[beam, :, :300], chunk.keys[0])
+        assert torch.equal(segment.dense().keys[beam, :, 300:], tokens(4, 2, 1, 7).keys[beam])
+    assert np.bincount(segment.pool.refs).tolist()[1:] == [8, 0, 0, 36]  # each beam its own last page
+
+
+def test_a_fork_that_holds_the_same_pages_is_in_the_way_of_moving():
+    segment = beams(300)
+    segment.truncate(np.full((4, 2), 20))
+    fork, pool = segment.select(np.arange(4)), segment.pool
+    segment.compact()
+    assert segment.pool is pool
+    fork.clear()
+    segment.compact()
+    assert segment.pool is not pool and segment.pool.pages == 4 and pool.used == 0
+
+
+def test_rows_that_share_nothing_lie_side_by_side_after_moving():
+    chunk = tokens(4, 2, 20, 0)
+    segment = Dense(page_size=4).segment(chunk)
+    segment.append(chunk, even=True)
+    chosen = reorder(segment, [3, 1])
+    assert chosen.table.regular and chosen.pool.pages == 2 * 2 * 5
+    assert torch.equal(chosen.dense().keys, chunk.keys[[3, 1]])
+
+
+def test_reordering_at_every_step_moves_rarely():
+    segment, pools, storages = beams(300), set(), set()
+    for step in range(20):
+        segment.append(tokens(4, 2, 1, step), even=True)
+        segment = reorder(segment, [[0, 0, 1, 3], [1, 0, 0, 0], [0, 1, 2, 3], [2, 2, 2, 2]][step % 4])
+        pools.add(segment.pool)
+        storages.add(segment.pool.planes["keys"].untyped_storage().data_ptr())
+    assert len(pools) <= 2 and len(storages) <= 6
+    assert segment.nbytes < 1.6 * beams(300, 1).nbytes

@@ -40,6 +40,7 @@ class KVLayer:
         self.width = 0  # columns read, padding counted: what transformers calls the sequence length
         self.shape: tuple[int, int, int] | None = None  # H, D, D_v
         self.dtype, self.device = torch.float32, torch.device("cpu")
+        self._last: tuple[float, Any] = (1.0, None)  # scale and module of the last pass
         self._waiting: tuple[Queries, Pass, Place] | None = None
 
     @property
@@ -93,10 +94,11 @@ class KVLayer:
     ) -> Float[Tensor, "B Hq Q Dv"]:
         """Attend new tokens over what is stored and (causally) over themselves, then store them as the method decides.
 
-        `valid` marks the new tokens that are not padding (None: all are). A padded query gets zeros.
+        `valid` marks the new tokens that are not padding (None: all are); what a padded query gets has no meaning.
         """
         self.settle(0)
         self._start(k, v)
+        self._last = (scale, module)
         ones = valid is None or bool(valid.all())
         mask = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device) if ones else valid
         assert mask is not None
@@ -120,7 +122,7 @@ class KVLayer:
             if not appended:
                 self.segments[0][1].append(chunk, even=ones)
             return out
-        queries, place = Queries(q, mask, lse, positions), self._place(scale, this, module)
+        queries, place = Queries(q, mask, lse, positions), self._place(scale, module, this)
         view = self._view(queries, place, None if appended else chunk)
         if this.observe is not None:
             this.observe(view)
@@ -168,7 +170,7 @@ class KVLayer:
         empty = torch.zeros(self.batch, self.shape[0], 0, self.shape[1], dtype=self.dtype, device=self.device)
         no_one = torch.zeros(self.batch, 0, dtype=torch.int32, device=self.device)
         none = Queries(empty, no_one.bool(), empty.new_zeros(empty.shape[:3]).float(), no_one)
-        return self._view(none, self._place(1.0, this, None))
+        return self._view(none, self._place(*self._last, this))
 
     def adopt(self, view: LayerView, this: Pass) -> None:
         """Store what this layer's method decides about another cache's view of its first forward pass.
@@ -180,9 +182,10 @@ class KVLayer:
                 f"layer {self.layer} has read {self.width} tokens; only an empty cache can adopt a prefill"
             )
         self._start(view.keys, view.values)
+        self._last = (view.place.scale, view.place.module)
         self.seen = view.queries.valid.sum(1).cpu().numpy().astype(np.int64)
         self.prompt, self.width = self.seen.copy(), view.new
-        view = replace(view, place=self._place(view.place.scale, this, view.place.module))
+        view = replace(view, place=self._place(*self._last, this))
         if self._listening(this):
             view = self._decide(view, this)
         self._commit(view, view.tokens)
@@ -226,7 +229,7 @@ class KVLayer:
         if this.listen and self.method.listens("before_attend"):
             lse = q.new_zeros(q.shape[:3], dtype=torch.float32)  # not known yet
             queries = Queries(q, torch.ones_like(positions, dtype=torch.bool), lse, positions)
-            view = self._view(queries, self._place(scale, this, module))
+            view = self._view(queries, self._place(scale, module, this))
             decision = self.method.before_attend(view)
             if decision is not None:
                 newest = view.positions == torch.from_numpy(self.seen - 1).to(q.device)[:, None, None]
@@ -263,11 +266,11 @@ class KVLayer:
             view = view.apply(decision)
         return view
 
-    def _place(self, scale: float, this: Pass, module: Any) -> Place:
+    def _place(self, scale: float, module: Any, this: Pass) -> Place:
         prompt, seen = torch.from_numpy(self.prompt), torch.from_numpy(self.seen)
         return Place(
-            self.layer, self.ordinal, self.paged, self.depth, scale, prompt, seen, module, self.rope, this.step,
-            this.token_ids,
+            self.layer, self.ordinal, self.paged, self.depth, scale, prompt, seen, module, self.rope,
+            self.method.compact, this.step, this.token_ids,
         )  # fmt: skip
 
     def _need_rope(self) -> Rope:
@@ -370,6 +373,8 @@ class KVLayer:
         chosen = [(form, segment.select(rows)) for form, segment in self.segments]
         for _, segment in self.segments:
             segment.clear()
+        for _, segment in chosen:
+            segment.compact()
         self.segments = chosen
         self.seen, self.prompt = self.seen[rows], self.prompt[rows]
 

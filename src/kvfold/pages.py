@@ -240,16 +240,21 @@ class PageTable:
         """Copy-on-write: the pages at `places` (row, index) are about to be written."""
         if not self.pool.shared:
             return
-        for row, index in places.T[self.pool.refs[self.table[places[0], places[1]]] > 1]:
-            old = self.table[row, index]
-            if self.pool.refs[old] == 1:  # the other holder of this page has just taken a copy
-                continue
-            new = self.pool.allocate(1)[0]
-            for plane in self.pool.planes.values():
-                plane[int(new)] = plane[int(old)]
-            self.pool.release(np.array([old]))
-            self.table[row, index] = new
-            self.regular = False
+        rows, index = places
+        old = self.table[rows, index]
+        pages, first, writers = np.unique(old, return_index=True, return_counts=True)
+        copied = self.pool.refs[old] > 1
+        copied[first[writers == self.pool.refs[pages]]] = False  # all holders write: one of them keeps the page
+        if not copied.any():
+            return
+        old = old[copied]
+        new = self.pool.allocate(len(old))
+        source, target = (torch.from_numpy(ids.astype(np.int64)).to(self.pool.device) for ids in (old, new))
+        for plane in self.pool.planes.values():
+            plane[target] = plane.index_select(0, source)
+        self.pool.release(old)
+        self.table[rows[copied], index[copied]] = new
+        self.regular = False
 
     def relocate(self, per_row: int) -> None:
         """Move to a pool of our own with `per_row` pages side by side for each row; the old pages are let go."""
@@ -279,6 +284,32 @@ class PageTable:
             self.relocate(int(needed.max()) if self.rows else 0)
         else:
             self._scatter_to_exact(needed)
+
+    def compact(self) -> None:
+        """Where this table alone uses the pool and more than a quarter of it is free: move to a pool of what is held.
+
+        Rows go on sharing the pages that they share.
+        """
+        pool, here = self.pool, self.table >= 0
+        held = self.table[here]
+        if int(pool.refs.sum()) != len(held) or (pool.pages - pool.used) * 4 <= pool.pages:
+            return
+        pages, first, which = np.unique(held, return_index=True, return_inverse=True)
+        order = np.argsort(first)  # as the rows hold them, so that rows that share nothing lie side by side
+        number = np.empty(len(order), dtype=np.int32)
+        number[order] = np.arange(len(order), dtype=np.int32)
+        mine = torch.from_numpy(pages[order].astype(np.int64)).to(pool.device)
+        self.pool = pool.empty_like()
+        self.pool.grow(len(pages))
+        self.pool.allocate(len(pages))
+        for name, plane in pool.planes.items():
+            self.pool.planes[name].copy_(plane.index_select(0, mine))
+        self.pool.refs[:] = 0
+        self.table = self.table.copy()
+        self.table[here] = number[which]
+        self.pool.retain(self.table[here])
+        pool.release(held)
+        self.regular = bool((self.table == np.arange(self.table.size).reshape(self.table.shape)).all())
 
     def _scatter_to_exact(self, needed: np.ndarray) -> None:
         """Rows of different lengths: a pool with exactly their pages, each row's side by side."""

@@ -58,6 +58,8 @@ class Place:
     """Tokens that each row has read, generated ones too."""
     module: Any = None
     rope: Rope | None = None
+    compact: bool = False
+    """Whether the pass read keys at compact positions; scores are taken at text positions all the same."""
     step: dict[str, Any] = field(default_factory=dict)
     """Shared by the layers of one forward pass, dropped when it ends."""
     token_ids: Int[Tensor, "B Q"] | None = None
@@ -93,22 +95,27 @@ class LayerView:
 
     @property
     def keys(self) -> Float[Tensor, "B H T D"]:
+        """As the model made them, after RoPE."""
         return self.tokens.keys
 
     @property
     def values(self) -> Float[Tensor, "B H T Dv"]:
+        """As the model made them."""
         return self.tokens.values
 
     @property
     def positions(self) -> Int[Tensor, "B H T"]:
+        """Text positions, padding not counted; a merged token has its pivot's."""
         return self.tokens.positions
 
     @property
     def valid(self) -> Bool[Tensor, "B H T"]:
+        """Which slots are tokens."""
         return self.tokens.valid
 
     @property
     def columns(self) -> Mapping[str, Tensor]:
+        """Named numbers of each token, see `kvfold.formats`."""
         return self.tokens.columns
 
     @property
@@ -118,6 +125,7 @@ class LayerView:
 
     @property
     def heads(self) -> int:
+        """KV heads."""
         return self.keys.shape[1]
 
     @cached_property
@@ -133,6 +141,8 @@ class LayerView:
     @cached_property
     def earlier(self) -> Bool[Tensor, "B H T"]:
         """The tokens that were there before this forward pass."""
+        if not self.new:
+            return self.valid
         return self.valid & (self.positions < self.queries.positions[:, None, :1])
 
     @cached_property
@@ -178,9 +188,14 @@ class LayerView:
 
         W is at most the number of queries; where a row has fewer, its first W places hold zeros.
         """
-        (b, hq, n, d), h = self.queries.states.shape, self.heads
-        w = min(window, n)
-        order = torch.argsort(self.queries.valid.byte(), dim=1, stable=True)[:, n - w :]  # the valid ones last
+        self._need_queries()
+        w = min(window, self.new)
+        order = torch.argsort(self.queries.valid.byte(), dim=1, stable=True)  # the valid ones last
+        return self._attention_of(order[:, self.new - w :])
+
+    def _attention_of(self, order: Int[Tensor, "B W"]) -> Float[Tensor, "B H G W T"]:
+        """Attention probabilities of the queries that `order` names, over all tokens that they see."""
+        (b, hq, _, d), h, w = self.queries.states.shape, self.heads, order.shape[1]
         chosen = self.queries.states.gather(2, order[:, None, :, None].expand(b, hq, w, d))
         asked_at = self.queries.positions.gather(1, order).masked_fill(~self.queries.valid.gather(1, order), -1)
         seen = (self.positions[:, :, None] <= asked_at[:, None, :, None]) & self.valid[:, :, None]
@@ -189,11 +204,24 @@ class LayerView:
 
     def column_sums(self) -> Float[Tensor, "B H T"]:
         """The attention that each token got from all queries of this pass and group, summed; float32, 0 where empty."""
+        self._need_queries()
         if "column_sums" not in self.memo:
             self.memo["column_sums"] = self._column_sums()
         return self.memo["column_sums"].masked_fill(~self.valid, 0.0)
 
+    def _need_queries(self) -> None:
+        if not self.new:
+            raise ValueError(
+                "this view has no queries (after_layer and after_forward see what is stored): score in after_prefill "
+                "or after_decode, and carry the scores in a column or in view.place.step"
+            )
+
     def _column_sums(self) -> Float[Tensor, "B H T"]:
+        if self.rewritten or self.place.compact:
+            # The pass's log-sum-exp is not that of these keys as they stand: work out each block's own softmax.
+            slots = torch.arange(self.new, device=self.keys.device).expand(self.keys.shape[0], -1)
+            blocks = (self._attention_of(block).sum((2, 3)) for block in torch.split(slots, 64, dim=1))
+            return torch.stack(list(blocks)).sum(0)
         lse = self.queries.lse.masked_fill(~self.queries.valid[:, None], torch.inf)
         start = self.queries.start
         if start is None:

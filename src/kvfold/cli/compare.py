@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from kvfold.cli import common
 
@@ -78,6 +79,6 @@ def _table(rows: Sequence["Row"], title: str) -> Table:
         table.add_row(
             row.method, "-" if row.budget is None else str(row.budget), f"{row.kept_tokens:.0f}",
             common.size(row.nbytes), f"{row.ratio:.3f}", seconds, rate, f"{row.top1:.2f}", f"{row.kl:.3f}",
-            " ".join(row.answer.split()),
+            Text(" ".join(row.answer.split())),
         )  # fmt: skip
     return table

@@ -76,7 +76,7 @@ def run(
     if json:
         common.print_json({**result, "layers": held.to_dict()["layers"]} if layers else result)
         return
-    common.stdout.print(result["answer"], highlight=False)
+    common.stdout.print(result["answer"], highlight=False, markup=False)
     table = Table(box=None, show_header=False)
     rate = f"{answer.rate:.1f} tokens/s" if answer.rate else "-"
     for name, value in (

@@ -17,7 +17,10 @@ from kvfold.methods import Method, parse
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one budget. Sizes are those right after the prompt; `full_nbytes` is method `full`'s."""
+    """One method at one budget (None: a composition, which has none of its own).
+
+    Sizes are those right after the prompt; `full_nbytes` is method `full`'s.
+    """
 
     method: str
     budget: float | int | None
@@ -72,8 +75,14 @@ def compare(
     At the first budget each method reads the prompt itself and is timed. At further budgets one exact prefill
     serves them all (their times are None): the same tokens are stored, see `prefill_many`.
     """
-    wanted = [(name, with_budget(name, budgets[0]), budgets[0]) for name in methods if name != "full"]
-    later = [(name, with_budget(name, b), b) for b in budgets[1:] for name in methods if name != "full"]
+
+    def wants(budget: float | int) -> list[tuple[str, Method, Any]]:
+        made = [(name, with_budget(name, budget)) for name in methods if name != "full"]
+        return [(name, method, getattr(method, "budget", None)) for name, method in made]
+
+    wanted, later = wants(budgets[0]), [each for b in budgets[1:] for each in wants(b)]
+    tick("warm-up")
+    decode(model, warm := Cache(model, "full"), prefill(model, ids[:, :64], warm).logits, 4)
     tick("full")
     whole = Cache(model, "full")
     read = prefill(model, ids, whole)
@@ -83,14 +92,18 @@ def compare(
     truth = teacher_forced(model, whole, read.logits, answer.tokens)
     full_nbytes = sizes[1]
 
+    def agree(logits: Tensor) -> Agreement:
+        # The first token comes out of the prompt's own pass, which is exact for every method.
+        return agreement(truth[1:], logits[1:]) if len(truth) > 1 else agreement(truth, logits)
+
     def row(
-        name: str, budget: Any, made: Answer, held: tuple[float, int, int], prefill_s: Any, agree: Agreement
+        name: str, budget: Any, made: Answer, held: tuple[float, int, int], prefill_s: Any, found: Agreement
     ) -> Row:
         text = tokenizer.decode(made.tokens, skip_special_tokens=True).strip()
         rate = made.rate if prefill_s is not None else None
-        return Row(name, budget, text, *held, full_nbytes, prefill_s, rate, agree.top1, agree.kl)
+        return Row(name, budget, text, *held, full_nbytes, prefill_s, rate, found.top1, found.kl)
 
-    rows = [row("full", None, answer, sizes, read.seconds, agreement(truth, truth))]
+    rows = [row("full", None, answer, sizes, read.seconds, agree(truth))]
     del whole
     for name, method, budget in wanted:
         tick(f"{name} at {budget}")
@@ -99,7 +112,7 @@ def compare(
         held = (cache.kept_tokens, cache.nbytes, cache.dense_nbytes)
         logits = _forced(model, cache, own.logits, answer.tokens)
         made = decode(model, cache, own.logits, max_new_tokens)
-        rows.append(row(name, budget, made, held, own.seconds, agreement(truth, logits)))
+        rows.append(row(name, budget, made, held, own.seconds, agree(logits)))
     if later:
         tick("further budgets")
         caches = [Cache(model, method) for _, method, _ in later]
@@ -109,7 +122,7 @@ def compare(
             held = (cache.kept_tokens, cache.nbytes, cache.dense_nbytes)
             logits = _forced(model, cache, first, answer.tokens)
             made = decode(model, cache, first, max_new_tokens)
-            rows.append(row(name, budget, made, held, None, agreement(truth, logits)))
+            rows.append(row(name, budget, made, held, None, agree(logits)))
             cache.reset()
     return rows
 

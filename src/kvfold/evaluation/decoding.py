@@ -1,6 +1,7 @@
 """Greedy decoding with a clock: what `kvfold run` and `kvfold compare` measure."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Cache as HFCache
 from transformers import PreTrainedModel
+
+from kvfold.hf.cache import Cache
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,9 @@ def prefill(model: PreTrainedModel, ids: Tensor, cache: HFCache, chunk: int | No
     _sync(model)
     start = time.perf_counter()
     out: Any = None
-    for part in torch.split(ids, chunk or ids.shape[1], dim=1):
-        out = model(input_ids=part.to(model.device), past_key_values=cache, logits_to_keep=1)
+    with cache.prefilling() if isinstance(cache, Cache) else nullcontext():
+        for part in torch.split(ids, chunk or ids.shape[1], dim=1):
+            out = model(input_ids=part.to(model.device), past_key_values=cache, logits_to_keep=1)
     _sync(model)
     return Prefilled(out.logits[0, -1].float(), time.perf_counter() - start)
 

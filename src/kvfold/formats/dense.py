@@ -149,6 +149,10 @@ class DenseSegment:
         return DenseSegment(self.table.select(wide), self.heads, self.compute)
 
     def clear(self) -> None:
+        # To a pool of our own: in the one that a fork shares, our next tokens would lie in the other's memory for good.
+        fresh = PageTable(self.pool.empty_like(), self.table.rows)
         self.table.release()
-        if self.table.exclusive:
-            self.table = PageTable(self.pool.empty_like(), self.table.rows)
+        self.table = fresh
+
+    def compact(self) -> None:
+        self.table.compact()

@@ -111,6 +111,10 @@ class Segment(Protocol):
         """Drop everything."""
         ...
 
+    def compact(self) -> None:
+        """Give memory back that no row holds any more, where that is worth moving for; after `select`."""
+        ...
+
 
 @runtime_checkable
 class Format(Protocol):

@@ -44,7 +44,7 @@ class Cache(HFCache):
         self._pass: Pass | None = None
         self._at = -1
         self._token_ids: Tensor | None = None
-        self._listen = True
+        self._listen, self._prefilling = True, False
         self._observe: Callable[[LayerView], None] | None = None
         super().__init__(layers=self._layers())
         if not self.paged:
@@ -100,6 +100,7 @@ class Cache(HFCache):
     @property
     def kept_tokens(self) -> float:
         """Tokens held per KV head, a mean over the paged layers, rows and heads."""
+        self.settle_pending()
         counts = [layer.counts().mean() for layer in self.paged if layer.width]
         return float(sum(counts) / len(counts)) if counts else 0.0
 
@@ -108,6 +109,7 @@ class Cache(HFCache):
 
         Raises ValueError for a layer that is not on pages.
         """
+        self.settle_pending()
         if not 0 <= layer < len(self.layers) or not isinstance(self.layers[layer], PagedLayer):
             paged = [core.layer for core in self.paged]
             raise ValueError(f"layer={layer} is not one of the layers with full attention: {paged}")
@@ -116,6 +118,7 @@ class Cache(HFCache):
 
     def report(self) -> Report:
         """Tokens and bytes of each layer; prints as a table."""
+        self.settle_pending()
         return layer_report(self)
 
     # -- forward passes --------------------------------------------------------------------------------------
@@ -123,9 +126,8 @@ class Cache(HFCache):
     def enter(self, ordinal: int, tokens: int) -> Pass:
         """A paged layer is about to attend: the pass it belongs to, a new one when the layers start over."""
         if self._pass is None or ordinal <= self._at:
-            if any(core.waiting for core in self.paged):  # no crop came: assisted decoding is over
-                self._settle(self._end_recording)
-            prefill = tokens > 1 or self.paged[ordinal].width == 0
+            self.settle_pending()
+            prefill = tokens > 1 or self.paged[ordinal].width == 0 or self._prefilling
             later = self.recording and self.paged[ordinal].width > 0
             self._pass = Pass(
                 prefill=prefill and not later, listen=self._listen, defer=self.recording, observe=self._observe,
@@ -168,6 +170,7 @@ class Cache(HFCache):
 
         `observe` gets every layer's view, with the queries of the pass: a draft's look-ahead, a patched prompt.
         """
+        self.settle_pending()
         marks = [core.mark() for core in self.paged]
         others = [None if isinstance(x, PagedLayer) else copy.deepcopy(x) for x in self.layers]
         before = (self._listen, self._observe)
@@ -185,6 +188,18 @@ class Cache(HFCache):
                     layer.waiting = False
 
     @contextmanager
+    def prefilling(self) -> Iterator[None]:
+        """Every forward pass inside the block reads a part of the prompt, also one of a single token.
+
+        Outside it one token counts as generated, unless the cache is empty. For prompts that are read in chunks.
+        """
+        before, self._prefilling = self._prefilling, True
+        try:
+            yield
+        finally:
+            self._prefilling = before
+
+    @contextmanager
     def observed(self, observe: Callable[[LayerView], None]) -> Iterator[None]:
         """Within the block `observe` gets every layer's view, before the method decides."""
         before, self._observe = self._observe, observe
@@ -198,6 +213,7 @@ class Cache(HFCache):
         core = self.paged[view.place.ordinal]
         this = Pass(prefill=True, step=self._step_of(view), token_ids=view.place.token_ids)
         core.adopt(view, this)
+        self.layers[core.layer].is_initialized = True
         self.leave(core.ordinal, this)
 
     def _step_of(self, view: LayerView) -> dict[str, Any]:
@@ -211,6 +227,11 @@ class Cache(HFCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens of every row, then run what waited for it."""
         self._settle(lambda: super(Cache, self).crop(tokens_to_remove))
+
+    def settle_pending(self) -> None:
+        """Run the events that still wait for a crop: assisted decoding is over, what came last was a further turn."""
+        if any(core.waiting for core in self.paged):
+            self._settle(self._end_recording)
 
     def _end_recording(self) -> None:
         self.recording = False
@@ -243,8 +264,13 @@ class Cache(HFCache):
         return sizes.pop() if sizes else -1
 
     def fork(self) -> "Cache":
-        """A second cache with the same content; pages are shared until one of the two writes them."""
-        other = copy.copy(self)
+        """A second cache with the same content; pages are shared until one of the two writes them.
+
+        Each counts the pages that it shares in its own `nbytes`. `copy.copy` and `copy.deepcopy` do the same.
+        """
+        self.settle_pending()
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__
         other._pass = None
         other.layers = [
             self._fork_layer(layer, other) if isinstance(layer, PagedLayer) else copy.deepcopy(layer)
@@ -252,12 +278,20 @@ class Cache(HFCache):
         ]
         return other
 
-    snapshot = fork
+    def __copy__(self) -> "Cache":
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
+        # transformers' idiom for reusing a prompt: the model is not copied, pages are as soon as they are written.
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a kvfold cache belongs to its model and can't be pickled; use cache.save(path) and Cache.load")
 
     @staticmethod
     def _fork_layer(layer: PagedLayer, owner: "Cache") -> PagedLayer:
         forked = PagedLayer(owner, layer.core.fork())
-        forked.is_initialized = layer.is_initialized
+        forked.is_initialized = layer.is_initialized or layer.core.width > 0
         return forked
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -319,12 +353,12 @@ def check_model(model: Any) -> None:
         raise ValueError(f"the attention of {name} does not go through transformers' AttentionInterface")
     if getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0):
         raise ValueError(f"{name} shares keys and values between layers, which kvfold does not support yet")
-    for field in ("attn_logit_softcapping",):
-        if getattr(config, field, None):
-            raise ValueError(f"{name} caps its attention logits ({field}), which kvfold does not support yet")
-    strange = [x for x in DynamicCache(config=config).layers if not isinstance(x, CacheLayerMixin)]
-    for layer in strange:
-        if not hasattr(layer, "conv_states"):
+    if getattr(config, "attn_logit_softcapping", None):
+        raise ValueError(f"{name} caps its logits (attn_logit_softcapping), which kvfold does not support yet")
+    if any(getattr(module, "sinks", None) is not None for module in attention_modules(model).values()):
+        raise ValueError(f"{name} attends with learned sinks, which kvfold does not support yet")
+    for layer in DynamicCache(config=config).layers:
+        if not (isinstance(layer, CacheLayerMixin) or hasattr(layer, "conv_states")):
             raise ValueError(f"{name} has cache layers of type {type(layer).__name__}, which kvfold does not know")
 
 

@@ -17,9 +17,11 @@ def prefill_many(model: PreTrainedModel, inputs: dict[str, Tensor], caches: Sequ
     """Run the prompt once and fill all `caches` (empty, of this model) from it. Returns the logits (B, Q, V).
 
     The same as a forward pass for each cache, since a prompt is attended in full before a method decides what is
-    stored. Raises ValueError for a cache that has read something, or whose method acts before that.
+    stored. Raises ValueError for a cache of another model, or one that has read something.
     """
     for cache in caches:
+        if cache.model is not model:
+            raise ValueError(f"a cache was made for another {type(cache.model).__name__} than the one that reads")
         if cache.get_seq_length():
             raise ValueError(f"a cache with {cache.get_seq_length()} tokens can't adopt a prefill; it must be empty")
 

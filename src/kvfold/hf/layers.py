@@ -65,6 +65,7 @@ class PagedLayer(CacheLayerMixin):
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float) -> Tensor:
         """Called by the attention function: (B, Hq, Q, D) over new and stored tokens."""
         self.waiting = False
+        q, k, v = q.detach(), k.detach(), v.detach()  # caches are for inference
         this = self.owner.enter(self.core.ordinal, q.shape[2])
         out = self.core.attend(q, k, v, valid, scale, this, module)
         self.owner.leave(self.core.ordinal, this)

@@ -1,5 +1,6 @@
 """Saving a cache and reading it back, bit for bit: one safetensors file, tensors plus a JSON header."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -8,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -21,11 +22,55 @@ from kvfold.layer import KVLayer
 if TYPE_CHECKING:
     from kvfold.hf.cache import Cache
 
-VERSION = "1"
+VERSION = "2"
+CONFIG_FIELDS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "layer_types", "sliding_window", "hidden_act", "rope_parameters",
+    "rope_theta", "rope_scaling", "partial_rotary_factor", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim",
+)  # fmt: skip
+"""Fields of the text config that change what keys and values mean."""
+SAMPLES = 256
+"""Numbers of each sampled weight that go into a model's fingerprint."""
+
+
+def fields_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What a cache's model must have in common with the one that reads it, by name, as JSON has it."""
+    config = model.config.get_text_config(decoder=True)
+    found = {name: getattr(config, name, None) for name in CONFIG_FIELDS} | {"dtype": str(model.dtype)}
+    plain: dict[str, Any] = json.loads(json.dumps(found, sort_keys=True, default=str))
+    return plain
+
+
+def fingerprint(model: PreTrainedModel, paged: list[int]) -> str:
+    """SHA-256 of the fields and of a sample of weights, on any device: the input embedding, first and last paged layer.
+
+    Cheap, not a proof: weights that differ elsewhere only are taken for the same.
+    """
+    digest = hashlib.sha256(json.dumps(fields_of(model), sort_keys=True).encode())
+    parts = [model.get_input_embeddings(), *(m for index in paged[:1] + paged[-1:] for m in _modules(model, index))]
+    for part in parts:
+        for name, weight in part.named_parameters():
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            if not weight.is_meta:
+                flat = weight.detach().reshape(-1)
+                sample = flat[:: max(1, len(flat) // SAMPLES)].cpu().contiguous()
+                digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _modules(model: PreTrainedModel, index: int) -> list[nn.Module]:
+    return [module for module in model.modules() if getattr(module, "layer_idx", None) == index]
+
+
+def _device(model: PreTrainedModel, index: int) -> torch.device:
+    """Where layer `index` of the model lies: a model may be spread over several devices."""
+    weights = (weight for module in _modules(model, index) for weight in module.parameters())
+    return next((weight.device for weight in weights if not weight.is_meta), model.device)
 
 
 def save(cache: "Cache", path: str | os.PathLike[str]) -> None:
     """Write what the cache holds to `path`, under a temporary name first. ValueError for layers it can't write."""
+    cache.settle_pending()  # a decision that waits for assisted decoding's crop would be lost
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
     for index, layer in enumerate(cache.layers):
@@ -42,6 +87,8 @@ def save(cache: "Cache", path: str | os.PathLike[str]) -> None:
         "version": VERSION,
         "method": str(cache.method),
         "model": type(cache.model).__name__,
+        "fields": fields_of(cache.model),
+        "fingerprint": fingerprint(cache.model, [core.layer for core in cache.paged]),
         "layers": layers,
     }
     target = Path(path)
@@ -80,6 +127,7 @@ def _save_paged(core: KVLayer, prefix: str, tensors: dict[str, Tensor]) -> dict[
         "seen": core.seen.tolist(),
         "prompt": core.prompt.tolist(),
         "width": core.width,
+        "shape": core.shape,
         "dtype": str(core.dtype).removeprefix("torch."),
         "formats": formats,
     }
@@ -89,29 +137,77 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel) -> "Cache":
     """Read a cache that `save` wrote. Raises ValueError where file and model don't belong together."""
     from kvfold.hf.cache import Cache
 
-    with safe_open(os.fspath(path), framework="pt") as file:
-        text = (file.metadata() or {}).get("kvfold")
-        if text is None:
-            raise ValueError(f"path={os.fspath(path)!r} is not a kvfold cache")
-        header = json.loads(text)
-        if header["version"] != VERSION:
-            raise ValueError(f"path={os.fspath(path)!r} has version {header['version']}; this kvfold reads {VERSION}")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    cache = Cache(model, header["method"])
-    kinds = ["paged" if isinstance(layer, PagedLayer) else "window" for layer in cache.layers]
-    if header["model"] != type(model).__name__ or kinds != [layer["kind"] for layer in header["layers"]]:
-        raise ValueError(
-            f"path={os.fspath(path)!r} holds a cache of a {header['model']} with {len(header['layers'])} layers; "
-            f"model is a {type(model).__name__} with {len(kinds)}"
-        )
-    for index, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
+    here = f"path={os.fspath(path)!r}"
+    header, tensors = _read(path, here)
+    try:
+        cache = Cache(model, header["method"])
+    except ValueError as error:
+        raise ValueError(f"{here} holds a cache that can't be made: {error}") from error
+    _check_model(here, header, cache)
+    for index, state in enumerate(header["layers"]):
         if state["kind"] == "paged":
-            _load_paged(layer.core, f"{index}", state, tensors, model.device)
+            _check_layer(here, index, state, tensors)
+    for index, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
+        device = _device(model, index)
+        if state["kind"] == "paged":
+            _load_paged(layer.core, f"{index}", state, tensors, device)
+            layer.is_initialized = layer.core.width > 0
         elif f"{index}.keys" in tensors:
-            keys, values = (tensors[f"{index}.{name}"].to(model.device) for name in ("keys", "values"))
+            keys, values = (tensors[f"{index}.{name}"].to(device) for name in ("keys", "values"))
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values, layer.cumulative_length = keys, values, state["length"]
     return cache
+
+
+def _read(path: str | os.PathLike[str], here: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file; ValueError if it is cut off or of another kind."""
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("kvfold")
+            header = {} if text is None else json.loads(text)
+            if not isinstance(header, dict) or "version" not in header:
+                raise ValueError(f"{here} is not a kvfold cache")
+            if header["version"] != VERSION:
+                raise ValueError(f"{here} has version {header['version']}; this kvfold reads {VERSION}")
+            names = file.keys()  # safe_open is no mapping
+            return header, {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{here} is not a kvfold cache, or only a part of one: {error}") from error
+
+
+def _check_model(here: str, header: dict[str, Any], cache: "Cache") -> None:
+    """ValueError unless the file was written for this model; it says what differs."""
+    model = cache.model
+    kinds = ["paged" if isinstance(layer, PagedLayer) else "window" for layer in cache.layers]
+    if header["model"] != type(model).__name__ or kinds != [layer["kind"] for layer in header["layers"]]:
+        raise ValueError(
+            f"{here} holds a cache of a {header['model']} with {len(header['layers'])} layers; "
+            f"model is a {type(model).__name__} with {len(kinds)}"
+        )
+    theirs, ours = header["fields"], fields_of(model)
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise ValueError(
+                f"{here} holds a cache of a model with {name}={theirs.get(name)!r}; "
+                f"this {type(model).__name__} has {name}={ours.get(name)!r}"
+            )
+    if header["fingerprint"] != fingerprint(model, [core.layer for core in cache.paged]):
+        raise ValueError(f"{here} holds a cache of a {type(model).__name__} with other weights than this one's")
+
+
+def _check_layer(here: str, index: int, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """ValueError unless a paged layer's tensors are what its header says: heads, head sizes, dtype, tokens."""
+    if state["shape"] is None:
+        return
+    heads, *sizes = state["shape"]
+    for number, form in enumerate(state["formats"]):
+        counts = np.array(form["counts"], dtype=np.int64).reshape(-1, heads)
+        for name, size in zip(("keys", "values"), sizes, strict=True):
+            wanted = (int(counts.sum()), size), form["dtype"] or state["dtype"]
+            plane = tensors.get(f"{index}.{number}.{name}")
+            found = None if plane is None else (tuple(plane.shape), str(plane.dtype).removeprefix("torch."))
+            if found != wanted or len(counts) != len(state["seen"]):
+                raise ValueError(f"{here} is damaged: layer {index} has {name} {found} where its header says {wanted}")
 
 
 def _load_paged(

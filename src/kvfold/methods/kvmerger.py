@@ -33,11 +33,14 @@ class KVMerger(Method):
     sets them for this budget, reconstructed in between). Of the links between free neighbours, as many of the most
     similar are taken as the budget asks for, in each head: the paper's scan with its threshold searched. With a
     `threshold` (the paper: 0.75) all links above it are taken, and more only where the budget asks for more. Acts
-    at the end of a prompt; generated tokens are appended, and runs never cross from one turn into the next.
+    at the end of a prompt; generated tokens are appended. On a further turn only the new queries say what is
+    important, runs do not cross from what was stored into what is new, and merged tokens merge again by their mass
+    ("paper" and "convex" keep none: there a merged token counts as one).
     `mass`: "counted" adds the log of a slot's token count to its logits (ours), "paper" multiplies its value,
     "convex" does neither.
     Differs from the paper: no public code. `bandwidth="mean_distance"` is how its sigma must be meant
-    (reconstructed); "literal" is as printed. `skip` layers count towards the budget, and keep all as long as the
+    (reconstructed); "literal" is as printed. Neighbours are tokens side by side in what is left of the text: after an
+    evicting stage runs can span gaps. `skip` layers count towards the budget, and keep all as long as the
     others keep three quarters of an even share. Query heads of a group add up their attention.
     """
 

@@ -15,7 +15,8 @@ from kvfold.views import LayerView
 class SnapKV(Method):
     """Attention mass of the last `window` queries, smoothed along the sequence; the window itself always stays.
 
-    Acts at the end of a prompt; generated tokens are appended. A budget smaller than the window keeps its end.
+    Acts at the end of a prompt (of every chunk, if it is read in chunks; a chunk shorter than the window shrinks
+    the window); generated tokens are appended. A budget smaller than the window keeps its end.
     Differs from the paper: the query heads of a group vote together (before pooling), so that one KV head keeps
     one set of tokens and grouped-query models really shrink.
     """

@@ -14,7 +14,8 @@ from kvfold.views import LayerView
 class TOVA(Method):
     """Attention of the last query alone, its mean over all heads: one choice for a layer, after every forward.
 
-    No window, no sinks, no memory: the newest token competes like the others.
+    No window, no sinks, no memory: the newest token competes like the others. Cuts after every chunk of a prompt
+    that is read in chunks, which is a stricter method than one cut at its end.
     """
 
     budget: Budget = 0.25
