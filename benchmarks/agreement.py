@@ -121,7 +121,7 @@ def report(
         print(f"| {m} | " + " | ".join(row) + " |")
     if args.out:
         about = {
-            "command": "python benchmarks/agreement.py", "model": args.model, "documents": docs,
+            "command": " ".join(["python", *sys.argv]), "model": args.model, "documents": docs,
             "tokens": args.tokens, "contexts": CONTEXTS, "device": args.device,
             "versions": {name: version(name) for name in ("torch", "transformers")},
         }  # fmt: skip

@@ -10,6 +10,7 @@ weights and the KV bytes read once, at the read bandwidth that this machine show
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def main() -> None:
     rate = bandwidth()
     median = {n: [statistics.median(x[i] for x in took) for i in (0, 1)] for n, took in found.items()}
     result = {
+        "command": " ".join(["python", *sys.argv]),
         "model": args.model, "context": args.context, "batch": args.batch, "dtype": args.dtype,
         "threads": torch.get_num_threads(), "torch": torch.__version__,
         "prefill_seconds": {n: m[0] for n, m in median.items()},

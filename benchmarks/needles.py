@@ -46,7 +46,14 @@ def main() -> None:
         print(f"| {m} | " + " | ".join(str(found[m, b]) for b in budgets) + " |")
     if args.out:
         counts = {f"{m}@{b}": n for (m, b), n in found.items()}
-        about = {"model": args.model, "tokens": args.tokens, "depths": DEPTHS, "seeds": args.seeds, "asked": asked}
+        about = {
+            "command": " ".join(["python", *sys.argv]),
+            "model": args.model,
+            "tokens": args.tokens,
+            "depths": DEPTHS,
+            "seeds": args.seeds,
+            "asked": asked,
+        }
         args.out.write_text(json.dumps({**about, "found": counts}, indent=1))
 
 

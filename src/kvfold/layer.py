@@ -348,7 +348,7 @@ class KVLayer:
                 stays = stored.valid & (stored.positions < limit)
                 counts = stays.sum(-1, keepdim=True)
                 if bool((stays == (torch.arange(stays.shape[-1], device=stays.device) < counts)).all()):
-                    segment.truncate(counts[..., 0].cpu().numpy())
+                    segment.truncate(counts[..., 0].cpu().numpy(), slack=True)
                 else:  # tokens that `Store` moved here did not come in the order of the text
                     segment.keep(stays, {})
 
@@ -371,10 +371,9 @@ class KVLayer:
     def select(self, rows: np.ndarray) -> None:
         """Row i becomes what row `rows[i]` was; pages are shared until one of the sharers writes."""
         chosen = [(form, segment.select(rows)) for form, segment in self.segments]
-        for _, segment in self.segments:
-            segment.clear()
-        for _, segment in chosen:
-            segment.compact()
+        for (_, old), (_, new) in zip(self.segments, chosen, strict=True):
+            old.clear()
+            new.compact()
         self.segments = chosen
         self.seen, self.prompt = self.seen[rows], self.prompt[rows]
 

@@ -92,8 +92,8 @@ class PagePool:
         """One holder less for each of `ids`; a page that nobody holds is free."""
         np.subtract.at(self.refs, ids, 1)
         self.shared = int((self.refs > 1).sum())
-        gone = np.unique(ids)
-        self._free.extend(gone[self.refs[gone] == 0].tolist()[::-1])
+        # No np.unique: it imports on first use, and a table may be finalised in the middle of an import.
+        self._free.extend(sorted(set(ids[self.refs[ids] == 0].tolist()), reverse=True))
 
     def empty_like(self) -> "PagePool":
         """A pool of the same planes that holds nothing."""
@@ -137,20 +137,29 @@ class PageTable:
         """Nobody else holds a page of this pool, and no two rows share one."""
         return self.pool.shared == 0 and int((self.table >= 0).sum()) == self.pool.used
 
+    @property
+    def shared(self) -> bool:
+        """Some page of ours is held more than once, by another table or by two rows."""
+        return self.pool.shared > 0 and bool((self.pool.refs[self.table[self.table >= 0]] > 1).any())
+
     def valid(self) -> Bool[Tensor, "R T"]:
         """Which slots of a dense read are tokens."""
         lengths = torch.from_numpy(self.lengths).to(self.pool.device)
         return torch.arange(self.longest, device=self.pool.device) < lengths[:, None]
 
-    def dense(self, name: str) -> Tensor:
-        """A plane as (R, T, ...), T the longest row: a view where pages lie side by side, else a gather."""
-        longest = self.longest
+    def dense(self, name: str, start: int = 0) -> Tensor:
+        """A plane as (R, T, ...), from slot `start` to the longest row.
+
+        A view where pages lie side by side, else a gather.
+        """
+        longest, size = self.longest, self.pool.page_size
         if self.regular:
-            return self.block(name)[:, :longest]
-        plane = self.pool.planes[name]
-        pages = -(-longest // self.pool.page_size)
-        ids = torch.from_numpy(np.maximum(self.table[:, :pages], 0).reshape(-1)).to(plane.device)
-        return plane.index_select(0, ids).reshape(self.rows, pages * self.pool.page_size, *plane.shape[2:])[:, :longest]
+            return self.block(name)[:, start:longest]
+        plane, first = self.pool.planes[name], start // size
+        held = np.maximum(self.table[:, first : -(-longest // size)], 0)
+        ids = torch.from_numpy(held.reshape(-1)).to(plane.device)
+        wide = plane.index_select(0, ids).reshape(self.rows, held.shape[1] * size, *plane.shape[2:])
+        return wide[:, start - first * size : longest - first * size]
 
     def block(self, name: str) -> Tensor:
         """A plane of a regular table as (R, M * P, ...), to read or to write in place."""
@@ -163,6 +172,11 @@ class PageTable:
         self.table = np.full((self.rows, 0), -1, dtype=np.int32)
         self.lengths = np.zeros_like(self.lengths)
         self.regular = True
+
+    def restart(self) -> None:
+        """Let go of every page and go on in an empty pool of our own."""
+        self.release()
+        self.pool = self.pool.empty_like()
 
     def __del__(self) -> None:
         # A fork that goes out of scope must not keep its pages shared for the others.
@@ -198,18 +212,35 @@ class PageTable:
 
     def slots(self, counts: np.ndarray) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
         """Make room for `counts[r]` more tokens in row r; page and offset of each, row by row, and lengths moved on."""
-        size = self.pool.page_size
-        rows = np.repeat(np.arange(self.rows), counts)
-        step = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        slot = self.lengths[rows] + step
+        rows, slot = _spans(self.lengths, counts)
         self._reserve(self.lengths + counts)
-        self._own(np.unique(np.stack([rows, slot // size]), axis=1))
+        if self.pool.shared:
+            self._own(np.unique(np.stack([rows, slot // self.pool.page_size]), axis=1))
         self.lengths = (self.lengths + counts).astype(np.int32)
-        pages = self.table[rows, slot // size]
-        return (
-            torch.from_numpy(pages.astype(np.int64)).to(self.pool.device),
-            torch.from_numpy((slot % size).astype(np.int64)).to(self.pool.device),
-        )
+        return self._at(rows, slot)
+
+    def _at(self, rows: np.ndarray, slot: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Page and offset of slots."""
+        pages, offsets = self.table[rows, slot // self.pool.page_size], slot % self.pool.page_size
+        return self._index(pages), self._index(offsets)
+
+    def _index(self, numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers.astype(np.int64)).to(self.pool.device)
+
+    def put(self, planes: Mapping[str, Tensor], start: int, stop: np.ndarray) -> None:
+        """Write (R, T, ...) tensors in place, by plane, to slots `start` to `stop[r]` of each row; none is shared."""
+        if not planes or self.regular:
+            for name, new in planes.items():
+                place = self.block(name)[:, start : start + new.shape[1]]
+                if new.data_ptr() != place.data_ptr():  # a view of these very pages has nothing to write
+                    place.copy_(new)
+            return
+        rows, slot = _spans(np.full(self.rows, start), np.maximum(stop - start, 0))
+        pages, offsets = self._at(rows, slot)
+        source = self._index(rows), self._index(slot - start)
+        for name, new in planes.items():
+            plane = self.pool.planes[name]
+            plane[pages, offsets] = new[source].to(plane.dtype)
 
     def _reserve(self, lengths: np.ndarray) -> bool:
         """Pages for `lengths` tokens in each row; whether the table is regular then."""
@@ -229,17 +260,12 @@ class PageTable:
             more = np.full((self.rows, width - self.table.shape[1]), -1, dtype=np.int32)
             self.table = np.concatenate([self.table, more], axis=1)
         fresh = self.pool.allocate(int(np.maximum(needed - have, 0).sum()))
-        taken = 0
-        for row in np.flatnonzero(needed > have):
-            count = needed[row] - have[row]
-            self.table[row, have[row] : needed[row]] = fresh[taken : taken + count]
-            taken += count
+        place = np.arange(self.table.shape[1])[None]
+        self.table[(place >= have[:, None]) & (place < needed[:, None])] = fresh
         return False
 
     def _own(self, places: np.ndarray) -> None:
         """Copy-on-write: the pages at `places` (row, index) are about to be written."""
-        if not self.pool.shared:
-            return
         rows, index = places
         old = self.table[rows, index]
         pages, first, writers = np.unique(old, return_index=True, return_counts=True)
@@ -249,7 +275,7 @@ class PageTable:
             return
         old = old[copied]
         new = self.pool.allocate(len(old))
-        source, target = (torch.from_numpy(ids.astype(np.int64)).to(self.pool.device) for ids in (old, new))
+        source, target = self._index(old), self._index(new)
         for plane in self.pool.planes.values():
             plane[target] = plane.index_select(0, source)
         self.pool.release(old)
@@ -270,18 +296,24 @@ class PageTable:
         self.pool.release(self.table[self.table >= 0])
         self.pool, self.table, self.regular = pool, ids, True
 
-    def trim(self) -> None:
-        """Let go of every page past a row's length, and give the memory back where the pool is ours alone."""
+    def trim(self, *, slack: bool = False) -> None:
+        """Let go of every page past a row's length, and give the memory back where the pool is ours alone.
+
+        `slack`: not while they are few beside what is held, lest every step of give and take moves all tokens.
+        """
         needed = -(-self.lengths // self.pool.page_size)
         spare = (np.arange(self.table.shape[1])[None] >= needed[:, None]) & (self.table >= 0)
         if not spare.any() and not (self.exclusive and self.pool.used < self.pool.pages):
+            return
+        longest = int(needed.max()) if self.rows else 0
+        if slack and int(spare.sum()) <= self.rows * (1 + 2 * max(1, longest // 8)):
             return
         if not self.exclusive:
             self.pool.release(self.table[spare])
             self.table[spare] = -1
             self.regular = False
         elif _nearly_even(needed):
-            self.relocate(int(needed.max()) if self.rows else 0)
+            self.relocate(longest)
         else:
             self._scatter_to_exact(needed)
 
@@ -298,7 +330,7 @@ class PageTable:
         order = np.argsort(first)  # as the rows hold them, so that rows that share nothing lie side by side
         number = np.empty(len(order), dtype=np.int32)
         number[order] = np.arange(len(order), dtype=np.int32)
-        mine = torch.from_numpy(pages[order].astype(np.int64)).to(pool.device)
+        mine = self._index(pages[order])
         self.pool = pool.empty_like()
         self.pool.grow(len(pages))
         self.pool.allocate(len(pages))
@@ -318,7 +350,7 @@ class PageTable:
         ids = pool.allocate(int(needed.sum()))
         table = np.full((self.rows, int(needed.max())), -1, dtype=np.int32)
         table[np.arange(table.shape[1])[None] < needed[:, None]] = ids
-        mine = torch.from_numpy(self.table[:, : table.shape[1]][table >= 0].astype(np.int64)).to(self.pool.device)
+        mine = self._index(self.table[:, : table.shape[1]][table >= 0])
         for name, plane in self.pool.planes.items():
             pool.planes[name].copy_(plane.index_select(0, mine))
         self.pool.release(self.table[self.table >= 0])
@@ -328,3 +360,9 @@ class PageTable:
 def _nearly_even(pages: np.ndarray) -> bool:
     """Giving every row as many pages as the longest wastes at most 2 %."""
     return len(pages) == 0 or int(pages.max()) * len(pages) <= 1.02 * int(pages.sum())
+
+
+def _spans(start: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row and slot of `counts[r]` slots from `start[r]` on, row by row."""
+    rows = np.repeat(np.arange(len(counts)), counts)
+    return rows, start[rows] + np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -81,7 +81,7 @@ def test_encoder_decoder():
 
 
 def test_logit_softcap():
-    refused(build("gemma2"), r"Gemma2ForCausalLM caps its attention logits \(attn_logit_softcapping\)")
+    refused(build("gemma2"), r"Gemma2ForCausalLM caps its logits \(attn_logit_softcapping\)")
 
 
 def test_shared_layers():

@@ -1,5 +1,6 @@
 """attend, merge and causal: every version against the definition, and against torch.softmax on the full matrix."""
 
+import importlib
 from itertools import pairwise
 
 import pytest
@@ -80,6 +81,16 @@ def test_the_bias_keeps_its_precision_in_bf16():
     _, plain = ops.attend(q, k, v, 0.25)
     _, heavy = ops.attend(q, k, v, 0.25, bias)
     assert_close((heavy - plain).exp(), torch.full_like(plain, 700.0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("queries", [1, 7])
+def test_blocks_of_queries_are_the_whole(queries, monkeypatch):
+    q, k, v = tensors(7, 63, 16)
+    bias = torch.randn(2, 2, queries, 63, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(importlib.import_module("kvfold.ops.attend.naive"), "BLOCK_ELEMENTS", 3 * 2 * 2 * 63)
+    with dispatch.use("naive"):
+        check(ops.attend(q, k, v, 0.3, bias), softmax_attend(q, k, v, 0.3, bias), torch.float32)
+        assert ops.attend(q[:, :, :0], k, v, 0.3)[0].shape == (2, 2, 0, 16)
 
 
 @settings(max_examples=30, deadline=None)

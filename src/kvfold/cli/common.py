@@ -27,13 +27,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outpu
 
 
 def read_document(path: Path) -> str:
-    """The text of a file, or of standard input for `-`. Raises ValueError for what can't be read as text."""
-    if str(path) == "-":
-        return sys.stdin.read()
-    if not path.is_file():
+    """The text of a file, or of standard input for `-`. Raises ValueError where there is none, or it is not text."""
+    if str(path) != "-" and not path.is_file():
         raise ValueError(f"file={str(path)!r} is not a file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"file={str(path)!r} is not UTF-8 text ({error})") from None
     if not text.strip():

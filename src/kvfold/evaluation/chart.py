@@ -37,10 +37,11 @@ def memory_against_agreement(rows: Sequence[Row], title: str) -> Any:
         }
         for row in best
     ]
+    order = list(dict.fromkeys(row.method for row in best))
     base = alt.Chart(alt.Data(values=points)).encode(
-        x=alt.X("KV bytes / full:Q", axis=alt.Axis(format="%"), scale=alt.Scale(zero=False)),
-        color=alt.Color("method:N", sort=[row.method for row in best]),
-        shape=alt.Shape("method:N"),
+        x=alt.X("KV bytes / full:Q", axis=alt.Axis(format="%"), scale=alt.Scale(zero=False, padding=12)),
+        color=alt.Color("method:N", sort=order),
+        shape=alt.Shape("method:N", sort=order),
         tooltip=[alt.Tooltip(f"{name}:N") for name in ("method", "budget", "answer")]
         + [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("KV bytes / full", "mean KL (nats)")],
     )

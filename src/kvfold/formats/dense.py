@@ -61,23 +61,8 @@ class DenseSegment:
     def attend(
         self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None
     ) -> tuple[Tensor, Tensor]:
-        keys, values = self._rows(self.table.dense("keys")), self._rows(self.table.dense("values"))
-        if compact is not None:
-            keys = compact.rotate_keys(keys, self._rows(self.table.dense(POSITION)))
-        keys, values = keys.to(q.dtype), values.to(q.dtype)
-        (b, h, g, n, d), dv = q.shape, values.shape[-1]
-        # The heads of a group, and all their queries, read the same keys: one block of G * Q queries per KV head.
-        out, lse = ops.attend(q.reshape(b, h, g * n, d), keys, values, scale, self._bias(read))
-        return out.view(b, h, g, n, dv), lse.view(b, h, g, n)
-
-    def _bias(self, read: Tensor | None) -> Tensor | None:
-        """What is added to every logit: the log-mass of a slot, -inf for a slot that is empty or not read."""
-        mass = self._rows(self.table.dense(LOG_MASS)) if LOG_MASS in self.pool.planes else None
-        if self.table.even and read is None:
-            return None if mass is None else mass[:, :, None]
-        seen = self._rows(self.table.valid())
-        seen = seen if read is None else seen & read
-        return torch.where(seen, torch.zeros((), device=seen.device) if mass is None else mass, -torch.inf)[:, :, None]
+        mass = LOG_MASS if LOG_MASS in self.pool.planes else None
+        return ops.attend_pages(q, self.table, scale, mass=mass, read=read, compact=compact, position=POSITION)
 
     def dense(self) -> Chunk:
         columns = {n: self._rows(self.table.dense(n)) for n in self.pool.planes if n not in ("keys", "values")}
@@ -91,17 +76,8 @@ class DenseSegment:
     def append(self, chunk: Chunk, *, even: bool = False) -> None:
         self._add_columns(chunk.columns)
         planes = {"keys": chunk.keys, "values": chunk.values, **chunk.columns}
-        place = self.table.tail(chunk.keys.shape[2]) if even else None
-        if place is not None:
-            for name in self.pool.planes:
-                block = self.table.block(name)[:, place]
-                block.copy_(planes[name].flatten(0, 1)) if name in planes else block.fill_(self.pool.specs[name].fill)
-            return
-        valid = chunk.valid.flatten(0, 1)
-        pages, offsets = self.table.slots(valid.sum(1).cpu().numpy())
-        for name, plane in self.pool.planes.items():
-            new = planes[name].flatten(0, 1)[valid] if name in planes else self.pool.specs[name].fill
-            plane[pages, offsets] = new.to(plane.dtype) if isinstance(new, Tensor) else new
+        rows = {name: plane.flatten(0, 1) for name, plane in planes.items()}
+        ops.append_pages(self.table, rows, None if even else chunk.valid.flatten(0, 1))
 
     def _add_columns(self, columns: Mapping[str, Tensor]) -> None:
         for name, column in columns.items():
@@ -109,40 +85,12 @@ class DenseSegment:
 
     def keep(self, mask: Tensor, columns: Mapping[str, Tensor]) -> None:
         self._add_columns(columns)
-        mask = mask.flatten(0, 1)
-        counts = mask.sum(1)
-        longest = int(counts.max()) if len(counts) else 0
-        order = torch.argsort((~mask).byte(), dim=1, stable=True)[:, :longest]  # the kept ones first, in order
-        kept = {}
-        for name in self.pool.planes:
-            dense = columns[name].flatten(0, 1) if name in columns else self.table.dense(name)
-            kept[name] = dense.gather(
-                1, order.view(*order.shape, *[1] * (dense.dim() - 2)).expand(-1, -1, *dense.shape[2:])
-            )
-        if self.pool.shared or not self.table.regular:
-            self._rebuild(kept, counts)
-            return
-        for name, plane in self.pool.planes.items():
-            self.table.block(name)[:, :longest] = kept[name].to(plane.dtype)
-        before = self.table.longest
-        self.table.lengths = counts.cpu().numpy().astype(np.int32)
-        # One token out for one in happens at every decode step: only a real drop is worth moving for.
-        if before - longest >= self.pool.page_size or not self.table.even:
-            self.table.trim()
+        rows = {name: column.flatten(0, 1) for name, column in columns.items()}
+        ops.keep_pages(self.table, mask.flatten(0, 1), rows)
 
-    def _rebuild(self, kept: Mapping[str, Tensor], counts: Tensor) -> None:
-        """Write what is kept to a pool of our own; others may still hold the old pages."""
-        table = PageTable(self.pool.empty_like(), self.table.rows)
-        pages, offsets = table.slots(counts.cpu().numpy())
-        valid = torch.arange(kept["keys"].shape[1], device=counts.device) < counts[:, None]
-        for name, plane in table.pool.planes.items():
-            plane[pages, offsets] = kept[name][valid].to(plane.dtype)
-        self.table.release()
-        self.table = table
-
-    def truncate(self, counts: np.ndarray) -> None:
+    def truncate(self, counts: np.ndarray, *, slack: bool = False) -> None:
         self.table.lengths = np.minimum(self.table.lengths, counts.reshape(-1)).astype(np.int32)
-        self.table.trim()
+        self.table.trim(slack=slack)
 
     def select(self, rows: np.ndarray) -> "DenseSegment":
         wide = (np.asarray(rows)[:, None] * self.heads + np.arange(self.heads)).reshape(-1)
@@ -150,9 +98,7 @@ class DenseSegment:
 
     def clear(self) -> None:
         # To a pool of our own: in the one that a fork shares, our next tokens would lie in the other's memory for good.
-        fresh = PageTable(self.pool.empty_like(), self.table.rows)
-        self.table.release()
-        self.table = fresh
+        self.table.restart()
 
     def compact(self) -> None:
         self.table.compact()

@@ -99,8 +99,11 @@ class Segment(Protocol):
         """Drop the tokens that `mask` does not mark, set `columns` on the rest, and give memory back."""
         ...
 
-    def truncate(self, counts: np.ndarray) -> None:
-        """Keep the first `counts[b, h]` tokens of each row: what a crop takes back stands at the end."""
+    def truncate(self, counts: np.ndarray, *, slack: bool = False) -> None:
+        """Keep the first `counts[b, h]` tokens of each row: what a crop takes back stands at the end.
+
+        `slack`: a little room may stay for the tokens that come instead.
+        """
         ...
 
     def select(self, rows: np.ndarray) -> "Segment":

@@ -31,9 +31,16 @@ class ModelRope:
         return float(getattr(self.rotary, name, 1.0))
 
 
+def text_decoder(model: nn.Module) -> nn.Module:
+    """The part that reads text: a vision tower has a rotary embedding of its own."""
+    inner: Any = getattr(model, "get_decoder", None)
+    found = inner() if callable(inner) else None
+    return found if isinstance(found, nn.Module) else model
+
+
 def find_rope(model: nn.Module, attention: nn.Module | None, layer_type: str) -> ModelRope | None:
     """The rotary embedding of a layer, or None: no rotary module, or one whose angles depend on the text's length."""
-    rotary = next((m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
+    rotary = next((m for m in text_decoder(model).modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
     apply: Any = attention and getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if rotary is None or apply is None:
         return None

@@ -1,4 +1,4 @@
-"""Attention over stored tokens with torch's fused CPU kernel, which also returns the log-sum-exp."""
+"""Attention over stored tokens with torch's fused kernels, which also return the log-sum-exp."""
 
 from collections.abc import Callable
 
@@ -28,3 +28,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = 
     # It gives 0 as the log-sum-exp of a query that sees nothing.
     blind = (bias == -torch.inf).all(-1).expand(lse.shape)
     return out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
+
+
+@register("attend", "sdpa-cuda", rank=10, fits=lambda q: q.device.type == "cuda" and q.dtype in FLOATS)
+def attend_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The memory-efficient kernel, for plain reads: a bias would have to be aligned and in the dtype of the queries."""
+    if bias is not None or k.shape[2] == 0 or k.shape[3] != v.shape[3]:
+        return naive.attend(q, k, v, scale, bias)
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, compute_log_sumexp=True, is_causal=False, scale=scale
+    )
+    return out, lse[..., : q.shape[2]]

@@ -1,13 +1,27 @@
 """How much queries attend to each key: whole rows for the last few queries, column sums for all of them."""
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.ops.dispatch import select
 from kvfold.ops.scores import blocked, naive  # noqa: F401  (each registers itself)
-from kvfold.ops.scores.naive import window_attention
 
 __all__ = ["column_sums", "window_attention"]
+
+
+def window_attention(
+    q: Float[Tensor, "B H G W D"],
+    k: Float[Tensor, "B H T D"],
+    scale: float,
+    seen: Bool[Tensor, "B H W T"],
+    bias: Float[Tensor, "B H T"] | None = None,
+) -> Float[Tensor, "B H G W T"]:
+    """Attention probabilities of chosen queries over all keys, float32.
+
+    `seen` says which keys a query sees, `bias` is added to the logits; a query that sees nothing gives zeros.
+    """
+    out: Tensor = select("window_attention", q)(q, k, scale, seen, bias)
+    return out
 
 
 def column_sums(

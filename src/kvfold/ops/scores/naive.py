@@ -6,12 +6,8 @@ from torch import Tensor
 from kvfold.ops.dispatch import register
 
 
+@register("window_attention", "naive", rank=0)
 def window_attention(q: Tensor, k: Tensor, scale: float, seen: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Attention probabilities (B, H, G, W, T) of chosen queries (B, H, G, W, D) over all keys (B, H, T, D), float32.
-
-    `seen` (B, H, W, T) says which keys a query sees, `bias` (B, H, T) is added to the logits; a query that
-    sees nothing gives zeros.
-    """
     logits = torch.einsum("bhgwd,bhtd->bhgwt", q.float(), k.float()) * scale
     if bias is not None:
         logits = logits + bias[:, :, None, None]

@@ -1,0 +1,49 @@
+"""Operations on tokens that lie on pages. A kernel sees the page table: `table.table` (R, M) page numbers,
+`table.lengths` (R,), and the planes `table.pool.planes[name]` (N, P, ...). A row is one (sequence, KV head).
+`table` is a `kvfold.pages.PageTable`, `compact` a `kvfold.rotation.Compact` or None: operations import nothing else.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kvfold.ops.dispatch import select
+from kvfold.ops.paged import naive  # noqa: F401  (registers itself)
+
+__all__ = ["append_pages", "attend_pages", "keep_pages"]
+
+
+def attend_pages(
+    q: Float[Tensor, "B H G Q D"],
+    table: Any,
+    scale: float,
+    *,
+    mass: str | None = None,
+    read: Bool[Tensor, "B H T"] | None = None,
+    compact: Any = None,
+    position: str = "position",
+) -> tuple[Float[Tensor, "B H G Q Dv"], Float[Tensor, "B H G Q"]]:
+    """(out, lse) over the planes "keys" and "values", or over the tokens that `read` marks; not causal.
+
+    `mass` names a plane that is added to the logits. `compact` turns each key from the place that the plane
+    `position` gives to its slot.
+    """
+    out: tuple[Tensor, Tensor] = select("attend_pages", q)(
+        q, table, scale, mass=mass, read=read, compact=compact, position=position
+    )
+    return out
+
+
+def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Bool[Tensor, "R T"] | None) -> None:
+    """Add tokens to the end of each row: `planes` by name, (R, T, ...), the pool's fill where one is missing.
+
+    `valid`: which of them (None: all, in every row).
+    """
+    select("append_pages", planes["keys"])(table, planes, valid)
+
+
+def keep_pages(table: Any, mask: Bool[Tensor, "R T"], columns: Mapping[str, Tensor]) -> None:
+    """Drop the tokens that `mask` does not mark, write `columns` (R, T) over those that stay, give memory back."""
+    select("keep_pages", table.pool.planes["keys"])(table, mask, columns)

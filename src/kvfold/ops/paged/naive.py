@@ -1,0 +1,91 @@
+"""Operations on pages by their definition: read rows as dense tensors, work on those, write back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvfold.ops.attend import attend
+from kvfold.ops.dispatch import register
+
+
+@register("attend_pages", "naive", rank=0)
+def attend_pages(
+    q: Tensor, table: Any, scale: float, *,
+    mass: str | None, read: Tensor | None, compact: Any, position: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    (b, h, g, n, d) = q.shape
+
+    def rows(plane: Tensor) -> Tensor:
+        return plane.reshape(b, h, *plane.shape[1:])
+
+    keys, values = rows(table.dense("keys")), rows(table.dense("values"))
+    if compact is not None:
+        keys = compact.rotate_keys(keys, rows(table.dense(position)))
+    bias = None if mass is None else rows(table.dense(mass))
+    if read is not None or not table.even:  # -inf for a slot that is empty or not read
+        seen = rows(table.valid())
+        seen = seen if read is None else seen & read
+        bias = torch.where(seen, torch.zeros((), device=seen.device) if bias is None else bias, -torch.inf)
+    # The heads of a group, and all their queries, read the same keys: one block of G * Q queries per KV head.
+    block = q.reshape(b, h, g * n, d)
+    out, lse = attend(block, keys.to(q.dtype), values.to(q.dtype), scale, None if bias is None else bias[:, :, None])
+    return out.view(b, h, g, n, values.shape[-1]), lse.view(b, h, g, n)
+
+
+@register("append_pages", "naive", rank=0)
+def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Tensor | None) -> None:
+    count = planes["keys"].shape[1]
+    place = table.tail(count) if valid is None else None
+    if place is not None:
+        for name, spec in table.pool.specs.items():
+            block = table.block(name)[:, place]
+            block.copy_(planes[name]) if name in planes else block.fill_(spec.fill)
+        return
+    counts = np.full(table.rows, count) if valid is None else valid.sum(1).cpu().numpy()
+    pages, offsets = table.slots(counts)
+    for name, plane in table.pool.planes.items():
+        if name not in planes:
+            plane[pages, offsets] = table.pool.specs[name].fill
+            continue
+        new = planes[name].flatten(0, 1) if valid is None else planes[name][valid]
+        plane[pages, offsets] = new.to(plane.dtype)
+
+
+@register("keep_pages", "naive", rank=0)
+def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor]) -> None:
+    slots = torch.arange(mask.shape[1], device=mask.device)
+    gaps = torch.where(mask, mask.shape[1], slots).amin(1) if mask.shape[1] else mask.sum(1)
+    counts, gaps = torch.stack([mask.sum(1), gaps]).cpu().numpy().astype(np.int32)  # one wait for the device
+    before, shared, size = table.lengths, table.shared, table.pool.page_size
+    dropping = counts < before
+    if shared:  # what others hold is copied only if something changes
+        columns = {name: x for name, x in columns.items() if not _same(x[mask], table.dense(name)[mask])}
+    if not dropping.any() and not (shared and columns):
+        table.put(columns, 0, counts)
+        return
+    first = 0 if shared else int(gaps[dropping].min())  # the first slot that any row drops: nothing before it moves
+    longest = int(counts.max())
+    order = torch.argsort((~mask[:, first:]).byte(), dim=1, stable=True)[:, : longest - first]  # the kept ones first
+    kept = {}
+    for name in table.pool.planes:
+        dense = columns[name][:, first:] if name in columns else table.dense(name, first)
+        wide = order.view(*order.shape, *[1] * (dense.dim() - 2)).expand(-1, -1, *dense.shape[2:])
+        kept[name] = dense.gather(1, wide)
+    if shared:
+        table.restart()
+        table.slots(counts)
+        table.put(kept, 0, counts)
+        return
+    table.put({name: x[:, :first] for name, x in columns.items()}, 0, np.minimum(counts, first))
+    table.put(kept, first, counts)
+    table.lengths = counts.copy()  # not a view that holds the gaps too
+    # One token out for one in happens at every decode step: only a page's worth per row is worth moving for.
+    dropped, free = int((before - counts).sum()), int((table.table >= 0).sum() - (-(-counts // size)).sum())
+    table.trim(slack=dropped < table.rows * size and (table.regular or free < table.rows))
+
+
+def _same(new: Tensor, old: Tensor) -> bool:
+    return torch.equal(new.to(old.dtype), old)
