@@ -1,16 +1,20 @@
 """The commands on a tiny model: what they print, what they refuse, and with which exit code."""
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import kvfold
 from kvfold.cli import main
 from kvfold.cli.app import app
+from kvfold.cli.compare import table_of
+from kvfold.evaluation.compare import Row
 
 runner = CliRunner()
 
@@ -135,6 +139,23 @@ def test_chart_path_is_checked_before_anything_runs(
     words = ["compare", "--model", "never-loaded", "--file", document, "--chart", "chart.pdf"]
     code, _, err = call(monkeypatch, capsys, *words)
     assert code == 2 and "must end in one of .html" in err
+
+
+def test_answers_are_not_markup() -> None:
+    """A model may say [/INST] or [bold]; both are text."""
+    row = Row("h2o", 0.5, "[bold] see [/INST]", 5.0, 50, 100, 100, 1.0, 2.0, 0.9, 0.1)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(table_of([row], "title"))
+    assert "[bold] see [/INST]" in capture.get()
+
+
+def test_an_empty_document_is_refused_on_standard_input(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
+    code, _, err = call(monkeypatch, capsys, "run", "--model", folder, "--file", "-")
+    assert code == 2 and "file='-' is empty" in err
 
 
 def test_the_module_runs_as_a_program() -> None:

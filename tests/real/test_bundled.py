@@ -40,19 +40,20 @@ def test_gemma_finds_every_needle() -> None:
     assert half == 5
 
 
-def test_smollm_finds_most_needles() -> None:
-    """The question stands in SnapKV's window; StreamingLLM forgets what has left its own."""
+def test_smollm_finds_needles() -> None:
+    """What methods find with the question in the prompt, as `benchmarks/needles.py` measures it."""
     methods = [
         ("full", {}),
-        ("snapkv", {"budget": 0.35}),
-        ("kvmerger", {"budget": 0.5}),
+        ("snapkv", {"budget": 0.5, "window": 16, "kernel": 7, "pool": "max"}),
+        ("tova", {"budget": 0.5}),
+        ("kvmerger", {"budget": 0.9}),
         ("streamingllm", {"budget": 0.35}),
     ]
-    full, snapkv, merger, streaming = needles("smollm2-135m-instruct", 1800, methods)
-    assert full >= 4
-    assert snapkv >= full - 1
-    assert merger >= 1
-    assert streaming <= 2  # the last 35 % of the text holds two of the five
+    full, snapkv, tova, merger, streaming = needles("smollm2-135m-instruct", 1800, methods)
+    assert full == 5
+    assert snapkv >= 3 and tova >= 3  # 4 and 4
+    assert merger >= 3  # 4; the recent tail that it leaves alone holds one or two
+    assert streaming <= 2  # the last 35 % of the text holds two
 
 
 def test_run_frees_what_kvmerger_drops() -> None:

@@ -60,13 +60,14 @@ def compare_command(
         }  # fmt: skip
         common.print_json({**about, "versions": common.versions(), "rows": [row.to_dict() for row in rows]})
     else:
-        common.stdout.print(_table(rows, title))
+        common.stdout.print(table_of(rows, title))
     if chart is not None:
         save_chart(memory_against_agreement(rows, title), chart)
         common.stderr.print(f"chart: {chart}")
 
 
-def _table(rows: Sequence["Row"], title: str) -> Table:
+def table_of(rows: Sequence["Row"], title: str) -> Table:
+    """The rows for a rich console; answers are text, whatever brackets they hold."""
     table = Table(title=title)
     for name, where in (
         ("method", "left"), ("budget", "right"), ("kept/head", "right"), ("KV cache", "right"), ("of full", "right"),
