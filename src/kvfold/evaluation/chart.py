@@ -41,7 +41,7 @@ def memory_against_agreement(rows: Sequence[Row], title: str) -> Any:
     base = alt.Chart(alt.Data(values=points)).encode(
         x=alt.X("KV bytes / full:Q", axis=alt.Axis(format="%"), scale=alt.Scale(zero=False, padding=12)),
         color=alt.Color("method:N", sort=order),
-        shape=alt.Shape("method:N", sort=order),
+        shape=alt.Shape("method:N", sort=order, legend=None),
         tooltip=[alt.Tooltip(f"{name}:N") for name in ("method", "budget", "answer")]
         + [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("KV bytes / full", "mean KL (nats)")],
     )
@@ -52,11 +52,11 @@ def memory_against_agreement(rows: Sequence[Row], title: str) -> Any:
         dots = marks.mark_point(size=70, filled=True, clip=True)
         return (lines + dots).properties(width=380, height=300, title=caption)
 
-    left = panel(
-        "mean KL (nats)", alt.Scale(type="symlog", constant=0.01), "Divergence from the full cache (lower is better)"
-    )
+    left = panel("mean KL (nats)", alt.Scale(type="symlog", constant=0.01), "Divergence from full (lower is better)")
     right = panel(
-        "equal greedy tokens", alt.Scale(domain=[0, 1]), "Same next token as the full cache (higher is better)"
+        "equal greedy tokens",
+        alt.Scale(domain=[0, 1.02], nice=False),
+        "Same next token as full (higher is better)",
     )
     return alt.hconcat(left, right).properties(title=title)
 
