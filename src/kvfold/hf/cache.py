@@ -224,9 +224,10 @@ class Cache(HFCache):
 
     # -- the cache operations --------------------------------------------------------------------------------
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the last `-tokens_to_remove` tokens of every row, then run what waited for it."""
-        self._settle(lambda: super(Cache, self).crop(tokens_to_remove))
+        count = int(tokens_to_remove)  # a tensor from transformers before 5.17
+        self._settle(lambda: super(Cache, self).crop(count))
 
     def settle_pending(self) -> None:
         """Run the events that still wait for a crop: assisted decoding is over, what came last was a further turn."""
