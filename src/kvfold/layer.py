@@ -41,7 +41,7 @@ class KVLayer:
         self.shape: tuple[int, int, int] | None = None  # H, D, D_v
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self._last: tuple[float, Any] = (1.0, None)  # scale and module of the last pass
-        self._waiting: tuple[Queries, Pass, Place] | None = None
+        self._waiting: tuple[Queries, Pass] | None = None
 
     @property
     def waiting(self) -> Pass | None:
@@ -115,26 +115,23 @@ class KVLayer:
             out, lse = self._attend_prompt(q, k, v, mask, ones, positions, scale, compact, first)
         else:
             self.segments[0][1].append(chunk, even=True)
-            out, lse = self._attend_token(q, positions, scale, compact, this, module)
+            out, lse = self._attend_token(q, positions, scale, compact, this)
         listening = self._listening(this)
         waits = this.defer and this.listen and any(map(self.method.listens, ("after_prefill", "after_decode")))
-        if not (listening or waits or this.observe):
-            if not appended:
-                self.segments[0][1].append(chunk, even=ones)
-            return out
-        queries, place = Queries(q, mask, lse, positions), self._place(scale, module, this)
-        view = self._view(queries, place, None if appended else chunk)
-        if this.observe is not None:
-            this.observe(view)
-        if listening and not waits:
-            view = self._decide(view, this)
-            self._commit(view, chunk if not appended else None)
-        elif not appended:
+        queries, new = Queries(q, mask, lse, positions), None if appended else chunk
+        decides = listening and not waits
+        if decides or this.observe is not None:
+            view = self._view(queries, self._place(this), new)
+            if this.observe is not None:
+                this.observe(view)
+            if decides:
+                self._commit(self._decide(view, this), new)
+        if not decides and not appended:
             self.segments[0][1].append(chunk, even=ones)
         if waits:
             # By then the new tokens are stored without padding, behind those of their row and head.
             here = mask[0].nonzero()[:, 0] if self.batch == 1 else torch.arange(q.shape[2], device=q.device)
-            self._waiting = (queries.pick(here), this, place)
+            self._waiting = (queries.pick(here), this)
         return out
 
     def settle(self, drop: int, *, turn: bool = False) -> None:
@@ -146,7 +143,7 @@ class KVLayer:
         if drop:
             self._drop(drop)
         if waiting is not None and waiting[0].states.shape[2] > drop:
-            queries, this, place = waiting
+            queries, this = waiting
             if turn and queries.states.shape[2] > 1:
                 this.prefill, self.prompt = True, self.seen.copy()
             if not self._listening(this):
@@ -154,8 +151,7 @@ class KVLayer:
             left = queries.states.shape[2] - drop
             start = torch.from_numpy(self.counts() - left)
             queries = replace(queries.pick(torch.arange(left, device=self.device)), start=start)
-            place = replace(place, prompt=torch.from_numpy(self.prompt), seen=torch.from_numpy(self.seen))
-            self._commit(self._decide(self._view(queries, place), this), None)
+            self._commit(self._decide(self._view(queries, self._place(this)), this), None)
 
     def decide(self, decisions: Decisions, this: Pass) -> None:
         """Carry out decisions that came after the layer was stored (after_layer, after_forward)."""
@@ -170,7 +166,7 @@ class KVLayer:
         empty = torch.zeros(self.batch, self.shape[0], 0, self.shape[1], dtype=self.dtype, device=self.device)
         no_one = torch.zeros(self.batch, 0, dtype=torch.int32, device=self.device)
         none = Queries(empty, no_one.bool(), empty.new_zeros(empty.shape[:3]).float(), no_one)
-        return self._view(none, self._place(*self._last, this))
+        return self._view(none, self._place(this))
 
     def adopt(self, view: LayerView, this: Pass) -> None:
         """Store what this layer's method decides about another cache's view of its first forward pass.
@@ -185,7 +181,7 @@ class KVLayer:
         self._last = (view.place.scale, view.place.module)
         self.seen = view.queries.valid.sum(1).cpu().numpy().astype(np.int64)
         self.prompt, self.width = self.seen.copy(), view.new
-        view = replace(view, place=self._place(*self._last, this))
+        view = replace(view, place=self._place(this))
         if self._listening(this):
             view = self._decide(view, this)
         self._commit(view, view.tokens)
@@ -223,13 +219,13 @@ class KVLayer:
         return ops.merge([past, own])
 
     def _attend_token(
-        self, q: Tensor, positions: Tensor, scale: float, compact: Compact | None, this: Pass, module: Any
+        self, q: Tensor, positions: Tensor, scale: float, compact: Compact | None, this: Pass
     ) -> tuple[Tensor, Tensor]:
         read = None
         if this.listen and self.method.listens("before_attend"):
             lse = q.new_zeros(q.shape[:3], dtype=torch.float32)  # not known yet
             queries = Queries(q, torch.ones_like(positions, dtype=torch.bool), lse, positions)
-            view = self._view(queries, self._place(scale, module, this))
+            view = self._view(queries, self._place(this))
             decision = self.method.before_attend(view)
             if decision is not None:
                 newest = view.positions == torch.from_numpy(self.seen - 1).to(q.device)[:, None, None]
@@ -266,7 +262,8 @@ class KVLayer:
             view = view.apply(decision)
         return view
 
-    def _place(self, scale: float, module: Any, this: Pass) -> Place:
+    def _place(self, this: Pass) -> Place:
+        scale, module = self._last
         prompt, seen = torch.from_numpy(self.prompt), torch.from_numpy(self.seen)
         return Place(
             self.layer, self.ordinal, self.paged, self.depth, scale, prompt, seen, module, self.rope,
