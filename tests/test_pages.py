@@ -186,7 +186,7 @@ def test_a_segment_attends_over_its_tokens_alone(t, seed):
     read = torch.rand(stored.valid.shape, generator=rng) < 0.6
     q = torch.randn(2, 3, 2, 5, 8, generator=rng)
     for marks in (None, read):
-        out, lse = segment.attend(q, 0.3, read=marks)
+        out, lse, _ = segment.attend(q, 0.3, read=marks)
         for row, head in np.ndindex(2, 3):
             keys, values = chunk.keys[row, head], chunk.values[row, head]
             here = chunk.valid[row, head].nonzero()[:, 0]

@@ -70,16 +70,19 @@ class Segments(RuleBasedStateMachine):
         for row, more in zip(model, new, strict=True):
             row.extend(more)
 
-    @rule(data=st.data(), rescore=st.booleans())
-    def keep(self, data, rescore):
+    @rule(data=st.data(), rescore=st.booleans(), slack=st.booleans())
+    def keep(self, data, rescore, slack):
         segment, model = self.pick(data)
         valid = segment.dense().valid
         mask = self.mask(data, tuple(valid.shape)) & valid
+        if slack and data.draw(st.booleans()):  # few at a time, so that they leave holes
+            mask = valid & (torch.arange(valid.shape[-1]) != data.draw(st.integers(0, 9)))
         column = torch.arange(valid.numel()).view(valid.shape).float()
-        segment.keep(mask, {"score": column} if rescore else {})
-        for i, (row, marks) in enumerate(zip(model, mask.flatten(0, 1), strict=True)):
-            scores = column.flatten(0, 1)[i].tolist()
-            row[:] = [(n, scores[j] if rescore else s) for j, (n, s) in enumerate(row) if marks[j]]
+        segment.keep(mask, {"score": column} if rescore else {}, slack=slack)
+        for row, marks, held, scores in zip(model, *(x.flatten(0, 1) for x in (mask, valid, column)), strict=True):
+            slots = held.nonzero()[:, 0].tolist()
+            kept = [(n, s, slot) for (n, s), slot in zip(row, slots, strict=True) if marks[slot]]
+            row[:] = [(n, scores[slot].item() if rescore else s) for n, s, slot in kept]
 
     @rule(data=st.data())
     def truncate(self, data):
@@ -89,7 +92,7 @@ class Segments(RuleBasedStateMachine):
         for row, count in zip(model, counts, strict=True):
             del row[count:]
         if segment.table.exclusive:  # given back, but for 2 % where rows lie side by side
-            needed = [-(-len(row) // PAGE) for row in model]
+            needed = (-(-segment.table.lengths // PAGE)).tolist()
             assert segment.pool.pages <= max(sum(needed), 1.02 * sum(needed))
 
     @precondition(lambda self: len(self.live) < 4)
@@ -122,7 +125,7 @@ class Segments(RuleBasedStateMachine):
     def holds_what_it_must(self):
         for segment, model in self.live:
             assert segment.counts().reshape(-1).tolist() == [len(row) for row in model]
-            assert segment.longest == max(map(len, model))
+            assert segment.table.holed or segment.longest == max(map(len, model))
             stored = segment.dense()
             keys, values, valid = (x.flatten(0, 1) for x in (stored.keys, stored.values, stored.valid))
             columns = {name: column.flatten(0, 1) for name, column in stored.columns.items()}
@@ -150,7 +153,8 @@ class Segments(RuleBasedStateMachine):
         for segment, _ in self.live:
             table, pool = segment.table, segment.pool
             tensors = sum(plane.untyped_storage().nbytes() for plane in pool.planes.values())
-            assert segment.nbytes == tensors + pool.refs.nbytes + table.table.nbytes + table.lengths.nbytes
+            arrays = (pool.refs, table.table, table.lengths, table.holes, table.hole_count)
+            assert segment.nbytes == tensors + sum(array.nbytes for array in arrays)
             room = (table.table >= 0).sum(1) * PAGE
             assert (table.lengths <= room).all()
             if table.regular:

@@ -13,11 +13,12 @@ from kvfold.formats import POSITION, Chunk, Dense, Format, Segment, join
 from kvfold.methods.base import Decisions, Method, decided
 from kvfold.passes import Mark, Pass
 from kvfold.rotation import Compact, Rope
-from kvfold.views import LayerView, Place, Queries
+from kvfold.stored import Stored, as_stored
+from kvfold.views import ATTENTION, COLUMN_SUMS, LayerView, Place, Queries
 
 
 class KVLayer:
-    """One layer's stored tokens. `segments[0]` is dense and takes what is appended; `Store` opens others."""
+    """One layer: what it has read, what is stored of that, and the method that decides."""
 
     def __init__(
         self,
@@ -34,7 +35,7 @@ class KVLayer:
         self._reset()
 
     def _reset(self) -> None:
-        self.segments: list[tuple[Format, Segment]] = []
+        self.stored = Stored()
         self.seen = np.zeros(0, dtype=np.int64)  # (B,) text tokens read, padding not counted
         self.prompt = np.zeros(0, dtype=np.int64)  # (B,) those of them that came as prompt
         self.width = 0  # columns read, padding counted: what transformers calls the sequence length
@@ -49,13 +50,18 @@ class KVLayer:
         return self._waiting[1] if self._waiting else None
 
     @property
+    def segments(self) -> list[tuple[Format, Segment]]:
+        """The segments with their formats; the first takes what is appended."""
+        return self.stored.segments
+
+    @property
     def batch(self) -> int:
         return len(self.seen)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that the layer holds, bookkeeping included."""
-        return sum(s.nbytes for _, s in self.segments) + self.seen.nbytes + self.prompt.nbytes
+        return self.stored.nbytes + self.seen.nbytes + self.prompt.nbytes
 
     @property
     def dense_nbytes(self) -> int:
@@ -69,14 +75,13 @@ class KVLayer:
         """Tokens stored for each (row, head), (B, H)."""
         if not self.segments:
             return np.zeros((self.batch, self.shape[0] if self.shape else 0), dtype=np.int64)
-        counts: np.ndarray = sum(segment.counts() for _, segment in self.segments)  # type: ignore[assignment]
-        return counts
+        return self.stored.counts()
 
     def kept(self) -> list[list[list[int]]]:
         """Text positions stored, kept[row][head], ascending."""
         if not self.segments:
             return [[] for _ in range(self.batch)]
-        stored, _ = self._stored()
+        stored, _ = self.stored.tokens()
         positions, valid = stored.positions.cpu(), stored.valid.cpu()
         return [[positions[b, h][valid[b, h]].tolist() for h in range(valid.shape[1])] for b in range(valid.shape[0])]
 
@@ -110,24 +115,27 @@ class KVLayer:
         if this.prefill:
             self.prompt = self.seen.copy()
         compact = Compact(self._need_rope()) if self.method.compact else None
-        appended = ones and q.shape[2] == 1 and not this.prefill
+        appended, listening = ones and q.shape[2] == 1 and not this.prefill, self._listening(this)
+        asked = self.method.asks if listening or this.observe is not None else frozenset()
         if not appended:
-            out, lse = self._attend_prompt(q, k, v, mask, ones, positions, scale, compact, first)
+            out, lse, left = self._attend_prompt(
+                q, k, v, mask, ones, positions, scale, compact, first, COLUMN_SUMS in asked
+            )
         else:
-            self.segments[0][1].append(chunk, even=True)
-            out, lse = self._attend_token(q, positions, scale, compact, this)
-        listening = self._listening(this)
+            self.stored.open.append(chunk, even=True)
+            out, lse, left = self._attend_token(q, positions, scale, compact, this, ATTENTION in asked)
+        memo = {} if left is None else {ATTENTION if appended else COLUMN_SUMS: left}
         waits = this.defer and this.listen and any(map(self.method.listens, ("after_prefill", "after_decode")))
         queries, new = Queries(q, mask, lse, positions), None if appended else chunk
         decides = listening and not waits
         if decides or this.observe is not None:
-            view = self._view(queries, self._place(this), new)
+            view = self._view(queries, self._place(this), new, memo)
             if this.observe is not None:
                 this.observe(view)
             if decides:
-                self._commit(self._decide(view, this), new)
+                self.stored.commit(self._decide(view, this), new, slack=appended)
         if not decides and not appended:
-            self.segments[0][1].append(chunk, even=ones)
+            self.stored.open.append(chunk, even=ones)
         if waits:
             # By then the new tokens are stored without padding, behind those of their row and head.
             here = mask[0].nonzero()[:, 0] if self.batch == 1 else torch.arange(q.shape[2], device=q.device)
@@ -151,14 +159,14 @@ class KVLayer:
             left = queries.states.shape[2] - drop
             start = torch.from_numpy(self.counts() - left)
             queries = replace(queries.pick(torch.arange(left, device=self.device)), start=start)
-            self._commit(self._decide(self._view(queries, self._place(this)), this), None)
+            self.stored.commit(self._decide(self._view(queries, self._place(this)), this), None)
 
     def decide(self, decisions: Decisions, this: Pass) -> None:
         """Carry out decisions that came after the layer was stored (after_layer, after_forward)."""
         view = self.view(this)
         for decision in decided(decisions):
             view = view.apply(decision)
-        self._commit(view, None)
+        self.stored.commit(view, None)
 
     def view(self, this: Pass) -> LayerView:
         """What is stored now; without queries."""
@@ -184,7 +192,7 @@ class KVLayer:
         view = replace(view, place=self._place(this))
         if self._listening(this):
             view = self._decide(view, this)
-        self._commit(view, view.tokens)
+        self.stored.commit(view, view.tokens)
 
     # -- parts of it -----------------------------------------------------------------------------------------
 
@@ -194,7 +202,7 @@ class KVLayer:
             self.seen = np.zeros(k.shape[0], dtype=np.int64)
             self.prompt = np.zeros(k.shape[0], dtype=np.int64)
             sample = Chunk(k, v, k.new_zeros(k.shape[:3], dtype=torch.bool))
-            self.segments = [(Dense(), Dense().segment(sample))]
+            self.stored = Stored([(Dense(), Dense().segment(sample))])
         elif k.shape[0] != self.batch:
             raise ValueError(f"the batch has {k.shape[0]} rows, but the cache holds {self.batch}")
 
@@ -209,18 +217,20 @@ class KVLayer:
 
     def _attend_prompt(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, ones: bool, positions: Tensor, scale: float,
-        compact: Compact | None, first: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """New tokens see each other causally and all that is stored; the two answers merge."""
-        own = ops.causal(q, k, v, scale) if ones else ops.causal_rows(q, k, v, mask, scale)
-        if first or all(segment.longest == 0 for _, segment in self.segments):
+        compact: Compact | None, first: bool, sums: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """New tokens see each other causally and all that is stored; the two answers merge. Third: column sums."""
+        first = first or self.stored.empty
+        sums = sums and first and compact is None
+        own = ops.causal(q, k, v, scale, sums=sums) if ones else ops.causal_rows(q, k, v, mask, scale, sums=sums)
+        if first:
             return own
         past = self._attend_segments(q, positions, scale, compact, after=True)
-        return ops.merge([past, own])
+        return *ops.merge([past[:2], own[:2]]), None
 
     def _attend_token(
-        self, q: Tensor, positions: Tensor, scale: float, compact: Compact | None, this: Pass
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, positions: Tensor, scale: float, compact: Compact | None, this: Pass, weights: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         read = None
         if this.listen and self.method.listens("before_attend"):
             lse = q.new_zeros(q.shape[:3], dtype=torch.float32)  # not known yet
@@ -229,29 +239,26 @@ class KVLayer:
             decision = self.method.before_attend(view)
             if decision is not None:
                 newest = view.positions == torch.from_numpy(self.seen - 1).to(q.device)[:, None, None]
-                read = _as_stored(decision.mask | newest, view.order)
-        return self._attend_segments(q, positions, scale, compact, read=read)
+                read = as_stored(decision.mask | newest, view.order)
+        weights = weights and compact is None and read is None and len(self.segments) == 1
+        return self._attend_segments(q, positions, scale, compact, read=read, weights=weights)
 
     def _attend_segments(
         self, q: Tensor, positions: Tensor, scale: float, compact: Compact | None,
-        *, read: Tensor | None = None, after: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """(out, lse) of the queries over all segments. `after`: the queries' own tokens are not stored yet."""
-        (b, hq, n, d), h = q.shape, self.segments[0][1].counts().shape[1]
+        *, read: Tensor | None = None, after: bool = False, weights: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """(out, lse, weights of a lone segment) of the queries over all segments.
+
+        `after`: the queries' own tokens are not stored yet.
+        """
+        (b, hq, n, d), h = q.shape, self.stored.counts().shape[1]
         grouped = q.view(b, h, hq // h, n, d)
         if compact is not None:
             slots = self.counts() - (0 if after else n)
             grouped = compact.rotate_queries(grouped, positions, torch.from_numpy(slots).to(q.device))
-            compact = replace(compact, slots=self._slots())
-        parts, start = [], 0
-        for _, segment in self.segments:
-            stop = start + segment.longest
-            here = None if read is None else read[..., start:stop]
-            turn = None if compact is None else compact.of(start, stop)
-            parts.append(segment.attend(grouped, scale, read=here, compact=turn))
-            start = stop
-        out, lse = ops.merge(parts)
-        return out.reshape(b, hq, n, -1), lse.reshape(b, hq, n)
+            compact = replace(compact, slots=self.stored.slots())
+        out, lse, left = self.stored.attend(grouped, scale, compact, read, weights)
+        return out.reshape(b, hq, n, -1), lse.reshape(b, hq, n), left
 
     def _listening(self, this: Pass) -> bool:
         return this.listen and self.method.listens("after_prefill" if this.prefill else "after_decode")
@@ -275,62 +282,14 @@ class KVLayer:
             raise ValueError(f"method={self.method} needs the model's RoPE, and layer {self.layer} has none")
         return self.rope
 
-    def _stored(self) -> tuple[Chunk, Tensor | None]:
-        """All stored tokens in the order of the text, and where they lie (see `LayerView.order`)."""
-        chunks = [segment.dense() for _, segment in self.segments if segment.longest]
-        if len(chunks) < 2:
-            return (chunks[0] if chunks else self.segments[0][1].dense()), None
-        tokens = join(chunks)
-        last = torch.iinfo(torch.int32).max
-        order = torch.argsort(tokens.positions.masked_fill(~tokens.valid, last), dim=-1, stable=True)
-        return tokens.take(order), order
-
-    def _slots(self) -> Tensor | None:
-        """The how-manieth of the text each stored token is; None where they are stored in that order."""
-        _, order = self._stored()
-        if order is None:
-            return None
-        return _as_stored(torch.arange(order.shape[-1], device=order.device).expand_as(order), order)
-
-    def _view(self, queries: Queries, place: Place, new: Chunk | None = None) -> LayerView:
+    def _view(
+        self, queries: Queries, place: Place, new: Chunk | None = None, memo: dict[str, Tensor] | None = None
+    ) -> LayerView:
         """What is stored, and `new` behind it."""
-        stored, order = self._stored()
+        stored, order = self.stored.tokens()
         if new is not None:
-            stored = join([stored, new]) if stored.keys.shape[2] else new
-        return LayerView(stored, queries, place, order=order)
-
-    def _commit(self, view: LayerView, new: Chunk | None) -> None:
-        """Make the segments hold what the view says. `new`: its last slots are not stored yet."""
-        tokens, homes = view.tokens, view.formats
-        moved = torch.zeros_like(tokens.valid)
-        for _, mask in homes:
-            moved |= mask
-        if homes:  # dense reads may be views of the pages that `keep` is about to overwrite
-            tokens = Chunk(tokens.keys.clone(), tokens.values.clone(), tokens.valid, tokens.columns)
-            tokens = replace(tokens, columns={name: column.clone() for name, column in tokens.columns.items()})
-        staying = tokens.valid & ~moved
-        if view.rewritten:
-            for _, segment in self.segments:
-                segment.clear()
-            self.segments = self.segments[:1]
-            self.segments[0][1].append(replace(tokens, valid=staying))
-        else:
-            keep = _as_stored(staying, view.order)
-            columns = {name: _as_stored(column, view.order) for name, column in tokens.columns.items()}
-            start = 0
-            for _, segment in self.segments:
-                stop = start + segment.longest
-                if stop > start:
-                    segment.keep(keep[..., start:stop], {n: c[..., start:stop] for n, c in columns.items()})
-                start = stop
-            if new is not None:
-                self.segments[0][1].append(replace(tokens, valid=staying).since(start))
-        for form, mask in homes:
-            home = next((s for f, s in self.segments[1:] if f == form), None)
-            if home is None:
-                home = form.segment(tokens)
-                self.segments.append((form, home))
-            home.append(replace(tokens, valid=tokens.valid & mask))
+            stored = join([stored, new]) if stored.valid.shape[2] else new
+        return LayerView(stored, queries, place, order=order, memo=memo or {})
 
     def _drop(self, columns: int) -> None:
         """Take back the last `columns` tokens of every row."""
@@ -338,16 +297,7 @@ class KVLayer:
         self.seen = np.maximum(self.seen - columns, 0)
         self.prompt = np.minimum(self.prompt, self.seen)
         self.width -= columns
-        limit = torch.from_numpy(self.seen).to(self.device)[:, None, None]
-        for _, segment in self.segments:
-            if segment.longest:
-                stored = segment.dense()
-                stays = stored.valid & (stored.positions < limit)
-                counts = stays.sum(-1, keepdim=True)
-                if bool((stays == (torch.arange(stays.shape[-1], device=stays.device) < counts)).all()):
-                    segment.truncate(counts[..., 0].cpu().numpy(), slack=True)
-                else:  # tokens that `Store` moved here did not come in the order of the text
-                    segment.keep(stays, {})
+        self.stored.drop_from(torch.from_numpy(self.seen).to(self.device)[:, None, None])
 
     def mark(self) -> Mark:
         """Where the layer stands, for `rewind`."""
@@ -367,31 +317,18 @@ class KVLayer:
 
     def select(self, rows: np.ndarray) -> None:
         """Row i becomes what row `rows[i]` was; pages are shared until one of the sharers writes."""
-        chosen = [(form, segment.select(rows)) for form, segment in self.segments]
-        for (_, old), (_, new) in zip(self.segments, chosen, strict=True):
-            old.clear()
-            new.compact()
-        self.segments = chosen
+        self.stored.select(rows)
         self.seen, self.prompt = self.seen[rows], self.prompt[rows]
 
     def fork(self) -> "KVLayer":
         """A second layer over the same pages."""
         other = KVLayer(self.method, self.layer, self.paged, self.depth, self.rope)
-        other.__dict__ |= {k: v for k, v in self.__dict__.items() if k != "segments"}
+        other.__dict__ |= {k: v for k, v in self.__dict__.items() if k != "stored"}
         other.seen, other.prompt = self.seen.copy(), self.prompt.copy()
-        other.segments = [(form, segment.select(np.arange(self.batch))) for form, segment in self.segments]
+        other.stored = self.stored.fork(self.batch)
         return other
 
     def clear(self) -> None:
         """Forget everything."""
-        for _, segment in self.segments:
-            segment.clear()
+        self.stored.clear()
         self._reset()
-
-
-def _as_stored(slots: Tensor, order: Tensor | None) -> Tensor:
-    """Values for a view's slots, in the order in which the segments hold them; new slots stay behind."""
-    if order is None:
-        return slots
-    old = slots[..., : order.shape[-1]]
-    return torch.cat([torch.empty_like(old).scatter(-1, order, old), slots[..., order.shape[-1] :]], -1)

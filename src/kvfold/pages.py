@@ -6,105 +6,22 @@ share is never written in place (copy-on-write).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-PAGE_SIZE = 16
-"""Tokens per page: the last page of a row is half empty on average, 8 tokens of each (row, head)."""
+from kvfold.pool import PAGE_SIZE, PagePool, Plane
 
-
-@dataclass(frozen=True)
-class Plane:
-    """What a pool stores for each token: `width` numbers (None: one scalar), `fill` where nobody says."""
-
-    width: int | None
-    dtype: torch.dtype
-    fill: float = 0.0
-
-
-class PagePool:
-    """The storage of one segment: N pages of P tokens in each plane, their reference counts, a free list."""
-
-    def __init__(self, planes: Mapping[str, Plane], device: torch.device, page_size: int = PAGE_SIZE):
-        self.specs = dict(planes)
-        self.page_size = page_size
-        self.device = device
-        self.planes = {name: self._empty(spec, 0) for name, spec in self.specs.items()}
-        self.refs = np.zeros(0, dtype=np.int32)
-        self.shared = 0  # pages with more than one reference
-        self._free: list[int] = []
-
-    def _empty(self, spec: Plane, pages: int) -> Tensor:
-        shape = (pages, self.page_size) if spec.width is None else (pages, self.page_size, spec.width)
-        # Never read before it is written: lengths bound every read. Filled all the same, because the slack
-        # of a page takes part (masked) in dense reads and NaN times zero is NaN.
-        return torch.full(shape, spec.fill, dtype=spec.dtype, device=self.device)
-
-    @property
-    def pages(self) -> int:
-        """Pages allocated, used or free."""
-        return len(self.refs)
-
-    @property
-    def used(self) -> int:
-        """Pages that somebody holds."""
-        return self.pages - len(self._free)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of every plane and of the reference counts."""
-        return sum(plane.nbytes for plane in self.planes.values()) + self.refs.nbytes
-
-    def add_plane(self, name: str, spec: Plane) -> None:
-        """A new column beside the others; tokens already stored get its fill value."""
-        if name not in self.specs:
-            self.specs[name] = spec
-            self.planes[name] = self._empty(spec, self.pages)
-
-    def grow(self, pages: int) -> None:
-        """Add free pages; page numbers stay valid."""
-        first = self.pages
-        for name, spec in self.specs.items():
-            more = self._empty(spec, pages)
-            self.planes[name] = torch.cat([self.planes[name], more]) if first else more
-        self.refs = np.concatenate([self.refs, np.zeros(pages, dtype=np.int32)])
-        self._free.extend(range(first + pages - 1, first - 1, -1))
-
-    def allocate(self, count: int) -> np.ndarray:
-        """`count` page numbers with one reference each; the pool grows by an eighth when it runs out."""
-        missing = count - len(self._free)
-        if missing > 0:
-            self.grow(max(missing, self.pages // 8))
-        ids = np.array([self._free.pop() for _ in range(count)], dtype=np.int32)
-        self.refs[ids] = 1
-        return ids
-
-    def retain(self, ids: np.ndarray) -> None:
-        """One more holder for each of `ids` (a number may occur several times)."""
-        np.add.at(self.refs, ids, 1)
-        self.shared = int((self.refs > 1).sum())
-
-    def release(self, ids: np.ndarray) -> None:
-        """One holder less for each of `ids`; a page that nobody holds is free."""
-        np.subtract.at(self.refs, ids, 1)
-        self.shared = int((self.refs > 1).sum())
-        # No np.unique: it imports on first use, and a table may be finalised in the middle of an import.
-        self._free.extend(sorted(set(ids[self.refs[ids] == 0].tolist()), reverse=True))
-
-    def empty_like(self) -> "PagePool":
-        """A pool of the same planes that holds nothing."""
-        return PagePool(self.specs, self.device, self.page_size)
-
+__all__ = ["PAGE_SIZE", "PagePool", "PageTable", "Plane"]
 
 class PageTable:
-    """Which pages each row holds, in order, and how many tokens of them are filled.
+    """Which pages each row holds, in order, and how many slots of them are filled.
 
-    `table` is (R, M) page numbers, -1 where a row has no page; `lengths` is (R,) tokens. Where `regular`, page i of
-    row r is page r * M + i of the pool, and a dense read is a view that costs nothing.
+    `table` is (R, M) page numbers, -1 where a row has no page; `lengths` is (R,) slots. Where `regular`, page i of
+    row r is page r * M + i of the pool, and a dense read is a view that costs nothing. The first `hole_count[r]` of
+    `holes[r]` are slots whose token was dropped: a page's worth of them gathers before the rest of the row moves up.
     """
 
     def __init__(self, pool: PagePool, rows: int):
@@ -112,6 +29,8 @@ class PageTable:
         self.table = np.full((rows, 0), -1, dtype=np.int32)
         self.lengths = np.zeros(rows, dtype=np.int32)
         self.regular = True
+        self.fill_holes()
+        self._room = 0  # tokens that every row surely has room for
 
     @property
     def rows(self) -> int:
@@ -119,18 +38,38 @@ class PageTable:
 
     @property
     def longest(self) -> int:
-        """Tokens in the longest row."""
+        """Slots in the longest row."""
         return int(self.lengths.max()) if self.rows else 0
 
     @property
     def even(self) -> bool:
-        """Every row has as many tokens as every other."""
+        """Every row has as many slots as every other."""
         return self.rows == 0 or bool((self.lengths == self.lengths[0]).all())
+
+    @property
+    def holed(self) -> bool:
+        """Some row has a slot without a token."""
+        return self.holes.shape[1] > 0 and bool(self.hole_count.any())
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Tokens of each row, (R,)."""
+        return self.lengths - self.hole_count
+
+    def fill_holes(self) -> None:
+        """No row has holes (any more)."""
+        self.holes = np.zeros((self.rows, 0), dtype=np.int32)
+        self.hole_count = np.zeros(self.rows, dtype=np.int32)
+
+    def allow_holes(self) -> None:
+        """Room to remember a page's worth of them in each row."""
+        if not self.holes.shape[1]:
+            self.holes = np.zeros((self.rows, self.pool.page_size), dtype=np.int32)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the table itself; the pool counts its own."""
-        return self.table.nbytes + self.lengths.nbytes
+        return self.table.nbytes + self.lengths.nbytes + self.holes.nbytes + self.hole_count.nbytes
 
     @property
     def exclusive(self) -> bool:
@@ -142,10 +81,23 @@ class PageTable:
         """Some page of ours is held more than once, by another table or by two rows."""
         return self.pool.shared > 0 and bool((self.pool.refs[self.table[self.table >= 0]] > 1).any())
 
+    def cut(self, counts: np.ndarray) -> None:
+        """Keep the first `counts[r]` tokens of each row, and the holes right behind them; the pages stay."""
+        lengths = np.minimum(counts, self.counts).astype(np.int32)
+        for k in range(self.holes.shape[1]):  # ascending
+            lengths += (k < self.hole_count) & (self.holes[:, k] <= lengths)
+        known = np.arange(self.holes.shape[1]) < self.hole_count[:, None]
+        self.hole_count = (known & (self.holes < lengths[:, None])).sum(1).astype(np.int32)
+        self.lengths = lengths
+
     def valid(self) -> Bool[Tensor, "R T"]:
         """Which slots of a dense read are tokens."""
         lengths = torch.from_numpy(self.lengths).to(self.pool.device)
-        return torch.arange(self.longest, device=self.pool.device) < lengths[:, None]
+        valid = torch.arange(self.longest, device=self.pool.device) < lengths[:, None]
+        if self.holed:
+            rows, slots = _spans(np.zeros_like(self.hole_count), self.hole_count)
+            valid[self._index(rows), self._index(self.holes[rows, slots])] = False
+        return valid
 
     def dense(self, name: str, start: int = 0) -> Tensor:
         """A plane as (R, T, ...), from slot `start` to the longest row.
@@ -171,7 +123,8 @@ class PageTable:
         self.pool.release(self.table[self.table >= 0])
         self.table = np.full((self.rows, 0), -1, dtype=np.int32)
         self.lengths = np.zeros_like(self.lengths)
-        self.regular = True
+        self.regular, self._room = True, 0
+        self.fill_holes()
 
     def restart(self) -> None:
         """Let go of every page and go on in an empty pool of our own."""
@@ -192,6 +145,7 @@ class PageTable:
         """A table whose row i is row `rows[i]` of this one, sharing its pages."""
         other = PageTable(self.pool, len(rows))
         other.table, other.lengths = self.table[rows].copy(), self.lengths[rows].copy()
+        other.holes, other.hole_count = self.holes[rows].copy(), self.hole_count[rows].copy()
         identity = len(rows) == self.rows and bool((rows == np.arange(self.rows)).all())
         other.regular = self.regular and (identity or not self.table.shape[1])
         self.pool.retain(other.table[other.table >= 0])
@@ -242,18 +196,33 @@ class PageTable:
             plane = self.pool.planes[name]
             plane[pages, offsets] = new[source].to(plane.dtype)
 
+    def extend(self, count: int) -> np.ndarray:
+        """Make room for `count` more tokens in every row and move the lengths on; the slots (R,) where they start."""
+        start = self.lengths
+        self._reserve(start + np.int32(count))
+        self.lengths = start + np.int32(count)
+        return start
+
     def _reserve(self, lengths: np.ndarray) -> bool:
         """Pages for `lengths` tokens in each row; whether the table is regular then."""
+        more = int((lengths - self.lengths).max()) if self.rows else 0
+        if more > self._room:
+            self._reserve_pages(lengths)
+            self._room = int(((self.table >= 0).sum(1) * self.pool.page_size - self.lengths).min())
+        self._room -= more
+        return self.regular
+
+    def _reserve_pages(self, lengths: np.ndarray) -> None:
         needed = -(-lengths // self.pool.page_size)
         have = (self.table >= 0).sum(1)
         if bool((needed <= have).all()):
-            return self.regular
+            return
         if self.regular and self.exclusive and _nearly_even(needed):
             # Rows of like length stay side by side: move to a larger block now and then, by an eighth at a time
             # once something is stored, so that growing token by token copies each token O(log T) times.
             slack = max(1, int(needed.max()) // 8) if self.longest else 0
             self.relocate(int(needed.max()) + slack)
-            return True
+            return
         self.regular = False
         width = int(needed.max())
         if width > self.table.shape[1]:
@@ -262,7 +231,6 @@ class PageTable:
         fresh = self.pool.allocate(int(np.maximum(needed - have, 0).sum()))
         place = np.arange(self.table.shape[1])[None]
         self.table[(place >= have[:, None]) & (place < needed[:, None])] = fresh
-        return False
 
     def _own(self, places: np.ndarray) -> None:
         """Copy-on-write: the pages at `places` (row, index) are about to be written."""
@@ -294,7 +262,7 @@ class PageTable:
             if longest:
                 block[:, :longest] = self.dense(name)
         self.pool.release(self.table[self.table >= 0])
-        self.pool, self.table, self.regular = pool, ids, True
+        self.pool, self.table, self.regular, self._room = pool, ids, True, 0
 
     def trim(self, *, slack: bool = False) -> None:
         """Let go of every page past a row's length, and give the memory back where the pool is ours alone.
@@ -303,6 +271,7 @@ class PageTable:
         """
         needed = -(-self.lengths // self.pool.page_size)
         spare = (np.arange(self.table.shape[1])[None] >= needed[:, None]) & (self.table >= 0)
+        self._room = 0
         if not spare.any() and not (self.exclusive and self.pool.used < self.pool.pages):
             return
         longest = int(needed.max()) if self.rows else 0

@@ -32,9 +32,11 @@ class Compact:
         """For a segment that holds the stored tokens `start` to `stop`."""
         return self if self.slots is None else Compact(self.rope, self.slots[..., start:stop])
 
-    def rotate_keys(self, keys: Float[Tensor, "B H T D"], positions: Int[Tensor, "B H T"]) -> Float[Tensor, "B H T D"]:
-        """Each key as if it stood at its slot."""
-        slots = torch.arange(keys.shape[2], device=keys.device) if self.slots is None else self.slots
+    def rotate_keys(
+        self, keys: Float[Tensor, "B H T D"], positions: Int[Tensor, "B H T"], ranks: Int[Tensor, "B H T"]
+    ) -> Float[Tensor, "B H T D"]:
+        """Each key as if it stood at its slot; `ranks`: the how-manieth stored token each is."""
+        slots = ranks if self.slots is None else self.slots
         return self.rope.shift(keys, slots.to(positions.dtype) - positions)
 
     def rotate_queries(

@@ -16,6 +16,10 @@ from kvfold.formats import LOG_MASS, Chunk, Format
 from kvfold.rotation import Rope
 
 
+COLUMN_SUMS, ATTENTION = "column_sums", "attention"
+"""What a method may ask the forward pass to leave (`Method.asks`), as names in a view's memo."""
+
+
 @dataclass(frozen=True)
 class Queries:
     """The queries of the forward pass in hand, as the model made them (after RoPE and norms)."""
@@ -88,10 +92,13 @@ class LayerView:
     formats: tuple[tuple[Format, Tensor], ...] = ()
     """What `Store` decided: formats and the masks of tokens that go there."""
     rewritten: bool = False
+    changed: frozenset[str] = frozenset()
+    """Columns that a `Keep` set."""
     order: Int[Tensor, "B H S"] | None = None
     """Where the stored tokens lie in the layer's segments, counted through them; None: in this order."""
-    memo: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    """Attention worked out so far: it does not change with what is kept, so views of the same tokens share it."""
+    memo: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """Attention worked out so far, by the kernels of the pass or when first asked for: `COLUMN_SUMS` (B, H, T) and
+    `ATTENTION` (B, H, G, Q, T) of all queries."""
 
     @property
     def keys(self) -> Float[Tensor, "B H T D"]:
@@ -126,7 +133,7 @@ class LayerView:
     @property
     def heads(self) -> int:
         """KV heads."""
-        return self.keys.shape[1]
+        return self.valid.shape[1]
 
     @cached_property
     def count(self) -> Int[Tensor, "B H"]:
@@ -177,7 +184,7 @@ class LayerView:
             cap = prompt if isinstance(budget, float) else seen
             shares = None if weights is None else weights(fraction)
             rows.append(allocate(budget, prompt, cap, self.place.layers, self.heads, shares)[self.place.ordinal])
-        return torch.tensor(rows, device=self.keys.device).reshape(-1, self.heads)
+        return torch.tensor(rows, device=self.valid.device).reshape(-1, self.heads)
 
     def last(self, window: int) -> Bool[Tensor, "B H T"]:
         """The last `window` tokens of each (row, head)."""
@@ -190,6 +197,8 @@ class LayerView:
         """
         self._need_queries()
         w = min(window, self.new)
+        if w == self.new and ATTENTION in self.memo:
+            return self.memo[ATTENTION]
         order = torch.argsort(self.queries.valid.byte(), dim=1, stable=True)  # the valid ones last
         return self._attention_of(order[:, self.new - w :])
 
@@ -205,9 +214,9 @@ class LayerView:
     def column_sums(self) -> Float[Tensor, "B H T"]:
         """The attention that each token got from all queries of this pass and group, summed; float32, 0 where empty."""
         self._need_queries()
-        if "column_sums" not in self.memo:
-            self.memo["column_sums"] = self._column_sums()
-        return self.memo["column_sums"].masked_fill(~self.valid, 0.0)
+        if COLUMN_SUMS not in self.memo:
+            self.memo[COLUMN_SUMS] = self._column_sums()
+        return self.memo[COLUMN_SUMS].masked_fill(~self.valid, 0.0)
 
     def _need_queries(self) -> None:
         if not self.new:
@@ -219,7 +228,7 @@ class LayerView:
     def _column_sums(self) -> Float[Tensor, "B H T"]:
         if self.rewritten or self.place.compact:
             # The pass's log-sum-exp is not that of these keys as they stand: work out each block's own softmax.
-            slots = torch.arange(self.new, device=self.keys.device).expand(self.keys.shape[0], -1)
+            slots = torch.arange(self.new, device=self.valid.device).expand(self.keys.shape[0], -1)
             blocks = (self._attention_of(block).sum((2, 3)) for block in torch.split(slots, 64, dim=1))
             return torch.stack(list(blocks)).sum(0)
         lse = self.queries.lse.masked_fill(~self.queries.valid[:, None], torch.inf)
@@ -231,10 +240,10 @@ class LayerView:
     def apply(self, decision: Decision) -> "LayerView":
         """The view after a decision; what the next method of a composition sees, and what is stored in the end."""
         if isinstance(decision, Rewrite):
-            if decision.tokens.keys.shape[:3] != self.keys.shape[:3]:
+            if decision.tokens.keys.shape[:3] != self.valid.shape:
                 raise ValueError(
                     f"Rewrite.tokens has slots {tuple(decision.tokens.keys.shape[:3])} (B, H, T); "
-                    f"it must have those of the view, {tuple(self.keys.shape[:3])}"
+                    f"it must have those of the view, {tuple(self.valid.shape)}"
                 )
             return replace(self, tokens=decision.tokens, rewritten=True, formats=(), memo={})
         if isinstance(decision, Store):
@@ -242,10 +251,10 @@ class LayerView:
             earlier = tuple((form, others & ~mask) for form, others in self.formats)
             return replace(self, formats=(*earlier, (decision.format, mask)))
         if isinstance(decision, Keep):
-            tokens = replace(
-                self.tokens, valid=self.valid & decision.mask, columns={**self.columns, **decision.columns}
-            )
-            return replace(self, tokens=tokens)
+            tokens = self.tokens.but(self.valid & decision.mask, {**self.columns, **decision.columns})
+            # What is left attends anew, but what all queries gave each token does not change.
+            memo = {name: found for name, found in self.memo.items() if name != ATTENTION}
+            return replace(self, tokens=tokens, memo=memo, changed=self.changed | set(decision.columns))
         raise TypeError(f"decision={decision!r} is not one of Keep, Rewrite, Store")
 
 

@@ -41,7 +41,7 @@ def limit(cache, budget, prompt: int) -> float:
 
 def snapshot(core) -> dict[str, torch.Tensor]:
     """Copies of what a layer stores: keys, values and columns of its tokens."""
-    tokens = core._stored()[0]
+    tokens = core.stored.tokens()[0]
     planes = {"keys": tokens.keys, "values": tokens.values, **tokens.columns}
     return {name: plane[tokens.valid].clone() for name, plane in planes.items()}
 
@@ -58,8 +58,10 @@ def reachable_bytes(cache) -> int:
             storage = value.untyped_storage()
             stores[("tensor", storage.data_ptr())] = storage.nbytes() if storage.data_ptr() else 0
         elif isinstance(value, np.ndarray):
-            base = value if value.base is None else value.base
-            stores[("array", id(base))] = base.nbytes
+            base = value
+            while isinstance(base.base, np.ndarray):
+                base = base.base
+            stores[("array", id(base))] = base.nbytes if base.flags.owndata else 0  # else it looks at a tensor
         elif isinstance(value, dict):
             todo.extend(value.values())
         elif isinstance(value, list | tuple | set):

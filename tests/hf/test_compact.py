@@ -97,10 +97,10 @@ def test_a_long_stream_does_not_drift(dtype):
     ids = tokens(20)["input_ids"]
     mask = torch.ones_like(ids)
     feed(model, cache, ids, mask)
-    before = cache.paged[0]._stored()[0].keys[:, :, :3].clone()
+    before = cache.paged[0].stored.tokens()[0].keys[:, :, :3].clone()
     stream = torch.randint(3, VOCAB, (1, 100), generator=torch.Generator().manual_seed(1))
     got = follow(model, cache, ids[:, :1], grow(mask), stream)
-    assert torch.equal(cache.paged[0]._stored()[0].keys[:, :, :3], before)
+    assert torch.equal(cache.paged[0].stored.tokens()[0].keys[:, :, :3], before)
     # The same end of the stream, but a short way from the sinks.
     _, short = make("llama-one-layer", dtype, budget=8, sinks=3)
     feed(model, short, ids, mask)

@@ -29,7 +29,7 @@ def assert_same(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-4) -> None:
 
 def column(cache, layer: int, name: str) -> list[list[list[float]]]:
     """A column's values in the order of the text, [row][head]."""
-    tokens = cache.paged[layer]._stored()[0]
+    tokens = cache.paged[layer].stored.tokens()[0]
     return [
         [tokens.columns[name][b, h][tokens.valid[b, h]].tolist() for h in range(2)] for b in range(len(tokens.keys))
     ]

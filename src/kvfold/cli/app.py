@@ -5,7 +5,7 @@ import sys
 import typer
 
 from kvfold import __version__
-from kvfold.cli import compare, methods, models, run
+from kvfold.cli import compare, methods, models, plan, run
 
 app = typer.Typer(
     name="kvfold",
@@ -18,6 +18,7 @@ app.command("run")(run.run)
 app.command("compare")(compare.compare_command)
 app.command("methods")(methods.methods)
 app.command("models")(models.models)
+app.command("plan")(plan.plan)
 
 
 def _version(show: bool | None) -> None:

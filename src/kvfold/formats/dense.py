@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfold import ops
-from kvfold.formats.segment import LOG_MASS, POSITION, Chunk
+from kvfold.formats.segment import LOG_MASS, POSITION, Chunk, LateChunk
 from kvfold.pages import PAGE_SIZE, PagePool, PageTable, Plane
 from kvfold.rotation import Compact
 
@@ -53,25 +53,27 @@ class DenseSegment:
         return self.table.longest
 
     def counts(self) -> np.ndarray:
-        return self.table.lengths.reshape(-1, self.heads)
+        return self.table.counts.reshape(-1, self.heads)
 
     def _rows(self, plane: Tensor) -> Tensor:
         return plane.reshape(len(plane) // self.heads, self.heads, *plane.shape[1:])
 
     def attend(
-        self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None,
+        weights: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         mass = LOG_MASS if LOG_MASS in self.pool.planes else None
-        return ops.attend_pages(q, self.table, scale, mass=mass, read=read, compact=compact, position=POSITION)
+        return ops.attend_pages(
+            q, self.table, scale, mass=mass, read=read, compact=compact, position=POSITION, weights=weights
+        )
 
     def dense(self) -> Chunk:
         columns = {n: self._rows(self.table.dense(n)) for n in self.pool.planes if n not in ("keys", "values")}
-        return Chunk(
-            self._rows(self.table.dense("keys")).to(self.compute),
-            self._rows(self.table.dense("values")).to(self.compute),
-            self._rows(self.table.valid()),
-            columns,
-        )
+        valid = self._rows(self.table.valid())
+        return LateChunk(lambda: self._states("keys"), lambda: self._states("values"), valid, columns)
+
+    def _states(self, name: str) -> Tensor:
+        return self._rows(self.table.dense(name)).to(self.compute)
 
     def append(self, chunk: Chunk, *, even: bool = False) -> None:
         self._add_columns(chunk.columns)
@@ -83,13 +85,13 @@ class DenseSegment:
         for name, column in columns.items():
             self.pool.add_plane(name, Plane(None, column.dtype))
 
-    def keep(self, mask: Tensor, columns: Mapping[str, Tensor]) -> None:
+    def keep(self, mask: Tensor, columns: Mapping[str, Tensor], *, slack: bool = False) -> None:
         self._add_columns(columns)
         rows = {name: column.flatten(0, 1) for name, column in columns.items()}
-        ops.keep_pages(self.table, mask.flatten(0, 1), rows)
+        ops.keep_pages(self.table, mask.flatten(0, 1), rows, slack=slack)
 
     def truncate(self, counts: np.ndarray, *, slack: bool = False) -> None:
-        self.table.lengths = np.minimum(self.table.lengths, counts.reshape(-1)).astype(np.int32)
+        self.table.cut(counts.reshape(-1))
         self.table.trim(slack=slack)
 
     def select(self, rows: np.ndarray) -> "DenseSegment":

@@ -1,7 +1,8 @@
 """What every format promises: a segment holds tokens of one layer and answers queries over them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -43,6 +44,36 @@ class Chunk:
         columns = {name: column.gather(-1, slots) for name, column in self.columns.items()}
         return Chunk(wide(self.keys), wide(self.values), self.valid.gather(-1, slots), columns)
 
+    def but(self, valid: Bool[Tensor, "B H T"], columns: Mapping[str, Tensor] | None = None) -> "Chunk":
+        """The same keys and values with other slots valid, and other columns."""
+        return Chunk(self.keys, self.values, valid, self.columns if columns is None else columns)
+
+
+class LateChunk(Chunk):
+    """Tokens whose keys and values are fetched when somebody looks at them: most decisions need only columns."""
+
+    def __init__(
+        self,
+        keys: Callable[[], Tensor],
+        values: Callable[[], Tensor],
+        valid: Bool[Tensor, "B H T"],
+        columns: Mapping[str, Tensor],
+    ):
+        self.__dict__ |= {"fetch": (keys, values), "valid": valid, "columns": columns}
+
+    @cached_property
+    def keys(self) -> Float[Tensor, "B H T D"]:
+        found: Tensor = self.__dict__["fetch"][0]()
+        return found
+
+    @cached_property
+    def values(self) -> Float[Tensor, "B H T Dv"]:
+        found: Tensor = self.__dict__["fetch"][1]()
+        return found
+
+    def but(self, valid: Bool[Tensor, "B H T"], columns: Mapping[str, Tensor] | None = None) -> Chunk:
+        return LateChunk(lambda: self.keys, lambda: self.values, valid, self.columns if columns is None else columns)
+
 
 def join(chunks: Sequence[Chunk]) -> Chunk:
     """Chunks one after another; a column that one of them lacks is zero there."""
@@ -55,9 +86,9 @@ def join(chunks: Sequence[Chunk]) -> Chunk:
             return chunk.columns[name]
         return torch.zeros(chunk.valid.shape, dtype=samples[name].dtype, device=chunk.valid.device)
 
-    return Chunk(
-        torch.cat([chunk.keys for chunk in chunks], 2),
-        torch.cat([chunk.values for chunk in chunks], 2),
+    return LateChunk(
+        lambda: torch.cat([chunk.keys for chunk in chunks], 2),
+        lambda: torch.cat([chunk.values for chunk in chunks], 2),
         torch.cat([chunk.valid for chunk in chunks], 2),
         {name: torch.cat([column(chunk, name) for chunk in chunks], 2) for name in samples},
     )
@@ -74,7 +105,7 @@ class Segment(Protocol):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row."""
+        """Slots of the longest row; what `dense` has."""
         ...
 
     def counts(self) -> np.ndarray:
@@ -82,21 +113,32 @@ class Segment(Protocol):
         ...
 
     def attend(
-        self, q: Float[Tensor, "B H G Q D"], scale: float, *, read: Bool[Tensor, "B H T"] | None, compact: Any
-    ) -> tuple[Float[Tensor, "B H G Q Dv"], Float[Tensor, "B H G Q"]]:
-        """(out, lse) over the segment's tokens, or over those that `read` marks; `compact` re-rotates keys on read."""
+        self,
+        q: Float[Tensor, "B H G Q D"],
+        scale: float,
+        *,
+        read: Bool[Tensor, "B H T"] | None,
+        compact: Any,
+        weights: bool,
+    ) -> tuple[Float[Tensor, "B H G Q Dv"], Float[Tensor, "B H G Q"], Float[Tensor, "B H G Q T"] | None]:
+        """(out, lse, None) over the segment's tokens, or over those that `read` marks; `compact` re-rotates keys on
+        read. With `weights` the third may be what each slot got of each query (softmax over this segment).
+        """
         ...
 
     def dense(self) -> Chunk:
-        """All tokens as dense tensors, padded to the longest row; to be read, not written."""
+        """All slots as dense tensors, padded to the longest row; to be read before the next write, and not written."""
         ...
 
     def append(self, chunk: Chunk, *, even: bool = False) -> None:
         """Add the chunk's valid tokens to the end of each row; `even`: all of them are valid."""
         ...
 
-    def keep(self, mask: Bool[Tensor, "B H T"], columns: Mapping[str, Tensor]) -> None:
-        """Drop the tokens that `mask` does not mark, set `columns` on the rest, and give memory back."""
+    def keep(self, mask: Bool[Tensor, "B H T"], columns: Mapping[str, Tensor], *, slack: bool = False) -> None:
+        """Drop the tokens that `mask` does not mark, set `columns` on the rest, and give memory back.
+
+        `slack`: it may wait until there is enough of it, as when every step drops a token.
+        """
         ...
 
     def truncate(self, counts: np.ndarray, *, slack: bool = False) -> None:

@@ -43,6 +43,9 @@ class Method:
     info: ClassVar["MethodInfo"]
     compact: bool = False
     """Read keys at consecutive slots instead of text positions (needs the model's RoPE)."""
+    asks: frozenset[str] = frozenset()
+    """What the pass's own attention kernels should leave for the events, where they can at no more than a look:
+    "column_sums" of a prompt (`view.column_sums()`), "attention" of a generated token (`view.attention(1)`)."""
 
     def after_prefill(self, view: "LayerView") -> Decisions:
         """After a forward pass over more than one token (a prompt, a chunk of it, a further turn), layer by layer."""
@@ -145,6 +148,11 @@ class Pipeline(Method):
     def compact(self) -> bool:  # type: ignore[override]
         """Whether a stage reads at compact positions."""
         return any(stage.compact for stage in self.stages)
+
+    @property
+    def asks(self) -> frozenset[str]:  # type: ignore[override]
+        """What any stage asks for."""
+        return frozenset().union(*(stage.asks for stage in self.stages))
 
     def listens(self, event: str) -> bool:
         return any(stage.listens(event) for stage in self.stages)

@@ -30,6 +30,8 @@ class H2O(Method):
     budget: Budget = 0.25
     recent: float = 0.5
 
+    asks = frozenset({"column_sums", "attention"})
+
     def __post_init__(self) -> None:
         check_budget(self.budget)
         check_number("recent", self.recent, 0.0, 1.0)

@@ -52,6 +52,8 @@ class KVMerger(Method):
     mass: str = "counted"
     skip: tuple[int, ...] = (0, 1, -1)
 
+    asks = frozenset({"column_sums"})
+
     def __post_init__(self) -> None:
         check_budget(self.budget)
         check_choice("mass", self.mass, ("counted", "paper", "convex"))

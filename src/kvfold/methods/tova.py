@@ -20,6 +20,8 @@ class TOVA(Method):
 
     budget: Budget = 0.25
 
+    asks = frozenset({"attention"})
+
     def __post_init__(self) -> None:
         check_budget(self.budget)
 

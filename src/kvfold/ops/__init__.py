@@ -1,6 +1,7 @@
 """Operations: each folder has `naive.py` (the definition, in float32) and faster versions, chosen by `dispatch`."""
 
 from kvfold.ops.attend import attend, merge
+from kvfold.ops.choose import top_mask
 from kvfold.ops.paged import append_pages, attend_pages, keep_pages
 from kvfold.ops.prefill import causal, causal_rows
 from kvfold.ops.scores import column_sums, window_attention
@@ -14,5 +15,6 @@ __all__ = [
     "column_sums",
     "keep_pages",
     "merge",
+    "top_mask",
     "window_attention",
 ]

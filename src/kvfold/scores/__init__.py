@@ -1,5 +1,6 @@
 """Importance of tokens, and the choice of the most important."""
 
-from kvfold.scores.choose import keep_top, smooth, top_mask
+from kvfold.ops import top_mask
+from kvfold.scores.choose import keep_top, smooth
 
 __all__ = ["keep_top", "smooth", "top_mask"]

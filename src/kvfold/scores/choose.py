@@ -6,6 +6,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.decisions import Keep
+from kvfold.ops import top_mask
 from kvfold.views import LayerView
 
 
@@ -16,13 +17,6 @@ def smooth(scores: Float[Tensor, "B H T"], kernel: int, pool: str = "avg") -> Fl
     if pool == "max":
         return F.max_pool1d(scores, kernel, stride=1, padding=kernel // 2)
     return F.avg_pool1d(scores, kernel, stride=1, padding=kernel // 2)
-
-
-def top_mask(scores: Float[Tensor, "B H T"], count: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
-    """The `count` highest scores of each (row, head); ties go to the earlier token, -inf is never chosen."""
-    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
-    first = torch.arange(scores.shape[-1], device=scores.device) < count[..., None]
-    return torch.zeros_like(first.expand_as(scores)).scatter(-1, order, first.expand_as(scores)) & (scores > -torch.inf)
 
 
 def keep_top(

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvfold.ops.dispatch import select
-from kvfold.ops.paged import naive  # noqa: F401  (registers itself)
+from kvfold.ops.paged import cpu, naive  # noqa: F401  (each registers itself)
 
 __all__ = ["append_pages", "attend_pages", "keep_pages"]
 
@@ -24,14 +24,16 @@ def attend_pages(
     read: Bool[Tensor, "B H T"] | None = None,
     compact: Any = None,
     position: str = "position",
-) -> tuple[Float[Tensor, "B H G Q Dv"], Float[Tensor, "B H G Q"]]:
-    """(out, lse) over the planes "keys" and "values", or over the tokens that `read` marks; not causal.
+    weights: bool = False,
+) -> tuple[Float[Tensor, "B H G Q Dv"], Float[Tensor, "B H G Q"], Float[Tensor, "B H G Q T"] | None]:
+    """(out, lse, None) over the planes "keys" and "values", or over the tokens that `read` marks; not causal.
 
     `mass` names a plane that is added to the logits. `compact` turns each key from the place that the plane
-    `position` gives to its slot.
+    `position` gives to its slot. With `weights` the third is what each slot got of each query, float32, 0 where no
+    token is.
     """
-    out: tuple[Tensor, Tensor] = select("attend_pages", q)(
-        q, table, scale, mass=mass, read=read, compact=compact, position=position
+    out: tuple[Tensor, Tensor, Tensor | None] = select("attend_pages", q)(
+        q, table, scale, mass=mass, read=read, compact=compact, position=position, weights=weights
     )
     return out
 
@@ -44,6 +46,11 @@ def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Bool[Tensor, "
     select("append_pages", planes["keys"])(table, planes, valid)
 
 
-def keep_pages(table: Any, mask: Bool[Tensor, "R T"], columns: Mapping[str, Tensor]) -> None:
-    """Drop the tokens that `mask` does not mark, write `columns` (R, T) over those that stay, give memory back."""
-    select("keep_pages", table.pool.planes["keys"])(table, mask, columns)
+def keep_pages(
+    table: Any, mask: Bool[Tensor, "R T"], columns: Mapping[str, Tensor], *, slack: bool = False
+) -> None:
+    """Drop the tokens that `mask` does not mark, write `columns` (R, T) over those that stay, give memory back.
+
+    `slack`: few tokens may leave holes; the rest of a row moves up when a page's worth of them has gathered.
+    """
+    select("keep_pages", table.pool.planes["keys"])(table, mask, columns, slack=slack)

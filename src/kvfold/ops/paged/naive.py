@@ -14,8 +14,8 @@ from kvfold.ops.dispatch import register
 @register("attend_pages", "naive", rank=0)
 def attend_pages(
     q: Tensor, table: Any, scale: float, *,
-    mass: str | None, read: Tensor | None, compact: Any, position: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    mass: str | None, read: Tensor | None, compact: Any, position: str, weights: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     (b, h, g, n, d) = q.shape
 
     def rows(plane: Tensor) -> Tensor:
@@ -23,16 +23,22 @@ def attend_pages(
 
     keys, values = rows(table.dense("keys")), rows(table.dense("values"))
     if compact is not None:
-        keys = compact.rotate_keys(keys, rows(table.dense(position)))
+        keys = compact.rotate_keys(keys, rows(table.dense(position)), rows(table.valid().cumsum(1) - 1))
     bias = None if mass is None else rows(table.dense(mass))
-    if read is not None or not table.even:  # -inf for a slot that is empty or not read
+    if read is not None or not table.even or table.holed:  # -inf for a slot that is empty or not read
         seen = rows(table.valid())
         seen = seen if read is None else seen & read
         bias = torch.where(seen, torch.zeros((), device=seen.device) if bias is None else bias, -torch.inf)
     # The heads of a group, and all their queries, read the same keys: one block of G * Q queries per KV head.
     block = q.reshape(b, h, g * n, d)
-    out, lse = attend(block, keys.to(q.dtype), values.to(q.dtype), scale, None if bias is None else bias[:, :, None])
-    return out.view(b, h, g, n, values.shape[-1]), lse.view(b, h, g, n)
+    keys, bias = keys.to(q.dtype), None if bias is None else bias[:, :, None]
+    out, lse = attend(block, keys, values.to(q.dtype), scale, bias)
+    shaped = out.view(b, h, g, n, values.shape[-1]), lse.view(b, h, g, n)
+    if not weights:
+        return *shaped, None
+    logits = torch.einsum("bhqd,bhtd->bhqt", block.float(), keys.float()) * scale
+    probabilities = torch.exp((logits if bias is None else logits + bias) - lse[..., None]).nan_to_num(0.0)
+    return *shaped, probabilities.view(b, h, g, n, -1)
 
 
 @register("append_pages", "naive", rank=0)
@@ -55,11 +61,11 @@ def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Tensor | None)
 
 
 @register("keep_pages", "naive", rank=0)
-def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor]) -> None:
+def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor], *, slack: bool) -> None:
     slots = torch.arange(mask.shape[1], device=mask.device)
     gaps = torch.where(mask, mask.shape[1], slots).amin(1) if mask.shape[1] else mask.sum(1)
     counts, gaps = torch.stack([mask.sum(1), gaps]).cpu().numpy().astype(np.int32)  # one wait for the device
-    before, shared, size = table.lengths, table.shared, table.pool.page_size
+    before, shared = table.lengths, table.shared
     dropping = counts < before
     if shared:  # what others hold is copied only if something changes
         columns = {name: x for name, x in columns.items() if not _same(x[mask], table.dense(name)[mask])}
@@ -81,10 +87,19 @@ def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor]) -> None:
         return
     table.put({name: x[:, :first] for name, x in columns.items()}, 0, np.minimum(counts, first))
     table.put(kept, first, counts)
-    table.lengths = counts.copy()  # not a view that holds the gaps too
-    # One token out for one in happens at every decode step: only a page's worth per row is worth moving for.
-    dropped, free = int((before - counts).sum()), int((table.table >= 0).sum() - (-(-counts // size)).sum())
-    table.trim(slack=dropped < table.rows * size and (table.regular or free < table.rows))
+    shorten(table, counts.copy())  # not a view that holds the gaps too
+
+
+def shorten(table: Any, counts: np.ndarray) -> None:
+    """The tokens of each row have moved to its front: so many are left. Memory goes back where it is worth moving for.
+
+    One token out for one in happens at every decode step: only a page's worth per row is.
+    """
+    size = table.pool.page_size
+    dropped, free = int((table.counts - counts).sum()), int((table.table >= 0).sum() - (-(-counts // size)).sum())
+    table.lengths = counts
+    table.fill_holes()
+    table.trim(slack=dropped < table.rows * size and (table.regular or free < 2 * table.rows))
 
 
 def _same(new: Tensor, old: Tensor) -> bool:

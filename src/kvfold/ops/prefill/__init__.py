@@ -5,16 +5,25 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvfold.ops.dispatch import select
-from kvfold.ops.prefill import naive, sdpa  # noqa: F401  (each registers itself)
+from kvfold.ops.prefill import cpu, naive, sdpa  # noqa: F401  (each registers itself)
 
 __all__ = ["causal", "causal_rows"]
 
 
 def causal(
-    q: Float[Tensor, "B Hq T D"], k: Float[Tensor, "B H T D"], v: Float[Tensor, "B H T Dv"], scale: float
-) -> tuple[Float[Tensor, "B Hq T Dv"], Float[Tensor, "B Hq T"]]:
-    """Query i sees keys 0..i; query head h reads KV head h // (Hq / H). Returns (out, lse), lse in float32."""
-    out: tuple[Tensor, Tensor] = select("causal", q)(q, k, v, scale)
+    q: Float[Tensor, "B Hq T D"],
+    k: Float[Tensor, "B H T D"],
+    v: Float[Tensor, "B H T Dv"],
+    scale: float,
+    *,
+    sums: bool = False,
+) -> tuple[Float[Tensor, "B Hq T Dv"], Float[Tensor, "B Hq T"], Float[Tensor, "B H T"] | None]:
+    """Query i sees keys 0..i; query head h reads KV head h // (Hq / H). (out, lse in float32, column sums).
+
+    The column sums are what each key got of all queries of its group, as `column_sums` gives them; None unless they
+    are asked for (`sums`) and the version can leave them at no more than a look.
+    """
+    out: tuple[Tensor, Tensor, Tensor | None] = select("causal", q)(q, k, v, scale, sums)
     return out
 
 
@@ -24,13 +33,21 @@ def causal_rows(
     v: Float[Tensor, "B H T Dv"],
     valid: Bool[Tensor, "B T"],
     scale: float,
-) -> tuple[Float[Tensor, "B Hq T Dv"], Float[Tensor, "B Hq T"]]:
+    *,
+    sums: bool = False,
+) -> tuple[Float[Tensor, "B Hq T Dv"], Float[Tensor, "B Hq T"], Float[Tensor, "B H T"] | None]:
     """`causal` with padding: each row alone, without it, so that no T x T mask is made. A padded query: 0 and -inf."""
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+    total = torch.zeros(k.shape[:3], device=q.device) if sums else None
     for row in range(q.shape[0]):
         here = valid[row].nonzero()[:, 0]
         if len(here):
             rows = slice(row, row + 1)
-            out[rows, :, here], lse[rows, :, here] = causal(q[rows, :, here], k[rows, :, here], v[rows, :, here], scale)
-    return out, lse
+            found = causal(q[rows, :, here], k[rows, :, here], v[rows, :, here], scale, sums=sums)
+            out[rows, :, here], lse[rows, :, here] = found[:2]
+            if total is None or found[2] is None:
+                total = None
+            else:
+                total[rows, :, here] = found[2]
+    return out, lse, total

@@ -9,11 +9,12 @@ BLOCK = 128
 
 
 @register("causal", "naive", rank=0)
-def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def causal(q: Tensor, k: Tensor, v: Tensor, scale: float, sums: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     (b, hq, t, d), h = q.shape, k.shape[1]
     grouped = q.view(b, h, hq // h, t, d)
     out = q.new_empty(b, h, hq // h, t, v.shape[-1])
     lse = q.new_empty(b, h, hq // h, t, dtype=torch.float32)
+    total = torch.zeros(b, h, t, device=q.device) if sums else None
     for i in range(0, t, BLOCK):
         j = min(i + BLOCK, t)
         logits = torch.einsum("bhgqd,bhtd->bhgqt", grouped[..., i:j, :].float(), k[:, :, :j].float()) * scale
@@ -22,4 +23,6 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
         lse[..., i:j] = logits.logsumexp(-1)
         weights = torch.exp(logits - lse[..., i:j, None])
         out[..., i:j, :] = torch.einsum("bhgqt,bhtd->bhgqd", weights, v[:, :, :j].float()).to(q.dtype)
-    return out.view(b, hq, t, -1), lse.view(b, hq, t)
+        if total is not None:
+            total[..., :j] += weights.sum((2, 3))
+    return out.view(b, hq, t, -1), lse.view(b, hq, t), total

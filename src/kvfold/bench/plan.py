@@ -1,0 +1,344 @@
+"""Plan: the bytes of a KV cache and the roofline of prefill and decode, from a model's shape alone.
+
+Which layers there are, and what each stores for a token, the model itself says: it is built on torch's meta device,
+which holds no numbers, and reads one token. How many tokens a method keeps, the method itself says: it gets a view
+of a few tokens that claims to be the whole prompt, and asks it for its budget.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold.bench.devices import Device
+from kvfold.budgets import Budget, allocate
+from kvfold.formats import POSITION, Chunk
+from kvfold.hf.cache import Cache, check_model
+from kvfold.hf.layers import PagedLayer, tensors
+from kvfold.methods import Method
+from kvfold.methods.base import decided
+from kvfold.ops.dispatch import use
+from kvfold.pages import PAGE_SIZE
+from kvfold.views import LayerView, Place, Queries
+
+INT32 = 4
+"""Bytes of a position, of a page's reference count, of an entry of a page table and of a row's length."""
+
+SAMPLE = 16
+"""Tokens of the view that a method is asked with."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer stores for a row of the batch: `heads` KV heads with keys and values, or a state of its own.
+
+    `paged`: kvfold holds it on pages and a method sees it. `window`: tokens that it holds at most (None: all).
+    `state_bytes`: what does not grow with the text (recurrent states).
+    """
+
+    paged: bool
+    heads: int = 0
+    key_size: int = 0
+    value_size: int = 0
+    window: int | None = None
+    state_bytes: int = 0
+
+    @property
+    def size(self) -> int:
+        """Numbers that a head stores for a token: its key and its value."""
+        return self.key_size + self.value_size
+
+    def tokens(self, context: int) -> int:
+        """Tokens stored of `context` without a method; transformers keeps one less than the window, the next is new."""
+        return context if self.window is None else min(context, self.window - 1)
+
+    def pairs(self, context: int) -> int:
+        """Query-key pairs of a causal prompt of `context` tokens."""
+        reach = context if self.window is None else min(context, self.window)
+        return reach * context - reach * (reach - 1) // 2
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model without its weights: sizes, counts of parameters, and what each layer stores. `itemsize` in bytes.
+
+    `embedding` is the input table, which is looked up and not multiplied; `tied`: it is the output matrix, too.
+    `expert_parameters` are those of all experts of all layers, of which a token uses `experts_used` of `experts`.
+    """
+
+    layers: tuple[LayerShape, ...]
+    query_heads: int
+    hidden: int
+    intermediate: int
+    vocab: int
+    embedding: int
+    tied: bool
+    parameters: int
+    itemsize: int
+    expert_parameters: int = 0
+    experts: int = 0
+    experts_used: int = 0
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token uses; an estimate where there are experts, else all."""
+        return self.parameters - round(self.expert_parameters * (1 - self._share(1)))
+
+    def _share(self, tokens: int) -> float:
+        """The share of the experts that so many tokens use together, if each picks at random."""
+        return 1 - (1 - self.experts_used / self.experts) ** tokens if self.experts else 1.0
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.parameters * self.itemsize
+
+    def read_bytes(self, batch: int) -> int:
+        """Bytes of weights that a decode step reads: not an input table of its own, and of the experts those used."""
+        unread = self.expert_parameters * (1 - self._share(batch)) + (0 if self.tied else self.embedding)
+        return self.weight_bytes - round(unread) * self.itemsize
+
+    @property
+    def body(self) -> int:
+        """Parameters that every token of a prompt is multiplied with: active ones, input and output table left out."""
+        return self.active_parameters - self.embedding * (1 if self.tied else 2)
+
+    def prefill_flops(self, context: int) -> float:
+        """FLOPs of one row's prompt: its matrices, causal attention, the output matrix for the last token alone."""
+        return 2.0 * (self.body * context + self.embedding) + sum(
+            2.0 * layer.pairs(context) * self._attended(layer) for layer in self.layers
+        )
+
+    def decode_flops(self, tokens: tuple[float, ...]) -> float:
+        """FLOPs of one row's decode step over so many stored tokens in each layer."""
+        attention = sum(n * self._attended(layer) for n, layer in zip(tokens, self.layers, strict=True))
+        return 2.0 * (self.body + self.embedding + attention)
+
+    def _attended(self, layer: LayerShape) -> int:
+        return self.query_heads * layer.size
+
+    def dense_bytes(self, context: int) -> int:
+        """Bytes that a dense cache holds for one row: keys and values, windows at their size, states."""
+        return sum(
+            layer.state_bytes
+            + layer.tokens(context) * layer.heads * (layer.key_size + layer.value_size) * self.itemsize
+            for layer in self.layers
+        )
+
+    def activation_bytes(self, context: int) -> int:
+        """Estimate of what one row's prompt takes while it is read in one pass, the cache not counted.
+
+        Three tensors as wide as the feed-forward layer, three as wide as the model, one layer's keys and values.
+        """
+        widest = max((layer.heads * layer.size for layer in self.layers), default=0)
+        return context * (3 * (self.intermediate + self.hidden) + widest) * self.itemsize
+
+
+def shape_of(model: Any) -> ModelShape:
+    """The shape of a transformers model, best built on the meta device. Raises ValueError if kvfold can't serve it."""
+    check_model(model)
+    config = model.config.get_text_config(decoder=True)
+    table, output = model.get_input_embeddings().weight, model.get_output_embeddings()
+    experts = next((n for key in ("num_experts", "num_local_experts", "n_routed_experts")
+                    if (n := getattr(config, key, None))), 0)  # fmt: skip
+    used = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 0
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    sparse = bool(experts and used and routed)
+    width = int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    if sparse:
+        width = max(width, int(used) * int(getattr(config, "moe_intermediate_size", None) or width))
+    return ModelShape(
+        layers=_layers(model, config),
+        query_heads=config.num_attention_heads,
+        hidden=config.hidden_size,
+        intermediate=width,
+        vocab=table.shape[0],
+        embedding=table.numel(),
+        tied=output is None or output.weight is table,
+        parameters=sum(p.numel() for p in model.parameters()),  # counts a tied matrix once
+        itemsize=table.element_size(),
+        expert_parameters=routed if sparse else 0,
+        experts=int(experts) if sparse else 0,
+        experts_used=int(used) if sparse else 0,
+    )
+
+
+def _layers(model: Any, config: Any) -> tuple[LayerShape, ...]:
+    """What each layer stores, read off the cache that the model fills with one token."""
+    served = Cache(model, "full").layers
+    paged = [isinstance(layer, PagedLayer) for layer in served]
+    windows = [getattr(layer, "sliding_window", None) for layer in served]
+    model.set_attn_implementation("sdpa")
+    if any(".experts." in name for name, _ in model.named_parameters()):
+        model.set_experts_implementation("batched_mm")  # the others look at numbers, or refuse float32
+    try:
+        with torch.no_grad():
+            token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+            filled = model(input_ids=token, use_cache=True).past_key_values.layers
+    except RuntimeError as error:  # a model that looks at numbers on its way, which a meta tensor has not
+        if not all(p or w for p, w in zip(paged, windows, strict=True)):
+            raise ValueError(f"{type(model).__name__} does not run without its weights: {error}") from None
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return tuple(LayerShape(p, heads, size, size, w) for p, w in zip(paged, windows, strict=True))
+    found = []
+    for layer, on_pages, window in zip(filled, paged, windows, strict=True):
+        keys: Any = getattr(layer, "keys", None)
+        values: Any = getattr(layer, "values", None)
+        some = isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.dim() == 4
+        heads, dk, dv = (keys.shape[1], keys.shape[3], values.shape[3]) if some else (0, 0, 0)
+        # Windows also count their tokens, in an integer.
+        state = sum(t.nbytes for t in tensors(layer) if t.is_floating_point() and t is not keys and t is not values)
+        found.append(LayerShape(on_pages, heads, dk, dv, window, state))
+    return tuple(found)
+
+
+class _Asking(LayerView):
+    """A view of a few tokens that stands for a whole prompt: it answers with the prompt's budget, scaled down."""
+
+    def budget(self, budget: Budget, weights: Any = None) -> Tensor:
+        prompt = int(self.place.prompt[0])
+        everything = isinstance(budget, float) and budget == 1.0
+        real = torch.full_like(self.count, prompt) if everything else super().budget(budget, weights)
+        self.place.step.setdefault("asked", []).append(real)
+        return torch.where(
+            real >= prompt, self.count, torch.minimum((real * SAMPLE / prompt).ceil().long(), self.count - 1)
+        )
+
+
+@lru_cache(maxsize=16384)
+def stored(
+    method: Method, context: int, ordinal: int, paged: tuple[int, ...], depth: int, heads: int
+) -> tuple[tuple[int, ...], int]:
+    """Tokens that a method keeps in each head of a paged layer after a prompt of `context` tokens, and the bytes of
+    its columns for each of them.
+
+    Raises ValueError for a method that stores tokens in another format, whose bytes nobody has told us.
+    """
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, heads, SAMPLE, 8, generator=generator)
+    positions = torch.arange(SAMPLE, dtype=torch.int32)[None]
+    valid = torch.ones(1, heads, SAMPLE, dtype=torch.bool)
+    queries = Queries(states, valid[:, 0], torch.zeros(1, heads, SAMPLE), positions)
+    read = torch.tensor([context])
+    place = Place(paged[ordinal], ordinal, paged, depth, 1.0, prompt=read, seen=read)
+    columns = {POSITION: positions[:, None].expand(1, heads, SAMPLE)}
+    view: LayerView = _Asking(Chunk(states, states, valid, columns), queries, place)
+    tokens = torch.full((heads,), context)
+    if method.listens("after_prefill"):
+        with use("naive"):  # the fast kernels take longer to start than these few tokens take
+            for decision in decided(method.after_prefill(view)):
+                view = view.apply(decision)
+        for real in place.step.get("asked", []):
+            tokens = torch.minimum(tokens, real[0])
+    if view.formats:
+        raise ValueError(f"method={method} stores tokens in a format of its own, which a plan can't size yet")
+    if "asked" not in place.step and (budget := getattr(method, "budget", None)) is not None:
+        # A method that decides when all layers are done: its split is its own, the sum is the budget's.
+        tokens = torch.tensor(allocate(budget, context, context, len(paged), heads)[ordinal])
+    return tuple(tokens.tolist()), sum(column.element_size() for column in view.columns.values())
+
+
+def _paged_bytes(layer: LayerShape, tokens: tuple[int, ...], columns: int, itemsize: int) -> int:
+    """Bytes of one row's pages, their reference counts, its page table and lengths, as `kvfold.pages` holds them."""
+    pages = [ceil(n / PAGE_SIZE) for n in tokens]
+    slot = layer.size * itemsize + columns
+    return sum(pages) * (PAGE_SIZE * slot + INT32) + len(pages) * (max(pages) + 1) * INT32 + 2 * 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One method on one device: bytes, batches, and bounds on speed. `dense_*` is a full cache without kvfold.
+
+    KV bytes are those after the prompt, for the whole batch. `step_seconds` is the least time of a decode step,
+    `prefill_seconds` that to the first token; rates are tokens/s of the whole batch. `gain` is that of the rate at
+    equal batch, `gain_bound` what the kept share of the bytes allows. `largest_*` rates are at the largest batch.
+    """
+
+    method: str
+    budget: Budget | None
+    context: int
+    batch: int
+    kept_tokens: float
+    weight_bytes: int
+    reserve_bytes: int
+    kv_bytes: int
+    dense_kv_bytes: int
+    fits: bool
+    largest_batch: int
+    dense_largest_batch: int
+    step_seconds: float
+    tokens_per_second: float
+    dense_tokens_per_second: float
+    gain: float
+    gain_bound: float
+    largest_tokens_per_second: float
+    dense_largest_tokens_per_second: float
+    prefill_seconds: float
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights, KV cache and reserve."""
+        return self.weight_bytes + self.kv_bytes + self.reserve_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {**asdict(self), "total_bytes": self.total_bytes}
+
+
+def make_plan(
+    shape: ModelShape, device: Device, method: Method, *, dtype: str, context: int, batch: int = 1,
+    reserve: float = 0.05, name: str | None = None,
+) -> Plan:  # fmt: skip
+    """What `method` comes to for prompts of `context` tokens in a batch of `batch` rows.
+
+    `reserve` is a share of the device's memory that is left alone, beside the activations of one row's prompt.
+    Raises ValueError for a context or batch below 1, a reserve outside [0, 1), and a dtype the device lacks.
+    """
+    for what, value in (("context", context), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{what}={value} must be at least 1")
+    if not 0.0 <= reserve < 1.0:
+        raise ValueError(f"reserve={reserve} must be a share of the device's memory, in [0, 1)")
+    peak = device.peak(dtype)
+    depth, paged = len(shape.layers), tuple(i for i, layer in enumerate(shape.layers) if layer.paged)
+    kv, nominal, kept = 0, 0, []
+    for index, layer in enumerate(shape.layers):
+        width = layer.size * shape.itemsize
+        if layer.paged:
+            tokens, columns = stored(method, context, paged.index(index), paged, depth, layer.heads)
+            kv += _paged_bytes(layer, tokens, columns, shape.itemsize)
+        else:
+            tokens = (layer.tokens(context),) * layer.heads
+            kv += layer.state_bytes + sum(tokens) * width
+        nominal += layer.state_bytes + sum(tokens) * width
+        kept.append(sum(tokens) / max(1, len(tokens)))
+    dense = shape.dense_bytes(context)
+    whole = tuple(float(layer.tokens(context)) for layer in shape.layers)
+    held = round(reserve * device.memory) + shape.activation_bytes(context)
+    room = max(0, device.memory - shape.weight_bytes - held)
+
+    def step(rows: int, row_bytes: int, tokens: tuple[float, ...]) -> float:
+        read = (shape.read_bytes(rows) + rows * row_bytes) / device.bandwidth
+        return max(read, rows * shape.decode_flops(tokens) / peak)
+
+    def rate(rows: int, row_bytes: int, tokens: tuple[float, ...]) -> float:
+        return rows / step(rows, row_bytes, tokens) if rows else 0.0
+
+    weights, most, dense_most = shape.read_bytes(batch), room // max(1, kv), room // max(1, dense)
+    read_prompt = max(batch * shape.prefill_flops(context) / peak, (weights + batch * kv) / device.bandwidth)
+    own, full = step(batch, kv, tuple(kept)), step(batch, dense, whole)
+    total = shape.weight_bytes + batch * kv + held
+    return Plan(
+        method=str(method) if name is None else name, budget=getattr(method, "budget", None), context=context,
+        batch=batch, kept_tokens=sum(kept[i] for i in paged) / max(1, len(paged)), weight_bytes=shape.weight_bytes,
+        reserve_bytes=held, kv_bytes=batch * kv, dense_kv_bytes=batch * dense, fits=total <= device.memory,
+        largest_batch=most, dense_largest_batch=dense_most, step_seconds=own, tokens_per_second=batch / own,
+        dense_tokens_per_second=batch / full, gain=full / own,
+        gain_bound=(weights + batch * dense) / (weights + batch * nominal),
+        largest_tokens_per_second=rate(most, kv, tuple(kept)),
+        dense_largest_tokens_per_second=rate(dense_most, dense, whole), prefill_seconds=read_prompt,
+    )  # fmt: skip

@@ -1,0 +1,248 @@
+"""`kvfold plan`: bytes, batches and bounds on speed for a model on a device, before anything is loaded."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from kvfold.cli import common
+
+if TYPE_CHECKING:
+    from kvfold.bench import ModelShape, Plan
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+Shape = Annotated[str, typer.Option("--model", help="Bundled name, folder, config.json, or transformers id.")]
+Target = Annotated[str | None, typer.Option("--device", help="A preset, such as H100, A100-40GB, RTX4090.")]
+Quantity = Annotated[str | None, typer.Option(help="In place of the preset's; all three make a device of your own.")]
+
+
+def plan(
+    model: Shape = "smollm2-135m-instruct",
+    device: Target = None,
+    memory: Annotated[str | None, typer.Option("--memory", help="Its memory, such as 24GB.")] = None,
+    bandwidth: Annotated[str | None, typer.Option("--bandwidth", help="Of its memory, such as 1TB/s.")] = None,
+    flops: Annotated[str | None, typer.Option("--flops", help="Dense matrix products, such as 165T.")] = None,
+    context: Annotated[int | None, typer.Option("--context", help="Prompt tokens (default: the model's most).")] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Rows that decode together.")] = 1,
+    methods: Annotated[str, typer.Option("--methods", help="Slugs, separated by commas.")] = "full,snapkv,kvmerger",
+    budget: Annotated[str, typer.Option("--budget", help="One or several, separated by commas.")] = "0.35",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of weights and cache: bfloat16, float16, float32.")
+    ] = "bfloat16",
+    reserve: Annotated[float, typer.Option("--reserve", help="Share of the memory to leave alone.")] = 0.05,
+    chart: Annotated[Path | None, typer.Option("--chart", help="Draw it over the context (.html, .png).")] = None,
+    json: common.Json = False,
+) -> None:
+    """Plan a model's cache on a device: bytes, the largest batch, bounds on tokens/s and on the first token's time."""
+    from kvfold.bench import find_device, make_plan, shape_of
+
+    on = find_device(device, memory=memory, bandwidth=bandwidth, flops=flops)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    on.peak(dtype)
+    budgets = [common.number(part) for part in budget.split(",")]
+
+    from kvfold.evaluation.chart import check_chart_path, save_chart
+    from kvfold.evaluation.compare import split_names, with_budget
+    from kvfold.methods import parse
+
+    wanted = {"full": parse("full")}
+    for name in split_names(methods):
+        for value in budgets:
+            made = with_budget(name, value)
+            own = getattr(made, "budget", None)
+            wanted.setdefault(name if own is None else f"{name} {own}", made)
+    if chart is not None:
+        check_chart_path(chart)
+
+    with common.stderr.status(f"reading the shape of {model}"):
+        config = read_config(model)
+        shape = shape_of(without_weights(config, dtype))
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tokens = context if context is not None else limit or 8192
+    if limit is not None and tokens > limit:
+        raise ValueError(f"context={tokens} must be at most {limit}, what {model} is made for")
+
+    def plans(tokens: int) -> list["Plan"]:
+        return [
+            make_plan(shape, on, made, dtype=dtype, context=tokens, batch=batch, reserve=reserve, name=name)
+            for name, made in wanted.items()
+        ]
+
+    rows = plans(tokens)
+    title = f"{model}, {tokens:,} tokens, batch {batch}, {dtype}, on {on.name}"
+    if json:
+        about = {
+            "model": model, "parameters": shape.parameters, "active_parameters": shape.active_parameters,
+            "active_parameters_estimated": shape.experts > 0, "device": on.to_dict(), "dtype": dtype,
+            "context": tokens, "batch": batch, "reserve": reserve,
+        }  # fmt: skip
+        common.print_json({**about, "versions": common.versions(), "rows": [row.to_dict() for row in rows]})
+    else:
+        common.stdout.print(table_of(rows, title, caption_of(shape, rows[0], on.memory)))
+    if chart is not None:
+        curve = [row for each in contexts_up_to(tokens) for row in plans(each)]
+        save_chart(chart_of(curve, on.memory, f"{model}, {dtype}, on {on.name}"), chart)
+        common.stderr.print(f"chart: {chart}")
+
+
+def read_config(name: str) -> Any:
+    """The transformers configuration of a bundled model, a folder, a JSON file or a hub id; no weights are loaded.
+
+    Raises ValueError for a name that leads nowhere or a file that is no configuration, OSError for a hub id that
+    can't be fetched.
+    """
+    from transformers import AutoConfig
+
+    from kvfold.hf.bundled import Bundled
+    from kvfold.hf.models import convert_bundled, find, unknown
+
+    path = Path(name).expanduser()
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise ValueError(f"model={name!r} is not a file")
+        place: Any = path
+    else:
+        place = find(name)
+        if isinstance(place, Bundled):
+            place = convert_bundled(place, True)
+        elif isinstance(place, Path) and place.is_file():
+            raise ValueError(
+                f"model={name!r} is a GGUF file: plan takes a config; `kvfold run` converts it to a folder"
+            )
+    try:
+        return AutoConfig.from_pretrained(place)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(place, Path):
+            raise ValueError(f"model={name!r} holds no configuration that transformers can read: {error}") from None
+        raise OSError(f"{unknown(name)}; as a hub id it fails: {error}") from error
+
+
+def without_weights(config: Any, dtype: str) -> Any:
+    """The model of a configuration on the meta device: shapes and no numbers. Raises ValueError if it is no decoder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    except ValueError as error:
+        raise ValueError(f"model of type {config.model_type!r} is no causal language model: {error}") from None
+
+
+def contexts_up_to(most: int) -> list[int]:
+    """Powers of two from 1,024 on (from 16 on for short contexts), and `most` itself."""
+    powers, least = [], 1024 if most > 2048 else 16
+    while least < most:
+        powers.append(least)
+        least *= 2
+    return [*powers, most]
+
+
+def amount(nbytes: float | int) -> str:
+    """Bytes in GB or MB, powers of ten as on datasheets."""
+    return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.2f} MB"
+
+
+def caption_of(shape: "ModelShape", row: "Plan", memory: int) -> str:
+    """What all rows share."""
+    active = f" (about {shape.active_parameters / 1e9:,.2f} billion for one token)" if shape.experts else ""
+    return (
+        f"{shape.parameters / 1e9:,.3f} billion parameters{active}: {amount(row.weight_bytes)}; reserve "
+        f"{amount(row.reserve_bytes)}; memory {amount(memory)}; a dense cache takes {amount(row.dense_kv_bytes)}. "
+        "Rates and times are bounds from datasheet figures, not measurements."
+    )
+
+
+def table_of(rows: Sequence["Plan"], title: str, caption: str) -> Table:
+    """The rows for a rich console."""
+    table = Table(title=title, caption=caption, caption_justify="left")
+    for name in (
+        "method", "kept/head", "KV cache", "of dense", "in all", "tokens/s", "gain", "its bound",
+        "largest batch", "tokens/s then", "first token s",
+    ):  # fmt: skip
+        table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
+    for row in rows:
+        table.add_row(
+            row.method, f"{row.kept_tokens:,.0f}", amount(row.kv_bytes), f"{row.kv_bytes / row.dense_kv_bytes:.3f}",
+            amount(row.total_bytes) + ("" if row.fits else ", too much"), f"{row.tokens_per_second:,.1f}",
+            f"{row.gain:.3f}", f"{row.gain_bound:.3f}", f"{row.largest_batch:,}",
+            f"{row.largest_tokens_per_second:,.0f}" if row.largest_batch else "-", f"{row.prefill_seconds:.3g}",
+        )  # fmt: skip
+    return table
+
+
+def lines_of(rows: Sequence["Plan"]) -> dict[str, str]:
+    """The line that each method is drawn on: those whose caches are within 10 % of each other's share one."""
+    sizes: dict[str, dict[int, int]] = {}
+    for row in rows:
+        sizes.setdefault(row.method, {})[row.context] = row.kv_bytes
+    groups: list[list[str]] = []
+    for name, own in sizes.items():
+        near = (g for g in groups if all(abs(n / sizes[g[0]][at] - 1) <= 0.1 for at, n in own.items()))
+        group = next(near, None)
+        groups.append([name]) if group is None else group.append(name)
+    return {name: ", ".join(group) for group in groups for name in group}
+
+
+def chart_of(rows: Sequence["Plan"], memory: int, title: str) -> Any:
+    """An altair chart over the context: memory with the device's limit, decode rate, largest batch; a line a method."""
+    import altair as alt
+
+    lines, batch = lines_of(rows), rows[0].batch
+    points = [
+        {
+            "method": lines[row.method], "context": row.context, "fits": row.fits, "memory": row.total_bytes / 1e9,
+            "rate": row.tokens_per_second, "largest": row.largest_batch or None,
+            "most": row.largest_tokens_per_second or None, "kv": amount(row.kv_bytes),
+        }
+        for row in rows
+        if lines[row.method].split(", ")[0] == row.method
+    ]  # fmt: skip
+    ticks = sorted({row.context for row in rows})
+    x = alt.X(
+        "context:Q",
+        scale=alt.Scale(type="log", base=2, domain=[ticks[0], ticks[-1]], nice=False, padding=8),
+        axis=alt.Axis(
+            values=ticks, labelExpr="datum.value >= 1024 ? format(datum.value / 1024, '.3~r') + 'k' : datum.value"
+        ),
+        title="context (tokens)",
+    )
+    order = list(dict.fromkeys(lines.values()))
+    legend = alt.Legend(title=None, orient="top", columns=1, labelLimit=700, symbolType="stroke", symbolStrokeWidth=4)
+    color = alt.Color("method:N", sort=order, scale=alt.Scale(domain=order), legend=legend)
+
+    def panel(field: str, caption: str, kind: str = "linear") -> Any:
+        ticking = alt.Axis(format="~s", tickCount=4 if kind == "log" else 6)
+        base = alt.Chart(alt.Data(values=points)).encode(
+            x=x, y=alt.Y(f"{field}:Q", title=None, scale=alt.Scale(type=kind), axis=ticking), color=color,
+            tooltip=["method:N", alt.Tooltip("context:Q", format=","), "kv:N", "largest:Q", "fits:N"]
+            + [alt.Tooltip(f"{each}:Q", format=",.1f") for each in ("memory", "rate", "most")],
+        )  # fmt: skip
+        marks = base.mark_point(size=35, filled=True, opacity=1)
+        if field in ("memory", "rate"):
+            marks = marks.transform_filter("datum.fits")
+        layers = [base.mark_line(), marks]
+        if field == "memory":
+            limit = alt.Chart(alt.Data(values=[{"limit": memory / 1e9, "text": f"the device has {amount(memory)}"}]))
+            layers.append(limit.mark_rule(strokeDash=[6, 4]).encode(y="limit:Q"))
+            layers.append(limit.mark_text(align="left", dx=4, dy=9).encode(y="limit:Q", x=alt.value(0), text="text:N"))
+        return alt.layer(*layers).properties(width=360, height=220, title=caption)
+
+    above = alt.hconcat(
+        panel("memory", f"Memory at batch {batch} (GB)"), panel("rate", f"Decode tokens/s at batch {batch}, at most")
+    )
+    below = alt.hconcat(
+        panel(
+            "largest", "Largest batch that fits" + ("" if any(row.largest_batch for row in rows) else ": none"), "log"
+        ),
+        panel("most", "Decode tokens/s at that batch, at most", "log"),
+    )
+    under = [
+        "Bounds from datasheet figures. A line goes on without points where the batch does not fit.",
+        "Methods within 10 % share a line.",
+    ]
+    return alt.vconcat(above, below).properties(title=alt.TitleParams(title, subtitle=under))

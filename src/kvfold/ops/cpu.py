@@ -1,0 +1,66 @@
+"""What the CPU kernels share: when they fit, their threads, and compiling them before they are needed.
+
+Numba and its kernels are imported on first use: `import kvfold` stays as quick as it was. What is compiled is kept on
+disk (beside the package, or in Numba's own folder where that can't be written), for all processes to come.
+"""
+
+import logging
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_threads = 0
+
+
+def fits(x: Tensor) -> bool:
+    """Whether the kernels can take it: on the CPU, a float that they can read, and no gradient wanted."""
+    return x.device.type == "cpu" and x.dtype in FLOATS and not x.requires_grad
+
+
+def widths_fit(*widths: int) -> bool:
+    """Whether rows of these many numbers can be read in whole vectors."""
+    from kvfold.ops.simd import LANES
+
+    return all(width % LANES == 0 for width in widths)
+
+
+def use_threads() -> int:
+    """Set Numba's threads to torch's; how many that is."""
+    global _threads
+    wanted = torch.get_num_threads()
+    if wanted != _threads:
+        import numba
+
+        numba.set_num_threads(min(wanted, numba.config.NUMBA_NUM_THREADS))
+        # Where both have the same OpenMP, starting Numba's threads has set torch's number too.
+        torch.set_num_threads(wanted)
+        _threads = wanted
+    return wanted
+
+
+def floats(x: Tensor) -> np.ndarray:
+    """A tensor as a contiguous float32 array."""
+    array: np.ndarray = x.float().contiguous().numpy()
+    return array
+
+
+def bits(x: Tensor) -> np.ndarray:
+    """A tensor as its kernels read it, flat: float32, or bfloat16 as uint16, or float16 as int16."""
+    kind = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}.get(x.dtype, x.dtype)
+    array: np.ndarray = x.contiguous().view(kind).view(-1).numpy()
+    return array
+
+
+def warm(work: Any, what: str) -> None:
+    """Run `work`, which compiles kernels or loads them from disk; say so if that takes more than a moment."""
+    say = threading.Timer(2.0, lambda: logging.getLogger("kvfold").warning("compiling the CPU kernels for %s", what))
+    say.daemon = True
+    say.start()
+    try:
+        work()
+    finally:
+        say.cancel()

@@ -1,0 +1,110 @@
+"""Operations on pages with Numba kernels, where they fit; the definition for the rest."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvfold.ops.cpu import fits, floats, use_threads, widths_fit
+from kvfold.ops.dispatch import register
+from kvfold.ops.paged import naive
+
+ROWS = 64
+"""Queries of a row (heads of its group times queries) up to which the kernel reads faster than a dense product."""
+
+_NO_READ, _NO_MASS = np.empty((0, 0), dtype=np.bool_), np.empty((0, 1), dtype=np.float32)
+_NO_WEIGHTS = np.empty((0, 0, 0), dtype=np.float32)
+
+
+@register("attend_pages", "cpu", rank=10, fits=fits)
+def attend_pages(
+    q: Tensor, table: Any, scale: float, *,
+    mass: str | None, read: Tensor | None, compact: Any, position: str, weights: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    (b, h, g, n, d), pool = q.shape, table.pool
+    keys, values = pool.planes["keys"], pool.planes["values"]
+    dv, t = values.shape[-1], table.longest
+    if (
+        compact is not None or g * n > ROWS or not t or keys.requires_grad or not fits(keys) or pool.page_size % 4
+        or not widths_fit(d, dv)
+    ):  # fmt: skip
+        return naive.attend_pages(
+            q, table, scale, mass=mass, read=read, compact=compact, position=position, weights=weights
+        )
+    from kvfold.ops.paged import cpu_kernels
+
+    out = torch.empty(b * h, g * n, dv)
+    lse = torch.empty(b * h, g * n)
+    probabilities = torch.empty(b * h, g * n, t) if weights else None
+    cpu_kernels.attend(
+        floats(q.reshape(b * h, g * n, d)), pool.array("keys"), pool.array("values"),
+        _NO_MASS if mass is None else pool.array(mass),
+        _NO_READ if read is None else read.reshape(b * h, -1).contiguous().numpy(),
+        table.table, table.lengths, table.holes, table.hole_count, pool.page_size, np.float32(scale), use_threads(),
+        out.numpy(), lse.numpy(), _NO_WEIGHTS if probabilities is None else probabilities.numpy(),
+    )  # fmt: skip
+    shaped = None if probabilities is None else probabilities.view(b, h, g, n, t)
+    return out.to(q.dtype).view(b, h, g, n, dv), lse.view(b, h, g, n), shaped
+
+
+@register("append_pages", "cpu", rank=10, fits=fits)
+def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Tensor | None) -> None:
+    count = planes["keys"].shape[1]
+    if valid is not None or table.pool.shared or (table.regular and table.even):
+        naive.append_pages(table, planes, valid)
+        return
+    from kvfold.ops.paged import cpu_kernels
+
+    start = table.extend(count)
+    pool = table.pool
+    for name, spec in pool.specs.items():
+        kind = pool.planes[name].dtype
+        new = planes[name].to(kind) if name in planes else torch.full((table.rows, count), spec.fill, dtype=kind)
+        cpu_kernels.write(pool.array(name), _rows(new), table.table, start, table.lengths, pool.page_size)
+
+
+@register("keep_pages", "cpu", rank=10, fits=fits)
+def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor], *, slack: bool) -> None:
+    if table.shared and (columns or not slack):
+        naive.keep_pages(table, mask, columns, slack=slack)
+        return
+    from kvfold.ops.paged import cpu_kernels
+
+    keep, more, before, pool = mask.contiguous().numpy(), np.empty(table.rows, np.int32), table.lengths, table.pool
+    if slack:
+        table.allow_holes()
+        if cpu_kernels.punch_holes(keep, before, table.holes, table.hole_count, more):
+            _set_columns(table, columns)
+            return
+    if table.shared:
+        naive.keep_pages(table, mask, columns, slack=slack)
+        return
+    _set_columns(table, columns)
+    counts = keep.sum(1).astype(np.int32)
+    if (counts == before).all():
+        return
+    use_threads()
+    for name in pool.planes:
+        cpu_kernels.close_gaps(pool.array(name), keep, table.table, before, pool.page_size)
+    naive.shorten(table, counts)
+
+
+def _set_columns(table: Any, columns: Mapping[str, Tensor]) -> None:
+    """Write columns (R, T) over all slots; no page is shared."""
+    from kvfold.ops.paged import cpu_kernels
+
+    pool, start = table.pool, np.zeros(table.rows, dtype=np.int32)
+    for name, new in columns.items():
+        cpu_kernels.write(
+            pool.array(name), _rows(new.to(pool.planes[name].dtype)), table.table, start, table.lengths, pool.page_size
+        )
+
+
+def _rows(new: Tensor) -> np.ndarray:
+    """(R, T, ...) as (R, T, W), the way pools show their planes."""
+    kind = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}.get(new.dtype, new.dtype)
+    wide = new if new.dim() == 3 else new[..., None]
+    array: np.ndarray = wide.contiguous().view(kind).numpy()
+    return array

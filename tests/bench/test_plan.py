@@ -1,0 +1,246 @@
+"""Plans against what real caches hold, and the rules that no plan may break."""
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+from transformers.models.auto import CONFIG_MAPPING
+
+from kvfold.bench import DEVICES, Device, ModelShape, Plan, find_device, make_plan, shape_of
+from kvfold.bench.devices import quantity
+from kvfold.bench.plan import stored
+from kvfold.decisions import Store
+from kvfold.evaluation.compare import with_budget
+from kvfold.formats import Dense
+from kvfold.hf.cache import Cache
+from kvfold.methods import Method, parse
+from kvfold.views import LayerView
+from models import COMMON, FAMILIES, build, feed, subject, tokens
+
+METHODS = ["full", "snapkv", "streamingllm", "h2o", "tova", "kvmerger"]
+GPU = Device("small", 10**9, 1e11, {"float32": 1e13})
+
+
+@lru_cache(maxsize=16)
+def shape(family: str, dtype: torch.dtype = torch.float32) -> ModelShape:
+    kind, options = FAMILIES[family]
+    with torch.device("meta"):
+        return shape_of(AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**COMMON, **options}), dtype=dtype))
+
+
+def made(family: str, method: str, budget: float | int = 0.25, context: int = 300, batch: int = 1) -> Plan:
+    return make_plan(
+        shape(family), GPU, with_budget(method, budget), dtype="float32", context=context, batch=batch, name=method
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [(family, method) for family in ("llama", "gemma3") for method in METHODS]
+    + [("phi3", "h2o"), ("qwen3", "snapkv"), ("ntk", "kvmerger"), ("mistral-sliding", "full"), ("qwen3-next", "tova")],
+)
+@pytest.mark.filterwarnings("ignore:.*no layer with full attention")
+def test_bytes_are_those_of_a_real_cache(family: str, method: str) -> None:
+    """Within 0.5 % here, and never more than 5: the rest are the per-layer (not per-row) counters, TOVA's heads that
+    all keep the smallest of their budgets, and pages given for rows to lie side by side (2 % at most)."""
+    for budget, context, batch in ((0.25, 203, 1), (0.5, 203, 3), (1.0, 203, 1), (64, 481, 1), (300, 481, 3)):
+        cache = Cache(subject(family), with_budget(method, budget))
+        prompt = tokens(*[context] * batch)
+        feed(cache.model, cache, prompt["input_ids"], prompt["attention_mask"])
+        plan = made(family, method, budget, context, batch)
+        assert plan.kv_bytes == pytest.approx(cache.nbytes, rel=0.005), (budget, context, batch)
+        assert plan.dense_kv_bytes == pytest.approx(cache.dense_nbytes, rel=0.005), (budget, context, batch)
+        assert plan.kept_tokens == pytest.approx(cache.kept_tokens, abs=1)
+        if method == "full" or budget == 1.0:
+            break
+
+
+def test_bytes_follow_the_dtype() -> None:
+    cache = Cache(build("llama", dtype=torch.bfloat16), "h2o", budget=0.5)
+    prompt = tokens(203)
+    feed(cache.model, cache, prompt["input_ids"], prompt["attention_mask"])
+    plan = make_plan(shape("llama", torch.bfloat16), DEVICES["L4"], cache.method, dtype="bfloat16", context=203)
+    assert plan.kv_bytes == pytest.approx(cache.nbytes, rel=0.005)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3", "gpt2"])
+def test_parameters_are_counted(family: str) -> None:
+    real, planned = build(family), shape(family)
+    assert planned.parameters == planned.active_parameters == sum(p.numel() for p in real.parameters())
+    assert planned.weight_bytes == 4 * planned.parameters
+    assert planned.tied == bool(real.config.tie_word_embeddings)
+    untied = 0 if planned.tied else planned.vocab * planned.hidden
+    assert planned.read_bytes(8) == planned.weight_bytes - 4 * untied
+
+
+def test_experts_that_no_token_picks_are_not_read() -> None:
+    planned = shape("qwen3-next")
+    real = build("qwen3-next")
+    routed = sum(p.numel() for name, p in real.named_parameters() if ".experts." in name)
+    assert (planned.experts, planned.experts_used, planned.expert_parameters) == (2, 1, routed)
+    assert planned.active_parameters == planned.parameters - routed // 2
+    assert planned.read_bytes(1) < planned.read_bytes(2) < planned.read_bytes(64) <= planned.weight_bytes
+
+
+def test_a_decode_step_by_hand() -> None:
+    """Llama: 3 layers, 2 KV heads of 16 + 16 numbers, 4 bytes each and 4 for the position; 19 pages for 300 tokens."""
+    plan, planned = made("llama", "full", batch=2), shape("llama")
+    row = 3 * (2 * 19 * (16 * (32 * 4 + 4) + 4) + 2 * (19 + 1) * 4 + 16)
+    assert plan.kv_bytes == 2 * row
+    assert plan.dense_kv_bytes == 2 * 3 * 2 * 300 * 32 * 4
+    read = (planned.parameters - 97 * 64) * 4
+    assert plan.step_seconds == pytest.approx((read + 2 * row) / GPU.bandwidth)
+    assert plan.tokens_per_second == pytest.approx(2 / plan.step_seconds)
+    assert plan.gain == pytest.approx((read + plan.dense_kv_bytes) / (read + 2 * row))
+
+
+def test_the_first_token_by_hand() -> None:
+    """Matrices but the tables for 300 tokens, the output matrix for one, 4 query heads over 300 * 301 / 2 pairs."""
+    slow = replace(GPU, flops={"float32": 1e6})
+    plan = make_plan(shape("llama"), slow, parse("full"), dtype="float32", context=300)
+    body = shape("llama").parameters - 2 * 97 * 64
+    assert plan.prefill_seconds == pytest.approx((2 * (body * 300 + 97 * 64) + 3 * 2 * 45150 * 4 * 32) / 1e6)
+
+
+@given(
+    method=st.sampled_from(METHODS), budget=st.one_of(st.floats(0.02, 1.0), st.integers(1, 900)),
+    context=st.integers(1, 4000), batch=st.integers(1, 64), memory=st.integers(10**6, 10**9),
+)  # fmt: skip
+def test_the_largest_batch_is_the_largest(
+    method: str, budget: float | int, context: int, batch: int, memory: int
+) -> None:
+    def on(rows: int) -> Plan:
+        device = replace(GPU, memory=memory)
+        return make_plan(
+            shape("gemma3"), device, with_budget(method, budget), dtype="float32", context=context, batch=rows
+        )
+
+    largest = on(batch).largest_batch
+    assert largest == on(batch + 1).largest_batch
+    assert not on(largest + 1).fits
+    assert largest == 0 or on(largest).fits
+    if largest:
+        assert on(batch).largest_tokens_per_second == pytest.approx(on(largest).tokens_per_second)
+
+
+@given(
+    family=st.sampled_from(["llama", "gemma3"]), method=st.sampled_from(METHODS),
+    budget=st.one_of(st.floats(0.02, 1.0), st.integers(1, 900)), context=st.integers(1, 4000), batch=st.integers(1, 64),
+)  # fmt: skip
+def test_no_gain_is_above_its_bound(
+    family: str, method: str, budget: float | int, context: int, batch: int
+) -> None:  # fmt: skip
+    plan = made(family, method, budget, context, batch)
+    assert 0 < plan.gain <= plan.gain_bound * (1 + 1e-12)
+    assert plan.gain_bound >= 1.0
+    assert plan.tokens_per_second <= plan.dense_tokens_per_second * plan.gain_bound * (1 + 1e-12)
+    if method == "full":
+        assert plan.gain_bound == 1.0
+
+
+@given(
+    method=st.sampled_from(METHODS[:5]), part=st.floats(0.02, 0.9), more=st.floats(1.0, 1.1),
+    context=st.integers(1, 4000), longer=st.integers(0, 500),
+)  # fmt: skip
+def test_bytes_grow_with_context_budget_and_batch(
+    method: str, part: float, more: float, context: int, longer: int
+) -> None:
+    small = made("gemma3", method, part, context, 2).kv_bytes
+    assert small <= made("gemma3", method, part, context + longer, 2).kv_bytes
+    assert small <= made("gemma3", method, part * more, context, 2).kv_bytes
+    assert small * 3 == made("gemma3", method, part, context, 6).kv_bytes
+    whole = max(1, int(part * context))
+    assert made("llama", method, whole, context).kv_bytes <= made("llama", method, whole + longer, context).kv_bytes
+
+
+def test_kvmerger_says_itself_which_layers_stay_whole() -> None:
+    """Layers 0, 1 and 29 of 30 keep all and have no column of masses; the sum is the budget's."""
+    paged = tuple(range(30))
+    answers = [stored(parse("kvmerger(budget=0.5)"), 1000, i, paged, 30, 2) for i in paged]
+    assert [i for i, (kept, _) in enumerate(answers) if kept == (1000, 1000)] == [0, 1, 29]
+    assert {columns for _, columns in answers} == {4, 8}
+    assert sum(sum(kept) for kept, _ in answers) == 30 * 2 * 500
+
+
+def test_compositions_keep_the_smaller_and_add_their_columns() -> None:
+    kept, columns = stored(parse("h2o(budget=0.5) | streamingllm(budget=100)"), 1000, 0, (0, 1), 2, 3)
+    assert (kept, columns) == ((100, 100, 100), 8)
+
+
+def test_formats_are_refused(scratch_methods: object) -> None:
+    class Half(Method):
+        def after_prefill(self, view: LayerView) -> Store:
+            return Store(Dense(torch.float16), view.valid)
+
+        def __str__(self) -> str:
+            return "half"
+
+    with pytest.raises(ValueError, match="method=half stores tokens in a format of its own"):
+        stored(Half(), 100, 0, (0,), 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"context": 0}, "context=0 must be at least 1"),
+        ({"batch": 0}, "batch=0 must be at least 1"),
+        ({"reserve": 1.0}, r"reserve=1.0 must be a share of the device's memory, in \[0, 1\)"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16' must be one that T4 multiplies fast: float16, float32"),
+    ],
+)
+def test_bad_settings_are_named(options: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make_plan(shape("llama"), DEVICES["T4"], parse("full"), **{"dtype": "float32", "context": 9, **options})  # type: ignore[arg-type]
+
+
+def test_models_that_kvfold_does_not_serve_are_refused() -> None:
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM caps its logits"):
+        shape("gemma2")
+
+
+# -- devices -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("memory", "24GB", 24e9), ("memory", "24 GiB", 24 * 2**30), ("memory", "0.5tb", 5e11),
+        ("bandwidth", "1TB/s", 1e12), ("bandwidth", "936 GB/s", 936e9),
+        ("flops", "165T", 165e12), ("flops", "1.5 PFLOPS", 1.5e15), ("flops", "2e", None), ("flops", "-1T", None),
+        ("memory", "24", None), ("memory", "0GB", None), ("memory", "24GB/s", None), ("bandwidth", "1TB", None),
+    ],
+)  # fmt: skip
+def test_quantities(name: str, text: str, value: float | None) -> None:
+    if value is None:
+        with pytest.raises(ValueError, match=f"{name}='{text}' must be a positive number of"):
+            quantity(name, text)
+    else:
+        assert quantity(name, text) == pytest.approx(value)
+
+
+def test_presets_by_any_spelling() -> None:
+    assert find_device("h100") == DEVICES["H100-SXM"]
+    assert find_device("RTX 4090") == DEVICES["RTX4090"]
+    assert find_device("a100-40gb").memory == 40 * 10**9
+    for device in DEVICES.values():
+        # Between a T4 and a B200 nothing computes less than 50 or more than 1,000 operations a byte.
+        assert 50 < device.peak("float16") / device.bandwidth < 1000, device.name
+        assert device.memory / device.bandwidth < 0.1
+        assert math.isclose(device.flops.get("bfloat16", device.peak("float16")), device.peak("float16"))
+
+
+def test_devices_of_your_own() -> None:
+    own = find_device(None, memory="24GB", bandwidth="1TB/s", flops="165T")
+    assert (own.name, own.memory, own.bandwidth, own.peak("bfloat16")) == ("custom", 24 * 10**9, 1e12, 165e12)
+    changed = find_device("H100", memory="70GB")
+    assert (changed.memory, changed.bandwidth) == (70 * 10**9, DEVICES["H100-SXM"].bandwidth)
+    assert "changed" in changed.name
+    with pytest.raises(ValueError, match="device='H1000' must be one of B200, H200"):
+        find_device("H1000")
+    with pytest.raises(ValueError, match=r"device=None must be one of .* lacks --bandwidth, --flops"):
+        find_device(None, memory="24GB")

@@ -1,0 +1,156 @@
+"""`kvfold plan`: what it prints, draws and refuses; no weights are ever read."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import kvfold
+from kvfold.bench import Plan, find_device
+from kvfold.cli import main
+from kvfold.cli.app import app
+from kvfold.cli.plan import amount, contexts_up_to, lines_of, read_config
+
+runner = CliRunner()
+ROW = {
+    "method", "budget", "context", "batch", "kept_tokens", "weight_bytes", "reserve_bytes", "kv_bytes",
+    "dense_kv_bytes", "total_bytes", "fits", "largest_batch", "dense_largest_batch", "step_seconds",
+    "tokens_per_second", "dense_tokens_per_second", "gain", "gain_bound", "largest_tokens_per_second",
+    "dense_largest_tokens_per_second", "prefill_seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama's config.json alone: 512 tokens at most."""
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    path.write_text((folder / "config.json").read_text())
+    return path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error of `kvfold plan words...`."""
+    monkeypatch.setattr(sys, "argv", ["kvfold", "plan", *map(str, words)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    out, err = capsys.readouterr()
+    return int(exit_.value.code or 0), out, err
+
+
+def test_json_has_every_row_and_what_it_rests_on(config: Path) -> None:
+    words = ["plan", "--model", str(config), "--device", "L4", "--batch", "3", "--json"]
+    result = runner.invoke(app, [*words, "--methods", "full,snapkv,h2o(budget=0.1)", "--budget", "0.25,64"])
+    assert result.exit_code == 0, result.output
+    got = json.loads(result.stdout)
+    assert set(got) == {
+        "model", "parameters", "active_parameters", "active_parameters_estimated", "device", "dtype", "context",
+        "batch", "reserve", "versions", "rows",
+    }  # fmt: skip
+    assert got["device"] == find_device("L4").to_dict()
+    assert (got["dtype"], got["context"], got["batch"]) == ("bfloat16", 512, 3)
+    assert got["active_parameters"] == got["parameters"] and not got["active_parameters_estimated"]
+    assert got["versions"]["kvfold"] == kvfold.__version__
+    rows = got["rows"]
+    assert [(row["method"], row["budget"]) for row in rows] == [
+        ("full", None), ("snapkv 0.25", 0.25), ("snapkv 64", 64), ("h2o(budget=0.1) 0.1", 0.1),
+    ]  # fmt: skip
+    assert all(set(row) == ROW for row in rows)
+    assert [row["kept_tokens"] for row in rows[:3]] == [512, 128, 64]
+    assert all(row["fits"] and row["gain"] <= row["gain_bound"] for row in rows)
+
+
+def test_a_folder_and_its_config_are_the_same(folder: Path, config: Path) -> None:
+    words = ["plan", "--device", "T4", "--dtype", "float16", "--context", "300", "--json"]
+    got = [json.loads(runner.invoke(app, [*words, "--model", str(path)]).stdout) for path in (folder, config)]
+    assert got[0].pop("model") != got[1].pop("model")
+    assert got[0] == got[1]
+
+
+def test_the_table_says_what_does_not_fit(config: Path) -> None:
+    words = ["plan", "--model", str(config), "--memory", "1MB", "--bandwidth", "1GB/s", "--flops", "1T"]
+    result = runner.invoke(app, [*words, "--context", "512"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "too much" in result.stdout and "kvmerger 0.35" in result.stdout and "its bound" in result.stdout
+    assert "datasheet" in result.stdout
+
+
+def test_the_chart_opens_without_a_network(config: Path, tmp_path: Path) -> None:
+    chart = tmp_path / "plan.html"
+    words = ["plan", "--model", str(config), "--device", "H100", "--chart", str(chart), "--methods", "tova,h2o"]
+    result = runner.invoke(app, words)
+    assert result.exit_code == 0, result.output
+    page = chart.read_text()
+    assert "vega" in page and "tova 0.35" in page and "https://cdn" not in page
+    assert "the device has 80.00 GB" in page
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.html"]
+
+
+def test_contexts_and_amounts() -> None:
+    assert contexts_up_to(5000) == [1024, 2048, 4096, 5000]
+    assert contexts_up_to(4096) == [1024, 2048, 4096]
+    assert contexts_up_to(100) == [16, 32, 64, 100]
+    assert contexts_up_to(9) == [9]
+    assert (amount(17.18e9), amount(2.5e6)) == ("17.18 GB", "2.50 MB")
+
+
+def test_methods_of_one_size_share_a_line() -> None:
+    def row(method: str, context: int, size: int) -> Plan:
+        return Plan(method, None, context, 1, 1.0, 1, 1, size, 1, True, 1, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+
+    rows = [row("a", 1, 100), row("a", 2, 200), row("b", 1, 101), row("b", 2, 300), row("c", 1, 99), row("c", 2, 201)]
+    assert lines_of(rows) == {"a": "a, c", "c": "a, c", "b": "b"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--device", "H1000"], "device='H1000' must be one of B200"),
+        ([], "device=None must be one of"),
+        (["--memory", "24GB"], "lacks --bandwidth, --flops"),
+        (["--device", "L4", "--memory", "lots"], "memory='lots' must be a positive number of bytes, as 24GB"),
+        (["--device", "L4", "--context", "0"], "context=0 must be at least 1"),
+        (["--device", "L4", "--context", "513"], "context=513 must be at most 512"),
+        (["--device", "L4", "--batch", "0"], "batch=0 must be at least 1"),
+        (["--device", "L4", "--budget", "1.5"], "budget=1.5 must be a fraction"),
+        (["--device", "L4", "--methods", "snapkw"], "did you mean 'snapkv'"),
+        (["--device", "L4", "--methods", ","], "methods=',' names no method"),
+        (["--device", "L4", "--dtype", "int8"], "dtype='int8' must be one of bfloat16, float16, float32"),
+        (["--device", "T4"], "dtype='bfloat16' must be one that T4 multiplies fast"),
+        (["--device", "L4", "--chart", "plan.pdf"], "must end in one of .html"),
+        (["--device", "L4", "--model", "nowhere/config.json"], "model='nowhere/config.json' is not a file"),
+    ],
+)
+def test_wrong_usage_ends_with_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: Path, words: list[str], said: str
+) -> None:
+    code, out, err = call(monkeypatch, capsys, "--model", config, *words)
+    assert (code, out) == (2, "")
+    assert said in err
+
+
+@pytest.mark.parametrize("text", ["{", '{"model_type": "nothing-like-it"}', "{}"])
+def test_files_that_are_no_config_are_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"config.json' holds no configuration"):
+        read_config(str(path))
+
+
+def test_models_that_are_no_decoder_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "vit"}')
+    code, _, err = call(monkeypatch, capsys, "--model", path, "--device", "L4")
+    assert code == 2 and "'vit' is no causal language model" in err
+
+
+def test_a_hub_id_without_a_network_fails_clearly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, out, err = call(monkeypatch, capsys, "--model", "nobody/nothing-at-all", "--device", "L4")
+    assert (code, out) == (1, "")
+    assert "nobody/nothing-at-all" in err and "hub id" in err
