@@ -33,7 +33,7 @@ def prompt_view(
     for row in range(b):
         here = mask[row].nonzero()[:, 0]
         one = slice(row, row + 1)
-        _, lse[one, :, here] = ops.causal(q[one, :, here], k[one, :, here], v[one, :, here], scale)
+        lse[one, :, here] = ops.causal(q[one, :, here], k[one, :, here], v[one, :, here], scale)[1]
     positions = (mask.cumsum(1) - 1).clamp(min=0).int()
     columns = {POSITION: positions[:, None].repeat(1, h, 1)}
     chunk = Chunk(k, v, mask[:, None].repeat(1, h, 1), columns)

@@ -104,6 +104,8 @@ class KVLayer:
         self.settle(0)
         self._start(k, v)
         self._last = (scale, module)
+        if valid is None and q.shape[2] == 1 and self._plain(this):
+            return self._step(q, k, v, scale, this)
         ones = valid is None or bool(valid.all())
         mask = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device) if ones else valid
         assert mask is not None
@@ -141,6 +143,30 @@ class KVLayer:
             here = mask[0].nonzero()[:, 0] if self.batch == 1 else torch.arange(q.shape[2], device=q.device)
             self._waiting = (queries.pick(here), this)
         return out
+
+    def _plain(self, this: Pass) -> bool:
+        """Whether a generated token takes the short way: one segment, nothing read selectively or moved or put off."""
+        return (
+            not (this.prefill or this.defer or this.observe is not None or self.method.compact)
+            and len(self.segments) == 1
+            and not (this.listen and self.method.listens("before_attend"))
+        )
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, scale: float, this: Pass) -> Tensor:
+        """What `attend` does, for one generated token a row: the same, with less around it."""
+        (b, hq, _, d), h, listening = q.shape, k.shape[1], self._listening(this)
+        positions = torch.from_numpy(self.seen[:, None].astype(np.int32)).to(q.device)
+        asked = listening and ATTENTION in self.method.asks
+        segment = self.stored.open
+        out, lse, left = segment.step(q.reshape(b, h, hq // h, 1, d), k, v, positions, scale, weights=asked)
+        self.seen = self.seen + 1
+        self.width += 1
+        if listening:
+            everyone = torch.ones(b, 1, dtype=torch.bool, device=q.device)
+            queries = Queries(q, everyone, lse.view(b, hq, 1), positions)
+            view = self._view(queries, self._place(this), memo={} if left is None else {ATTENTION: left})
+            self.stored.commit(self._decide(view, this), None, slack=True)
+        return out.view(b, hq, 1, -1)
 
     def settle(self, drop: int, *, turn: bool = False) -> None:
         """Take the last `drop` columns back, then run the events that waited for it (assisted decoding).

@@ -218,9 +218,9 @@ class PageTable:
         if bool((needed <= have).all()):
             return
         if self.regular and self.exclusive and _nearly_even(needed):
-            # Rows of like length stay side by side: move to a larger block now and then, by an eighth at a time
-            # once something is stored, so that growing token by token copies each token O(log T) times.
-            slack = max(1, int(needed.max()) // 8) if self.longest else 0
+            # Rows of like length stay side by side: move to a larger block now and then, by 1/32 at a time once
+            # something is stored: growing token by token moves 32 tokens for each new one, and a step reads them all.
+            slack = max(1, int(needed.max()) // 32) if self.longest else 0
             self.relocate(int(needed.max()) + slack)
             return
         self.regular = False
@@ -275,7 +275,7 @@ class PageTable:
         if not spare.any() and not (self.exclusive and self.pool.used < self.pool.pages):
             return
         longest = int(needed.max()) if self.rows else 0
-        if slack and int(spare.sum()) <= self.rows * (1 + 2 * max(1, longest // 8)):
+        if slack and int(spare.sum()) <= self.rows * (1 + 2 * max(1, longest // 32)):
             return
         if not self.exclusive:
             self.pool.release(self.table[spare])

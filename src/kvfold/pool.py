@@ -81,10 +81,10 @@ class PagePool:
         self._free.extend(range(first + pages - 1, first - 1, -1))
 
     def allocate(self, count: int) -> np.ndarray:
-        """`count` page numbers with one reference each; the pool grows by an eighth when it runs out."""
+        """`count` page numbers with one reference each; the pool grows by 1/32 when it runs out."""
         missing = count - len(self._free)
         if missing > 0:
-            self.grow(max(missing, self.pages // 8))
+            self.grow(max(missing, self.pages // 32))
         ids = np.array([self._free.pop() for _ in range(count)], dtype=np.int32)
         self.refs[ids] = 1
         return ids

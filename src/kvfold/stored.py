@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvfold import ops
-from kvfold.formats import Chunk, Format, Segment, join
+from kvfold.formats import Chunk, DenseSegment, Format, Segment, join
 from kvfold.rotation import Compact
 from kvfold.views import LayerView
 
@@ -20,9 +20,11 @@ class Stored:
         self.segments = list(segments)
 
     @property
-    def open(self) -> Segment:
+    def open(self) -> DenseSegment:
         """The segment that new tokens go to."""
-        return self.segments[0][1]
+        segment = self.segments[0][1]
+        assert isinstance(segment, DenseSegment)
+        return segment
 
     @property
     def nbytes(self) -> int:

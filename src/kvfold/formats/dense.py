@@ -67,6 +67,15 @@ class DenseSegment:
             q, self.table, scale, mass=mass, read=read, compact=compact, position=POSITION, weights=weights
         )
 
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`append` of one token to each row, (B, H, 1, D) at text positions (B, 1), and `attend`: a decode step."""
+        mass = LOG_MASS if LOG_MASS in self.pool.planes else None
+        wide = positions[:, None].expand(-1, self.heads, -1)
+        planes = {"keys": k.flatten(0, 1), "values": v.flatten(0, 1), POSITION: wide.reshape(-1, 1)}
+        return ops.step_pages(q, self.table, planes, scale, mass=mass, weights=weights)
+
     def dense(self) -> Chunk:
         columns = {n: self._rows(self.table.dense(n)) for n in self.pool.planes if n not in ("keys", "values")}
         valid = self._rows(self.table.valid())

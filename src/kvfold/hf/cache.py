@@ -41,6 +41,7 @@ class Cache(HFCache):
         check_model(model)
         self.model = model
         self.recording = False
+        self.unread: PagedLayer | None = None
         self._pass: Pass | None = None
         self._at = -1
         self._token_ids: Tensor | None = None
@@ -138,11 +139,12 @@ class Cache(HFCache):
 
     def leave(self, ordinal: int, this: Pass) -> None:
         """A paged layer has stored its tokens: decisions about it and earlier ones, and after the last about all."""
-        if not this.listen or this.defer:
-            return
-        self._late_events(ordinal, this)
+        if this.listen and not this.defer:
+            self._late_events(ordinal, this)
 
     def _late_events(self, ordinal: int, this: Pass) -> None:
+        if not (self.method.listens("after_layer") or self.method.listens("after_forward")):
+            return
         done = Done(self.paged[: ordinal + 1], this)
         if self.method.listens("after_layer"):
             self._carry_out(self.method.after_layer(done, ordinal), this)
@@ -155,14 +157,13 @@ class Cache(HFCache):
 
     def check_consumed(self) -> None:
         """Raise RuntimeError if a layer got keys that no attention function has seen."""
-        for layer in self.layers:
-            if isinstance(layer, PagedLayer) and layer.waiting:
-                layer.waiting = False
-                raise RuntimeError(
-                    f"layer {layer.core.layer} of {type(self.model).__name__} updated the cache, but its attention did "
-                    'not call the function registered as "kvfold" with the keys that it got: it ignores '
-                    "transformers' AttentionInterface, or changes the keys first"
-                )
+        layer, self.unread = self.unread, None
+        if layer is not None:
+            raise RuntimeError(
+                f"layer {layer.core.layer} of {type(self.model).__name__} updated the cache, but its attention did "
+                'not call the function registered as "kvfold" with the keys that it got: it ignores '
+                "transformers' AttentionInterface, or changes the keys first"
+            )
 
     @contextmanager
     def tentative(self, observe: Callable[[LayerView], None] | None = None) -> Iterator[None]:
@@ -183,9 +184,7 @@ class Cache(HFCache):
             for core, mark in zip(self.paged, marks, strict=True):
                 core.rewind(mark)
             self.layers = [old if old is not None else new for old, new in zip(others, self.layers, strict=True)]
-            for layer in self.layers:
-                if isinstance(layer, PagedLayer):
-                    layer.waiting = False
+            self.unread = None
 
     @contextmanager
     def prefilling(self) -> Iterator[None]:
@@ -256,7 +255,7 @@ class Cache(HFCache):
         """Forget everything that was read."""
         # New layers: transformers' own keep the batch size and the past recording of what they have read.
         self.layers = self._layers()
-        self._pass, self._at, self.recording = None, -1, False
+        self._pass, self._at, self.recording, self.unread = None, -1, False, None
 
     @property
     def batch_size(self) -> int:
@@ -272,7 +271,7 @@ class Cache(HFCache):
         self.settle_pending()
         other = object.__new__(type(self))
         other.__dict__ |= self.__dict__
-        other._pass = None
+        other._pass, other.unread = None, None
         other.layers = [
             self._fork_layer(layer, other) if isinstance(layer, PagedLayer) else copy.deepcopy(layer)
             for layer in self.layers

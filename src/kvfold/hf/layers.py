@@ -17,6 +17,8 @@ class Owner(Protocol):
     """What a paged layer asks of the cache that it belongs to."""
 
     recording: bool
+    unread: Any
+    """The layer that got keys which no attention function has seen yet."""
 
     def enter(self, ordinal: int, tokens: int) -> Pass:
         """A layer is about to attend `tokens` new tokens."""
@@ -42,7 +44,6 @@ class PagedLayer(CacheLayerMixin):
         super().__init__()
         self._owner = weakref.ref(owner)  # no cycle: the pages go when the last reference to the cache goes
         self.core = core
-        self.waiting = False
 
     @property
     def owner(self) -> Owner:
@@ -57,18 +58,21 @@ class PagedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The same tensors, the keys carrying a handle on this layer."""
-        self.owner.check_consumed()
+        owner = self.owner
+        owner.check_consumed()
+        owner.unread = self
         self.is_initialized = True
-        self.waiting = True
         return attach_handle(key_states, self), value_states
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float) -> Tensor:
         """Called by the attention function: (B, Hq, Q, D) over new and stored tokens."""
-        self.waiting = False
-        q, k, v = q.detach(), k.detach(), v.detach()  # caches are for inference
-        this = self.owner.enter(self.core.ordinal, q.shape[2])
+        owner = self.owner
+        owner.unread = None
+        if q.requires_grad or k.requires_grad or v.requires_grad:
+            q, k, v = q.detach(), k.detach(), v.detach()  # caches are for inference
+        this = owner.enter(self.core.ordinal, q.shape[2])
         out = self.core.attend(q, k, v, valid, scale, this, module)
-        self.owner.leave(self.core.ordinal, this)
+        owner.leave(self.core.ordinal, this)
         return out
 
     @property
@@ -86,7 +90,7 @@ class PagedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.core.clear()
-        self.is_initialized = self.waiting = False
+        self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` columns; a positive number is the length to crop to."""

@@ -2,7 +2,7 @@
 
 from kvfold.ops.attend import attend, merge
 from kvfold.ops.choose import top_mask
-from kvfold.ops.paged import append_pages, attend_pages, keep_pages
+from kvfold.ops.paged import append_pages, attend_pages, keep_pages, step_pages
 from kvfold.ops.prefill import causal, causal_rows
 from kvfold.ops.scores import column_sums, window_attention
 
@@ -15,6 +15,7 @@ __all__ = [
     "column_sums",
     "keep_pages",
     "merge",
+    "step_pages",
     "top_mask",
     "window_attention",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvfold.ops.dispatch import select
 from kvfold.ops.paged import cpu, naive  # noqa: F401  (each registers itself)
 
-__all__ = ["append_pages", "attend_pages", "keep_pages"]
+__all__ = ["append_pages", "attend_pages", "keep_pages", "step_pages"]
 
 
 def attend_pages(
@@ -34,6 +34,22 @@ def attend_pages(
     """
     out: tuple[Tensor, Tensor, Tensor | None] = select("attend_pages", q)(
         q, table, scale, mass=mass, read=read, compact=compact, position=position, weights=weights
+    )
+    return out
+
+
+def step_pages(
+    q: Float[Tensor, "B H G 1 D"],
+    table: Any,
+    planes: Mapping[str, Tensor],
+    scale: float,
+    *,
+    mass: str | None = None,
+    weights: bool = False,
+) -> tuple[Float[Tensor, "B H G 1 Dv"], Float[Tensor, "B H G 1"], Float[Tensor, "B H G 1 T"] | None]:
+    """`append_pages` of one token to every row (`planes` (R, 1, ...)), then `attend_pages`: a decode step at once."""
+    out: tuple[Tensor, Tensor, Tensor | None] = select("step_pages", q)(
+        q, table, planes, scale, mass=mass, weights=weights
     )
     return out
 

@@ -49,6 +49,40 @@ def attend_pages(
     return out.to(q.dtype).view(b, h, g, n, dv), lse.view(b, h, g, n), shaped
 
 
+@register("step_pages", "cpu", rank=10, fits=fits)
+def step_pages(
+    q: Tensor, table: Any, planes: Mapping[str, Tensor], scale: float, *, mass: str | None, weights: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    (b, h, g, _, d), pool, new, value = q.shape, table.pool, planes["keys"], planes["values"]
+    dv, kind = value.shape[-1], pool.planes["keys"].dtype
+    if (
+        pool.shared or g > ROWS or new.dtype != kind or value.dtype != kind or not fits(new) or pool.page_size % 4
+        or not widths_fit(d, dv)
+    ):  # fmt: skip
+        return naive.step_pages(q, table, planes, scale, mass=mass, weights=weights)
+    from kvfold.ops.paged import cpu_kernels
+
+    start = table.extend(1)
+    pool = table.pool
+    for name, spec in pool.specs.items():
+        if name not in ("keys", "values"):
+            column = planes.get(name)
+            if column is None:
+                column = torch.full((b * h, 1), spec.fill, dtype=spec.dtype)
+            cpu_kernels.write_one(pool.array(name), _rows(column)[:, 0], table.table, start, pool.page_size)
+    t = table.longest
+    out, lse = torch.empty(b * h, g, dv), torch.empty(b * h, g)
+    probabilities = torch.empty(b * h, g, t) if weights else None
+    cpu_kernels.step(
+        _rows(new)[:, 0], _rows(value)[:, 0], start, floats(q.reshape(b * h, g, d)),
+        pool.array("keys"), pool.array("values"), _NO_MASS if mass is None else pool.array(mass), _NO_READ,
+        table.table, table.lengths, table.holes, table.hole_count, pool.page_size, np.float32(scale), use_threads(),
+        out.numpy(), lse.numpy(), _NO_WEIGHTS if probabilities is None else probabilities.numpy(),
+    )  # fmt: skip
+    shaped = None if probabilities is None else probabilities.view(b, h, g, 1, t)
+    return out.to(q.dtype).view(b, h, g, 1, dv), lse.view(b, h, g, 1), shaped
+
+
 @register("append_pages", "cpu", rank=10, fits=fits)
 def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Tensor | None) -> None:
     count = planes["keys"].shape[1]

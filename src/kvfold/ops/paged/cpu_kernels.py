@@ -203,6 +203,30 @@ def write(plane, new, table, start, stop, page_size):
                 plane[place, i] = new[r, slot - start[r], i]
 
 
+@njit(nogil=True, cache=True)
+@no_type_check
+def write_one(plane, new, table, slots, page_size):
+    """Slot `slots[r]` of each row becomes new[r]; `plane` (N * P, W), `new` (R, W)."""
+    for r in range(new.shape[0]):
+        place = np.int64(table[r, slots[r] // page_size]) * page_size + slots[r] % page_size
+        for i in range(new.shape[1]):
+            plane[place, i] = new[r, i]
+
+
+@njit(nogil=True, cache=True)
+@no_type_check
+def step(
+    new_keys, new_values, slots, q, keys, values, mass, read, table, lengths, holes, hole_count, page_size, scale,
+    workers, out, lse, probs,
+):  # fmt: skip
+    """One decode step: each row's new token goes to its slot, then `attend`."""
+    write_one(keys, new_keys, table, slots, page_size)
+    write_one(values, new_values, table, slots, page_size)
+    attend(
+        q, keys, values, mass, read, table, lengths, holes, hole_count, page_size, scale, workers, out, lse, probs
+    )  # fmt: skip
+
+
 @njit(nogil=True, parallel=True, cache=True)
 @no_type_check
 def close_gaps(plane, mask, table, lengths, page_size):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfold.ops.attend import attend
-from kvfold.ops.dispatch import register
+from kvfold.ops.dispatch import register, select
 
 
 @register("attend_pages", "naive", rank=0)
@@ -39,6 +39,17 @@ def attend_pages(
     logits = torch.einsum("bhqd,bhtd->bhqt", block.float(), keys.float()) * scale
     probabilities = torch.exp((logits if bias is None else logits + bias) - lse[..., None]).nan_to_num(0.0)
     return *shaped, probabilities.view(b, h, g, n, -1)
+
+
+@register("step_pages", "naive", rank=0)
+def step_pages(
+    q: Tensor, table: Any, planes: Mapping[str, Tensor], scale: float, *, mass: str | None, weights: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    select("append_pages", planes["keys"])(table, planes, None)
+    out: tuple[Tensor, Tensor, Tensor | None] = select("attend_pages", q)(
+        q, table, scale, mass=mass, read=None, compact=None, position="position", weights=weights
+    )
+    return out
 
 
 @register("append_pages", "naive", rank=0)
