@@ -163,10 +163,10 @@ class KVLayer:
         self.width += 1
         if listening:
             everyone = torch.ones(b, 1, dtype=torch.bool, device=q.device)
-            queries = Queries(q, everyone, lse.view(b, hq, 1), positions)
+            queries = Queries(q, everyone, lse.reshape(b, hq, 1), positions)
             view = self._view(queries, self._place(this), memo={} if left is None else {ATTENTION: left})
             self.stored.commit(self._decide(view, this), None, slack=True)
-        return out.view(b, hq, 1, -1)
+        return out.reshape(b, hq, 1, -1)
 
     def settle(self, drop: int, *, turn: bool = False) -> None:
         """Take the last `drop` columns back, then run the events that waited for it (assisted decoding).

@@ -16,6 +16,7 @@ from kvfold.pool import PAGE_SIZE, PagePool, Plane
 
 __all__ = ["PAGE_SIZE", "PagePool", "PageTable", "Plane"]
 
+
 class PageTable:
     """Which pages each row holds, in order, and how many slots of them are filled.
 

@@ -15,7 +15,6 @@ from kvfold.decisions import Decision, Keep, Rewrite, Store
 from kvfold.formats import LOG_MASS, Chunk, Format
 from kvfold.rotation import Rope
 
-
 COLUMN_SUMS, ATTENTION = "column_sums", "attention"
 """What a method may ask the forward pass to leave (`Method.asks`), as names in a view's memo."""
 

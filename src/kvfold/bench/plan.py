@@ -16,8 +16,9 @@ from torch import Tensor
 from kvfold.bench.devices import Device
 from kvfold.budgets import Budget, allocate
 from kvfold.formats import POSITION, Chunk
-from kvfold.hf.cache import Cache, check_model
+from kvfold.hf.cache import Cache
 from kvfold.hf.layers import PagedLayer, tensors
+from kvfold.hf.support import check_model
 from kvfold.methods import Method
 from kvfold.methods.base import decided
 from kvfold.ops.dispatch import use

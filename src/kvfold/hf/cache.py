@@ -11,17 +11,21 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache as HFCache
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvfold.hf import attention
+from kvfold.hf.chunks import put_together, read_ahead
 from kvfold.hf.layers import PagedLayer, WindowLayer, storage_bytes
 from kvfold.hf.report import Report, layer_report
 from kvfold.hf.rope import find_rope
+from kvfold.hf.support import attention_modules, check_model
 from kvfold.layer import KVLayer
 from kvfold.methods.base import Decisions, Method
 from kvfold.methods.registry import parse
+from kvfold.options import check_int
 from kvfold.passes import Pass
 from kvfold.views import LayerView
+from kvfold.warm import warm_up
 
 
 class Cache(HFCache):
@@ -29,19 +33,26 @@ class Cache(HFCache):
 
     `method` is a slug, a composition as text, or a Method; `options` go to the method. Sets the model's attention
     implementation to "kvfold", which without this cache computes what "sdpa" does. Sliding-window layers keep
-    their window and linear-attention layers their state: no method sees them.
+    their window and linear-attention layers their state: no method sees them. With `prefill_chunk` the model reads
+    longer inputs in chunks of so many tokens, and the method decides after each: no layer ever holds more than its
+    budget and a chunk (the answer is then not that of one pass, but for `full`; see docs/architecture.md).
 
     Raises ValueError for a model that can't work, naming what is missing, and for options that don't fit.
     """
 
     layers: list[Any]
 
-    def __init__(self, model: PreTrainedModel, method: str | Method = "full", **options: Any):
+    def __init__(
+        self, model: PreTrainedModel, method: str | Method = "full", *, prefill_chunk: int | None = None, **options: Any
+    ):
         self.method = parse(method, **options)
+        if prefill_chunk is not None:
+            check_int("prefill_chunk", prefill_chunk, 2)
         check_model(model)
-        self.model = model
+        self.model, self.prefill_chunk = model, prefill_chunk
         self.recording = False
         self.unread: PagedLayer | None = None
+        self._chunks: tuple[nn.Module, list[Tensor]] | None = None  # a call that was split, the outputs so far
         self._pass: Pass | None = None
         self._at = -1
         self._token_ids: Tensor | None = None
@@ -271,7 +282,7 @@ class Cache(HFCache):
         self.settle_pending()
         other = object.__new__(type(self))
         other.__dict__ |= self.__dict__
-        other._pass, other.unread = None, None
+        other._pass, other.unread, other._chunks = None, None, None
         other.layers = [
             self._fork_layer(layer, other) if isinstance(layer, PagedLayer) else copy.deepcopy(layer)
             for layer in self.layers
@@ -331,40 +342,10 @@ class Done:
         return len(self._layers)
 
 
-def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Attention modules by layer index."""
-    found: dict[int, nn.Module] = {}
-    for module in model.modules():
-        index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and type(module).__name__.endswith("Attention"):
-            found.setdefault(index, module)
-    return found
-
-
-def check_model(model: Any) -> None:
-    """Raise ValueError unless kvfold can attend for this model; the message says which part is missing."""
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model={type(model).__name__} is not a transformers PreTrainedModel")
-    name = type(model).__name__
-    config = model.config.get_text_config(decoder=True)
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder; kvfold caches serve decoder-only models")
-    if not model._can_set_attn_implementation():
-        raise ValueError(f"the attention of {name} does not go through transformers' AttentionInterface")
-    if getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0):
-        raise ValueError(f"{name} shares keys and values between layers, which kvfold does not support yet")
-    if getattr(config, "attn_logit_softcapping", None):
-        raise ValueError(f"{name} caps its logits (attn_logit_softcapping), which kvfold does not support yet")
-    if any(getattr(module, "sinks", None) is not None for module in attention_modules(model).values()):
-        raise ValueError(f"{name} attends with learned sinks, which kvfold does not support yet")
-    for layer in DynamicCache(config=config).layers:
-        if not (isinstance(layer, CacheLayerMixin) or hasattr(layer, "conv_states")):
-            raise ValueError(f"{name} has cache layers of type {type(layer).__name__}, which kvfold does not know")
-
-
 def use_kvfold(model: PreTrainedModel) -> None:
     """Set the model's attention to "kvfold" and let its forward passes tell their cache what they read."""
     attention.register()
+    warm_up(model.device, model.dtype)
     if model.config.get_text_config(decoder=True)._attn_implementation != attention.NAME:
         model.set_attn_implementation(attention.NAME)
     if not getattr(model, "_kvfold_hooks", None):
@@ -374,11 +355,19 @@ def use_kvfold(model: PreTrainedModel) -> None:
         )
 
 
-def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     cache = kwargs.get("past_key_values")
-    if isinstance(cache, Cache):
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        cache._token_ids, cache._pass = (ids if isinstance(ids, torch.Tensor) else None), None
+    if not isinstance(cache, Cache):
+        return None
+    changed = None
+    if cache.prefill_chunk is not None:
+        ahead = read_ahead(module, args, kwargs, cache.prefill_chunk)
+        if ahead is not None:
+            kwargs, cache._chunks = ahead[0], (module, ahead[1])
+            args, changed = (), ((), kwargs)
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    cache._token_ids, cache._pass = (ids if isinstance(ids, torch.Tensor) else None), None
+    return changed
 
 
 def _after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -386,3 +375,6 @@ def _after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output:
     if isinstance(cache, Cache):
         cache.check_consumed()
         cache._token_ids, cache._pass = None, None
+        if cache._chunks is not None and cache._chunks[0] is module:  # not the body, where the head was called
+            kept, cache._chunks = cache._chunks[1], None
+            put_together(output, kept)

@@ -107,7 +107,9 @@ def _save_paged(core: KVLayer, prefix: str, tensors: dict[str, Tensor]) -> dict[
     for number, (form, segment) in enumerate(core.segments):
         if not isinstance(form, Dense):
             raise ValueError(f"layer {core.layer} holds a segment of format {form!r}; only dense ones can be saved")
-        segment.keep(segment.dense().valid, {})  # no gaps, so that this cache goes on in the same order as the loaded one
+        segment.keep(
+            segment.dense().valid, {}
+        )  # no gaps, so that this cache goes on in the same order as the loaded one
         tokens = segment.dense()
         stored = {"keys": tokens.keys, "values": tokens.values, **tokens.columns}
         for name, plane in stored.items():

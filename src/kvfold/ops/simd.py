@@ -82,7 +82,10 @@ def _product(rows: int, vectors: int, lanes: int) -> Any:
             lefts = [build.gep(left, [build.mul(lda, ir.Constant(I64, r))]) for r in range(rows)]
             targets = [build.gep(target, [build.mul(ldc, ir.Constant(I64, r))]) for r in range(rows)]
             sums = [
-                [cgutils.alloca_once_value(build, _load(build, sig.args[6], t, n * lanes, lanes)) for n in range(vectors)]
+                [
+                    cgutils.alloca_once_value(build, _load(build, sig.args[6], t, n * lanes, lanes))
+                    for n in range(vectors)
+                ]
                 for t in targets
             ]
             with cgutils.for_range(build, length) as loop:

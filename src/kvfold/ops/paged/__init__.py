@@ -62,9 +62,7 @@ def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Bool[Tensor, "
     select("append_pages", planes["keys"])(table, planes, valid)
 
 
-def keep_pages(
-    table: Any, mask: Bool[Tensor, "R T"], columns: Mapping[str, Tensor], *, slack: bool = False
-) -> None:
+def keep_pages(table: Any, mask: Bool[Tensor, "R T"], columns: Mapping[str, Tensor], *, slack: bool = False) -> None:
     """Drop the tokens that `mask` does not mark, write `columns` (R, T) over those that stay, give memory back.
 
     `slack`: few tokens may leave holes; the rest of a row moves up when a page's worth of them has gathered.

@@ -64,7 +64,7 @@ def _add_columns(logits, weights, rows, width, stop, sums):
 @njit(nogil=True, parallel=True, cache=True, fastmath=FAST)
 @no_type_check
 def causal(q, keys, values, scale, tile, out, lse, sums):
-    """q (N, G, T, D), N = (row, KV head); keys (N, panels, D, STRIP) and values (N, T, Dv) flat; sums (N, PARTS, T or 0).
+    """q (N, G, T, D), N = (row, KV head); keys (N, panels, D, STRIP), values (N, T, Dv) flat; sums (N, PARTS, T or 0).
 
     Query i sees keys 0 to i.
     """

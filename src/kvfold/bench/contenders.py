@@ -1,0 +1,178 @@
+"""The caches that an end-to-end benchmark compares: kvfold's methods, and transformers' own."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache as HFCache
+from transformers import DynamicCache, PreTrainedModel, QuantizedCache
+
+from kvfold.bench.machine import sync, timed
+from kvfold.hf.attention import NAME
+from kvfold.hf.cache import Cache
+from kvfold.hf.layers import PagedLayer, tensors
+from kvfold.methods import Method
+from kvfold.views import LayerView
+
+DYNAMIC = "DynamicCache"
+BACKENDS: dict[str, dict[str, Any]] = {
+    "fp8": {},
+    "quanto": {"nbits": 4},
+    "hqq": {"nbits": 4, "axis_key": 1, "axis_value": 1},
+}
+"""Of transformers' QuantizedCache, with what each is asked for (hqq quantises along axis 1 alone well)."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A cache to be measured: `make` gives a new, empty one. `budget` is the method's, where it has one."""
+
+    name: str
+    library: str
+    budget: float | int | None
+    make: Callable[[], HFCache]
+
+
+def kvfold_contenders(model: PreTrainedModel, methods: Sequence[tuple[str, Method]]) -> list[Contender]:
+    """A contender for each method, under the name that it was asked for by."""
+
+    def one(name: str, method: Method) -> Contender:
+        return Contender(name, "kvfold", getattr(method, "budget", None), lambda: Cache(model, method))
+
+    return [one(name, method) for name, method in methods]
+
+
+def transformers_contenders(model: PreTrainedModel, quantized: bool = True) -> tuple[list[Contender], list[dict]]:  # type: ignore[type-arg]
+    """transformers' caches for this model, DynamicCache first, and those left out, each with its reason."""
+    found = [Contender(DYNAMIC, "transformers", None, lambda: DynamicCache(config=model.config))]
+    skipped: list[dict[str, str]] = []
+
+    def one(backend: str, options: dict[str, Any]) -> Contender:
+        bits = f"{options['nbits']} bits" if options else "8 bits"
+        name = f"QuantizedCache ({backend}, {bits})"
+        return Contender(name, "transformers", None, lambda: QuantizedCache(backend, model.config, **options))
+
+    for backend, options in BACKENDS.items() if quantized else ():
+        contender = one(backend, options)
+        try:
+            contender.make()
+        except (ImportError, ValueError) as error:  # not installed; not in this transformers; not for this model
+            skipped.append({"contender": contender.name, "reason": " ".join(str(error).split())})
+        else:
+            found.append(contender)
+    return found, skipped
+
+
+def held_bytes(cache: HFCache) -> int:
+    """Bytes of a cache: `nbytes` of kvfold's, else the sum of the tensors in its layers, each counted once.
+
+    A slice counts as what it shows, not as the storage that it keeps alive.
+    """
+    if isinstance(cache, Cache):
+        return cache.nbytes
+    found = {id(tensor): tensor for layer in cache.layers for tensor in tensors(layer)}
+    return sum(_bytes(tensor) for tensor in found.values())
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Packed tensors (quanto's) show the dtype that they stand for: what counts is what they are made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.nbytes
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of weights that a decode step reads at least: each parameter once, a tied matrix once.
+
+    An input table of its own is looked up and not read; of experts, one token's share counts.
+    """
+    table, output = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tied = output is None or output.weight is table
+    config = model.config.get_text_config(decoder=True)
+    experts = next((n for key in ("num_experts", "num_local_experts", "n_routed_experts")
+                    if (n := getattr(config, key, None))), 0)  # fmt: skip
+    used = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or experts
+    total = 0
+    for name, parameter in model.named_parameters():  # a shared parameter comes once
+        if parameter is table and not tied:
+            continue
+        share = used / experts if experts and ".experts." in name else 1.0
+        total += round(parameter.nbytes * share)
+    return total
+
+
+def draw_prompts(model: PreTrainedModel, batch: int, context: int, seed: int = 0) -> Tensor:
+    """Random token ids (B, T), the same as the peers' in benchmarks/peers."""
+    size = model.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(min(10, size - 1), min(10_000, size), (batch, context), generator=generator)
+    return ids.to(model.device)
+
+
+def set_attention(model: PreTrainedModel, cache: HFCache) -> None:
+    """kvfold's attention for its caches, SDPA for transformers'."""
+    model.set_attn_implementation(NAME if isinstance(cache, Cache) else "sdpa")
+
+
+@torch.no_grad()
+def forward(model: PreTrainedModel, cache: HFCache, ids: Tensor) -> Tensor:
+    """Read `ids` (B, Q); the greedy next token (B, 1)."""
+    logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+    token: Tensor = logits[:, -1:].argmax(-1)
+    return token
+
+
+def read_prompt(model: PreTrainedModel, cache: HFCache, ids: Tensor) -> tuple[Tensor, float]:
+    """A real prefill: the next token (B, 1) and the seconds that it took."""
+    set_attention(model, cache)
+    got: list[Tensor] = []
+    seconds = timed(lambda: got.append(forward(model, cache, ids)), model.device)
+    return got[0], seconds
+
+
+def decode_steps(model: PreTrainedModel, cache: HFCache, token: Tensor, steps: int) -> tuple[Tensor, list[float]]:
+    """`steps` greedy tokens after `token`, whatever ends an answer: the last (B, 1), and each step's seconds."""
+    set_attention(model, cache)
+    taken: list[float] = []
+    for _ in range(steps):
+        got: list[Tensor] = []
+        before = token
+        taken.append(timed(lambda before=before, got=got: got.append(forward(model, cache, before)), model.device))  # type: ignore[misc]
+        token = got[0]
+    sync(model.device)
+    return token, taken
+
+
+@torch.no_grad()
+def fill_all(model: PreTrainedModel, caches: Sequence[HFCache], ids: Tensor) -> Tensor:
+    """One exact prefill of (B, T) fills all `caches`, empty ones; the next token (B, 1). See `prefill_many`.
+
+    transformers' caches get the same keys and values by `update`. A kvfold cache of method `full` that is among
+    them reads the prompt itself, so that no second full cache stands beside it.
+    """
+    own = next((cache for cache in caches if isinstance(cache, Cache) and cache.method.info.slug == "full"), None)
+    base = Cache(model, "full") if own is None else own
+
+    def hand_out(view: LayerView) -> None:
+        for cache in caches:
+            if isinstance(cache, Cache):
+                if cache is not base:
+                    cache.adopt(view)
+            else:
+                cache.update(view.keys.clone(), view.values.clone(), view.place.layer)
+
+    set_attention(model, base)
+    with base.observed(hand_out):
+        token = forward(model, base, ids)
+    for cache in caches:
+        if cache is base:
+            continue
+        # Sliding windows and recurrent states are no method's: each cache gets its own copy of what the model left.
+        cache.layers = [
+            mine if isinstance(theirs, PagedLayer) else copy.deepcopy(theirs)
+            for mine, theirs in zip(cache.layers, base.layers, strict=True)
+        ]
+    return token

@@ -1,0 +1,92 @@
+"""Reading a long prompt in chunks, from inside one call of the model: `Cache(..., prefill_chunk=512)`.
+
+A forward pre-hook runs the model over all chunks but the last, and lets the call go on with that one. After each chunk
+the method decides, so that a layer never holds more than its budget and a chunk, however long the prompt is.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WHOLE = ("output_attentions", "output_hidden_states", "labels")
+"""What would need the whole prompt's states at once."""
+
+
+def chunk_ends(length: int, chunk: int) -> list[int]:
+    """Where the chunks of a prompt end; the last is never a lone token, which would count as a generated one."""
+    ends = [*range(chunk, length, chunk), length]
+    if len(ends) > 1 and ends[-1] - ends[-2] == 1:
+        ends[-2] -= 1
+    return ends
+
+
+def read_ahead(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: int
+) -> tuple[dict[str, Any], list[Tensor]] | None:
+    """Run all chunks but the last; the arguments of the last, and the outputs of the others if all are wanted.
+
+    None where there is nothing to split. Raises ValueError for arguments that would need the whole prompt at once.
+    """
+    named = dict(kwargs)
+    if args:
+        named["input_ids"] = args[0]
+    tokens = named.get("input_ids")
+    tokens = named.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(tokens, Tensor) or tokens.shape[1] <= chunk:
+        return None
+    if len(args) > 1:
+        raise ValueError(f"prefill_chunk={chunk} needs the model's arguments by name, but {len(args)} came without")
+    for name in WHOLE:
+        if named.get(name) is not None and named[name] is not False:
+            raise ValueError(f"prefill_chunk={chunk} can't be combined with {name}: it would need the whole prompt")
+    ends, kept, start = chunk_ends(tokens.shape[1], chunk), [], 0
+    wanted = named.get("logits_to_keep", 0)
+    few = isinstance(wanted, int) and 0 < wanted <= ends[-1] - ends[-2]
+    if not few and not (isinstance(wanted, int) and wanted == 0):
+        raise ValueError(
+            f"prefill_chunk={chunk} takes logits_to_keep=0 or a number within the last chunk, not {wanted!r}"
+        )
+    for stop in ends[:-1]:
+        out = module(**part(named, start, stop, tokens.shape[1]) | ({"logits_to_keep": 1} if few else {}))
+        if not few:
+            kept.append(first_tensor(out))
+        start = stop
+    return part(named, start, ends[-1], tokens.shape[1]), kept
+
+
+def part(named: Mapping[str, Any], start: int, stop: int, length: int) -> dict[str, Any]:
+    """The arguments of a call over tokens `start` to `stop` of `length`."""
+    made = dict(named)
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            continue
+        if name == "attention_mask" and value.dim() == 2:
+            made[name] = value[:, : value.shape[1] - length + stop]
+        elif name in ("input_ids", "inputs_embeds", "token_type_ids") and value.shape[1] == length:
+            made[name] = value[:, start:stop]
+        elif name in ("position_ids", "cache_position") and value.shape[-1] == length:
+            made[name] = value[..., start:stop]
+    return made
+
+
+def first_tensor(out: Any) -> Tensor:
+    """Logits, or the last hidden state of a model without a head."""
+    found: Tensor = out[0] if isinstance(out, tuple) else getattr(out, output_name(out))
+    return found
+
+
+def output_name(out: Any) -> str:
+    """Which of a model output's fields has one row for each token."""
+    return "logits" if hasattr(out, "logits") else "last_hidden_state"
+
+
+def put_together(out: Any, kept: list[Tensor]) -> None:
+    """Put the earlier chunks' outputs before the last one's, in place. Raises ValueError for an output as a tuple."""
+    if not kept:
+        return
+    if isinstance(out, tuple):
+        raise ValueError("return_dict=False: prefill_chunk with the logits of all tokens needs an output by name")
+    name = output_name(out)
+    setattr(out, name, torch.cat([*kept, getattr(out, name)], 1))

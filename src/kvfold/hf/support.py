@@ -1,0 +1,38 @@
+"""Which models kvfold can attend for."""
+
+from typing import Any
+
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Attention modules by layer index."""
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and type(module).__name__.endswith("Attention"):
+            found.setdefault(index, module)
+    return found
+
+
+def check_model(model: Any) -> None:
+    """Raise ValueError unless kvfold can attend for this model; the message says which part is missing."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model={type(model).__name__} is not a transformers PreTrainedModel")
+    name = type(model).__name__
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder; kvfold caches serve decoder-only models")
+    if not model._can_set_attn_implementation():
+        raise ValueError(f"the attention of {name} does not go through transformers' AttentionInterface")
+    if getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0):
+        raise ValueError(f"{name} shares keys and values between layers, which kvfold does not support yet")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise ValueError(f"{name} caps its logits (attn_logit_softcapping), which kvfold does not support yet")
+    if any(getattr(module, "sinks", None) is not None for module in attention_modules(model).values()):
+        raise ValueError(f"{name} attends with learned sinks, which kvfold does not support yet")
+    for layer in DynamicCache(config=config).layers:
+        if not (isinstance(layer, CacheLayerMixin) or hasattr(layer, "conv_states")):
+            raise ValueError(f"{name} has cache layers of type {type(layer).__name__}, which kvfold does not know")
