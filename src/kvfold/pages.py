@@ -32,6 +32,7 @@ class PageTable:
         self.regular = True
         self.fill_holes()
         self._room = 0  # tokens that every row surely has room for
+        self._uploaded: tuple[tuple[np.ndarray, ...], tuple[Tensor, ...]] = ((), ())
 
     @property
     def rows(self) -> int:
@@ -81,6 +82,21 @@ class PageTable:
     def shared(self) -> bool:
         """Some page of ours is held more than once, by another table or by two rows."""
         return self.pool.shared > 0 and bool((self.pool.refs[self.table[self.table >= 0]] > 1).any())
+
+    def on_device(self) -> tuple[Tensor, ...]:
+        """(table, lengths, holes, hole_count) where the pool is, for the kernels: sent when they have changed.
+
+        The arrays are never changed in place on a device, so it is enough to see whether they are the same ones.
+        """
+        arrays = (self.table, self.lengths, self.holes, self.hole_count)
+        if not self._uploaded[0] or any(a is not b for a, b in zip(arrays, self._uploaded[0], strict=True)):
+            sent = (torch.from_numpy(array).to(self.pool.device, non_blocking=True) for array in arrays)
+            self._uploaded = (arrays, tuple(sent))
+        return self._uploaded[1]
+
+    def stepped(self) -> None:
+        """A kernel has added one to every length on the device; here `extend` has done the same."""
+        self._uploaded = ((self.table, self.lengths, self.holes, self.hole_count), self._uploaded[1])
 
     def cut(self, counts: np.ndarray) -> None:
         """Keep the first `counts[r]` tokens of each row, and the holes right behind them; the pages stay."""
@@ -231,6 +247,7 @@ class PageTable:
             self.table = np.concatenate([self.table, more], axis=1)
         fresh = self.pool.allocate(int(np.maximum(needed - have, 0).sum()))
         place = np.arange(self.table.shape[1])[None]
+        self.table = self.table.copy()  # never changed in place: see `on_device`
         self.table[(place >= have[:, None]) & (place < needed[:, None])] = fresh
 
     def _own(self, places: np.ndarray) -> None:
@@ -248,6 +265,7 @@ class PageTable:
         for plane in self.pool.planes.values():
             plane[target] = plane.index_select(0, source)
         self.pool.release(old)
+        self.table = self.table.copy()
         self.table[rows[copied], index[copied]] = new
         self.regular = False
 
@@ -280,7 +298,7 @@ class PageTable:
             return
         if not self.exclusive:
             self.pool.release(self.table[spare])
-            self.table[spare] = -1
+            self.table = np.where(spare, np.int32(-1), self.table)
             self.regular = False
         elif _nearly_even(needed):
             self.relocate(longest)

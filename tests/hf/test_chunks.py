@@ -85,7 +85,7 @@ def test_the_last_chunk_is_never_a_lone_token():
     assert chunk_ends(61, 20) == [20, 40, 59, 61] and chunk_ends(60, 20) == [20, 40, 60] and chunk_ends(5, 20) == [5]
 
 
-def test_refusals_come_before_anything_is_read():
+def test_refusals_come_before_anything_is_read(unchecked):
     model, ids = subject("llama"), tokens(50)["input_ids"]
     for bad in (1, 0, 2.5, True):
         with pytest.raises(ValueError, match=r"prefill_chunk=.* must be an int >= 2"):

@@ -1,6 +1,7 @@
 """The caches that an end-to-end benchmark compares: kvfold's methods, and transformers' own."""
 
 import copy
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,12 @@ from torch import Tensor
 from transformers import Cache as HFCache
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 
-from kvfold.bench.machine import sync, timed
+from kvfold.bench.machine import sync
 from kvfold.hf.attention import NAME
 from kvfold.hf.cache import Cache
 from kvfold.hf.layers import PagedLayer, tensors
 from kvfold.methods import Method
+from kvfold.methods.full import Full
 from kvfold.views import LayerView
 
 DYNAMIC = "DynamicCache"
@@ -128,9 +130,11 @@ def forward(model: PreTrainedModel, cache: HFCache, ids: Tensor) -> Tensor:
 def read_prompt(model: PreTrainedModel, cache: HFCache, ids: Tensor) -> tuple[Tensor, float]:
     """A real prefill: the next token (B, 1) and the seconds that it took."""
     set_attention(model, cache)
-    got: list[Tensor] = []
-    seconds = timed(lambda: got.append(forward(model, cache, ids)), model.device)
-    return got[0], seconds
+    sync(model.device)
+    start = time.perf_counter()
+    token = forward(model, cache, ids)
+    sync(model.device)
+    return token, time.perf_counter() - start
 
 
 def decode_steps(model: PreTrainedModel, cache: HFCache, token: Tensor, steps: int) -> tuple[Tensor, list[float]]:
@@ -138,11 +142,11 @@ def decode_steps(model: PreTrainedModel, cache: HFCache, token: Tensor, steps: i
     set_attention(model, cache)
     taken: list[float] = []
     for _ in range(steps):
-        got: list[Tensor] = []
-        before = token
-        taken.append(timed(lambda before=before, got=got: got.append(forward(model, cache, before)), model.device))  # type: ignore[misc]
-        token = got[0]
-    sync(model.device)
+        sync(model.device)
+        start = time.perf_counter()
+        token = forward(model, cache, token)
+        sync(model.device)
+        taken.append(time.perf_counter() - start)
     return token, taken
 
 
@@ -153,7 +157,7 @@ def fill_all(model: PreTrainedModel, caches: Sequence[HFCache], ids: Tensor) -> 
     transformers' caches get the same keys and values by `update`. A kvfold cache of method `full` that is among
     them reads the prompt itself, so that no second full cache stands beside it.
     """
-    own = next((cache for cache in caches if isinstance(cache, Cache) and cache.method.info.slug == "full"), None)
+    own = next((cache for cache in caches if isinstance(cache, Cache) and isinstance(cache.method, Full)), None)
     base = Cache(model, "full") if own is None else own
 
     def hand_out(view: LayerView) -> None:

@@ -45,9 +45,7 @@ def read_ahead(
     wanted = named.get("logits_to_keep", 0)
     few = isinstance(wanted, int) and 0 < wanted <= ends[-1] - ends[-2]
     if not few and not (isinstance(wanted, int) and wanted == 0):
-        raise ValueError(
-            f"prefill_chunk={chunk} takes logits_to_keep=0 or a number within the last chunk, not {wanted!r}"
-        )
+        raise ValueError(f"prefill_chunk={chunk}: logits_to_keep={wanted!r} must be 0 or fit within the last chunk")
     for stop in ends[:-1]:
         out = module(**part(named, start, stop, tokens.shape[1]) | ({"logits_to_keep": 1} if few else {}))
         if not few:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvfold.ops.dispatch import select
-from kvfold.ops.paged import cpu, naive  # noqa: F401  (each registers itself)
+from kvfold.ops.paged import cpu, gpu, naive  # noqa: F401  (each registers itself)
 
 __all__ = ["append_pages", "attend_pages", "keep_pages", "step_pages"]
 

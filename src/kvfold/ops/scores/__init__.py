@@ -4,7 +4,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.ops.dispatch import select
-from kvfold.ops.scores import blocked, cpu, naive  # noqa: F401  (each registers itself)
+from kvfold.ops.scores import blocked, cpu, gpu, naive  # noqa: F401  (each registers itself)
 
 __all__ = ["column_sums", "window_attention"]
 

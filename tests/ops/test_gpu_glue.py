@@ -1,0 +1,83 @@
+"""The Triton versions behind the dispatch: the same decode steps as the definition, in the interpreter or on a GPU."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+pytest.importorskip("triton", reason="Triton is not installed (the extra `gpu`)")
+
+from test_triton_kernels import DEVICE, _interpreted  # noqa: F401  (a fixture that every test here needs)
+
+from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense
+from kvfold.ops import dispatch
+
+
+@pytest.fixture(autouse=True)
+def _triton_fits(monkeypatch):
+    """Let the dispatch take the Triton versions on the CPU too."""
+    wanted = {
+        op: [dataclasses.replace(k, fits=lambda _: True) if k.name == "triton" else k for k in kernels]
+        for op, kernels in dispatch._kernels.items()
+    }
+    monkeypatch.setattr(dispatch, "_kernels", wanted)
+
+
+def segment(lengths: list[int], dtype: torch.dtype, mass: bool):
+    rng = torch.Generator().manual_seed(0)
+    t = max(lengths)
+    keys, values = (torch.randn(len(lengths), 2, t, 32, generator=rng).to(DEVICE, dtype) for _ in range(2))
+    columns = {POSITION: torch.arange(t, dtype=torch.int32, device=DEVICE).expand(len(lengths), 2, t)}
+    if mass:
+        columns[LOG_MASS] = torch.rand(len(lengths), 2, t, generator=rng).to(DEVICE)
+    valid = (torch.arange(t) < torch.tensor(lengths)[:, None, None]).expand(-1, 2, -1).to(DEVICE)
+    made = Dense().segment(Chunk(keys, values, valid, columns))
+    made.append(Chunk(keys, values, valid, columns))
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mass", [False, True])
+@pytest.mark.parametrize("lengths", [[20, 20], [33, 0, 7]], ids=["even", "ragged"])
+def test_decode_steps_are_those_of_the_definition(dtype, mass, lengths):
+    rng, some, other = torch.Generator().manual_seed(1), *(segment(lengths, dtype, mass) for _ in range(2))
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    for step in range(18):  # over a page's end, and one step on pages that a fork shares
+        q = torch.randn(len(lengths), 2, 3, 1, 32, generator=rng).to(DEVICE, dtype)
+        k, v = (torch.randn(len(lengths), 2, 1, 32, generator=rng).to(DEVICE, dtype) for _ in range(2))
+        at = torch.full((len(lengths), 1), 50 + step, dtype=torch.int32, device=DEVICE)
+        forks = [x.select(np.arange(len(lengths))) for x in (some, other)] if step == 5 else []
+        with dispatch.use("triton"):
+            got = some.step(q, k, v, at, 0.3, weights=True)
+        with dispatch.use("naive"):
+            want = other.step(q, k, v, at, 0.3, weights=True)
+        for name, a, b in zip(("out", "lse", "weights"), got, want, strict=True):
+            assert_close(a, b, atol=tolerance, rtol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        for fork in forks:
+            assert fork.counts().tolist() == [[length + 5] * 2 for length in lengths]
+        if step == 8:  # holes, as the CPU leaves them; here the rows close up at once
+            for x in (some, other):
+                stored = x.dense()
+                x.keep(stored.valid & (stored.positions != 3), {}, slack=True)
+    assert some.counts().tolist() == other.counts().tolist()
+    for name in ("keys", "values", *some.dense().columns):
+        ours, theirs = (x.table.dense(name)[x.table.valid()] for x in (some, other))
+        assert torch.equal(ours, theirs)
+    assert some.table.on_device()[1].tolist() == some.table.lengths.tolist()
+
+
+def test_lengths_are_sent_only_when_they_change():
+    some = segment([20, 20], torch.float32, False)
+    pages, lengths, *_ = some.table.on_device()
+    q, k = torch.zeros(2, 2, 1, 1, 32, device=DEVICE), torch.zeros(2, 2, 1, 32, device=DEVICE)
+    at = torch.zeros(2, 1, dtype=torch.int32, device=DEVICE)
+    with dispatch.use("triton"):
+        for step in range(12):  # up to the end of a page: the kernel moves the lengths on
+            some.step(q, k, k, at, 1.0, weights=False)
+            now = some.table.on_device()
+            assert now[0] is pages and now[1] is lengths and lengths.tolist() == [21 + step] * 4
+        some.step(q, k, k, at, 1.0, weights=False)
+    now = some.table.on_device()
+    assert now[0] is not pages and now[0].shape[1] > pages.shape[1] and now[1].tolist() == [33] * 4
