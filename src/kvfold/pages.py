@@ -70,8 +70,9 @@ class PageTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the table itself; the pool counts its own."""
-        return self.table.nbytes + self.lengths.nbytes + self.holes.nbytes + self.hole_count.nbytes
+        """Bytes of the table itself, and of its copy on a device; the pool counts its own."""
+        copies = sum(x.nbytes for x in self._uploaded[1]) if self.pool.device.type != "cpu" else 0
+        return self.table.nbytes + self.lengths.nbytes + self.holes.nbytes + self.hole_count.nbytes + copies
 
     @property
     def exclusive(self) -> bool:

@@ -101,3 +101,12 @@ def test_refusals_come_before_anything_is_read(unchecked):
         assert cache.get_seq_length() == 0
     feed(model, cache, ids, torch.ones_like(ids))
     assert cache.get_seq_length() == 50
+
+
+def test_transformers_own_chunks_are_ours():
+    model, ids = subject("llama"), tokens(61)["input_ids"]
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    ours, theirs = kvfold.Cache(model, "snapkv", budget=20, prefill_chunk=16), kvfold.Cache(model, "snapkv", budget=20)
+    got = model.generate(ids, past_key_values=ours, **options)
+    assert torch.equal(got, model.generate(ids, past_key_values=theirs, prefill_chunk_size=16, **options))
+    assert [core.kept() for core in ours.paged] == [core.kept() for core in theirs.paged]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import kvfold
 from kvfold.evaluation.needles import DEPTHS, find, plant
@@ -71,3 +72,24 @@ def test_run_frees_what_kvmerger_drops() -> None:
     saved = full["nbytes"] - merger["nbytes"]
     shrunk = full["resident_bytes_after_prefill"] - merger["resident_bytes_after_prefill"]
     assert shrunk > 0.8 * saved
+
+
+@pytest.mark.parametrize("method", ["snapkv", "kvmerger(skip=())"])  # exempt layers hold more than an even share
+def test_a_prompt_of_8k_tokens_in_chunks_never_holds_more_than_1100(method: str) -> None:
+    """Budget 512, chunks of 512: stored tokens and the chunk in hand, and the bytes between two chunks."""
+    lm, tokenizer = model("smollm2-135m-instruct")
+    ids = tokenizer(STORY.read_text() * 2, return_tensors="pt").input_ids[:, :8000]
+    assert ids.shape[1] == 8000
+    cache = kvfold.Cache(lm, method, budget=512, prefill_chunk=512)
+    held: list[int] = []
+    between: list[int] = []
+
+    def look(view: Any) -> None:
+        held.append(int(view.count.max()))
+        between.append(cache.nbytes)
+
+    with torch.no_grad(), cache.observed(look):
+        lm(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    assert len(held) == 30 * 16 and 512 < max(held) <= 1100
+    assert max(between) < 1.1 * 512 * cache.dense_nbytes / 8000  # pages hold the budget alone
+    assert cache.kept_tokens <= 512

@@ -85,8 +85,8 @@ class _Layer:
     def kvfold(self) -> Tensor:
         """(B, H * G, 1, D), as the library asks."""
         b, h = self.keys.shape[:2]
-        out = self.segment.attend(self.q.view(b, h, -1, 1, self.q.shape[-1]), self.q.shape[-1] ** -0.5)[0]
-        return out.view(self.q.shape)
+        q, scale = self.q.view(b, h, -1, 1, self.q.shape[-1]), self.q.shape[-1] ** -0.5
+        return self.segment.attend(q, scale, read=None, compact=None, weights=False)[0].view(self.q.shape)
 
     def sdpa(self) -> Tensor:
         """The same by torch, which has no lengths: a mask leaves tokens out, and they are read all the same."""

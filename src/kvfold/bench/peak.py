@@ -5,8 +5,10 @@ mark back where the system lets it, reads a prompt and decodes a few tokens.
 """
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,10 @@ def measure_peak(
     return run_json([sys.executable, "-m", "kvfold.bench.peak", json.dumps(wanted)], contender)
 
 
-def run_json(command: list[str], what: str) -> dict[str, Any]:
-    """What a program prints on its last line. Raises RuntimeError if it fails or prints none."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run_json(command: list[str], what: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What a program prints on its last line, run with more `environment`. Raises RuntimeError if it fails."""
+    variables = {**os.environ, **(environment or {})}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         last = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]

@@ -3,10 +3,13 @@
 import ast
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import kvfold
+from kvfold.bench.contenders import DYNAMIC
+from kvfold.bench.endtoend import Row
 from kvfold.bench.peak import run_json
 
 SCRIPT = Path("benchmarks/peers/kvpress_peer.py")
@@ -49,7 +52,7 @@ def check_python(python: str) -> None:
 
 def run_kvpress(
     python: str, script: Path, folder: Path, method: str, budget: float | int | None, *, context: int, batch: int,
-    dtype: str, steps: int, rounds: int, seed: int = 0,
+    dtype: str, steps: int, rounds: int, threads: int, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """The peer's report (benchmarks/peers/README.md). A budget in tokens becomes a fraction of the context.
 
@@ -61,4 +64,47 @@ def run_kvpress(
         "new-tokens": steps, "rounds": rounds, "seed": seed,
     }  # fmt: skip
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    return run_json([python, str(script), *words], f"kvpress {method}")
+    return run_json([python, str(script), *words], f"kvpress {method}", {"OMP_NUM_THREADS": str(threads)})
+
+
+def kvpress_rows(
+    python: str, script: Path, folder: Path, methods: Sequence[tuple[str, float | int | None]], *, rows: Sequence[Row],
+    weights: int, bandwidth: float, context: int, batch: int, prefill_batch: int, dtype: str, steps: int, rounds: int,
+    threads: int, tick: Callable[[str], None] = lambda _: None,
+) -> tuple[list[Row], list[dict[str, str]]]:  # fmt: skip
+    """A row for each method (slug, budget) that kvpress has, and those left out, each with its reason.
+
+    `rows` are this run's own, `weights` in bytes and `bandwidth` in bytes/s: a peer's bound and its ratios to
+    DynamicCache come from them. Where the timed prefills have another batch, a second run reads that one.
+    """
+    dense = next(row for row in rows if row.contender == DYNAMIC)
+    assert dense.decode is not None
+    known, found, skipped = known_methods(script), [], []
+    for method, budget in methods:
+        if method not in known:
+            skipped.append({"contender": f"kvpress {method}", "reason": f"{script.name} has no press of this name"})
+            continue
+
+        def run(size: int, new: int, method: str = method, budget: float | int | None = budget) -> dict[str, Any]:
+            tick(f"kvpress {method}, batch {size}, in a process of its own")
+            return run_kvpress(
+                python, script, folder, method, budget, context=context, batch=size, dtype=dtype, steps=new,
+                rounds=rounds, threads=threads,
+            )  # fmt: skip
+
+        try:
+            got = run(batch, steps)
+            if dense.prefill is not None:
+                alone = dict(got) if prefill_batch == batch else run(prefill_batch, 1)
+                ratio = alone["prefill_seconds"] / dense.prefill.seconds.median
+                got["prefill_run"] = {**alone, "ratio_dynamic": ratio}
+        except RuntimeError as error:  # the others' results shall not go with it
+            skipped.append({"contender": f"kvpress {method}", "reason": str(error)})
+            continue
+        got["bound_seconds"] = (weights + got["kv_bytes"]) / bandwidth
+        got["bound_tokens_per_second"] = batch / got["bound_seconds"]
+        got["of_bound"] = got["bound_seconds"] / got["step_seconds"]
+        got["kv_ratio"] = got["kv_bytes"] / dense.decode.kv_bytes
+        got["speedup"] = dense.decode.step_seconds.median / got["step_seconds"]
+        found.append(Row(method, "kvpress", budget, separate_process=True, peer=got))
+    return found, skipped

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from kvfold import __version__
-from kvfold.cli import compare, methods, models, plan, run
+from kvfold.cli import bench, compare, methods, models, plan, run
 
 app = typer.Typer(
     name="kvfold",
@@ -19,6 +19,7 @@ app.command("compare")(compare.compare_command)
 app.command("methods")(methods.methods)
 app.command("models")(models.models)
 app.command("plan")(plan.plan)
+app.add_typer(bench.app, name="bench")
 
 
 def _version(show: bool | None) -> None:

@@ -1,0 +1,142 @@
+"""Charts of benchmarks, each rate beside its bound; `kvfold.evaluation.chart.save_chart` writes them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvfold.bench import endtoend, growth, kernels
+
+NAMES = {"kvfold": "kvfold", "sdpa": "torch SDPA"}
+COLORS = {
+    "kvfold": "#4c78a8", "torch SDPA": "#f58518", "kvfold, ragged": "#9ecae9", "torch SDPA, ragged": "#ffbf79",
+}  # fmt: skip
+
+
+def kernels_chart(rows: Sequence[kernels.Row], bandwidth: float, title: str) -> Any:
+    """GB/s of the KV bytes kept, a group of bars a shape, a panel a dtype; a rule at the read bandwidth (bytes/s)."""
+    import altair as alt
+
+    points = [
+        {
+            "shape": f"{row.case.context:,} x {row.case.batch}", "dtype": row.case.dtype,
+            "contender": NAMES[row.contender] + (", ragged" if row.ragged else ""),
+            "rate": row.bytes_per_second / 1e9, "microseconds": row.seconds.median * 1e6,
+            "low": row.kv_bytes / row.seconds.max / 1e9, "high": row.kv_bytes / row.seconds.min / 1e9,
+            "share": row.of_bandwidth,
+        }
+        for row in rows
+    ]  # fmt: skip
+    order = [name for name in COLORS if any(point["contender"] == name for point in points)]
+    shapes = list(dict.fromkeys(str(point["shape"]) for point in points))
+    top = max([bandwidth / 1e9, *(float(str(point["rate"])) for point in points)]) * 1.05
+    limit = alt.Chart(alt.Data(values=[{"limit": bandwidth / 1e9, "text": f"plain read: {bandwidth / 1e9:,.1f} GB/s"}]))
+
+    def panel(dtype: str) -> Any:
+        base = alt.Chart(alt.Data(values=[point for point in points if point["dtype"] == dtype])).encode(
+            x=alt.X("shape:N", sort=shapes, title="tokens x rows", axis=alt.Axis(labelAngle=0)),
+            xOffset=alt.XOffset("contender:N", sort=order),
+            tooltip=[alt.Tooltip(f"{name}:N") for name in ("contender", "shape", "dtype")]
+            + [alt.Tooltip(f"{name}:Q", format=",.2f") for name in ("rate", "low", "high", "microseconds", "share")],
+        )
+        scale = alt.Scale(domain=[0, top], nice=False)
+        bars = base.mark_bar().encode(
+            y=alt.Y("rate:Q", title="GB/s of keys and values kept", scale=scale),
+            color=alt.Color(
+                "contender:N", sort=order, title=None, legend=alt.Legend(orient="top", labelLimit=300),
+                scale=alt.Scale(domain=order, range=[COLORS[name] for name in order]),
+            ),
+        )  # fmt: skip
+        spans = base.mark_rule(color="#555", clip=True).encode(y="low:Q", y2="high:Q")
+        rule = limit.mark_rule(strokeDash=[6, 4]).encode(y="limit:Q")
+        text = limit.mark_text(align="right", dx=-4, dy=9).encode(y="limit:Q", x=alt.value("width"), text="text:N")
+        width = max(240, 90 * len(shapes))
+        return (bars + spans + rule + text).properties(width=width, height=280, title=dtype)
+
+    panels = [panel(dtype) for dtype in dict.fromkeys(str(point["dtype"]) for point in points)]
+    under = "Medians; thin lines span fastest and slowest round."
+    if any(row.ragged for row in rows):
+        under += " Ragged: 10 % to 100 % of the tokens kept; SDPA reads the rest, too."
+    return alt.hconcat(*panels).properties(title=alt.TitleParams(title, subtitle=under))
+
+
+def run_chart(rows: Sequence[endtoend.Row], title: str) -> Any:
+    """Tokens/s with a tick at each bound, and KV bytes; a bar a cache, peers in a process of their own marked."""
+    import altair as alt
+
+    points = []
+    for row in rows:
+        name = row.contender + (f" {row.budget}" if row.budget is not None else "")
+        name += f" ({row.library}, own process)" if row.separate_process else ""
+        if row.decode is not None:
+            bytes_, rate = row.decode.kv_bytes, row.decode.tokens_per_second
+            bound = row.decode.bound_tokens_per_second
+        elif row.peer is not None:
+            bytes_, rate = row.peer["kv_bytes"], row.peer["decode_tokens_per_second"]
+            bound = row.peer["bound_tokens_per_second"]
+        else:
+            continue
+        prefill = None if row.prefill is None else row.prefill.seconds.median
+        points.append({
+            "cache": name, "library": row.library, "rate": rate, "bound": bound, "MB": bytes_ / 1e6,
+            "prefill": prefill,
+        })  # fmt: skip
+    order = [point["cache"] for point in points]
+    tips = [alt.Tooltip("cache:N")] + [alt.Tooltip(f"{n}:Q", format=",.2f") for n in ("rate", "bound", "MB", "prefill")]
+
+    def panel(field: str, caption: str, labels: bool) -> Any:
+        axis = alt.Axis(labelLimit=320) if labels else None
+        base = alt.Chart(alt.Data(values=points)).encode(
+            y=alt.Y("cache:N", sort=order, title=None, axis=axis), tooltip=tips
+        )
+        bars = base.mark_bar().encode(
+            x=alt.X(f"{field}:Q", title=caption),
+            color=alt.Color("library:N", title=None, legend=alt.Legend(orient="top")),
+        )
+        values = base.mark_text(align="left", dx=3).encode(x=f"{field}:Q", text=alt.Text(f"{field}:Q", format=",.1f"))
+        marks = bars + values
+        if field == "rate":
+            marks = marks + base.mark_tick(color="black", thickness=2, height=18).encode(x="bound:Q")
+        return marks.properties(width=380, height=alt.Step(26))
+
+    left = panel("rate", "decode tokens/s of the batch; black: its bound", True)
+    right = panel("MB", "KV cache, MB", False)
+    under = "Bound: weights and KV bytes read once at the bandwidth measured in the same run. Medians."
+    return alt.hconcat(left, right).properties(title=alt.TitleParams(title, subtitle=under))
+
+
+def growth_chart(rows: Sequence[growth.Row], title: str) -> Any:
+    """Seconds a step, seconds of the prompt and KV bytes over the context, all on log scales; a line a cache."""
+    import altair as alt
+
+    points = [
+        {
+            "cache": row.contender + (f" {row.budget}" if row.budget is not None else ""), "context": row.context,
+            "step": row.amount("step_seconds") * 1e3, "bound": row.bound_seconds * 1e3,
+            "prefill": row.amount("prefill_seconds"), "MB": row.kv_bytes / 1e6,
+        }
+        for row in rows
+    ]  # fmt: skip
+    order, ticks = list(dict.fromkeys(str(p["cache"]) for p in points)), sorted({row.context for row in rows})
+    tips = [alt.Tooltip("cache:N"), alt.Tooltip("context:Q", format=",")]
+    tips += [alt.Tooltip(f"{name}:Q", format=",.3f") for name in ("step", "bound", "prefill", "MB")]
+
+    def panel(field: str, caption: str) -> Any:
+        # No zero on a log scale, and no axis of a single tick.
+        values = [float(str(p[name])) for p in points for name in ((field, "bound") if field == "step" else (field,))]
+        base = alt.Chart(alt.Data(values=points)).encode(
+            x=alt.X("context:Q", title="context (tokens)", axis=alt.Axis(values=ticks, format="~s"),
+                    scale=alt.Scale(type="log", base=2, domain=[ticks[0], ticks[-1]], nice=False, padding=8)),
+            y=alt.Y(f"{field}:Q", title=None, axis=alt.Axis(format="~g", tickCount=5),
+                    scale=alt.Scale(type="log", domain=[min(values) / 1.2, max(values) * 1.2], nice=False)),
+            color=alt.Color("cache:N", sort=order, title=None, legend=alt.Legend(orient="top", labelLimit=300)),
+            tooltip=tips,
+        )  # fmt: skip
+        marks = base.mark_line() + base.mark_point(filled=True, size=40, opacity=1)
+        if field == "step":
+            marks = marks + base.mark_line(strokeDash=[3, 3], opacity=0.6).encode(y="bound:Q")
+        return marks.properties(width=300, height=260, title=caption)
+
+    panels = [
+        panel("step", "ms for a decode step; dashed: its bound"), panel("prefill", "seconds of the prompt"),
+        panel("MB", "KV cache, MB"),
+    ]  # fmt: skip
+    return alt.hconcat(*panels).properties(title=title)

@@ -1,0 +1,275 @@
+"""`kvfold bench`: decode attention alone, a model end to end, and how cost grows with the text."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from kvfold.cli import common
+
+if TYPE_CHECKING:
+    from kvfold.bench import endtoend
+
+app = typer.Typer(no_args_is_help=True, help="Measure speed and memory, each number beside its bound.")
+
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Turns of every contender, one after the other.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Write the JSON there.")]
+Chart = Annotated[Path | None, typer.Option("--chart", help="Draw the result (.html, .png).")]
+Methods = Annotated[str, typer.Option("--methods", help="Slugs, separated by commas.")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Tokens that each cache decodes in a round.")]
+Quantized = Annotated[bool, typer.Option("--quantized/--no-quantized", help="Also transformers' QuantizedCache.")]
+Kind = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+
+
+@app.command("kernels")
+def kernels_command(
+    context: Annotated[str, typer.Option("--context", help="Stored tokens, one or several.")] = "1024,8192",
+    batch: Annotated[str, typer.Option("--batch", help="Rows, one or several.")] = "1,8",
+    kv_heads: Annotated[int, typer.Option("--kv-heads", min=1)] = 3,
+    group: Annotated[int, typer.Option("--group", min=1, help="Query heads for each KV head.")] = 3,
+    head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 64,
+    dtype: Annotated[str, typer.Option("--dtype", help="One or several.")] = "float32,bfloat16",
+    ragged: Annotated[bool, typer.Option("--ragged", help="Also heads that keep 10 % to 100 % of the tokens.")] = False,
+    device: common.Device = "cpu",
+    rounds: Rounds = 15,
+    json: common.Json = False,
+    out: Out = None,
+    chart: Chart = None,
+) -> None:
+    """Decode attention over pages beside torch's SDPA, and both beside a plain read of memory."""
+    contexts, batches = integers("context", context), integers("batch", batch)
+    dtypes = [known_dtype(part.strip()) for part in dtype.split(",")]
+
+    from kvfold.bench import chart as charts
+    from kvfold.bench import tables
+    from kvfold.bench.kernels import Case, measure_kernels
+
+    on = prepared(device, out, chart)
+    cases = [Case(t, b, kv_heads, group, head_dim, d) for d in dtypes for t in contexts for b in batches]
+    with measured("kernels", on) as (tick, result):
+        rows, rate = measure_kernels(cases, ragged=ragged, device=on, rounds=rounds, tick=tick)
+        result |= {"rounds": rounds, "read_bandwidth": rate.to_dict(), "rows": [row.to_dict() for row in rows]}
+    bandwidth = rate.bytes_per_second
+    title = f"Decode attention, {kv_heads} KV heads x {group}, {head_dim} numbers, on {hardware(result)}"
+    finish(
+        result, tables.kernels_table(rows, bandwidth, title), json, out, chart,
+        lambda: charts.kernels_chart(rows, bandwidth, title),
+    )  # fmt: skip
+
+
+@app.command("run")
+def run_command(
+    model: common.Model = "smollm2-135m-instruct",
+    methods: Methods = "full,snapkv,kvmerger",
+    budget: Annotated[str, typer.Option("--budget", help="Fraction of the prompt, or tokens per KV head.")] = "0.2",
+    context: Annotated[int, typer.Option("--context", min=2, help="Prompt tokens, random ones.")] = 6000,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows that decode together.")] = 8,
+    prefill_batch: Annotated[int, typer.Option("--prefill-batch", min=0, help="Of the timed prefills; 0: none.")] = 1,
+    steps: Steps = 12,
+    rounds: Rounds = 2,
+    dtype: Kind = "float32",
+    device: common.Device = "cpu",
+    quantized: Quantized = True,
+    memory: Annotated[bool, typer.Option("--memory", help="Also each cache's peak, in a process of its own.")] = False,
+    peer_python: Annotated[list[str], typer.Option("--peer-python", help="A Python that has kvpress.")] = [],  # noqa: B006
+    json: common.Json = False,
+    out: Out = None,
+    chart: Chart = None,
+) -> None:
+    """Decode and prefill a model with each method, beside transformers' caches and beside their bounds."""
+    wanted, kind = methods_of(methods, budget), known_dtype(dtype)
+
+    from kvfold.bench import chart as charts
+    from kvfold.bench import contenders as c
+    from kvfold.bench import peers, tables
+    from kvfold.bench.endtoend import WARM_STEPS, measure_run
+    from kvfold.hf.models import load
+
+    on = prepared(device, out, chart)
+    script = peers.find_script() if peer_python else None
+    folder = peer_folder(model) if peer_python else None
+    for python in peer_python:
+        peers.check_python(python)
+    lm, _ = load(model, dtype=kind, device=on)
+    common.check_fits(lm, context, rounds * steps + WARM_STEPS)
+    own = c.kvfold_contenders(lm, wanted)
+    theirs, skipped = c.transformers_contenders(lm, quantized)
+    with measured("run", on) as (tick, result):
+        rows, rate = measure_run(
+            lm, [*theirs, *own], context=context, batch=batch, steps=steps, rounds=rounds,
+            prefill_batch=prefill_batch, tick=tick,
+        )  # fmt: skip
+        weights, threads = c.weight_bytes(lm), result["machine"]["threads"]
+        if memory:
+            rows = with_peaks(
+                rows, tick, model=model, context=context, batch=max(1, prefill_batch), steps=steps, dtype=kind,
+                device=str(on), threads=threads,
+            )  # fmt: skip
+        for python in peer_python:
+            assert script is not None and folder is not None
+            more, left_out = peers.kvpress_rows(
+                python, script, folder, [(name, getattr(made, "budget", None)) for name, made in wanted], rows=rows,
+                weights=weights, bandwidth=rate.bytes_per_second, context=context, batch=batch,
+                prefill_batch=prefill_batch, dtype=kind, steps=steps, rounds=rounds, threads=threads, tick=tick,
+            )  # fmt: skip
+            rows, skipped = rows + more, skipped + left_out
+        result |= {
+            "model": model, "dtype": kind, "context": context, "batch": batch, "prefill_batch": prefill_batch,
+            "steps": steps, "rounds": rounds, "weight_bytes": weights, "read_bandwidth": rate.to_dict(),
+            "rows": [row.to_dict() for row in rows], "skipped": skipped,
+        }  # fmt: skip
+    title = f"{model}, {context:,} tokens, batch {batch}, {kind}, on {hardware(result)}"
+    table = tables.run_table(rows, rate.bytes_per_second, weights, title)
+    finish(result, table, json, out, chart, lambda: charts.run_chart(rows, title))
+
+
+@app.command("growth")
+def growth_command(
+    model: common.Model = "smollm2-135m-instruct",
+    methods: Methods = "full,streamingllm,h2o",
+    budget: Annotated[str, typer.Option("--budget", help="Fraction of the prompt, or tokens per KV head.")] = "512",
+    context: Annotated[str, typer.Option("--context", help="Prompt tokens, several.")] = "512,1024,2048,4096",
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows that are read together.")] = 1,
+    steps: Steps = 12,
+    rounds: Rounds = 2,
+    dtype: Kind = "float32",
+    device: common.Device = "cpu",
+    json: common.Json = False,
+    out: Out = None,
+    chart: Chart = None,
+) -> None:
+    """Seconds and bytes as the context grows, and the exponent of their growth, beside DynamicCache's."""
+    wanted, kind, contexts = methods_of(methods, budget), known_dtype(dtype), sorted(set(integers("context", context)))
+    if len(contexts) < 2:
+        raise ValueError(f"context={context!r} must be at least two different numbers of tokens")
+
+    from kvfold.bench import chart as charts
+    from kvfold.bench import contenders as c
+    from kvfold.bench import tables
+    from kvfold.bench.growth import exponents, measure_growth
+    from kvfold.hf.models import load
+
+    on = prepared(device, out, chart)
+    lm, _ = load(model, dtype=kind, device=on)
+    common.check_fits(lm, contexts[-1], steps)
+    entrants = [*c.transformers_contenders(lm, quantized=False)[0], *c.kvfold_contenders(lm, wanted)]
+    with measured("growth", on) as (tick, result):
+        rows, rate = measure_growth(lm, entrants, contexts, batch=batch, steps=steps, rounds=rounds, tick=tick)
+        found = exponents(rows)
+        result |= {
+            "model": model, "dtype": kind, "batch": batch, "steps": steps, "rounds": rounds,
+            "weight_bytes": c.weight_bytes(lm), "read_bandwidth": rate.to_dict(),
+            "rows": [row.to_dict() for row in rows], "exponents": [each.to_dict() for each in found],
+        }  # fmt: skip
+    title = f"{model}, batch {batch}, {kind}, on {hardware(result)}"
+    table = tables.growth_table(rows, found, rate.bytes_per_second, title)
+    finish(result, table, json, out, chart, lambda: charts.growth_chart(rows, title))
+
+
+# -- what the three share ------------------------------------------------------------------------------------
+
+
+def integers(name: str, text: str) -> list[int]:
+    """Positive numbers separated by commas. Raises ValueError that names the option."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"{name}={text!r} must be positive whole numbers separated by commas")
+    return list(dict.fromkeys(int(part) for part in parts))
+
+
+def known_dtype(text: str) -> str:
+    """A dtype that attention can be measured in. Raises ValueError."""
+    if text not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={text!r} must be float32, bfloat16 or float16")
+    return text
+
+
+def methods_of(text: str, budget: str) -> list[tuple[str, Any]]:
+    """Methods by the names that they were asked for by, with the budget where they take one. Raises ValueError."""
+    from kvfold.evaluation.compare import split_names, with_budget
+
+    value = common.number(budget)
+    return [(name, with_budget(name, value)) for name in dict.fromkeys(split_names(text))]
+
+
+def prepared(device: str, out: Path | None, chart: Path | None) -> Any:
+    """The device as torch has it. Raises ValueError for it, or for a path that can't be written."""
+    from kvfold.evaluation.chart import check_chart_path
+    from kvfold.hf.models import checked_device
+
+    if chart is not None:
+        check_chart_path(chart)
+    if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
+        raise ValueError(f"out={str(out)!r} must be a .json file in a folder that is there")
+    return checked_device(device)
+
+
+def peer_folder(model: str) -> Path:
+    """The folder of a model for a peer, which knows no bundled names. Raises ValueError for a hub id."""
+    from kvfold.hf.bundled import Bundled
+    from kvfold.hf.models import convert_bundled, convert_gguf, find
+
+    place = find(model)
+    if isinstance(place, Bundled):
+        place = convert_bundled(place, True)
+    elif isinstance(place, Path) and place.is_file():
+        place = convert_gguf(place, True)
+    if not isinstance(place, Path):
+        raise ValueError(f"model={model!r} must be a bundled name, a folder or a GGUF file for --peer-python")
+    return place
+
+
+def with_peaks(rows: Sequence["endtoend.Row"], tick: Callable[[str], None], **options: Any) -> list["endtoend.Row"]:
+    """The rows with each cache's peak memory, see `measure_peak`."""
+    from kvfold.bench.peak import measure_peak
+
+    found = []
+    for row in rows:
+        tick(f"peak memory: {row.contender}, in a process of its own")
+        found.append(replace(row, memory=measure_peak(contender=row.contender, budget=row.budget, **options)))
+    return found
+
+
+@contextmanager
+def measured(bench: str, device: Any) -> Iterator[tuple[Callable[[str], None], dict[str, Any]]]:
+    """A way to say on stderr what is going on, and the result that begins with what the machine is."""
+    from kvfold.bench.machine import Elsewhere, describe
+
+    result: dict[str, Any] = {"bench": bench, "machine": describe(device)}
+    others = Elsewhere()
+    with common.stderr.status("", refresh_per_second=1) as status:
+        yield status.update, result
+    result["machine"]["cores_busy_elsewhere"] = others.cores()
+
+
+def hardware(result: dict[str, Any]) -> str:
+    """The GPU, or the processor with its threads."""
+    machine = result["machine"]
+    return machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+
+
+def finish(
+    result: dict[str, Any], table: Table, json: bool, out: Path | None, chart: Path | None, draw: Callable[[], Any]
+) -> None:
+    """Print, write and draw a result."""
+    from kvfold.bench.machine import write_json
+    from kvfold.evaluation.chart import save_chart
+
+    if out is not None:
+        write_json(out, result)
+        common.stderr.print(f"JSON: {out}")
+    if json:
+        common.print_json(result)
+    else:
+        common.stdout.print(table)
+        for left_out in result.get("skipped", ()):
+            common.stdout.print(f"left out: {left_out['contender']}: {left_out['reason']}", markup=False)
+    if (busy := result["machine"]["cores_busy_elsewhere"]) is not None and busy > 0.2:
+        common.stderr.print(f"other programs kept {busy:.2f} cores busy meanwhile: the seconds are worth little")
+    if chart is not None:
+        save_chart(draw(), chart)
+        common.stderr.print(f"chart: {chart}")
