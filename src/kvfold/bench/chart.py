@@ -5,7 +5,7 @@ from typing import Any
 
 from kvfold.bench import endtoend, growth, kernels
 
-NAMES = {"kvfold": "kvfold", "sdpa": "torch SDPA"}
+KILO = "datum.value >= 1024 ? format(datum.value / 1024, '.3~r') + 'k' : datum.value"
 COLORS = {
     "kvfold": "#4c78a8", "torch SDPA": "#f58518", "kvfold, ragged": "#9ecae9", "torch SDPA, ragged": "#ffbf79",
 }  # fmt: skip
@@ -18,7 +18,7 @@ def kernels_chart(rows: Sequence[kernels.Row], bandwidth: float, title: str) -> 
     points = [
         {
             "shape": f"{row.case.context:,} x {row.case.batch}", "dtype": row.case.dtype,
-            "contender": NAMES[row.contender] + (", ragged" if row.ragged else ""),
+            "contender": kernels.NAMES[row.contender] + (", ragged" if row.ragged else ""),
             "rate": row.bytes_per_second / 1e9, "microseconds": row.seconds.median * 1e6,
             "low": row.kv_bytes / row.seconds.max / 1e9, "high": row.kv_bytes / row.seconds.min / 1e9,
             "share": row.of_bandwidth,
@@ -123,7 +123,7 @@ def growth_chart(rows: Sequence[growth.Row], title: str) -> Any:
         # No zero on a log scale, and no axis of a single tick.
         values = [float(str(p[name])) for p in points for name in ((field, "bound") if field == "step" else (field,))]
         base = alt.Chart(alt.Data(values=points)).encode(
-            x=alt.X("context:Q", title="context (tokens)", axis=alt.Axis(values=ticks, format="~s"),
+            x=alt.X("context:Q", title="context (tokens)", axis=alt.Axis(values=ticks, labelExpr=KILO),
                     scale=alt.Scale(type="log", base=2, domain=[ticks[0], ticks[-1]], nice=False, padding=8)),
             y=alt.Y(f"{field}:Q", title=None, axis=alt.Axis(format="~g", tickCount=5),
                     scale=alt.Scale(type="log", domain=[min(values) / 1.2, max(values) * 1.2], nice=False)),

@@ -15,6 +15,8 @@ from kvfold.hf.cache import Cache
 
 WARM_TOKENS, WARM_STEPS = 256, 2
 """Of the untimed turn that comes first: kernels are compiled, buffers allocated."""
+READS = 5
+"""Plain reads after each round: rounds are few here, and the bandwidth is their median."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def measure_decode(
             if turn:
                 lane.rounds.append(taken)
         if turn:
-            rate.sample()
+            rate.sample(READS)
     dense = next(lane for lane in lanes if lane.contender.name == c.DYNAMIC)
     weights = c.weight_bytes(model)
 
@@ -153,7 +155,7 @@ def measure_prefill(
                 if model.device.type == "cuda":
                     peaks[contender.name] = torch.cuda.max_memory_allocated(model.device)
         if turn and rate is not None:
-            rate.sample()
+            rate.sample(READS)
     medians = {name: spread(seconds) for name, seconds in taken.items()}
     full = next((medians[e.name].median for e in entrants if e.name == "full"), None)
     return {

@@ -9,9 +9,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kvfold.bench import contenders as c
+from kvfold.bench.endtoend import READS, WARM_STEPS, WARM_TOKENS
 from kvfold.bench.machine import ReadRate, Spread, spread
 
-WARM_TOKENS, WARM_STEPS = 256, 2
 MEASURES = ("step_seconds", "prefill_seconds", "kv_bytes")
 
 
@@ -80,7 +80,7 @@ def measure_growth(
                     reads[one.name].append(seconds)
                     made[one.name] += each
             if turn:
-                rate.sample()
+                rate.sample(READS)
         taken += [(context, one, reads[one.name], made[one.name], held[one.name]) for one in entrants]
     weights, rows = c.weight_bytes(model), []
     for context, one, read, step, nbytes in taken:

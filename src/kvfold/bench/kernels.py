@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvfold.bench.machine import ReadRate, Spread, spread, timed
 from kvfold.formats import POSITION, Chunk, Dense, Segment
 
+NAMES = {"kvfold": "kvfold", "sdpa": "torch SDPA"}
 WORKING_SET = 2**28
 """Bytes of keys and values that a pass goes through at least, so that none of them comes from a cache."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}

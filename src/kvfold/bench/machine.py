@@ -62,24 +62,24 @@ class ReadRate:
 
     def __init__(self, device: torch.device, nbytes: int | None = None):
         self.device = device
-        self.data = torch.ones((nbytes or READ_BYTES.get(device.type, 2**29)) // 4, device=device)
+        numbers = (nbytes or READ_BYTES.get(device.type, 2**29)) // 4
+        self.data = torch.ones(max(1, numbers // 2**15) * 2**15, device=device)
         self.readers: dict[str, Callable[[], object]] = {"torch sum": self.data.sum}
         if device.type == "cpu":
             from kvfold.bench import reading
             from kvfold.ops.cpu import use_threads
 
             workers, array = use_threads(), self.data.numpy()
-            whole = array[: len(array) // reading.UNIT * reading.UNIT]
-            if len(whole) == len(array):
-                self.readers["kvfold's plain read"] = lambda: reading.total(whole, workers)
+            self.readers["kvfold's plain read"] = lambda: reading.total(array, workers)
         self.seconds: dict[str, list[float]] = {name: [] for name in self.readers}
         for read in self.readers.values():
             timed(read, device)  # compiles, or loads from disk
 
-    def sample(self) -> None:
-        """One read by each reader."""
-        for name, read in self.readers.items():
-            self.seconds[name].append(timed(read, self.device))
+    def sample(self, count: int = 1) -> None:
+        """`count` reads by each reader, in turns."""
+        for _ in range(count):
+            for name, read in self.readers.items():
+                self.seconds[name].append(timed(read, self.device))
 
     @property
     def bytes_per_second(self) -> float:

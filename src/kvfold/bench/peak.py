@@ -19,6 +19,7 @@ def measure_peak(
 ) -> dict[str, Any]:  # fmt: skip
     """Bytes of a process that reads (B, T) tokens and decodes `steps`: resident after loading, at most, and at the end.
 
+    `added_bytes` are the most beyond what the loaded model and the compiled kernels hold: activations and the cache.
     `contender` is a method or the name of one of transformers' caches. On CUDA also the most that was allocated
     there. What a system does not tell is None. Raises RuntimeError with the last line of a process that failed.
     """
@@ -86,12 +87,13 @@ def _main(wanted: dict[str, Any]) -> dict[str, Any]:
     if cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
     before, back = resident_bytes(), set_back()
-    held = work(ids, wanted["steps"])
+    held, peak = work(ids, wanted["steps"]), high_water()
     return {
         "batch": wanted["batch"],
         "context": wanted["context"],
         "resident_before_bytes": before,
-        "peak_resident_bytes": high_water(),
+        "peak_resident_bytes": peak,
+        "added_bytes": None if peak is None or before is None else peak - before,
         "peak_since_start": not back,
         "peak_cuda_bytes": torch.cuda.max_memory_allocated(model.device) if cuda else None,
         "kv_bytes": held,

@@ -35,15 +35,15 @@ def kernels_table(rows: Sequence[kernels.Row], bandwidth: float, title: str) -> 
         f"A plain read gives {bandwidth / 1e9:,.1f} GB/s in this run. Rates count the bytes of the tokens kept. "
         "Cost/token: over that of the full-length case."
     )
-    right = ("time", "min", "max", "GB/s", "bound", "of read", "of SDPA's speed", "cost/token")
-    table = _table(title, caption, ("dtype", "tokens x rows", "lengths", "kernel"), right)
+    right = ("time", "min", "max", "bound", "GB/s", "of read", "times SDPA", "cost/token")
+    table = _table(title, caption, ("dtype", "tokens x rows", "kernel"), right)
     for row in rows:
         cost = "-" if row.cost_per_token is None else f"{row.cost_per_token:.2f}"
         table.add_row(
-            row.case.dtype, f"{row.case.context:,} x {row.case.batch}", "ragged" if row.ragged else "full",
-            "kvfold" if row.contender == "kvfold" else "torch SDPA", duration(row.seconds.median),
-            duration(row.seconds.min), duration(row.seconds.max), f"{row.bytes_per_second / 1e9:.1f}",
-            duration(row.bound_seconds), f"{row.of_bandwidth:.2f}", f"{row.of_sdpa:.2f}", cost,
+            row.case.dtype, f"{row.case.context:,} x {row.case.batch}",
+            kernels.NAMES[row.contender] + (", ragged" if row.ragged else ""), duration(row.seconds.median),
+            duration(row.seconds.min), duration(row.seconds.max), duration(row.bound_seconds),
+            f"{row.bytes_per_second / 1e9:.1f}", f"{row.of_bandwidth:.2f}", f"{row.of_sdpa:.2f}", cost,
         )  # fmt: skip
     return table
 
@@ -96,7 +96,10 @@ def _prefill(row: endtoend.Row) -> tuple[str, ...]:
 def _peak(row: endtoend.Row) -> str:
     found = row.memory or row.peer or {}
     nbytes = found.get("peak_cuda_bytes") or found.get("peak_resident_bytes") or found.get("peak_rss_bytes")
-    return "-" if nbytes is None else megabytes(nbytes)
+    if nbytes is None:
+        return "-"
+    added = None if found.get("peak_cuda_bytes") else found.get("added_bytes")
+    return megabytes(nbytes) if added is None else f"{megabytes(nbytes)} (+{added / 1e6:,.1f})"
 
 
 def growth_table(

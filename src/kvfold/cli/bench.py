@@ -1,5 +1,6 @@
 """`kvfold bench`: decode attention alone, a model end to end, and how cost grows with the text."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from kvfold.cli import common
@@ -29,9 +31,9 @@ Kind = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16
 def kernels_command(
     context: Annotated[str, typer.Option("--context", help="Stored tokens, one or several.")] = "1024,8192",
     batch: Annotated[str, typer.Option("--batch", help="Rows, one or several.")] = "1,8",
-    kv_heads: Annotated[int, typer.Option("--kv-heads", min=1)] = 3,
+    kv_heads: Annotated[int, typer.Option("--kv-heads", min=1, help="KV heads of a layer.")] = 3,
     group: Annotated[int, typer.Option("--group", min=1, help="Query heads for each KV head.")] = 3,
-    head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 64,
+    head_dim: Annotated[int, typer.Option("--head-dim", min=1, help="Numbers of a key, and of a value.")] = 64,
     dtype: Annotated[str, typer.Option("--dtype", help="One or several.")] = "float32,bfloat16",
     ragged: Annotated[bool, typer.Option("--ragged", help="Also heads that keep 10 % to 100 % of the tokens.")] = False,
     device: common.Device = "cpu",
@@ -105,10 +107,11 @@ def run_command(
         )  # fmt: skip
         weights, threads = c.weight_bytes(lm), result["machine"]["threads"]
         if memory:
-            rows = with_peaks(
+            rows, left_out = with_peaks(
                 rows, tick, model=model, context=context, batch=max(1, prefill_batch), steps=steps, dtype=kind,
                 device=str(on), threads=threads,
             )  # fmt: skip
+            skipped = skipped + left_out
         for python in peer_python:
             assert script is not None and folder is not None
             more, left_out = peers.kvpress_rows(
@@ -223,15 +226,21 @@ def peer_folder(model: str) -> Path:
     return place
 
 
-def with_peaks(rows: Sequence["endtoend.Row"], tick: Callable[[str], None], **options: Any) -> list["endtoend.Row"]:
-    """The rows with each cache's peak memory, see `measure_peak`."""
+def with_peaks(
+    rows: Sequence["endtoend.Row"], tick: Callable[[str], None], **options: Any
+) -> tuple[list["endtoend.Row"], list[dict[str, str]]]:
+    """The rows with each cache's peak memory, see `measure_peak`, and those whose process failed."""
     from kvfold.bench.peak import measure_peak
 
-    found = []
+    found, skipped = [], []
     for row in rows:
         tick(f"peak memory: {row.contender}, in a process of its own")
-        found.append(replace(row, memory=measure_peak(contender=row.contender, budget=row.budget, **options)))
-    return found
+        try:
+            row = replace(row, memory=measure_peak(contender=row.contender, budget=row.budget, **options))
+        except RuntimeError as error:  # what was timed so far shall not go with it
+            skipped.append({"contender": f"{row.contender}, peak memory", "reason": str(error)})
+        found.append(row)
+    return found, skipped
 
 
 @contextmanager
@@ -265,7 +274,9 @@ def finish(
     if json:
         common.print_json(result)
     else:
-        common.stdout.print(table)
+        # A file or a pipe has no width of its own, and these tables are wide.
+        console = common.stdout if common.stdout.is_terminal or "COLUMNS" in os.environ else Console(width=180)
+        console.print(table)
         for left_out in result.get("skipped", ()):
             common.stdout.print(f"left out: {left_out['contender']}: {left_out['reason']}", markup=False)
     if (busy := result["machine"]["cores_busy_elsewhere"]) is not None and busy > 0.2:

@@ -14,6 +14,9 @@ from kvfold.ops.paged import naive
 ROWS = 64
 """Queries of a row (heads of its group times queries) up to which the kernel reads faster than a dense product."""
 
+PAGE_SIZES = (4, 8, 16, 32, 64)
+"""Whole pages make a block of 64 tokens, and a product takes four tokens at once."""
+
 _NO_READ, _NO_MASS = np.empty((0, 0), dtype=np.bool_), np.empty((0, 1), dtype=np.float32)
 _NO_WEIGHTS = np.empty((0, 0, 0), dtype=np.float32)
 
@@ -27,8 +30,8 @@ def attend_pages(
     keys, values = pool.planes["keys"], pool.planes["values"]
     dv, t = values.shape[-1], table.longest
     if (
-        compact is not None or g * n > ROWS or not t or keys.requires_grad or not fits(keys) or pool.page_size % 4
-        or not widths_fit(d, dv)
+        compact is not None or g * n > ROWS or not t or keys.requires_grad or not fits(keys)
+        or pool.page_size not in PAGE_SIZES or not widths_fit(d, dv) or not _is_mass(pool, mass)
     ):  # fmt: skip
         return naive.attend_pages(
             q, table, scale, mass=mass, read=read, compact=compact, position=position, weights=weights
@@ -56,8 +59,8 @@ def step_pages(
     (b, h, g, _, d), pool, new, value = q.shape, table.pool, planes["keys"], planes["values"]
     dv, kind = value.shape[-1], pool.planes["keys"].dtype
     if (
-        pool.shared or g > ROWS or new.dtype != kind or value.dtype != kind or not fits(new) or pool.page_size % 4
-        or not widths_fit(d, dv)
+        pool.shared or g > ROWS or new.dtype != kind or value.dtype != pool.planes["values"].dtype or not fits(new)
+        or pool.page_size not in PAGE_SIZES or not widths_fit(d, dv) or not _is_mass(pool, mass)
     ):  # fmt: skip
         return naive.step_pages(q, table, planes, scale, mass=mass, weights=weights)
     from kvfold.ops.paged import cpu_kernels
@@ -66,9 +69,9 @@ def step_pages(
     pool = table.pool
     for name, spec in pool.specs.items():
         if name not in ("keys", "values"):
-            column = planes.get(name)
-            if column is None:
-                column = torch.full((b * h, 1), spec.fill, dtype=spec.dtype)
+            given = planes.get(name)
+            column = _fill(spec, b * h, 1) if given is None else given
+            column = column.to(pool.planes[name].dtype)
             cpu_kernels.write_one(pool.array(name), _rows(column)[:, 0], table.table, start, pool.page_size)
     t = table.longest
     out, lse = torch.empty(b * h, g, dv), torch.empty(b * h, g)
@@ -95,7 +98,7 @@ def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Tensor | None)
     pool = table.pool
     for name, spec in pool.specs.items():
         kind = pool.planes[name].dtype
-        new = planes[name].to(kind) if name in planes else torch.full((table.rows, count), spec.fill, dtype=kind)
+        new = (planes[name] if name in planes else _fill(spec, table.rows, count)).to(kind)
         cpu_kernels.write(pool.array(name), _rows(new), table.table, start, table.lengths, pool.page_size)
 
 
@@ -123,6 +126,16 @@ def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor], *, slack
     for name in pool.planes:
         cpu_kernels.close_gaps(pool.array(name), keep, table.table, before, pool.page_size)
     naive.shorten(table, counts)
+
+
+def _fill(spec: Any, rows: int, count: int) -> Tensor:
+    """What a plane gets where nobody says."""
+    return torch.full((rows, count) if spec.width is None else (rows, count, spec.width), spec.fill)
+
+
+def _is_mass(pool: Any, name: str | None) -> bool:
+    """Whether the kernels can add this plane to the logits."""
+    return name is None or pool.planes[name].dtype == torch.float32
 
 
 def _set_columns(table: Any, columns: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ TILE_BYTES = 3 << 18
 @register("causal", "cpu", rank=20, fits=fits)
 def causal(q: Tensor, k: Tensor, v: Tensor, scale: float, sums: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     (b, hq, t, d), (h, dv) = q.shape, (k.shape[1], v.shape[3])
-    if not widths_fit(d, dv) or t == 0:
+    if not (widths_fit(d, dv) and fits(k) and fits(v)) or t == 0:
         return sdpa.causal_cpu(q, k, v, scale, sums)
     from kvfold.ops.prefill import cpu_kernels
 

@@ -13,7 +13,7 @@ from kvfold.ops.scores import blocked
 @register("column_sums", "cpu", rank=20, fits=fits)
 def column_sums(q: Tensor, k: Tensor, lse: Tensor, scale: float, start: Tensor, bias: Tensor | None = None) -> Tensor:
     (b, hq, n, d), (h, t) = q.shape, k.shape[1:3]
-    if not widths_fit(d) or not t:
+    if not (widths_fit(d) and fits(k)) or not t:
         return blocked.column_sums(q, k, lse, scale, start, bias)
     from kvfold.ops.prefill import cpu_kernels
 
