@@ -34,7 +34,7 @@ def segment(b: int, t: int, lengths: list[int] | None = None, page: int = 4) -> 
 @pytest.mark.parametrize("op", ["attend_pages", "append_pages", "keep_pages"])
 def test_a_registered_version_is_picked_and_sees_the_page_table(op, monkeypatch):
     monkeypatch.setattr(dispatch, "_kernels", {name: list(known) for name, known in dispatch._kernels.items()})
-    assert dispatch.versions(op) == ["cpu", "naive"]
+    assert dispatch.versions(op)[-2:] == ["cpu", "naive"]
     seen = []
 
     def fast(*args, **options):

@@ -4,11 +4,14 @@
 mark back where the system lets it, reads a prompt and decodes a few tokens.
 """
 
+import ctypes
+import gc
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,12 @@ def high_water() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
+def trim() -> None:
+    """Give back what the allocator kept of freed memory, or it would hide what comes next; on glibc alone."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def set_back() -> bool:
     """Set the mark to what is resident now; whether the system let us."""
     try:
@@ -86,6 +95,8 @@ def _main(wanted: dict[str, Any]) -> dict[str, Any]:
     cuda = model.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
+    gc.collect()
+    trim()
     before, back = resident_bytes(), set_back()
     held, peak = work(ids, wanted["steps"]), high_water()
     return {
