@@ -133,6 +133,8 @@ class KVLayer:
         if decides or this.observe is not None:
             view = self._view(queries, self._place(this), new, memo)
             if this.observe is not None:
+                tokens = view.tokens  # whoever observes may look at the view when the pages have changed
+                view = replace(view, tokens=Chunk(tokens.keys, tokens.values, tokens.valid, tokens.columns))
                 this.observe(view)
             if decides:
                 self.stored.commit(self._decide(view, this), new, slack=appended)
@@ -183,7 +185,7 @@ class KVLayer:
             if not self._listening(this):
                 return
             left = queries.states.shape[2] - drop
-            start = torch.from_numpy(self.counts() - left)
+            start = torch.from_numpy(self.stored.lengths() - left)
             queries = replace(queries.pick(torch.arange(left, device=self.device)), start=start)
             self.stored.commit(self._decide(self._view(queries, self._place(this)), this), None)
 

@@ -41,6 +41,11 @@ class Stored:
         counts: np.ndarray = sum(segment.counts() for _, segment in self.segments)  # type: ignore[assignment]
         return counts
 
+    def lengths(self) -> np.ndarray:
+        """Slots of each (row, head) in what `tokens` gives, (B, H): of several segments it has no holes."""
+        lone = len(self.segments) == 1
+        return self.open.table.lengths.reshape(-1, self.open.heads) if lone else self.counts()
+
     def tokens(self) -> tuple[Chunk, Int[Tensor, "B H T"] | None]:
         """All tokens in the order of the text, and where they lie (see `LayerView.order`)."""
         chunks = [segment.dense() for _, segment in self.segments if segment.longest]

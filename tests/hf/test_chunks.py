@@ -110,3 +110,46 @@ def test_transformers_own_chunks_are_ours():
     got = model.generate(ids, past_key_values=ours, **options)
     assert torch.equal(got, model.generate(ids, past_key_values=theirs, prefill_chunk_size=16, **options))
     assert [core.kept() for core in ours.paged] == [core.kept() for core in theirs.paged]
+
+
+def test_a_call_that_fails_midway_leaves_nothing_for_the_next():
+    model, ids = subject("llama"), tokens(50)["input_ids"]
+    with torch.no_grad():
+        want = reference("llama")(input_ids=ids).logits
+        for failing in (1, 3):  # a chunk read ahead, and the last one
+            cache, seen = kvfold.Cache(model, "full", prefill_chunk=15), []
+
+            def fail(module, args, seen=seen, failing=failing):
+                seen.append(1)
+                if len(seen) == failing + 1:
+                    raise RuntimeError("broken")
+
+            hook = model.model.layers[1].register_forward_pre_hook(fail)
+            with pytest.raises(RuntimeError, match="broken"):
+                model(input_ids=ids, past_key_values=cache)
+            hook.remove()
+            cache.reset()
+            got = model(input_ids=ids, past_key_values=cache).logits
+            torch.testing.assert_close(got, want, atol=2e-4, rtol=0)
+
+
+def test_chunks_of_two_are_all_prompt():
+    model, cache = subject("llama"), kvfold.Cache(subject("llama"), "snapkv", budget=8, prefill_chunk=2)
+    feed(model, cache, *tokens(41).values())
+    assert all((core.counts() <= 8).all() and core.prompt.tolist() == [41] for core in cache.paged)
+
+
+def test_assisted_decoding_is_refused():
+    model, ids = subject("llama"), tokens(50)["input_ids"]
+    cache = kvfold.Cache(model, "full", prefill_chunk=10)
+    cache.activate_past_recording()
+    with pytest.raises(ValueError, match="assisted decoding"), torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+
+
+def test_a_saved_cache_goes_on_in_chunks(tmp_path):
+    model = subject("llama")
+    cache = kvfold.Cache(model, "full", prefill_chunk=10)
+    feed(model, cache, *tokens(25).values())
+    cache.save(tmp_path / "cache.safetensors")
+    assert kvfold.Cache.load(tmp_path / "cache.safetensors", model).prefill_chunk == 10

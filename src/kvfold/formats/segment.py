@@ -54,8 +54,8 @@ class LateChunk(Chunk):
 
     def __init__(
         self,
-        keys: Callable[[], Tensor],
-        values: Callable[[], Tensor],
+        keys: Callable[[], Tensor] | Tensor,
+        values: Callable[[], Tensor] | Tensor,
         valid: Bool[Tensor, "B H T"],
         columns: Mapping[str, Tensor],
     ):
@@ -63,16 +63,18 @@ class LateChunk(Chunk):
 
     @cached_property
     def keys(self) -> Float[Tensor, "B H T D"]:
-        found: Tensor = self.__dict__["fetch"][0]()
-        return found
+        return _fetched(self.__dict__["fetch"][0])
 
     @cached_property
     def values(self) -> Float[Tensor, "B H T Dv"]:
-        found: Tensor = self.__dict__["fetch"][1]()
-        return found
+        return _fetched(self.__dict__["fetch"][1])
 
     def but(self, valid: Bool[Tensor, "B H T"], columns: Mapping[str, Tensor] | None = None) -> Chunk:
         return LateChunk(lambda: self.keys, lambda: self.values, valid, self.columns if columns is None else columns)
+
+
+def _fetched(states: Callable[[], Tensor] | Tensor) -> Tensor:
+    return states if isinstance(states, Tensor) else states()
 
 
 def join(chunks: Sequence[Chunk]) -> Chunk:

@@ -266,7 +266,7 @@ class Cache(HFCache):
         """Forget everything that was read."""
         # New layers: transformers' own keep the batch size and the past recording of what they have read.
         self.layers = self._layers()
-        self._pass, self._at, self.recording, self.unread = None, -1, False, None
+        self._pass, self._at, self.recording, self.unread, self._chunks = None, -1, False, None, None
 
     @property
     def batch_size(self) -> int:
@@ -360,8 +360,13 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
     if not isinstance(cache, Cache):
         return None
     changed = None
+    if cache._chunks is not None and cache._chunks[0] is module:
+        cache._chunks = None  # of a call that failed
     if cache.prefill_chunk is not None:
-        ahead = read_ahead(module, args, kwargs, cache.prefill_chunk)
+        if cache.recording:
+            raise ValueError(f"prefill_chunk={cache.prefill_chunk} can't be combined with assisted decoding")
+        with cache.prefilling():
+            ahead = read_ahead(module, args, kwargs, cache.prefill_chunk)
         if ahead is not None:
             kwargs, cache._chunks = ahead[0], (module, ahead[1])
             args, changed = (), ((), kwargs)

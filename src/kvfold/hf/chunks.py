@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 WHOLE = ("output_attentions", "output_hidden_states", "labels")
 """What would need the whole prompt's states at once."""
@@ -23,7 +23,7 @@ def chunk_ends(length: int, chunk: int) -> list[int]:
 
 
 def read_ahead(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: int
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: int
 ) -> tuple[dict[str, Any], list[Tensor]] | None:
     """Run all chunks but the last; the arguments of the last, and the outputs of the others if all are wanted.
 
@@ -39,13 +39,16 @@ def read_ahead(
     if len(args) > 1:
         raise ValueError(f"prefill_chunk={chunk} needs the model's arguments by name, but {len(args)} came without")
     for name in WHOLE:
-        if named.get(name) is not None and named[name] is not False:
+        asked = named.get(name, getattr(module.config, name, None))
+        if asked is not None and asked is not False:
             raise ValueError(f"prefill_chunk={chunk} can't be combined with {name}: it would need the whole prompt")
     ends, kept, start = chunk_ends(tokens.shape[1], chunk), [], 0
     wanted = named.get("logits_to_keep", 0)
     few = isinstance(wanted, int) and 0 < wanted <= ends[-1] - ends[-2]
     if not few and not (isinstance(wanted, int) and wanted == 0):
         raise ValueError(f"prefill_chunk={chunk}: logits_to_keep={wanted!r} must be 0 or fit within the last chunk")
+    if not few and named.get("return_dict") is False:
+        raise ValueError(f"prefill_chunk={chunk} needs return_dict=True where the logits of all tokens are asked for")
     for stop in ends[:-1]:
         out = module(**part(named, start, stop, tokens.shape[1]) | ({"logits_to_keep": 1} if few else {}))
         if not few:
@@ -81,10 +84,8 @@ def output_name(out: Any) -> str:
 
 
 def put_together(out: Any, kept: list[Tensor]) -> None:
-    """Put the earlier chunks' outputs before the last one's, in place. Raises ValueError for an output as a tuple."""
+    """Put the earlier chunks' outputs before the last one's, in place."""
     if not kept:
         return
-    if isinstance(out, tuple):
-        raise ValueError("return_dict=False: prefill_chunk with the logits of all tokens needs an output by name")
     name = output_name(out)
     setattr(out, name, torch.cat([*kept, getattr(out, name)], 1))

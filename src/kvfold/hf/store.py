@@ -86,6 +86,7 @@ def save(cache: "Cache", path: str | os.PathLike[str]) -> None:
     header = {
         "version": VERSION,
         "method": str(cache.method),
+        "prefill_chunk": cache.prefill_chunk,
         "model": type(cache.model).__name__,
         "fields": fields_of(cache.model),
         "fingerprint": fingerprint(cache.model, [core.layer for core in cache.paged]),
@@ -143,7 +144,7 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel) -> "Cache":
     here = f"path={os.fspath(path)!r}"
     header, tensors = _read(path, here)
     try:
-        cache = Cache(model, header["method"])
+        cache = Cache(model, header["method"], prefill_chunk=header.get("prefill_chunk"))
     except ValueError as error:
         raise ValueError(f"{here} holds a cache that can't be made: {error}") from error
     _check_model(here, header, cache)

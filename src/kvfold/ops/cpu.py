@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_threads = 0
+_set = threading.local()  # Numba's number of threads is one of each Python thread
 
 
 def fits(x: Tensor) -> bool:
@@ -30,15 +30,14 @@ def widths_fit(*widths: int) -> bool:
 
 def use_threads() -> int:
     """Set Numba's threads to torch's; how many that is."""
-    global _threads
     wanted = torch.get_num_threads()
-    if wanted != _threads:
+    if wanted != getattr(_set, "threads", 0):
         import numba
 
         numba.set_num_threads(min(wanted, numba.config.NUMBA_NUM_THREADS))
         # Where both have the same OpenMP, starting Numba's threads has set torch's number too.
         torch.set_num_threads(wanted)
-        _threads = wanted
+        _set.threads = wanted
     return wanted
 
 

@@ -1,6 +1,7 @@
 """Operations on pages with Triton kernels on CUDA, where they fit; the definition for the rest.
 
-A decode step waits for nothing: lengths live on the device too, where the kernel that appends moves them on.
+Lengths live on the device too, where the kernel that appends moves them on: with `full` and methods that act on prompts
+alone a step waits for nothing. Methods that drop tokens while decoding do: `keep_pages` on CUDA is the definition.
 """
 
 from collections.abc import Mapping
