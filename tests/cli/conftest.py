@@ -15,7 +15,10 @@ from models import build
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables as on a wide terminal, whoever runs the tests."""
-    monkeypatch.setenv("COLUMNS", "180")
+    from kvfold.cli import common
+
+    monkeypatch.setattr(common.stdout, "_width", 180)
+    monkeypatch.setattr(common.stdout, "_height", 50)
 
 
 @pytest.fixture(scope="session")
