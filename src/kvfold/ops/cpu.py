@@ -48,9 +48,9 @@ def floats(x: Tensor) -> np.ndarray:
 
 
 def bits(x: Tensor) -> np.ndarray:
-    """A tensor as its kernels read it, flat: float32, or bfloat16 as uint16, or float16 as int16."""
+    """A tensor as the kernels read it, contiguous: bfloat16 as uint16, float16 as int16, others as they are."""
     kind = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}.get(x.dtype, x.dtype)
-    array: np.ndarray = x.contiguous().view(kind).view(-1).numpy()
+    array: np.ndarray = x.contiguous().view(kind).numpy()
     return array
 
 

@@ -6,16 +6,11 @@ import torch
 from torch import Tensor
 
 from kvfold.ops.attend import naive
+from kvfold.ops.cpu import FLOATS, fits
 from kvfold.ops.dispatch import register
 
 flash_cpu: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """Grouped queries, any strides with the head dimension last, and a float32 log-sum-exp."""
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def fits(q: Tensor) -> bool:
-    return q.device.type == "cpu" and q.dtype in FLOATS and not q.requires_grad
 
 
 @register("attend", "sdpa", rank=10, fits=fits)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.ops.cpu import fits, floats, use_threads, widths_fit
+from kvfold.ops.cpu import bits, fits, floats, use_threads, widths_fit
 from kvfold.ops.dispatch import register
 from kvfold.ops.paged import naive
 
@@ -27,12 +27,8 @@ def attend_pages(
     mass: str | None, read: Tensor | None, compact: Any, position: str, weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     (b, h, g, n, d), pool = q.shape, table.pool
-    keys, values = pool.planes["keys"], pool.planes["values"]
-    dv, t = values.shape[-1], table.longest
-    if (
-        compact is not None or g * n > ROWS or not t or keys.requires_grad or not fits(keys)
-        or pool.page_size not in PAGE_SIZES or not widths_fit(d, dv) or not _is_mass(pool, mass)
-    ):  # fmt: skip
+    dv, t = pool.planes["values"].shape[-1], table.longest
+    if compact is not None or not t or not _readable(pool, g * n, d, mass):
         return naive.attend_pages(
             q, table, scale, mass=mass, read=read, compact=compact, position=position, weights=weights
         )
@@ -59,9 +55,11 @@ def step_pages(
     (b, h, g, _, d), pool, new, value = q.shape, table.pool, planes["keys"], planes["values"]
     dv, kind = value.shape[-1], pool.planes["keys"].dtype
     if (
-        pool.shared or g > ROWS or new.dtype != kind or value.dtype != pool.planes["values"].dtype or not fits(new)
-        or pool.page_size not in PAGE_SIZES or not widths_fit(d, dv) or not _is_mass(pool, mass)
-    ):  # fmt: skip
+        pool.shared
+        or new.dtype != kind
+        or value.dtype != pool.planes["values"].dtype
+        or not _readable(pool, g, d, mass)
+    ):
         return naive.step_pages(q, table, planes, scale, mass=mass, weights=weights)
     from kvfold.ops.paged import cpu_kernels
 
@@ -133,9 +131,12 @@ def _fill(spec: Any, rows: int, count: int) -> Tensor:
     return torch.full((rows, count) if spec.width is None else (rows, count, spec.width), spec.fill)
 
 
-def _is_mass(pool: Any, name: str | None) -> bool:
-    """Whether the kernels can add this plane to the logits."""
-    return name is None or pool.planes[name].dtype == torch.float32
+def _readable(pool: Any, queries: int, d: int, mass: str | None) -> bool:
+    """Whether the kernel can answer so many queries of a row over the pages of this pool."""
+    keys, values = pool.planes["keys"], pool.planes["values"]
+    masses = mass is None or pool.planes[mass].dtype == torch.float32
+    sizes = queries <= ROWS and pool.page_size in PAGE_SIZES and widths_fit(d, values.shape[-1])
+    return fits(keys) and masses and sizes
 
 
 def _set_columns(table: Any, columns: Mapping[str, Tensor]) -> None:
@@ -151,7 +152,4 @@ def _set_columns(table: Any, columns: Mapping[str, Tensor]) -> None:
 
 def _rows(new: Tensor) -> np.ndarray:
     """(R, T, ...) as (R, T, W), the way pools show their planes."""
-    kind = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}.get(new.dtype, new.dtype)
-    wide = new if new.dim() == 3 else new[..., None]
-    array: np.ndarray = wide.contiguous().view(kind).numpy()
-    return array
+    return bits(new if new.dim() == 3 else new[..., None])

@@ -44,4 +44,4 @@ def panels(k: Tensor) -> np.ndarray:
     count = -(-t // STRIP)
     padded = torch.zeros(b * h, count * STRIP, d)
     padded[:, :t] = k.reshape(b * h, t, d)
-    return bits(padded.view(b * h, count, STRIP, d).transpose(2, 3))
+    return bits(padded.view(b * h, count, STRIP, d).transpose(2, 3)).reshape(-1)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from kvfold.ops.attend.sdpa import FLOATS, fits, flash_cpu
+from kvfold.ops.attend.sdpa import flash_cpu
+from kvfold.ops.cpu import FLOATS, fits
 from kvfold.ops.dispatch import register
 from kvfold.ops.prefill import naive
 
