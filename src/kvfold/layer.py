@@ -36,13 +36,23 @@ class KVLayer:
 
     def _reset(self) -> None:
         self.stored = Stored()
-        self.seen = np.zeros(0, dtype=np.int64)  # (B,) text tokens read, padding not counted
+        self.seen = np.zeros(0, dtype=np.int64)
         self.prompt = np.zeros(0, dtype=np.int64)  # (B,) those of them that came as prompt
         self.width = 0  # columns read, padding counted: what transformers calls the sequence length
         self.shape: tuple[int, int, int] | None = None  # H, D, D_v
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self._last: tuple[float, Any] = (1.0, None)  # scale and module of the last pass
         self._waiting: tuple[Queries, Pass] | None = None
+        self._clock: Tensor | None = None  # `seen` on the device, (B, 1)
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Text tokens that each row has read, (B,), padding not counted."""
+        return self._seen
+
+    @seen.setter
+    def seen(self, tokens: np.ndarray) -> None:
+        self._seen, self._on_time = tokens, False
 
     @property
     def waiting(self) -> Pass | None:
@@ -61,7 +71,8 @@ class KVLayer:
     @property
     def nbytes(self) -> int:
         """Bytes of all that the layer holds, bookkeeping included."""
-        return self.stored.nbytes + self.seen.nbytes + self.prompt.nbytes
+        clock = 0 if self._clock is None else self._clock.nbytes
+        return self.stored.nbytes + self.seen.nbytes + self.prompt.nbytes + clock
 
     @property
     def dense_nbytes(self) -> int:
@@ -157,18 +168,45 @@ class KVLayer:
     def _step(self, q: Tensor, k: Tensor, v: Tensor, scale: float, this: Pass) -> Tensor:
         """What `attend` does, for one generated token a row: the same, with less around it."""
         (b, hq, _, d), h, listening = q.shape, k.shape[1], self._listening(this)
-        positions = torch.from_numpy(self.seen[:, None].astype(np.int32)).to(q.device)
+        positions = self._clocked()
         asked = listening and ATTENTION in self.method.asks
         segment = self.stored.open
         out, lse, left = segment.step(q.reshape(b, h, hq // h, 1, d), k, v, positions, scale, weights=asked)
-        self.seen = self.seen + 1
-        self.width += 1
+        self.count_step()
         if listening:
             everyone = torch.ones(b, 1, dtype=torch.bool, device=q.device)
-            queries = Queries(q, everyone, lse.reshape(b, hq, 1), positions)
+            queries = Queries(q, everyone, lse.reshape(b, hq, 1), positions.clone())
             view = self._view(queries, self._place(this), memo={} if left is None else {ATTENTION: left})
             self.stored.commit(self._decide(view, this), None, slack=True)
+        positions += 1
         return out.reshape(b, hq, 1, -1)
+
+    def next_positions(self) -> Tensor:
+        """Where each row's next token stands in its text, (B, 1), int64."""
+        return self._clocked().long()
+
+    def _clocked(self) -> Tensor:
+        """Where each row's next token stands, (B, 1) on the device, where a step moves it on."""
+        if self._clock is None or not self._on_time:
+            now = torch.from_numpy(self.seen[:, None].astype(np.int32)).to(self.device)
+            same = self._clock is not None and self._clock.shape == now.shape
+            # In its place, where it fits: a CUDA graph reads where it was captured.
+            self._clock, self._on_time = self._clock.copy_(now) if self._clock is not None and same else now, True
+        return self._clock
+
+    def reserve_step(self) -> list[Tensor]:
+        """Make room for one more token in each row; all tensors that such a step reads and writes on the device.
+
+        While they stay the same ones, a CUDA graph may replay the step: `count_step(replayed=True)` each time.
+        """
+        return [self._clocked(), *self.stored.open.reserve()]
+
+    def count_step(self, *, replayed: bool = False) -> None:
+        """Count one more generated token in every row, here; the device counts by itself."""
+        if replayed:
+            self.stored.open.table.step()
+        self._seen = self._seen + 1
+        self.width += 1
 
     def settle(self, drop: int, *, turn: bool = False) -> None:
         """Take the last `drop` columns back, then run the events that waited for it (assisted decoding).
@@ -352,7 +390,7 @@ class KVLayer:
         """A second layer over the same pages."""
         other = KVLayer(self.method, self.layer, self.paged, self.depth, self.rope)
         other.__dict__ |= {k: v for k, v in self.__dict__.items() if k != "stored"}
-        other.seen, other.prompt = self.seen.copy(), self.prompt.copy()
+        other.seen, other.prompt, other._clock = self.seen.copy(), self.prompt.copy(), None
         other.stored = self.stored.fork(self.batch)
         return other
 

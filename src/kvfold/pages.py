@@ -32,7 +32,8 @@ class PageTable:
         self.regular = True
         self.fill_holes()
         self._room = 0  # tokens that every row surely has room for
-        self._uploaded: tuple[tuple[np.ndarray, ...], tuple[Tensor, ...]] = ((), ())
+        self._known: list[np.ndarray | None] = [None] * 4  # what `on_device` has sent,
+        self._sent: list[Tensor | None] = [None] * 4  # and where it lies
 
     @property
     def rows(self) -> int:
@@ -71,7 +72,7 @@ class PageTable:
     @property
     def nbytes(self) -> int:
         """Bytes of the table itself, and of its copy on a device; the pool counts its own."""
-        copies = sum(x.nbytes for x in self._uploaded[1]) if self.pool.device.type != "cpu" else 0
+        copies = sum(x.nbytes for x in self._sent if x is not None)
         return self.table.nbytes + self.lengths.nbytes + self.holes.nbytes + self.hole_count.nbytes + copies
 
     @property
@@ -87,17 +88,32 @@ class PageTable:
     def on_device(self) -> tuple[Tensor, ...]:
         """(table, lengths, holes, hole_count) where the pool is, for the kernels: sent when they have changed.
 
-        The arrays are never changed in place on a device, so it is enough to see whether they are the same ones.
+        The arrays are never changed in place on a device, so it is enough to see whether they are the same ones. The
+        tensors stay the same ones as long as their shapes do: a CUDA graph reads where it was captured.
         """
         arrays = (self.table, self.lengths, self.holes, self.hole_count)
-        if not self._uploaded[0] or any(a is not b for a, b in zip(arrays, self._uploaded[0], strict=True)):
-            sent = (torch.from_numpy(array).to(self.pool.device, non_blocking=True) for array in arrays)
-            self._uploaded = (arrays, tuple(sent))
-        return self._uploaded[1]
+        for i, array in enumerate(arrays):
+            if array is not self._known[i]:
+                # A few columns more than the table has: it grows by one whenever the longest row gets a page.
+                wide = np.pad(array, ((0, 0), (0, -array.shape[1] % 8)), constant_values=-1) if i == 0 else array
+                self._sent[i] = _send(wide, self._sent[i], self.pool.device)
+                self._known[i] = array
+        return tuple(x for x in self._sent if x is not None)
 
-    def stepped(self) -> None:
-        """A kernel has added one to every length on the device; here `extend` has done the same."""
-        self._uploaded = ((self.table, self.lengths, self.holes, self.hole_count), self._uploaded[1])
+    def reserve(self) -> None:
+        """Pages for one more token in each row, here and on the device; nothing is counted yet."""
+        self._reserve(self.lengths + np.int32(1))
+        self._room += 1
+        self.on_device()
+
+    def step(self) -> tuple[Tensor, ...]:
+        """`extend` by one token that a kernel will count on the device: `on_device` as that kernel finds it."""
+        start = self.lengths
+        self.extend(1)
+        after, self.lengths = self.lengths, start
+        sent = self.on_device()
+        self.lengths = self._known[1] = after
+        return sent
 
     def cut(self, counts: np.ndarray) -> None:
         """Keep the first `counts[r]` tokens of each row, and the holes right behind them; the pages stay."""
@@ -344,6 +360,13 @@ class PageTable:
             pool.planes[name].copy_(plane.index_select(0, mine))
         self.pool.release(self.table[self.table >= 0])
         self.pool, self.table, self.regular = pool, table, False
+
+
+def _send(array: np.ndarray, place: Tensor | None, device: torch.device) -> Tensor:
+    """A copy on the device: in `place`, where it fits."""
+    if place is None or place.shape != array.shape:
+        return torch.from_numpy(array).to(device, copy=True)
+    return place.copy_(torch.from_numpy(array), non_blocking=True)
 
 
 def _nearly_even(pages: np.ndarray) -> bool:

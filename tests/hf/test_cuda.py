@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import kvfold
+from kvfold.hf.graph import decode_graph
 from models import VOCAB, build, dynamic, feed, follow, greedy, grow, tokens
 
 DEVICE = "cuda"
@@ -132,6 +133,20 @@ def test_keeps_what_the_cpu_keeps(slug):
     expected = kvfold.Cache(host, slug, **options)
     feed(host, expected, ids.cpu(), mask.cpu())
     assert [cache.kept(layer) for layer in range(3)] == [expected.kept(layer) for layer in range(3)]
+
+
+@pytest.mark.parametrize("slug", ["full", "snapkv"])
+@pytest.mark.parametrize("lengths", [(60,), LENGTHS], ids=["one", "padded"])
+def test_a_graph_decodes_what_steps_do(slug, lengths):
+    ids, mask = prompts(*lengths)
+    options = dict(max_new_tokens=40, do_sample=False, eos_token_id=None)
+    model, cache = make(slug)
+    expected = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **options)
+    model, graphed = make(slug)
+    with decode_graph(model, graphed) as graph:
+        got = model.generate(input_ids=ids, attention_mask=mask, past_key_values=graphed, **options)
+    assert torch.equal(got, expected) and 1 <= graph.captures < 10
+    assert [core.kept() for core in graphed.paged] == [core.kept() for core in cache.paged]
 
 
 # -- the cache operations ------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from test_triton_kernels import DEVICE, _interpreted  # noqa: F401  (a fixture t
 
 from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense
 from kvfold.ops import dispatch
+from kvfold.ops.paged import triton_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -68,16 +69,56 @@ def test_decode_steps_are_those_of_the_definition(dtype, mass, lengths):
     assert some.table.on_device()[1].tolist() == some.table.lengths.tolist()
 
 
-def test_lengths_are_sent_only_when_they_change():
+def test_what_the_device_reads_stays_where_it_is():
     some = segment([20, 20], torch.float32, False)
     pages, lengths, *_ = some.table.on_device()
     q, k = torch.zeros(2, 2, 1, 1, 32, device=DEVICE), torch.zeros(2, 2, 1, 32, device=DEVICE)
     at = torch.zeros(2, 1, dtype=torch.int32, device=DEVICE)
     with dispatch.use("triton"):
-        for step in range(12):  # up to the end of a page: the kernel moves the lengths on
+        for step in range(13):  # over the end of a page: the kernel moves the lengths on, the table is sent again
             some.step(q, k, k, at, 1.0, weights=False)
             now = some.table.on_device()
             assert now[0] is pages and now[1] is lengths and lengths.tolist() == [21 + step] * 4
-        some.step(q, k, k, at, 1.0, weights=False)
-    now = some.table.on_device()
-    assert now[0] is not pages and now[0].shape[1] > pages.shape[1] and now[1].tolist() == [33] * 4
+    held = some.table.table.shape[1]
+    assert held > 2 and pages[:, :held].tolist() == some.table.table.tolist() and (pages[:, held:] == -1).all()
+
+
+@pytest.mark.parametrize("lengths", [[20, 20], [33, 0, 7]], ids=["even", "ragged"])
+def test_a_step_can_be_replayed(monkeypatch, lengths):
+    """What a CUDA graph does: the launches of one step again, with the very same tensors, until those have moved."""
+    rng, some, other = torch.Generator().manual_seed(2), *(segment(lengths, torch.float32, True) for _ in range(2))
+    launches, replayed = [], 0
+
+    def recorded(kernel):
+        def record(*args, **kwargs):
+            launches.append((kernel, args, kwargs))
+            return kernel(*args, **kwargs)
+
+        return record
+
+    for name in ("append", "attend"):
+        monkeypatch.setattr(triton_kernels, name, recorded(getattr(triton_kernels, name)))
+    inputs = [torch.empty(len(lengths), 2, n, 1, 32, device=DEVICE).squeeze(2 if n == 1 else 5) for n in (3, 1, 1)]
+    at, where = torch.full((len(lengths), 1), 50, dtype=torch.int32, device=DEVICE), []
+    for step in range(40):
+        for x in inputs:
+            x.copy_(torch.randn(x.shape, generator=rng))
+        now = some.reserve()
+        if len(now) == len(where) and all(a is b for a, b in zip(now, where, strict=True)):
+            replayed += 1
+            some.table.step()
+            got = [kernel(*args, **kwargs) for kernel, args, kwargs in launches][-1][:2]
+        else:
+            launches.clear()
+            with dispatch.use("triton"):
+                got = some.step(*inputs, at, 0.3, weights=False)[:2]
+            where = some.reserve()
+        with dispatch.use("naive"):
+            want = other.step(*inputs, at, 0.3, weights=False)[:2]
+        for a, b in zip(got, want, strict=True):
+            assert_close(a.view(b.shape), b, atol=2e-5, rtol=2e-5, msg=lambda text, step=step: f"step {step}: {text}")
+    assert replayed >= 30
+    assert some.counts().tolist() == other.counts().tolist()
+    for name in ("keys", "values"):
+        ours, theirs = (x.table.dense(name)[x.table.valid()] for x in (some, other))
+        assert torch.equal(ours, theirs)

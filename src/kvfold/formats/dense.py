@@ -76,6 +76,11 @@ class DenseSegment:
         planes = {"keys": k.flatten(0, 1), "values": v.flatten(0, 1), POSITION: wide.reshape(-1, 1)}
         return ops.step_pages(q, self.table, planes, scale, mass=mass, weights=weights)
 
+    def reserve(self) -> list[Tensor]:
+        """Make room for one more token in each row; the tensors on the device that a step reads and writes."""
+        self.table.reserve()
+        return [*self.pool.planes.values(), *self.table.on_device()]
+
     def dense(self) -> Chunk:
         columns = {n: self._rows(self.table.dense(n)) for n in self.pool.planes if n not in ("keys", "values")}
         valid = self._rows(self.table.valid())

@@ -210,6 +210,15 @@ class Cache(HFCache):
             self._prefilling = before
 
     @contextmanager
+    def undecided(self) -> Iterator[None]:
+        """Forward passes inside the block append, and no event runs: a method that acts in decoding lets it be."""
+        before, self._listen = self._listen, False
+        try:
+            yield
+        finally:
+            self._listen = before
+
+    @contextmanager
     def observed(self, observe: Callable[[LayerView], None]) -> Iterator[None]:
         """Within the block `observe` gets every layer's view, before the method decides."""
         before, self._observe = self._observe, observe

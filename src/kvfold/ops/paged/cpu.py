@@ -110,6 +110,7 @@ def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor], *, slack
     keep, more, before, pool = mask.contiguous().numpy(), np.empty(table.rows, np.int32), table.lengths, table.pool
     if slack:
         table.allow_holes()
+        table.holes, table.hole_count = table.holes.copy(), table.hole_count.copy()  # see `on_device`
         if cpu_kernels.punch_holes(keep, before, table.holes, table.hole_count, more):
             _set_columns(table, columns)
             return

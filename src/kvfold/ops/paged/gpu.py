@@ -56,15 +56,10 @@ def step_pages(
         return naive.step_pages(q, table, planes, scale, mass=mass, weights=weights)
     from kvfold.ops.paged import triton_kernels
 
-    start = table.lengths
-    table.extend(1)
-    after, table.lengths = table.lengths, start
-    pages, lengths, *_ = table.on_device()
+    pages, lengths, *_ = table.step()
     new = {name: plane[:, 0].to(table.pool.planes[name].dtype) for name, plane in planes.items()}
     fills = {name: spec.fill for name, spec in table.pool.specs.items()}
     triton_kernels.append(table.pool.planes, new, pages, lengths, fills=fills)
-    table.lengths = after
-    table.stepped()
     return attend_pages(
         q, table, scale, mass=mass, read=None, compact=None, position="position", weights=weights
     )  # fmt: skip
