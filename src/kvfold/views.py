@@ -214,7 +214,8 @@ class LayerView:
         """The attention that each token got from all queries of this pass and group, summed; float32, 0 where empty."""
         self._need_queries()
         if COLUMN_SUMS not in self.memo:
-            self.memo[COLUMN_SUMS] = self._column_sums()
+            found = self.memo.get(ATTENTION)  # of all queries: what the kernel of a decode step leaves
+            self.memo[COLUMN_SUMS] = self._column_sums() if found is None else found.sum((2, 3))
         return self.memo[COLUMN_SUMS].masked_fill(~self.valid, 0.0)
 
     def _need_queries(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache as HFCache
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 
-from kvfold.bench.machine import sync
+from kvfold.evaluation.decoding import sync
 from kvfold.hf.attention import NAME
 from kvfold.hf.cache import Cache
 from kvfold.hf.layers import PagedLayer, tensors

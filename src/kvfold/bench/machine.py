@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from kvfold.evaluation.decoding import sync
+
 READ_BYTES = {"cpu": 2**29, "cuda": 2**31}
 """Bytes of one plain read: far beyond any cache, and on CUDA long beside a launch."""
 
@@ -36,12 +38,6 @@ class Spread:
 def spread(seconds: list[float]) -> Spread:
     """Median and extremes of at least one measurement."""
     return Spread(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
-
-
-def sync(device: torch.device) -> None:
-    """Wait for what was launched; nothing on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:

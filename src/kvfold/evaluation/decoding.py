@@ -34,21 +34,22 @@ class Answer:
         return (len(self.tokens) - 1) / self.seconds if len(self.tokens) > 1 and self.seconds > 0 else None
 
 
-def _sync(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+def sync(device: torch.device) -> None:
+    """Wait for what was launched; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, ids: Tensor, cache: HFCache, chunk: int | None = None) -> Prefilled:
     """Read a prompt (1, T) into `cache`, in chunks of `chunk` tokens where given."""
-    _sync(model)
+    sync(model.device)
     start = time.perf_counter()
     out: Any = None
     with cache.prefilling() if isinstance(cache, Cache) else nullcontext():
         for part in torch.split(ids, chunk or ids.shape[1], dim=1):
             out = model(input_ids=part.to(model.device), past_key_values=cache, logits_to_keep=1)
-    _sync(model)
+    sync(model.device)
     return Prefilled(out.logits[0, -1].float(), time.perf_counter() - start)
 
 
@@ -63,12 +64,12 @@ def decode(model: PreTrainedModel, cache: HFCache, first: Tensor, count: int) ->
     """At most `count` greedy tokens, from the logits of the first on."""
     ends = end_tokens(model)
     tokens = [int(first.argmax())]
-    _sync(model)
+    sync(model.device)
     start = time.perf_counter()
     while len(tokens) < count and tokens[-1] not in ends:
         step = torch.tensor([[tokens[-1]]], device=model.device)
         tokens.append(int(model(input_ids=step, past_key_values=cache).logits[0, -1].argmax()))
-    _sync(model)
+    sync(model.device)
     return Answer(tokens, time.perf_counter() - start)
 
 

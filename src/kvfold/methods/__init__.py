@@ -2,5 +2,17 @@
 
 from kvfold.methods.base import CacheView, Method, MethodInfo, Pipeline, method
 from kvfold.methods.registry import get_method, list_methods, parse
+from kvfold.methods.scored import Scored, Wrapper
 
-__all__ = ["CacheView", "Method", "MethodInfo", "Pipeline", "get_method", "list_methods", "method", "parse"]
+__all__ = [
+    "CacheView",
+    "Method",
+    "MethodInfo",
+    "Pipeline",
+    "Scored",
+    "Wrapper",
+    "get_method",
+    "list_methods",
+    "method",
+    "parse",
+]

@@ -1,16 +1,15 @@
 """H2O: keep heavy hitters and a recent window, one eviction per generated token (arXiv:2306.14048)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvfold.budgets import Budget, check_budget
-from kvfold.decisions import Keep
-from kvfold.methods.base import Method, method
+from kvfold.methods.base import method
+from kvfold.methods.scored import Scored, recent
 from kvfold.options import check_number
-from kvfold.scores import keep_top
 from kvfold.views import LayerView
 
 SCORE = "h2o_score"
@@ -18,7 +17,7 @@ SCORE = "h2o_score"
 
 @method("h2o", title="H2O: Heavy-Hitter Oracle", paper="2306.14048", kind="evict")
 @dataclass(frozen=True)
-class H2O(Method):
+class H2O(Scored):
     """The tokens that got the most attention from all queries so far, and the most recent ones.
 
     A column carries each token's accumulated attention. `recent` is the share of the budget for the recent
@@ -27,24 +26,22 @@ class H2O(Method):
     prompt is cut once at its end (in chunked prefill after every chunk, which is stricter than the paper).
     """
 
-    budget: Budget = 0.25
     recent: float = 0.5
 
     asks = frozenset({"column_sums", "attention"})
 
     def __post_init__(self) -> None:
-        check_budget(self.budget)
+        super().__post_init__()
         check_number("recent", self.recent, 0.0, 1.0)
 
-    def after_prefill(self, view: LayerView) -> Keep:
-        return self._keep(view, view.column_sums())
+    def scores(self, view: LayerView) -> Float[Tensor, "B H T"]:
+        attention = view.column_sums()
+        return attention + view.columns[SCORE] if SCORE in view.columns else attention
 
-    def after_decode(self, view: LayerView) -> Keep:
-        return self._keep(view, view.attention(view.new).sum((2, 3)))
+    def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
+        return recent(view, (counts * self.recent).floor().to(torch.int64))
 
-    def _keep(self, view: LayerView, attention: Float[Tensor, "B H T"]) -> Keep:
-        score = attention + view.columns[SCORE] if SCORE in view.columns else attention
-        budget = view.budget(self.budget)
-        window = (budget * self.recent).floor().to(torch.int64)
-        recent = view.valid & (view.rank >= (view.count - window)[..., None])
-        return Keep(keep_top(view, score, budget, always=recent).mask, {SCORE: score})
+    def carried(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Mapping[str, Tensor]:
+        return {SCORE: scores}
+
+    after_decode = Scored.after_prefill

@@ -2,33 +2,30 @@
 
 from dataclasses import dataclass
 
-from kvfold.budgets import Budget, check_budget
-from kvfold.decisions import Keep
-from kvfold.methods.base import Method, method
-from kvfold.scores import keep_top
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvfold.methods.base import method
+from kvfold.methods.scored import Scored
 from kvfold.views import LayerView
 
 
 @method("tova", title="TOVA: Token Omission Via Attention", paper="2401.06104", kind="evict")
 @dataclass(frozen=True)
-class TOVA(Method):
+class TOVA(Scored):
     """Attention of the last query alone, its mean over all heads: one choice for a layer, after every forward.
 
     No window, no sinks, no memory: the newest token competes like the others. Cuts after every chunk of a prompt
     that is read in chunks, which is a stricter method than one cut at its end.
     """
 
-    budget: Budget = 0.25
-
     asks = frozenset({"attention"})
 
-    def __post_init__(self) -> None:
-        check_budget(self.budget)
+    def scores(self, view: LayerView) -> Float[Tensor, "B H T"]:
+        return view.attention(1).mean((1, 2, 3))[:, None].expand_as(view.valid)
 
-    def after_prefill(self, view: LayerView) -> Keep:
-        asked = view.attention(1).mean((1, 2, 3))[:, None].expand_as(view.valid)  # B H T, the same for all H
+    def counts(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Int[Tensor, "B H"]:
         # All heads keep the same tokens, so the smallest of their budgets is everyone's.
-        budget = view.budget(self.budget).amin(1, keepdim=True).expand(-1, view.heads)
-        return keep_top(view, asked, budget)
+        return view.budget(self.budget).amin(1, keepdim=True).expand(-1, view.heads)
 
-    after_decode = after_prefill
+    after_decode = Scored.after_prefill

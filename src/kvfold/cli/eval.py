@@ -1,0 +1,160 @@
+"""`kvfold eval`: what compression costs, on tasks: accuracy and agreement for methods at budgets."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from kvfold.cli import common
+
+if TYPE_CHECKING:
+    from kvfold.evaluation.runner import Progress as Done
+    from kvfold.evaluation.sweep import Sweep
+
+Names = Annotated[str | None, typer.Option(help="Several, separated by commas; instead of the sweep's.")]
+
+
+def eval_command(
+    sweep: Annotated[Path | None, typer.Argument(help="A sweep: .yaml, .toml or .json (docs/evaluation.md).")] = None,
+    suite: Annotated[str | None, typer.Option("--suite", help="A sweep that ships; smoke takes minutes.")] = None,
+    models: Annotated[str | None, typer.Option("--models", help="Bundled names, ids, folders.")] = None,
+    methods: Annotated[str | None, typer.Option("--methods", help="Slugs or compositions.")] = None,
+    budgets: Annotated[str | None, typer.Option("--budgets", help="Fractions, or tokens per KV head.")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Task names, with options: niah(keys=4).")] = None,
+    lengths: Annotated[str | None, typer.Option("--lengths", help="Tokens of prompt and answer.")] = None,
+    protocols: Annotated[str | None, typer.Option("--protocols", help="aware, agnostic, turns.")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Examples of each task.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Examples read together.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the tasks that are made here.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
+    compress: Annotated[str | None, typer.Option("--compress", help="both, or prefill alone.")] = None,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Chat template, where there is one.")] = None,
+    texts: Annotated[Path | None, typer.Option("--texts", help="Running text for haystacks, a file or folder.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="A benchmark's published files.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of results; a killed sweep goes on.")] = None,
+    device: common.Device = "cpu",
+    ray: Annotated[str | None, typer.Option("--ray", help="Address of a Ray cluster, or local.")] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="List tasks and suites, and end.")] = False,
+    json: common.Json = False,
+) -> None:
+    """Measure methods at budgets on tasks; results go to a folder that `kvfold report` reads."""
+    if list_all:
+        _list(json)
+        return
+    given = {
+        "models": _words(models), "methods": _words(methods), "tasks": _words(tasks), "protocols": _words(protocols),
+        "budgets": None if budgets is None else [common.number(part) for part in _words(budgets) or []],
+        "lengths": None if lengths is None else [_whole(part) for part in _words(lengths) or []],
+        "samples": samples, "batch": batch, "seed": seed, "dtype": dtype, "compress": compress, "chat": chat,
+        "texts": texts, "data": data,
+    }  # fmt: skip
+    made = _sweep(sweep, suite, {name: value for name, value in given.items() if value is not None})
+    folder = out or Path("results") / made.name
+    done = _run(made, folder, device, ray)
+    _show(folder, made, done, json)
+
+
+def _words(text: str | None) -> list[str] | None:
+    from kvfold.evaluation.compare import split_names
+
+    return None if text is None else split_names(text)
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit():
+        raise ValueError(f"lengths={text!r} must be whole numbers of tokens")
+    return int(text)
+
+
+def _sweep(path: Path | None, suite: str | None, given: dict[str, Any]) -> "Sweep":
+    from kvfold.evaluation import sweep as sweeps
+
+    if path is not None and suite is not None:
+        raise ValueError(f"sweep={str(path)!r} and suite={suite!r}: name one of them")
+    if path is not None:
+        found = {"name": path.stem} | sweeps.read_definition(path)
+    elif suite is not None:
+        found = sweeps.suite(suite)
+    elif "tasks" in given:
+        found = {"models": ["smollm2-135m-instruct"], "methods": ["kvmerger", "h2o", "snapkv"], "budgets": [0.5, 0.25]}
+        found["lengths"] = [1024]
+    else:
+        raise ValueError("name a sweep file, --suite, or --tasks; --list shows what there is")
+    return sweeps.check_sweep(found | given, str(path or suite or "sweep"))
+
+
+def _run(sweep: "Sweep", folder: Path, device: str, ray: str | None) -> "Done":
+    from kvfold.evaluation.on_ray import run_on_ray
+    from kvfold.evaluation.runner import run_sweep
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(compact=True),
+    )  # fmt: skip
+    with Progress(*columns, console=common.stderr) as bar:
+        job = bar.add_task("loading", total=None)
+        start: int | None = None
+
+        def tick(done: "Done") -> None:
+            nonlocal start
+            start = done.done if start is None else start  # what an earlier run did says nothing about time left
+            failed = f" ({done.failed} failed)" if done.failed else ""
+            bar.update(job, description=done.now + failed, completed=done.done - start, total=done.total - start)
+
+        if ray is not None:
+            return run_on_ray(sweep, folder, ray, device=device, tick=tick)
+        return run_sweep(sweep, folder, device=device, tick=tick)
+
+
+def _show(folder: Path, sweep: "Sweep", done: "Done", json: bool) -> None:
+    from kvfold.evaluation.summary import summarise
+
+    rows = summarise(folder)
+    if json:
+        common.print_json({"folder": str(folder), "records": done.total, "failed": done.failed, "rows": rows})
+        return
+    for (model, protocol), mine in _groups(rows):
+        names = list(dict.fromkeys(row["column"] for row in mine))
+        table = Table(title=f"{model}, protocol {protocol}", caption="Scores out of 100; agreement: mean KL, top-1.")
+        for name in ("method", "budget", "KV", *names):
+            table.add_column(name, justify="left" if name == "method" else "right", no_wrap=name == "method")
+        for (method, budget), cells in _cells(mine):
+            shown = [cells[name]["text"] if name in cells else "-" for name in names]
+            ratio = next(iter(cells.values()))["ratio"]
+            table.add_row(method, "-" if budget is None else str(budget), f"{ratio:.2f}", *shown)
+        common.stdout.print(table)
+    common.stderr.print(f"{done.done} results in {folder}" + (f", {done.failed} new failures" if done.failed else ""))
+
+
+def _groups(rows: list[dict[str, Any]]) -> list[tuple[tuple[str, str], list[dict[str, Any]]]]:
+    keys = dict.fromkeys((row["model"], row["protocol"]) for row in rows)
+    return [(key, [row for row in rows if (row["model"], row["protocol"]) == key]) for key in keys]
+
+
+def _cells(rows: list[dict[str, Any]]) -> list[tuple[tuple[str, Any], dict[str, dict[str, Any]]]]:
+    found: dict[tuple[str, Any], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["method"], row["budget"]), {})[row["column"]] = row
+    return list(found.items())
+
+
+def _list(json: bool) -> None:
+    from kvfold.evaluation.sweep import list_suites
+    from kvfold.evaluation.tasks import list_tasks
+
+    tasks = list_tasks()
+    if json:
+        about = [
+            {"name": t.name, "title": t.title, "paper": t.paper, "sized": t.sized, "options": t.options} for t in tasks
+        ]
+        common.print_json({"suites": list_suites(), "tasks": about})
+        return
+    table = Table(title="tasks")
+    for name in ("task", "what", "arXiv", "options"):
+        table.add_column(name, overflow="fold")
+    for each in tasks:
+        table.add_row(each.name, each.title, each.paper, ", ".join(f"{k}={v!r}" for k, v in each.options.items()))
+    common.stdout.print(table)
+    common.stdout.print(f"suites: {', '.join(list_suites())}")

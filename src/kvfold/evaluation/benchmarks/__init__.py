@@ -1,0 +1,1 @@
+"""Public benchmarks in the formats that they are published in, from a path or from the Hugging Face hub."""

@@ -1,0 +1,102 @@
+"""The same sweep on a Ray cluster: an actor for each device, one writer, and a new actor where one has died."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvfold.evaluation.records import Store, key_of
+from kvfold.evaluation.runner import Plan, Progress, Tick, about, count, describe
+from kvfold.evaluation.sweep import Sweep
+from kvfold.evaluation.worker import Worker
+
+TRIES = 3
+"""How often a unit is given out before its records are failures: an actor that dies takes its unit along."""
+
+
+class Remote:
+    """What an actor does: a `Worker` with as many threads as the driver has, so that sums come out the same."""
+
+    def __init__(self, definition: dict[str, Any], device: str, threads: int):
+        torch.set_num_threads(threads)
+        self.worker = Worker(Sweep.model_validate(definition), device)
+
+    def plan(self, model: str) -> list[Any]:
+        """Units of a model, each with its examples' ids and its records' keys."""
+        return [(unit, self.worker.keys(unit, ids)) for unit, ids in self.worker.units(model)]
+
+    def run(self, unit: Any, done: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """(examples, records) of a unit."""
+        return self.worker.example_records(unit), self.worker.run(unit, set(done))
+
+
+def run_on_ray(
+    sweep: Sweep, folder: Path, address: str, *, device: str = "cpu", actors: int | None = None,
+    tick: Tick = lambda _: None,
+) -> Progress:  # fmt: skip
+    """Run what `folder` does not have yet on the cluster at `address` ("local": one of this machine's own).
+
+    One actor a GPU for device="cuda", else one for each as many cores as torch uses here; `actors` says how many.
+    Results come in as they are done, and stand in the sweep's order at the end. Raises ImportError without Ray.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ImportError('--ray needs Ray: pip install "kvfold[ray]"') from None
+    threads, mine = torch.get_num_threads(), not ray.is_initialized()
+    if mine:
+        ray.init(address=None if address == "local" else address, log_to_driver=False, configure_logging=False)
+    store = Store(folder, sweep.definition(), about(device))
+    try:
+        needs = {"num_gpus": 1} if device.startswith("cuda") else {"num_cpus": threads}
+        have = ray.cluster_resources()
+        number = actors or max(
+            1, int(have.get("GPU" if device.startswith("cuda") else "CPU", 1)) // max(needs.values())
+        )
+        kind = ray.remote(**needs, max_restarts=0)(Remote)
+
+        def start() -> Any:
+            return kind.remote(sweep.definition(), device, threads)
+
+        pool = [start() for _ in range(number)]
+        plan, waiting = Plan(), []
+        for model in sweep.models:
+            for unit, keys in ray.get(pool[0].plan.remote(model)):
+                flat = [key for mine_ in keys for key in mine_]
+                plan.units.append((unit, [key_of(key) for key in flat]))
+                plan.order |= {key_of(key): len(plan.order) + at for at, key in enumerate(flat)}
+                if any(key_of(key) not in store.done for key in flat):
+                    waiting.append((unit, flat, 0))
+        progress = Progress(len(plan.order), sum(key in store.done for key in plan.order))
+        waiting.reverse()
+        busy: dict[Any, tuple[int, Any]] = {}
+        idle = list(range(number))
+        while waiting or busy:
+            while waiting and idle:
+                job, at = waiting.pop(), idle.pop()
+                wanted = [key_of(key) for key in job[1]]
+                busy[pool[at].run.remote(job[0], [key for key in wanted if key in store.done])] = (at, job)
+                progress.now = describe(sweep, job[0])
+                tick(progress)
+            ready, _ = ray.wait(list(busy), num_returns=1)
+            at, (unit, flat, tries) = busy.pop(ready[0])
+            idle.append(at)
+            try:
+                examples, records = ray.get(ready[0])
+            except ray.exceptions.RayError as error:
+                pool[at] = start()
+                if tries + 1 < TRIES:
+                    waiting.append((unit, flat, tries + 1))
+                    continue
+                why = f"{type(error).__name__}: {str(error).splitlines()[0]} ({TRIES} tries)"
+                examples, records = [], [{**key, "error": why} for key in flat if key_of(key) not in store.done]
+            store.add_examples(examples)
+            store.add(records)
+            count(progress, records)
+            tick(progress)
+        store.finish(plan.order)
+        return progress
+    finally:
+        store.close()
+        if mine:
+            ray.shutdown()

@@ -1,0 +1,138 @@
+"""Results on disk: one JSON line for each example, method and budget, appended whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+KEY = ("model", "dtype", "task", "length", "protocol", "example", "method", "budget")
+"""The fields that say what a record is about; a key occurs once in a file."""
+
+RESULTS, EXAMPLES, DEFINITION = "results.jsonl", "examples.jsonl", "sweep.json"
+
+
+def key_of(record: Mapping[str, Any]) -> str:
+    """A record's key as text."""
+    return json.dumps([record[name] for name in KEY], ensure_ascii=False)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file. What a killed writer left of its last line is passed over.
+
+    Raises ValueError for any other line that is no JSON object, naming it.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                found = json.loads(line)
+                if not isinstance(found, dict):
+                    raise ValueError("not an object")
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}, is damaged: {error}") from None
+            yield found
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A file that is there completely or not at all: written under a temporary name, then renamed."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def to_line(record: Mapping[str, Any]) -> bytes:
+    """One record as a line."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+class Lines:
+    """A file of JSON lines to append to; what a killed writer left of its last line is cut off."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        if path.exists():
+            with path.open("rb+") as file:
+                data = file.read()
+                file.truncate(data.rfind(b"\n") + 1)
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add records, in one write."""
+        data = b"".join(map(to_line, records))
+        with self.path.open("ab", buffering=0) as file:
+            file.write(data)
+            os.fsync(file.fileno())
+
+
+class Store:
+    """A folder of results: `results.jsonl`, the `examples.jsonl` that they are about, and `sweep.json`.
+
+    One process writes at a time. Raises ValueError for a folder with another sweep's results, RuntimeError for one
+    that another process is writing to.
+    """
+
+    def __init__(self, folder: Path, definition: Mapping[str, Any], about: Mapping[str, Any]):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._lock = FileLock(folder / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RuntimeError(f"another process is writing to {folder}") from None
+        path = folder / DEFINITION
+        if path.exists():
+            self._check(json.loads(path.read_text(encoding="utf-8"))["sweep"], definition)
+        write_whole(path, json.dumps({"sweep": definition, **about}, indent=2, ensure_ascii=False).encode() + b"\n")
+        self._results, self._examples = Lines(folder / RESULTS), Lines(folder / EXAMPLES)
+        self.done = {key_of(record) for record in read_lines(folder / RESULTS)}
+        self._known = {self._example(record) for record in read_lines(folder / EXAMPLES)}
+
+    def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        for name in sorted({*before, *now} - {"models", "methods", "budgets", "tasks", "lengths", "protocols"}):
+            if before.get(name) != now.get(name):
+                raise ValueError(
+                    f"{self.folder} holds results for {name}={before.get(name)!r}, not {now.get(name)!r}: "
+                    "go on with the same sweep, or choose another folder"
+                )
+
+    @staticmethod
+    def _example(record: Mapping[str, Any]) -> str:
+        return json.dumps([record[name] for name in ("model", "task", "length", "example")], ensure_ascii=False)
+
+    def add_examples(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add those examples that the folder does not have yet."""
+        fresh = [record for record in records if self._example(record) not in self._known]
+        if fresh:
+            self._examples.append(fresh)
+            self._known |= {self._example(record) for record in fresh}
+
+    def add(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add results; a key that is there already is an error of the caller's."""
+        records = list(records)
+        keys = [key_of(record) for record in records]
+        assert not self.done & set(keys) and len(set(keys)) == len(keys), "a result would count twice"
+        self._results.append(records)
+        self.done |= set(keys)
+
+    def finish(self, order: Mapping[str, int]) -> None:
+        """Put the results into the order of their keys' numbers; others stay behind them, as they came."""
+        records = list(read_lines(self.folder / RESULTS))
+        ranks = [order.get(key_of(record), len(order)) for record in records]
+        if ranks != sorted(ranks):
+            ordered = [records[i] for i in sorted(range(len(records)), key=ranks.__getitem__)]
+            write_whole(self.folder / RESULTS, b"".join(map(to_line, ordered)))
+
+    def close(self) -> None:
+        """Let another process write."""
+        self._lock.release()

@@ -1,0 +1,108 @@
+"""Methods that rank tokens: a score, what always stays, and how many; wrappers share a budget out over any of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kvfold.budgets import Budget, check_budget
+from kvfold.decisions import Keep
+from kvfold.methods.base import Method
+from kvfold.methods.registry import parse
+from kvfold.scores import keep_top
+from kvfold.views import LayerView
+
+
+@dataclass(frozen=True)
+class Scored(Method):
+    """Keeps the tokens with the highest `scores`, as many as `counts` says, those of `always` first of all.
+
+    A subclass gives `scores`, and the others where the default is not its own. It acts on prompts; one that acts on
+    generated tokens too sets `after_decode = Scored.after_prefill`.
+    """
+
+    budget: Budget = 0.25
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+
+    def scores(self, view: LayerView) -> Float[Tensor, "B H T"]:
+        """Importance, float32; what stands at empty slots does not matter."""
+        raise NotImplementedError
+
+    def counts(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Int[Tensor, "B H"]:
+        """How many tokens each (row, head) may keep."""
+        return view.budget(self.budget)
+
+    def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"] | None:
+        """Tokens that stay whatever their score, as far as `counts` goes: sinks, a recent window."""
+        return None
+
+    def carried(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Mapping[str, Tensor]:
+        """Columns that the kept tokens carry on, such as an accumulated score."""
+        return {}
+
+    def after_prefill(self, view: LayerView) -> Keep:
+        scores = self.scores(view)
+        counts = self.counts(view, scores)
+        kept = keep_top(view, scores, counts, always=self.always(view, counts))
+        return Keep(kept.mask, self.carried(view, scores))
+
+
+def recent(view: LayerView, window: int | Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
+    """The last `window` tokens of each (row, head)."""
+    return view.valid & (view.rank >= (view.count - window)[..., None])
+
+
+@dataclass(frozen=True)
+class Wrapper(Scored):
+    """A way to share a budget, over any method that ranks tokens: `score` is its text, such as "snapkv(window=16)".
+
+    Scores, what always stays and when it acts are the inner method's; `counts` are the wrapper's. The inner
+    method's own `counts` (at the wrapper's budget) are there to start from, so that wrappers can be nested.
+    """
+
+    score: str = "snapkv"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.inner  # noqa: B018  (raises for a score that can't be)
+
+    @cached_property
+    def inner(self) -> Scored:
+        """The method that ranks. Raises ValueError for one that does not, or that sets a budget of its own."""
+        made = parse(self.score)
+        if not isinstance(made, Scored):
+            raise ValueError(f"score={self.score!r} must be a method that ranks tokens, such as 'snapkv' or 'h2o'")
+        if "budget=" in self.score:
+            raise ValueError(f"score={self.score!r} must leave the budget to {type(self).__name__}")
+        return replace(made, budget=self.budget)
+
+    @property
+    def asks(self) -> frozenset[str]:  # type: ignore[override]
+        """What the inner method asks for."""
+        return self.inner.asks
+
+    def listens(self, event: str) -> bool:
+        return super().listens(event) if event != "after_decode" else self.inner.listens(event)
+
+    def scores(self, view: LayerView) -> Float[Tensor, "B H T"]:
+        return self.inner.scores(view)
+
+    def counts(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Int[Tensor, "B H"]:
+        return self.inner.counts(view, scores)
+
+    def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"] | None:
+        return self.inner.always(view, counts)
+
+    def carried(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Mapping[str, Tensor]:
+        return self.inner.carried(view, scores)
+
+    def after_decode(self, view: LayerView) -> Any:
+        return self.after_prefill(view)
+
+
+__all__ = ["Scored", "Wrapper", "recent"]

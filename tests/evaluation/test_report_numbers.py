@@ -1,0 +1,200 @@
+"""The report's numbers, against slow loops over the same files."""
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from kvfold.evaluation.report import Report, make_report, read_results
+from kvfold.evaluation.report.cells import ALL_LENGTHS, ALL_TASKS, Cell
+from kvfold.evaluation.report.depths import depths_of, spots
+from kvfold.evaluation.report.drilldown import drilldown, kept_digits
+from kvfold.evaluation.report.page import embedded
+from kvfold.evaluation.report.ranking import paired_differences, standings
+from kvfold.evaluation.report.strata import Contender
+from report_folders import NASTY, write_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("report") / "run", lengths=(256, 512), samples=6)
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> Report:
+    return make_report([folder])
+
+
+@pytest.fixture(scope="module")
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def chosen(lines: list[dict[str, Any]], **key: Any) -> list[dict[str, Any]]:
+    """Successful lines of a key."""
+    return [line for line in lines if "error" not in line and all(line[k] == v for k, v in key.items())]
+
+
+def cell(report: Report, task: str, length: str, method: str, budget: float | int | None) -> Cell:
+    (found,) = (c for c in report.cells if (c.task, c.length, c.contender) == (task, length, Contender(method, budget)))
+    return found
+
+
+def mean_score(lines: list[dict[str, Any]], name: str = "score") -> float:
+    return fmean(query["scores"][name] for line in lines for query in line["queries"])
+
+
+@pytest.mark.parametrize(("method", "budget"), [("full", None), ("h2o", 0.25), ("snapkv", 512)])
+def test_scores_are_means_over_tasks_of_means_over_lengths(report: Report, lines: list[Any], method: str, budget: Any):
+    key = {"method": method, "budget": budget}
+    for task in ("niah", "ruler/vt"):
+        expected = 100 * fmean(mean_score(chosen(lines, task=task, length=length, **key)) for length in (256, 512))
+        assert cell(report, task, ALL_LENGTHS, method, budget).score == pytest.approx(expected)
+    at_512 = 100 * fmean(mean_score(chosen(lines, task=task, length=512, **key)) for task in ("niah", "ruler/vt"))
+    assert cell(report, ALL_TASKS, "512", method, budget).score == pytest.approx(at_512)
+    own = chosen(lines, task="agreement", length=256, **key)
+    kl = cell(report, "agreement", "256", method, budget)
+    assert kl.score == pytest.approx(mean_score(own, "kl")) and not kl.higher
+    assert cell(report, "agreement: top-1", "256", method, budget).score == pytest.approx(100 * mean_score(own, "top1"))
+
+
+def test_memory_time_and_counts(report: Report, lines: list[Any]):
+    own = chosen(lines, task="niah", length=512, method="h2o", budget=0.5)
+    found = cell(report, "niah", "512", "h2o", 0.5)
+    assert found.ratio == pytest.approx(fmean(line["nbytes"] / line["full_nbytes"] for line in own))
+    timing = [line["timing"] for line in own]
+    seconds = sum(t["decode_seconds"] for t in timing) / sum(t["decode_tokens"] for t in timing)
+    assert found.step == pytest.approx(1000 * seconds)
+    assert (found.n, found.failed, found.partial) == (5, 1, True)
+    assert not cell(report, "niah", "512", "snapkv", 0.5).partial
+
+
+def test_fronts_are_what_no_complete_cell_beats(report: Report):
+    here = [c for c in report.cells if (c.task, c.length) == ("agreement", "512") and not c.partial]
+    for flag, cost in (("front_memory", "ratio"), ("front_time", "step")):
+        points = [(getattr(c, cost), c.score or 0.0) for c in here]
+        beaten = [
+            any(x <= cost and y <= kl and (x, y) != (cost, kl) for x, y in points) for cost, kl in points
+        ]  # fmt: skip
+        assert [getattr(c, flag) for c in here] == [not each for each in beaten]
+        assert 1 < sum(beaten) < len(beaten) - 1
+    assert not any(c.front_memory or c.front_time for c in report.cells if c.partial)
+
+
+def test_intervals_hold_the_score(report: Report):
+    for each in report.cells:
+        assert each.score is not None and each.low is not None and each.high is not None
+        assert each.low <= each.score <= each.high or each.n < 8
+
+
+def test_depths_are_means_of_their_examples(report: Report, lines: list[Any]):
+    found = spots(report.strata, depths_of(report.results))
+    (spot,) = (
+        s for s in found
+        if (s.task, s.length, s.depth, s.contender) == ("niah", "256", 0.0, Contender("kvmerger", 0.1))
+    )  # fmt: skip
+    own = [chosen(lines, method="kvmerger", budget=0.1, example=f"niah-256-{i}") for i in (0, 5)]  # of 6, at depth 0
+    assert spot.score == pytest.approx(100 * fmean(map(mean_score, own))) and spot.n == 2
+    assert {s.task for s in found} == {ALL_TASKS, "niah"}
+
+
+def test_many_depths_are_rounded(tmp_path: Path):
+    folder = write_folder(tmp_path / "run", lengths=(256,), samples=20, tasks=("niah",))
+    path = folder / "examples.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    moved = [line | {"info": {"depth": (i + 0.5) / 20}} for i, line in enumerate(lines)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in moved), encoding="utf-8")
+    depths = set(depths_of(read_results([folder])).values())
+    assert depths <= {i / 10 for i in range(11)} and len(depths) >= 10
+
+
+def test_a_method_without_a_budget_is_ranked(tmp_path: Path):
+    folder = write_folder(tmp_path / "run", lengths=(256,), samples=4, tasks=("niah",), failures=False)
+    path = folder / "results.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    plain = [line | {"method": "kivi", "budget": None} for line in lines if line["budget"] == 0.5]
+    kept = {line["example"]: line for line in plain if line["method"] == "kivi"}
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *kept.values()]), encoding="utf-8")
+    report = make_report([folder])
+    (rank,) = (
+        s for s in standings(report.strata, report.cells)
+        if s.cell.contender == Contender("kivi", None) and (s.cell.task, s.cell.length) == ("niah", ALL_LENGTHS)
+    )  # fmt: skip
+    assert (rank.rank, rank.p) == (1, None) and rank.loss is not None
+    assert "| kivi | - |" in report.markdown()
+
+
+def test_paired_differences_add_up_to_the_difference_of_the_averages(report: Report):
+    from kvfold.evaluation.report.cells import choices
+
+    one, other = Contender("kvmerger", 0.25), Contender("streamingllm", 0.25)
+    for choice in choices(report.strata):
+        total = sum(paired_differences(choice, one, other))
+        mine, theirs = (cell(report, choice.task, choice.length, c.method, c.budget).score for c in (one, other))
+        assert mine is not None and theirs is not None
+        assert total == pytest.approx(mine - theirs)
+
+
+def test_the_strong_win_and_the_weak_are_told_apart(tmp_path: Path):
+    report = make_report([write_folder(tmp_path / "run", lengths=(512,), samples=40, tasks=("niah", "agreement"))])
+    ranks = [s for s in standings(report.strata, report.cells) if s.cell.contender.budget == 0.5]
+    for task, length in ((ALL_TASKS, ALL_LENGTHS), ("agreement", "512")):
+        here = [s for s in ranks if (s.cell.task, s.cell.length) == (task, length)]
+        assert [s.rank for s in here] == [1, 2, 3, 4, 5]
+        scores = [s.cell.score for s in here]
+        assert scores == sorted(scores, reverse=task == ALL_TASKS)
+        assert here[0].p is None and here[-1].cell.contender.method == "streamingllm"
+        assert here[-1].p is not None and here[-1].p < 0.01 and here[-1].loss is not None and here[-1].loss > 0
+
+
+def test_markdown_names_the_protocol_above_every_table(report: Report):
+    text = report.markdown()
+    blocks = text.split("\n\n")
+    tables = [i for i, block in enumerate(blocks) if block.startswith("|")]
+    assert len(tables) == 2  # all lengths, and by length
+    assert all("rotocol agnostic" in blocks[i - 1] for i in tables)
+    assert r"snapkv(window=32) \| kivi(bits=2)" in text
+    rows = [line.replace(r"\|", "").count("|") for line in blocks[tables[0]].splitlines()]
+    assert len(set(rows)) == 1 and len(rows) == 2 + 1 + 5 * 4
+    h2o = next(line for line in text.splitlines() if line.startswith("| h2o | 25 %"))
+    assert h2o.endswith("| 0.250 | 30 | 6 |") and "†" in h2o
+
+
+def test_perplexity_is_pooled_by_its_metric(tmp_path: Path):
+    folder = write_folder(tmp_path / "run", lengths=(256,), samples=4, tasks=("agreement",))
+    path = folder / "examples.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace('"agreement", "', '"text", "').replace(
+        '"metric": "agreement"', '"metric": "perplexity"'), encoding="utf-8")  # fmt: skip
+    path = folder / "results.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace('"task": "agreement"', '"task": "text"'), encoding="utf-8")
+    report = make_report([folder])
+    full = cell(report, "text", "256", "full", None)
+    assert full.score == pytest.approx(2.718281828**2) and full.unit == "perplexity" and not full.higher
+    assert not [c for c in report.cells if c.task == ALL_TASKS]
+
+
+def test_texts_beyond_the_limit_are_left_out_and_their_scores_stay(report: Report):
+    setups = list(report.strata.samples)
+    everything = drilldown(report.results, report.strata, setups)
+    assert all(example["context"] is not None for example in everything["examples"])
+    little = drilldown(report.results, report.strata, setups, limit=40_000)
+    shown = [example["context"] is not None for example in little["examples"]]
+    assert any(shown) and not all(shown) and len(little["rows"]) == len(report.results.records)
+    hidden = [row for row in little["rows"] if little["examples"][row["example"]]["context"] is None]
+    assert all(a["prediction"] is None and a["scores"] for row in hidden for a in row.get("answers", []))
+    assert sum(map(len, little["contexts"])) <= 40_000
+
+
+def test_kept_shares_as_digits():
+    assert kept_digits([0.0, 0.5, 1.0, 1.2]) == "0izz"
+
+
+def test_embedded_json_is_the_same_data_and_closes_no_script():
+    data = {"text": NASTY + "\ud800\u2028", NASTY: [1.5, None]}
+    text = embedded(data)
+    assert "<" not in text and json.loads(text) == data
+    assert text.encode("utf-8")
+    with pytest.raises(ValueError):
+        embedded(float("nan"))
