@@ -191,3 +191,18 @@ def test_the_first_tokens_may_not_end_an_answer(asker, loaded):
         asked = replace(query, stop=(first,), min_new_tokens=least)
         (found,) = asker.ask([replace(ONE, queries=(asked,))], "aware", contenders(loaded[0]))
         assert found.queries[0]["tokens"] > least and (found.queries[0]["prediction"] == "") == (least == 0)
+
+
+def test_caches_that_read_in_chunks_read_by_themselves(asker, loaded):
+    model, _ = loaded
+    made = [
+        Contender("full", None, lambda: Cache(model, "full", prefill_chunk=50)),
+        Contender("streamingllm", 40, lambda: Cache(model, "streamingllm", budget=40, prefill_chunk=50)),
+    ]
+    whole = asker.ask([ONE, TWO], "agnostic", contenders(model, ("streamingllm", 40)))
+    chunked = asker.ask([ONE, TWO], "agnostic", made)
+    assert all(o.error is None and o.timing["prefill_seconds"] > 0 for o in chunked)
+    for a, b in zip(whole[:2], chunked[:2], strict=True):  # nothing is dropped: the same
+        assert a.queries == b.queries and a.measured["kept"] == b.measured["kept"]
+    for outcome in chunked[2:]:
+        assert outcome.measured["kept_tokens"] == 40

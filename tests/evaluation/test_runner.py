@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from kvfold.evaluation.records import read_lines
+from kvfold.evaluation.report import make_report
 from kvfold.evaluation.runner import run_sweep
-from kvfold.evaluation.summary import summarise
 from kvfold.evaluation.sweep import Sweep, check_sweep
 
 
@@ -62,11 +62,11 @@ def test_every_cell_is_there_once_and_in_order(undisturbed):
     assert len(examples) == 9 and all(each["context"] and each["queries"] for each in examples)
 
 
-def test_the_summary_has_every_method_and_task(undisturbed):
-    rows = summarise(undisturbed)
-    assert len(rows) == 3 * 7 and all(row["n"] == 3 and row["failed"] == 0 for row in rows)
-    kl = {(row["method"], row["budget"]): row["value"] for row in rows if row["column"].startswith("agreement")}
-    assert kl["full", None] == 0.0 < kl["snapkv", 60]
+def test_the_report_has_every_method_and_task(undisturbed):
+    cells = make_report([undisturbed]).cells
+    kl = {(c.contender.method, c.contender.budget): c for c in cells if c.unit == "KL" and c.length == "all lengths"}
+    assert len(kl) == 7 and all(cell.n == 6 and cell.failed == 0 for cell in kl.values())
+    assert kl["full", None].score == 0.0 < kl["snapkv", 60].score
 
 
 def test_parts_make_the_whole(undisturbed, tiny, tmp_path):

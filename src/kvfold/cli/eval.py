@@ -52,7 +52,7 @@ def eval_command(
     }  # fmt: skip
     made = _sweep(sweep, suite, {name: value for name, value in given.items() if value is not None})
     folder = out or Path("results") / made.name
-    done = _run(made, folder, device, ray)
+    done = run_with_progress(made, folder, device, ray)
     _show(folder, made, done, json)
 
 
@@ -85,7 +85,7 @@ def _sweep(path: Path | None, suite: str | None, given: dict[str, Any]) -> "Swee
     return sweeps.check_sweep(found | given, str(path or suite or "sweep"))
 
 
-def _run(sweep: "Sweep", folder: Path, device: str, ray: str | None) -> "Done":
+def run_with_progress(sweep: "Sweep", folder: Path, device: str, ray: str | None) -> "Done":
     from kvfold.evaluation.on_ray import run_on_ray
     from kvfold.evaluation.runner import run_sweep
 
@@ -109,35 +109,33 @@ def _run(sweep: "Sweep", folder: Path, device: str, ray: str | None) -> "Done":
 
 
 def _show(folder: Path, sweep: "Sweep", done: "Done", json: bool) -> None:
-    from kvfold.evaluation.summary import summarise
+    from kvfold.evaluation.report import make_report
+    from kvfold.evaluation.report.cells import ALL_LENGTHS
 
-    rows = summarise(folder)
+    cells = [cell for cell in make_report([folder]).cells if cell.length == ALL_LENGTHS]
     if json:
+        rows = [cell.to_dict() for cell in cells]
         common.print_json({"folder": str(folder), "records": done.total, "failed": done.failed, "rows": rows})
         return
-    for (model, protocol), mine in _groups(rows):
-        names = list(dict.fromkeys(row["column"] for row in mine))
-        table = Table(title=f"{model}, protocol {protocol}", caption="Scores out of 100; agreement: mean KL, top-1.")
-        for name in ("method", "budget", "KV", *names):
+    for setup in dict.fromkeys(cell.setup for cell in cells):
+        mine = [cell for cell in cells if cell.setup == setup]
+        tasks, at = list(dict.fromkeys(cell.task for cell in mine)), {(c.task, c.contender): c for c in mine}
+        table = Table(title=f"{setup.model}, protocol {setup.protocol}")
+        for name in ("method", "budget", "KV", *tasks):
             table.add_column(name, justify="left" if name == "method" else "right", no_wrap=name == "method")
-        for (method, budget), cells in _cells(mine):
-            shown = [cells[name]["text"] if name in cells else "-" for name in names]
-            ratio = next(iter(cells.values()))["ratio"]
-            table.add_row(method, "-" if budget is None else str(budget), f"{ratio:.2f}", *shown)
+        for one in dict.fromkeys(cell.contender for cell in mine):
+            found = [at.get((task, one)) for task in tasks]
+            ratio = next((cell.ratio for cell in found if cell is not None and cell.ratio is not None), None)
+            shown = ["-" if cell is None else _number(cell.score, cell.higher) for cell in found]
+            budget = "-" if one.budget is None else str(one.budget)
+            table.add_row(one.method, budget, "-" if ratio is None else f"{ratio:.3f}", *shown)
         common.stdout.print(table)
-    common.stderr.print(f"{done.done} results in {folder}" + (f", {done.failed} new failures" if done.failed else ""))
+    failed = f", {done.failed} of them new failures" if done.failed else ""
+    common.stderr.print(f"{done.done} results in {folder}{failed}; kvfold report {folder} --out page.html")
 
 
-def _groups(rows: list[dict[str, Any]]) -> list[tuple[tuple[str, str], list[dict[str, Any]]]]:
-    keys = dict.fromkeys((row["model"], row["protocol"]) for row in rows)
-    return [(key, [row for row in rows if (row["model"], row["protocol"]) == key]) for key in keys]
-
-
-def _cells(rows: list[dict[str, Any]]) -> list[tuple[tuple[str, Any], dict[str, dict[str, Any]]]]:
-    found: dict[tuple[str, Any], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault((row["method"], row["budget"]), {})[row["column"]] = row
-    return list(found.items())
+def _number(score: float | None, higher: bool) -> str:
+    return "failed" if score is None else f"{score:.1f}" if higher else f"{score:.3f}"
 
 
 def _list(json: bool) -> None:

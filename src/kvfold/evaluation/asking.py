@@ -86,26 +86,31 @@ class Asker:
         self, batch: Sequence[Example], asked: "Round", number: int, contenders: Sequence[Contender],
         outcomes: list[Outcome],
     ) -> None:  # fmt: skip
-        """One shared prefill, and all that is answered from it."""
+        """One shared prefill, and all that is answered from it. A cache that reads in chunks reads by itself."""
         ids, new = pad(asked.prompts, self.fill)
         caches = [contender.make() for contender in contenders]
-        sync(self.model.device)
-        start = time.perf_counter()
+        sharing = [cache for cache in caches if cache.prefill_chunk is None]
+        start, truth = self._now(), Truth()
         try:
-            logits = prefill_many(self.model, inputs(self.model, ids, new), caches, logits_to_keep=1)[:, -1].float()
+            given = inputs(self.model, ids, new)
+            logits = prefill_many(self.model, given, sharing, logits_to_keep=1)[:, -1].float() if sharing else None
         except Exception as error:
             for outcome in outcomes:
                 if outcome.example in asked.examples:
                     _failed(outcome, error)
             return
-        sync(self.model.device)
-        seconds = time.perf_counter() - start
-        at, truth = Rows(new.to(self.model.device), logits), Truth()
+        shared = (self._now() - start) / len(new)
         for c, cache in enumerate(caches):
             mine = [outcomes[c * len(batch) + e] for e in asked.examples]
             if any(outcome.error for outcome in mine):
                 continue
             try:
+                start = self._now()
+                if cache.prefill_chunk is None and logits is not None:
+                    at, seconds = Rows(new.to(self.model.device), logits), {"shared_prefill_seconds": shared}
+                else:
+                    at = read(self.model, cache, ids, new)
+                    seconds = {"prefill_seconds": (self._now() - start) / len(new)}
                 if number == 0:
                     self._measure(cache, caches[0], new, mine, seconds)
                 self._answer(batch, asked, cache, at, truth, mine)
@@ -115,7 +120,13 @@ class Asker:
             if c:  # the first is what the others are measured against
                 cache.reset()
 
-    def _measure(self, cache: Cache, full: Cache, new: Tensor, mine: Sequence[Outcome], seconds: float) -> None:
+    def _now(self) -> float:
+        sync(self.model.device)
+        return time.perf_counter()
+
+    def _measure(
+        self, cache: Cache, full: Cache, new: Tensor, mine: Sequence[Outcome], seconds: dict[str, float]
+    ) -> None:
         """What the cache holds right after the prompt; bytes are a row's share of the batch."""
         rows, shares = len(new), kept_share(cache, new.sum(1).numpy())
         counts = np.mean([core.counts().mean(1) for core in cache.paged], axis=0) if cache.paged else np.zeros(rows)
@@ -124,8 +135,7 @@ class Asker:
                 "prompt_tokens": int(new[row].sum()), "kept_tokens": round(float(counts[row]), 3),
                 "nbytes": cache.nbytes // rows, "full_nbytes": full.nbytes // rows, "kept": shares[row],
             }  # fmt: skip
-            outcome.timing = {"prefill_seconds": None, "shared_prefill_seconds": seconds / rows,
-                              "decode_seconds": 0.0, "decode_tokens": 0}  # fmt: skip
+            outcome.timing = {"prefill_seconds": None, **seconds, "decode_seconds": 0.0, "decode_tokens": 0}
 
     def _answer(
         self, batch: Sequence[Example], asked: "Round", cache: Cache, at: Rows, truth: "Truth", mine: Sequence[Outcome]

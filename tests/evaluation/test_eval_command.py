@@ -1,0 +1,62 @@
+"""`kvfold eval` as a user calls it."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from kvfold.cli.app import app
+
+
+def run(*words: object) -> str:
+    done = CliRunner().invoke(app, ["eval", *map(str, words)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_flags_make_a_sweep_and_a_table(tiny, tmp_path):
+    words = ("--tasks", "agreement(forced=8),niah", "--models", tiny, "--methods", "snapkv,h2o", "--budgets", "0.5,40")
+    words = (*words, "--lengths", "600", "--samples", 2, "--out", tmp_path / "x")
+    found = json.loads(run(*words, "--json"))
+    assert found["records"] == 2 * 2 * 5 and found["failed"] == 0
+    rows = {(row["method"], row["budget"], row["task"]): row for row in found["rows"]}
+    assert rows["full", None, "agreement(forced=8)"]["score"] == 0.0
+    assert {row["task"] for row in found["rows"]} >= {"niah", "agreement(forced=8)"}
+    table = run(*words)  # all is there already
+    assert "protocol aware" in table and "snapkv" in table and "40" in table
+
+
+def test_a_file_and_what_flags_change_in_it(tiny, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"models: [{tiny}]\nmethods: [h2o]\nbudgets: [0.5]\nlengths: [300]\ntasks: [agreement]\nsamples: 1\n"
+    )
+    run(path, "--budgets", "0.25", "--out", tmp_path / "x")
+    sweep = json.loads((tmp_path / "x" / "sweep.json").read_text())["sweep"]
+    assert sweep["name"] == "mine" and sweep["budgets"] == [0.25] and sweep["samples"] == 1
+
+
+def test_the_list_has_tasks_and_suites():
+    found = json.loads(run("--list", "--json"))
+    assert "smoke" in found["suites"]
+    tasks = {each["name"]: each for each in found["tasks"]}
+    assert tasks["niah"]["options"]["keys"] == 1 and tasks["ruler/vt"]["paper"] == "2404.06654"
+    assert sum(name.startswith("ruler/") for name in tasks) == 13
+    assert "longbench/hotpotqa" in tasks and not tasks["longbench/hotpotqa"]["sized"]
+    assert "niah" in run("--list")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ((), "name a sweep file, --suite, or --tasks"),
+        (("x.yaml", "--suite", "smoke"), "name one of them"),
+        (("--tasks", "niah", "--lengths", "1k"), "lengths='1k' must be whole numbers"),
+        (("--suite", "smok"), "suite='smok' is unknown; there are leaderboard, smoke"),
+        (("--tasks", "niah", "--budgets", "2.0"), "budget=2.0 must be a fraction"),
+    ],
+)
+def test_wrong_usage_is_named(words, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(*words, "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
