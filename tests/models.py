@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
 
+from calibrated import calibrate
+
 VOCAB = 97
 COMMON = dict(
     vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -57,6 +59,7 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Pr
     attn = "eager" if name == "gemma2" else "sdpa"  # transformers has no SDPA for capped logits
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn, dtype=torch.float32)
     torch.random.set_rng_state(state)
+    calibrate(model, name)
     return model.to(dtype).eval()
 
 

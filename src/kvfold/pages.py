@@ -288,17 +288,32 @@ class PageTable:
 
     def relocate(self, per_row: int) -> None:
         """Move to a pool of our own with `per_row` pages side by side for each row; the old pages are let go."""
-        pool = self.pool.empty_like()
-        pool.grow(self.rows * per_row)
-        ids = pool.allocate(self.rows * per_row).reshape(self.rows, per_row)
+        pool, ids, _ = self.room_for(np.full(self.rows, per_row))
         longest = self.longest
         for name in pool.planes:
             target = pool.planes[name]
             block = target.view(self.rows, per_row * pool.page_size, *target.shape[2:])
             if longest:
                 block[:, :longest] = self.dense(name)
+        self.move_to(pool, ids, regular=True)
+
+    def room_for(self, pages: np.ndarray) -> tuple[PagePool, np.ndarray, bool]:
+        """A new pool with `pages[r]` pages side by side for each row, who has which, and whether that is regular.
+
+        Rows that need almost as many get the same number.
+        """
+        regular = _nearly_even(pages)
+        wide = np.full(self.rows, pages.max() if self.rows else 0) if regular else pages
+        pool = self.pool.empty_like()
+        pool.grow(int(wide.sum()))
+        table = np.full((self.rows, int(wide.max()) if self.rows else 0), -1, dtype=np.int32)
+        table[np.arange(table.shape[1])[None] < wide[:, None]] = pool.allocate(int(wide.sum()))
+        return pool, table, regular
+
+    def move_to(self, pool: PagePool, table: np.ndarray, *, regular: bool) -> None:
+        """Our tokens lie there now; the old pages are let go."""
         self.pool.release(self.table[self.table >= 0])
-        self.pool, self.table, self.regular, self._room = pool, ids, True, 0
+        self.pool, self.table, self.regular, self._room = pool, table, regular, 0
 
     def trim(self, *, slack: bool = False) -> None:
         """Let go of every page past a row's length, and give the memory back where the pool is ours alone.
@@ -350,16 +365,11 @@ class PageTable:
 
     def _scatter_to_exact(self, needed: np.ndarray) -> None:
         """Rows of different lengths: a pool with exactly their pages, each row's side by side."""
-        pool = self.pool.empty_like()
-        pool.grow(int(needed.sum()))
-        ids = pool.allocate(int(needed.sum()))
-        table = np.full((self.rows, int(needed.max())), -1, dtype=np.int32)
-        table[np.arange(table.shape[1])[None] < needed[:, None]] = ids
+        pool, table, regular = self.room_for(needed)
         mine = self._index(self.table[:, : table.shape[1]][table >= 0])
         for name, plane in self.pool.planes.items():
             pool.planes[name].copy_(plane.index_select(0, mine))
-        self.pool.release(self.table[self.table >= 0])
-        self.pool, self.table, self.regular = pool, table, False
+        self.move_to(pool, table, regular=regular)
 
 
 def _send(array: np.ndarray, place: Tensor | None, device: torch.device) -> Tensor:

@@ -169,19 +169,22 @@ class LayerView:
             return [budget] * len(self.place.prompt)
         return [min(1.0, budget / max(1, prompt)) for prompt in self.place.prompt.tolist()]
 
-    def budget(self, budget: Budget, weights: Callable[[float], tuple[float, ...]] | None = None) -> Int[Tensor, "B H"]:
+    def budget(
+        self, budget: Budget, weights: Callable[[float], tuple[float, ...]] | Sequence[tuple[float, ...]] | None = None
+    ) -> Int[Tensor, "B H"]:
         """How many tokens each (row, head) of this layer may keep.
 
-        `weights` gives each layer's share of a budget that is this fraction of the prompt (default: the same for all).
+        `weights` gives each layer's share of a budget that is this fraction of the prompt (default: the same for all),
+        or holds such shares for each row.
         A fraction of 1.0 is no limit: it holds for generated tokens too.
         """
         if isinstance(budget, float) and budget == 1.0:
             return self.count
         rows = []
         lengths = zip(self.place.prompt.tolist(), self.place.seen.tolist(), self.fraction(budget), strict=True)
-        for prompt, seen, fraction in lengths:
+        for row, (prompt, seen, fraction) in enumerate(lengths):
             cap = prompt if isinstance(budget, float) else seen
-            shares = None if weights is None else weights(fraction)
+            shares = weights(fraction) if callable(weights) else None if weights is None else weights[row]
             rows.append(allocate(budget, prompt, cap, self.place.layers, self.heads, shares)[self.place.ordinal])
         return torch.tensor(rows, device=self.valid.device).reshape(-1, self.heads)
 

@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvfold
+from families import FREE, LIMITED, each
 from kvfold.budgets import allocate
 from kvfold.budgets.allocate import exempt_layers
 from models import feed, subject, tokens
 
-LIMITED = [info.slug for info in kvfold.list_methods() if "budget" in info.options]
 BUDGETS = st.one_of(st.floats(0.02, 1.0), st.integers(1, 70))
 
 
@@ -19,6 +19,8 @@ def allowed(method, cache, budget, length: int) -> int:
     layers, heads = len(cache.paged), cache.paged[0].shape[0]
     if budget == 1.0 and isinstance(budget, float):
         return length * layers * heads
+    if method.info.slug == "compresskv":  # a layer's heads keep the same tokens: whole tokens for all of them
+        return int((budget * length if isinstance(budget, float) else min(budget, length)) + 1e-9) * layers * heads
     weights = None
     if method.info.slug == "kvmerger":  # its first two and its last layer are kept as far as the others can pay
         share = budget if isinstance(budget, float) else min(1.0, budget / length)
@@ -40,7 +42,7 @@ def allowance(cache, budget, length: int) -> int:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-@pytest.mark.parametrize("slug", LIMITED)
+@each(LIMITED)
 @given(budget=BUDGETS, lengths=st.lists(st.integers(1, 80), min_size=1, max_size=2))
 def test_the_budget_is_used_up(slug, name, budget, lengths):
     """Also where it is hard: rows shorter than windows, budgets under one token per head."""
@@ -50,7 +52,7 @@ def test_the_budget_is_used_up(slug, name, budget, lengths):
         assert held(cache, row) == allowed(cache.method, cache, budget, length) <= allowance(cache, budget, length)
 
 
-@pytest.mark.parametrize("slug", LIMITED)
+@each(LIMITED)
 @pytest.mark.parametrize("budget", [0.5, 0.1, 9, 1.0], ids=str)
 @pytest.mark.parametrize(("chunk", "lengths"), [(1, (19, 15)), (16, (33, 33)), (8, (41, 30)), (3, (37, 2))], ids=str)
 def test_a_prompt_in_chunks(slug, budget, chunk, lengths):
@@ -68,13 +70,13 @@ def test_a_prompt_in_chunks(slug, budget, chunk, lengths):
     assert logits.isfinite().all()
     for row, length in enumerate(lengths):
         assert held(cache, row) > 0 or not allowed(cache.method, cache, budget, length)
-        if budget != 0.1 and slug not in ("tova", "kvmerger"):  # tova asks, kvmerger merges; 0.1 is all sinks
+        if budget != 0.1 and slug not in {*FREE, "kvmerger"}:  # kvmerger merges; 0.1 is all sinks
             assert all(head[-1] == length - 1 for head in cache.kept(2)[row])
         if budget == 1.0:
             assert held(cache, row) == length * 6
 
 
-@pytest.mark.parametrize("slug", LIMITED)
+@each(LIMITED)
 def test_chunks_of_a_whole_budget_are_the_prompt(slug):
     """Nothing is dropped, so the chunks must be told apart by nothing: kept sets and logits of one forward."""
     prompt = tokens(33, 25)

@@ -7,13 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvfold
+from calibrated import SMALL
+from families import ANYWHERE, FREE, LIMITED, METHODS, each
 from models import VOCAB, dynamic, feed, follow, greedy, grow, reference, subject, tokens
 
-METHODS = [info.slug for info in kvfold.list_methods()]
-LIMITED = [info.slug for info in kvfold.list_methods() if "budget" in info.options]
 IN_DECODE = [slug for slug in LIMITED if kvfold.parse(slug).listens("after_decode")]
-ALL = pytest.mark.parametrize("slug", METHODS)
-WITH_BUDGET = pytest.mark.parametrize("slug", LIMITED)
+ALL, WITH_BUDGET = each(METHODS), each(LIMITED)
 BUDGETS = st.one_of(st.floats(0.02, 0.99), st.integers(1, 40))
 
 
@@ -21,6 +20,7 @@ def make(slug: str, name: str = "llama", dtype=torch.float32, **options):
     """A model and a cache; methods that take a budget keep half unless told."""
     if slug in LIMITED:
         options = {"budget": 0.5, **options}
+    options = {**SMALL.get(slug, {}), **options}
     return subject(name, dtype), kvfold.Cache(subject(name, dtype), slug, **options)
 
 
@@ -148,7 +148,7 @@ def test_the_budget_holds_after_a_second_turn(slug, budget):
     for row, length in enumerate((64, 50)):
         assert held(cache, row) <= limit(cache, budget, length)
         kept = [position for head in cache.kept(2)[row] for position in head]
-        assert max(kept) == length - 1 or slug == "tova"
+        assert max(kept) == length - 1 or slug in FREE
         assert min(kept) < length - 33 or budget == 12
 
 
@@ -234,8 +234,9 @@ def test_narrow_dtypes(slug, dtype):
     assert logits.dtype == dtype and logits.isfinite().all()
     _, wide = make(slug)
     follow(subject("llama"), wide, *prompt.values(), forced(2, 6))
+    assert sum(core.counts().sum() for core in cache.paged) == sum(core.counts().sum() for core in wide.paged)
     for narrow, exact in zip(cache.paged, wide.paged, strict=True):
-        assert (narrow.counts() == exact.counts()).all()
+        assert (narrow.counts() == exact.counts()).all() or slug in ANYWHERE
         planes = narrow.segments[0][1].pool.planes
         assert planes["keys"].dtype == planes["values"].dtype == dtype
         assert all(plane.dtype in (torch.float32, torch.int32) for name, plane in planes.items()
@@ -317,7 +318,7 @@ def test_a_tentative_pass_leaves_no_trace(slug, name):
         feed(model, cache, forced(2, 20), grow(mask, 20))
         feed(model, cache, forced(2, 1), grow(mask, 21))
     assert seen == [core.ordinal for core in cache.paged] * 2
-    assert cache.nbytes == nbytes == reachable_bytes(cache)
+    assert cache.nbytes == reachable_bytes(cache) <= nbytes  # room that steps had made may be given back
     for core, (kept, stored, mark) in zip(cache.paged, before, strict=True):
         assert core.kept() == kept and core.width == mark.width
         assert (core.seen == mark.seen).all() and (core.prompt == mark.prompt).all()

@@ -98,7 +98,7 @@ def test_a_step_can_be_replayed(monkeypatch, lengths):
 
     for name in ("append", "attend"):
         monkeypatch.setattr(triton_kernels, name, recorded(getattr(triton_kernels, name)))
-    inputs = [torch.empty(len(lengths), 2, n, 1, 32, device=DEVICE).squeeze(2 if n == 1 else 5) for n in (3, 1, 1)]
+    inputs = [torch.empty(len(lengths), 2, *shape, 32, device=DEVICE) for shape in ((3, 1), (1,), (1,))]
     at, where = torch.full((len(lengths), 1), 50, dtype=torch.int32, device=DEVICE), []
     for step in range(40):
         for x in inputs:
@@ -112,7 +112,7 @@ def test_a_step_can_be_replayed(monkeypatch, lengths):
             launches.clear()
             with dispatch.use("triton"):
                 got = some.step(*inputs, at, 0.3, weights=False)[:2]
-            where = some.reserve()
+            where = now
         with dispatch.use("naive"):
             want = other.step(*inputs, at, 0.3, weights=False)[:2]
         for a, b in zip(got, want, strict=True):
@@ -122,3 +122,25 @@ def test_a_step_can_be_replayed(monkeypatch, lengths):
     for name in ("keys", "values"):
         ours, theirs = (x.table.dense(name)[x.table.valid()] for x in (some, other))
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("lengths", [[40, 40], [53, 0, 7]], ids=["even", "ragged"])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.02, 0.0])
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_stays_is_that_of_the_definition(lengths, share, shared):
+    rng, some, other = torch.Generator().manual_seed(3), *(segment(lengths, torch.float32, True) for _ in range(2))
+    forks = [x.select(np.arange(len(lengths))) for x in (some, other)] if shared else []
+    valid = some.dense().valid
+    keep = valid & (torch.rand(valid.shape, generator=rng) < share).to(DEVICE)
+    columns = {"score": torch.rand(valid.shape, generator=rng).to(DEVICE)}
+    before = {name: some.table.dense(name).clone() for name in some.pool.planes}
+    for name, x in (("triton", some), ("naive", other)):
+        with dispatch.use(name):
+            x.keep(keep, columns)
+    assert some.counts().tolist() == other.counts().tolist() == keep.sum(-1).tolist()
+    assert some.pool.nbytes == other.pool.nbytes
+    for name in ("keys", "values", *some.dense().columns):
+        ours, theirs = (x.table.dense(name)[x.table.valid()] for x in (some, other))
+        assert torch.equal(ours, theirs), name
+    for fork in forks:
+        assert all(torch.equal(fork.table.dense(name), before[name]) for name in before)

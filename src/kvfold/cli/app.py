@@ -5,7 +5,7 @@ import sys
 import typer
 
 from kvfold import __version__
-from kvfold.cli import bench, compare, eval, methods, models, plan, report, run
+from kvfold.cli import bench, calibrate, compare, eval, methods, models, plan, report, run
 
 app = typer.Typer(
     name="kvfold",
@@ -20,6 +20,7 @@ app.command("methods")(methods.methods)
 app.command("models")(models.models)
 app.command("plan")(plan.plan)
 app.command("eval")(eval.eval_command)
+app.command("calibrate")(calibrate.calibrate_command)
 app.command("report")(report.report_command)
 app.add_typer(bench.app, name="bench")
 

@@ -36,6 +36,7 @@ def eval_command(
     out: Annotated[Path | None, typer.Option("--out", help="Folder of results; a killed sweep goes on.")] = None,
     device: common.Device = "cpu",
     ray: Annotated[str | None, typer.Option("--ray", help="Address of a Ray cluster, or local.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
     list_all: Annotated[bool, typer.Option("--list", help="List tasks and suites, and end.")] = False,
     json: common.Json = False,
 ) -> None:
@@ -52,7 +53,7 @@ def eval_command(
     }  # fmt: skip
     made = _sweep(sweep, suite, {name: value for name, value in given.items() if value is not None})
     folder = out or Path("results") / made.name
-    done = run_with_progress(made, folder, device, ray)
+    done = run_with_progress(made, folder, device, ray, retry_failed)
     _show(folder, made, done, json)
 
 
@@ -85,7 +86,7 @@ def _sweep(path: Path | None, suite: str | None, given: dict[str, Any]) -> "Swee
     return sweeps.check_sweep(found | given, str(path or suite or "sweep"))
 
 
-def run_with_progress(sweep: "Sweep", folder: Path, device: str, ray: str | None) -> "Done":
+def run_with_progress(sweep: "Sweep", folder: Path, device: str, ray: str | None, retry_failed: bool = False) -> "Done":
     from kvfold.evaluation.on_ray import run_on_ray
     from kvfold.evaluation.runner import run_sweep
 
@@ -104,8 +105,8 @@ def run_with_progress(sweep: "Sweep", folder: Path, device: str, ray: str | None
             bar.update(job, description=done.now + failed, completed=done.done - start, total=done.total - start)
 
         if ray is not None:
-            return run_on_ray(sweep, folder, ray, device=device, tick=tick)
-        return run_sweep(sweep, folder, device=device, tick=tick)
+            return run_on_ray(sweep, folder, ray, device=device, retry_failed=retry_failed, tick=tick)
+        return run_sweep(sweep, folder, device=device, retry_failed=retry_failed, tick=tick)
 
 
 def _show(folder: Path, sweep: "Sweep", done: "Done", json: bool) -> None:

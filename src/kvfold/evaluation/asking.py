@@ -6,6 +6,7 @@ Three protocols. `aware`: each query is read together with the context, and the 
 query follow in the same cache, as a conversation (SCBench's multi-turn mode, arXiv:2412.10319).
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -53,6 +54,9 @@ class Outcome:
         """The part of a record that is not its key."""
         if self.error is not None:
             return {"error": self.error}
+        scores = [value for query in self.queries for value in query["scores"].values()]
+        if not all(map(math.isfinite, scores)):
+            return {"error": f"a score is not finite: {scores}"}
         return {**self.measured, "queries": self.queries, "timing": self.timing}
 
 
@@ -86,25 +90,31 @@ class Asker:
         self, batch: Sequence[Example], asked: "Round", number: int, contenders: Sequence[Contender],
         outcomes: list[Outcome],
     ) -> None:  # fmt: skip
-        """One shared prefill, and all that is answered from it. A cache that reads in chunks reads by itself."""
+        """One shared prefill, and all that is answered from it.
+
+        A cache that reads in chunks reads by itself, and so does each where the shared pass failed: whose fault it
+        was shows then.
+        """
         ids, new = pad(asked.prompts, self.fill)
-        caches = [contender.make() for contender in contenders]
-        sharing = [cache for cache in caches if cache.prefill_chunk is None]
-        start, truth = self._now(), Truth()
+        made = [self._made(contender) for contender in contenders]
+        sharing = [cache for cache in made if isinstance(cache, Cache) and cache.prefill_chunk is None]
+        start, truth, logits = self._now(), Truth(), None
         try:
-            given = inputs(self.model, ids, new)
-            logits = prefill_many(self.model, given, sharing, logits_to_keep=1)[:, -1].float() if sharing else None
-        except Exception as error:
-            for outcome in outcomes:
-                if outcome.example in asked.examples:
-                    _failed(outcome, error)
-            return
+            if sharing:
+                given = inputs(self.model, ids, new)
+                logits = prefill_many(self.model, given, sharing, logits_to_keep=1)[:, -1].float()
+        except Exception:
+            made = [self._made(contender) for contender in contenders]
         shared = (self._now() - start) / len(new)
-        for c, cache in enumerate(caches):
+        for c, cache in enumerate(made):
             mine = [outcomes[c * len(batch) + e] for e in asked.examples]
             if any(outcome.error for outcome in mine):
                 continue
             try:
+                if not isinstance(cache, Cache):
+                    raise cache
+                if c and any(outcomes[e].error for e in asked.examples):
+                    raise RuntimeError(f"the full cache failed: {outcomes[asked.examples[0]].error}")
                 start = self._now()
                 if cache.prefill_chunk is None and logits is not None:
                     at, seconds = Rows(new.to(self.model.device), logits), {"shared_prefill_seconds": shared}
@@ -112,22 +122,30 @@ class Asker:
                     at = read(self.model, cache, ids, new)
                     seconds = {"prefill_seconds": (self._now() - start) / len(new)}
                 if number == 0:
-                    self._measure(cache, caches[0], new, mine, seconds)
+                    self._measure(cache, made[0], new, mine, seconds)
                 self._answer(batch, asked, cache, at, truth, mine)
             except Exception as error:
                 for outcome in mine:
                     _failed(outcome, error)
-            if c:  # the first is what the others are measured against
+            if c and isinstance(cache, Cache):  # the first is what the others are measured against
                 cache.reset()
+
+    def _made(self, contender: Contender) -> Cache | Exception:
+        """Its cache, or why there is none: a method may not fit the model."""
+        try:
+            return contender.make()
+        except Exception as error:
+            return error
 
     def _now(self) -> float:
         sync(self.model.device)
         return time.perf_counter()
 
     def _measure(
-        self, cache: Cache, full: Cache, new: Tensor, mine: Sequence[Outcome], seconds: dict[str, float]
+        self, cache: Cache, full: Cache | Exception, new: Tensor, mine: Sequence[Outcome], seconds: dict[str, float]
     ) -> None:
         """What the cache holds right after the prompt; bytes are a row's share of the batch."""
+        assert isinstance(full, Cache), "without the full cache there is nothing to measure against"
         rows, shares = len(new), kept_share(cache, new.sum(1).numpy())
         counts = np.mean([core.counts().mean(1) for core in cache.paged], axis=0) if cache.paged else np.zeros(rows)
         for row, outcome in enumerate(mine):
@@ -151,14 +169,15 @@ class Asker:
                 if rows != list(range(len(at.logits))):
                     branch.batch_select_indices(torch.tensor(rows))
                     here = at.pick(rows)
-            if turn.tails is not None and not turn.lasting:
-                here = read(self.model, branch, *pad(turn.tails, self.fill), here.mask)
+            if turn.tails is not None and not turn.lasting and turn.tails[0]:
+                with branch.undecided():  # the method has decided about the context, before any question
+                    here = read(self.model, branch, *pad(turn.tails, self.fill), here.mask)
             with self._deciding(branch):
                 if queries[0].target is not None:
                     found = self._forced(branch, here, queries, truth)
                 else:
                     found = self._generated(branch, here, queries, [mine[row] for row in rows])
-            for row, each in zip(rows, found, strict=True):
+            for (row, _), each in zip(turn.queries, found, strict=True):  # j comes in order, whatever the length
                 mine[row].queries.append(each)
             if branch is not cache:
                 branch.reset()
@@ -187,8 +206,8 @@ class Asker:
                 text = text.split(stop)[0]
             scores = {name: round(value, 6) for name, value in get_metric(query.metric)(text, query).items()}
             found.append({"prediction": text, "scores": scores, "tokens": len(tokens)})
-            outcome.timing["decode_seconds"] += made.seconds / len(queries)
-            outcome.timing["decode_tokens"] += len(tokens) - 1
+            outcome.timing["decode_seconds"] += made.seconds  # of a step with all rows
+            outcome.timing["decode_tokens"] += made.steps
         return found
 
     def _tokens(self, queries: Sequence[Query]) -> set[int]:
@@ -267,11 +286,12 @@ def _rounds(batch: Sequence[Example], prompts: Sequence[Prompt], protocol: str) 
     """What is read and asked, in order, for one protocol. Raises ValueError where it does not fit the examples."""
     everyone = list(range(len(batch)))
     if protocol == "agnostic":
-        turns = [
-            Turn([(row, j) for row in rows], [prompts[row].tails[j] for row in rows])
-            for j in range(max(len(prompt.tails) for prompt in prompts))
-            if (rows := [row for row in everyone if j < len(prompts[row].tails)])
-        ]
+        # Tails of one length are read together: padding within a text would count in a sliding window.
+        sizes = sorted({(j, len(tail)) for prompt in prompts for j, tail in enumerate(prompt.tails)})
+        turns = []
+        for j, size in sizes:
+            rows = [row for row in everyone if j < len(prompts[row].tails) and len(prompts[row].tails[j]) == size]
+            turns.append(Turn([(row, j) for row in rows], [prompts[row].tails[j] for row in rows]))
         yield Round(everyone, [prompt.head for prompt in prompts], turns)
     elif protocol == "turns":
         count = len(prompts[0].tails)

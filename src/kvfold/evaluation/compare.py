@@ -1,6 +1,5 @@
 """Methods side by side on one document and one question: answer, memory, time, agreement with the full cache."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -46,7 +45,14 @@ class Row:
 
 def split_names(text: str) -> list[str]:
     """Methods separated by commas; commas inside parentheses belong to options. Raises ValueError for none."""
-    names = [name.strip() for name in re.split(r",(?![^(]*\))", text) if name.strip()]
+    names, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth <= 0:
+            names.append("")
+        else:
+            names[-1] += character
+    names = [name.strip() for name in names if name.strip()]
     if not names:
         raise ValueError(f"methods={text!r} names no method")
     return names

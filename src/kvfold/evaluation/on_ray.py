@@ -22,17 +22,18 @@ class Remote:
         self.worker = Worker(Sweep.model_validate(definition), device)
 
     def plan(self, model: str) -> list[Any]:
-        """Units of a model, each with its examples' ids and its records' keys."""
-        return [(unit, self.worker.keys(unit, ids)) for unit, ids in self.worker.units(model)]
+        """Units of a model, each with the keys of its records and with its examples."""
+        units = self.worker.units(model)
+        return [(unit, self.worker.keys(unit, ids), self.worker.example_records(unit)) for unit, ids in units]
 
-    def run(self, unit: Any, done: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """(examples, records) of a unit."""
-        return self.worker.example_records(unit), self.worker.run(unit, set(done))
+    def run(self, unit: Any, done: list[str]) -> list[dict[str, Any]]:
+        """A unit's records."""
+        return self.worker.run(unit, set(done))
 
 
 def run_on_ray(
     sweep: Sweep, folder: Path, address: str, *, device: str = "cpu", actors: int | None = None,
-    tick: Tick = lambda _: None,
+    retry_failed: bool = False, tick: Tick = lambda _: None,
 ) -> Progress:  # fmt: skip
     """Run what `folder` does not have yet on the cluster at `address` ("local": one of this machine's own).
 
@@ -46,9 +47,11 @@ def run_on_ray(
     threads, mine = torch.get_num_threads(), not ray.is_initialized()
     if mine:
         ray.init(address=None if address == "local" else address, log_to_driver=False, configure_logging=False)
-    store = Store(folder, sweep.definition(), about(device))
+    store = Store(folder, sweep.definition(), about("cpu"), retry_failed=retry_failed)
     try:
-        needs = {"num_gpus": 1} if device.startswith("cuda") else {"num_cpus": threads}
+        # No node may have as many cores as this one.
+        cores = int(max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]))
+        needs = {"num_gpus": 1} if device.startswith("cuda") else {"num_cpus": min(threads, cores)}
         have = ray.cluster_resources()
         number = actors or max(
             1, int(have.get("GPU" if device.startswith("cuda") else "CPU", 1)) // max(needs.values())
@@ -61,11 +64,12 @@ def run_on_ray(
         pool = [start() for _ in range(number)]
         plan, waiting = Plan(), []
         for model in sweep.models:
-            for unit, keys in ray.get(pool[0].plan.remote(model)):
+            for unit, keys, examples in ray.get(pool[0].plan.remote(model)):
                 flat = [key for mine_ in keys for key in mine_]
                 plan.units.append((unit, [key_of(key) for key in flat]))
                 plan.order |= {key_of(key): len(plan.order) + at for at, key in enumerate(flat)}
                 if any(key_of(key) not in store.done for key in flat):
+                    store.add_examples(examples)
                     waiting.append((unit, flat, 0))
         progress = Progress(len(plan.order), sum(key in store.done for key in plan.order))
         waiting.reverse()
@@ -82,15 +86,14 @@ def run_on_ray(
             at, (unit, flat, tries) = busy.pop(ready[0])
             idle.append(at)
             try:
-                examples, records = ray.get(ready[0])
+                records = ray.get(ready[0])
             except ray.exceptions.RayError as error:
                 pool[at] = start()
                 if tries + 1 < TRIES:
                     waiting.append((unit, flat, tries + 1))
                     continue
                 why = f"{type(error).__name__}: {str(error).splitlines()[0]} ({TRIES} tries)"
-                examples, records = [], [{**key, "error": why} for key in flat if key_of(key) not in store.done]
-            store.add_examples(examples)
+                records = [{**key, "error": why} for key in flat if key_of(key) not in store.done]
             store.add(records)
             count(progress, records)
             tick(progress)

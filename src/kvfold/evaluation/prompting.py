@@ -36,7 +36,7 @@ class Prompter:
     def prompt(self, example: Example, *, turns: bool = False) -> Prompt:
         """Token ids of an example, its context cut where it is too long."""
         chat = self.chat and example.chat
-        example = self.fit(example)
+        example = self.fit(example, turns=turns)
         texts = [self._text(example.context, query, chat) for query in example.queries]
         head = texts[0].split(_SEAM)[0]
         tails = [text.split(_SEAM)[1] for text in texts]
@@ -47,7 +47,7 @@ class Prompter:
             turns=self._turns(example, chat) if turns else [],
         )
 
-    def fit(self, example: Example) -> Example:
+    def fit(self, example: Example, *, turns: bool = False) -> Example:
         """The example with its context cut so that every query and its answer fit the window.
 
         "middle" keeps the first and last half of the prompt's tokens (LongBench), "end" the first of the context,
@@ -55,7 +55,10 @@ class Prompter:
         """
         chat, query = self.chat and example.chat, max(example.queries, key=self._need)
         frame = len(self._ids(self._text("", replace(query, text=""), chat).replace(_SEAM, ""), first=not chat))
-        limit = self.window - query.max_new_tokens - frame - 8  # decoding and encoding anew moves a few tokens
+        limit = self.window - self._answer(query) - frame - 8  # decoding and encoding anew moves a few tokens
+        if turns:  # every query with its right answer and its frame, not the longest alone
+            golds = sum(len(self._ids(", ".join(each.answers))) for each in example.queries)
+            limit -= golds + sum(self._need(each) + frame - self._answer(each) for each in example.queries[1:])
         context, asked = self._ids(example.context), self._ids(query.text)
         if len(context) + len(asked) <= limit + 8:
             return example
@@ -71,7 +74,11 @@ class Prompter:
         return replace(example, context=kept)
 
     def _need(self, query: Query) -> int:
-        return len(self._ids(query.text + query.prefix)) + query.max_new_tokens
+        return len(self._ids(query.text + query.prefix)) + self._answer(query)
+
+    def _answer(self, query: Query) -> int:
+        """Tokens that an answer may take."""
+        return query.max_new_tokens if query.target is None else len(self._ids(query.target))
 
     def _text(self, context: str, query: Query, chat: bool) -> str:
         if not chat:

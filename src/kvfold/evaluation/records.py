@@ -70,19 +70,22 @@ class Lines:
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records, in one write."""
         data = b"".join(map(to_line, records))
-        with self.path.open("ab", buffering=0) as file:
+        with self.path.open("ab") as file:
             file.write(data)
+            file.flush()
             os.fsync(file.fileno())
 
 
 class Store:
     """A folder of results: `results.jsonl`, the `examples.jsonl` that they are about, and `sweep.json`.
 
-    One process writes at a time. Raises ValueError for a folder with another sweep's results, RuntimeError for one
-    that another process is writing to.
+    With `retry_failed` the failures of earlier runs are forgotten first. One process writes at a time. Raises
+    ValueError for a folder with another sweep's results, RuntimeError for one that another process is writing to.
     """
 
-    def __init__(self, folder: Path, definition: Mapping[str, Any], about: Mapping[str, Any]):
+    def __init__(
+        self, folder: Path, definition: Mapping[str, Any], about: Mapping[str, Any], *, retry_failed: bool = False
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._lock = FileLock(folder / ".lock")
@@ -94,6 +97,9 @@ class Store:
         if path.exists():
             self._check(json.loads(path.read_text(encoding="utf-8"))["sweep"], definition)
         write_whole(path, json.dumps({"sweep": definition, **about}, indent=2, ensure_ascii=False).encode() + b"\n")
+        if retry_failed:
+            good = [record for record in read_lines(folder / RESULTS) if "error" not in record]
+            write_whole(folder / RESULTS, b"".join(map(to_line, good)))
         self._results, self._examples = Lines(folder / RESULTS), Lines(folder / EXAMPLES)
         self.done = {key_of(record) for record in read_lines(folder / RESULTS)}
         self._known = {self._example(record) for record in read_lines(folder / EXAMPLES)}
@@ -105,6 +111,14 @@ class Store:
                     f"{self.folder} holds results for {name}={before.get(name)!r}, not {now.get(name)!r}: "
                     "go on with the same sweep, or choose another folder"
                 )
+        entries = {each["task"]: each for each in before.get("tasks", [])}
+        for each in now.get("tasks", []):
+            for name in ("samples", "texts", "data"):
+                if entries.get(each["task"], each).get(name) != each.get(name):
+                    raise ValueError(
+                        f"{self.folder} holds results of {each['task']} for {name}="
+                        f"{entries[each['task']].get(name)!r}, not {each.get(name)!r}: choose another folder"
+                    )
 
     @staticmethod
     def _example(record: Mapping[str, Any]) -> str:

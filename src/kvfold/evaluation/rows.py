@@ -29,8 +29,8 @@ class Rows:
 def pad(rows: Sequence[Sequence[int]], fill: int) -> tuple[Int[Tensor, "B Q"], Bool[Tensor, "B Q"]]:
     """Token ids padded on the left, and where they are tokens."""
     width = max(map(len, rows))
-    ids = torch.tensor([[fill] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+    ids = torch.tensor([[fill] * (width - len(row)) + list(row) for row in rows], dtype=torch.long)
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], dtype=torch.bool)
     return ids, mask
 
 

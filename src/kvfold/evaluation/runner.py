@@ -57,16 +57,19 @@ def about(device: str) -> dict[str, Any]:
     return {"versions": versions, "machine": machine}
 
 
-def run_sweep(sweep: Sweep, folder: Path, *, device: str = "cpu", tick: Tick = lambda _: None) -> Progress:
+def run_sweep(
+    sweep: Sweep, folder: Path, *, device: str = "cpu", retry_failed: bool = False, tick: Tick = lambda _: None
+) -> Progress:
     """Run what `folder` does not have yet of a sweep; how far it is then.
 
     Examples of a model are all made before any is asked, so that a task that can't be made stops the sweep early.
-    Raises ValueError for that, and for a folder with another sweep's results. What fails later is a record with an
-    error. Ctrl-C and SIGKILL lose the batch under way, and nothing else.
+    With `retry_failed` what failed before is tried again. Raises ValueError for that task, and for a folder with
+    another sweep's results. What fails later is a record with an error. Ctrl-C and SIGKILL lose the batch under way,
+    and nothing else.
     """
     worker = Worker(sweep, device)
     first = plan_for(worker, sweep.models[:1])
-    store = Store(folder, sweep.definition(), about(device))
+    store = Store(folder, sweep.definition(), about(device), retry_failed=retry_failed)
     try:
         plan, progress = Plan(), Progress()
         for model in sweep.models:

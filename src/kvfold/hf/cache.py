@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvfold.hf import attention
 from kvfold.hf.chunks import put_together, read_ahead
+from kvfold.hf.late import Done, Prompt
 from kvfold.hf.layers import PagedLayer, WindowLayer, storage_bytes
 from kvfold.hf.report import Report, layer_report
 from kvfold.hf.rope import find_rope
@@ -56,6 +57,8 @@ class Cache(HFCache):
         self._pass: Pass | None = None
         self._at = -1
         self._token_ids: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._unheard: Pass | None = None  # a prompt's pass that is over, and whose `after_prompt` is not
         self._listen, self._prefilling = True, False
         self._observe: Callable[[LayerView], None] | None = None
         super().__init__(layers=self._layers())
@@ -70,6 +73,7 @@ class Cache(HFCache):
         config = self.model.config.get_text_config(decoder=True)
         plan = DynamicCache(config=config).layers
         paged = tuple(index for index, layer in enumerate(plan) if type(layer) is DynamicLayer)
+        self.method = self.method.bind(self.model) if paged else self.method
         modules = attention_modules(self.model)
         layers: list[Any] = []
         for index, layer in enumerate(plan):
@@ -143,7 +147,7 @@ class Cache(HFCache):
             later = self.recording and self.paged[ordinal].width > 0
             self._pass = Pass(
                 prefill=prefill and not later, listen=self._listen, defer=self.recording, observe=self._observe,
-                token_ids=self._token_ids,
+                token_ids=self._token_ids, mask=self._mask,
             )  # fmt: skip
         self._at = ordinal
         return self._pass
@@ -161,6 +165,19 @@ class Cache(HFCache):
             self._carry_out(self.method.after_layer(done, ordinal), this)
         if ordinal == len(self.paged) - 1 and self.method.listens("after_forward"):
             self._carry_out(self.method.after_forward(done), this)
+
+    def finish(self) -> None:
+        """A forward pass is over: `after_prompt`, unless assisted decoding is to take some of the prompt back."""
+        this, self._token_ids, self._mask, self._pass = self._pass, None, None, None
+        if this is not None and this.prefill and this.listen and self.method.listens("after_prompt"):
+            self._unheard = this
+            if not this.defer:
+                self._hear()
+
+    def _hear(self) -> None:
+        this, self._unheard = self._unheard, None
+        if this is not None:
+            self._carry_out(self.method.after_prompt(Prompt(self, this)), this)
 
     def _carry_out(self, decisions: Mapping[int, Decisions], this: Pass) -> None:
         for ordinal, made in decisions.items():
@@ -230,10 +247,14 @@ class Cache(HFCache):
     def adopt(self, view: LayerView) -> None:
         """Fill one layer of this empty cache from another cache's view of its first pass. See `prefill_many`."""
         core = self.paged[view.place.ordinal]
-        this = Pass(prefill=True, step=self._step_of(view), token_ids=view.place.token_ids)
+        this = Pass(prefill=True, step=self._step_of(view), token_ids=view.place.token_ids, mask=view.queries.valid)
         core.adopt(view, this)
         self.layers[core.layer].is_initialized = True
         self.leave(core.ordinal, this)
+        if core.ordinal == len(self.paged) - 1 and self.method.listens("after_prompt"):
+            self._unheard, self._pass = this, None
+            if len(self.paged) == len(self.layers):  # else when the windows are there: `settle_pending`
+                self._hear()
 
     def _step_of(self, view: LayerView) -> dict[str, Any]:
         """This cache's own step context for the pass that it adopts."""
@@ -250,7 +271,7 @@ class Cache(HFCache):
 
     def settle_pending(self) -> None:
         """Run the events that still wait for a crop: assisted decoding is over, what came last was a further turn."""
-        if any(core.waiting for core in self.paged):
+        if self._unheard is not None or any(core.waiting for core in self.paged):
             self._settle(self._end_recording)
 
     def _end_recording(self) -> None:
@@ -261,10 +282,14 @@ class Cache(HFCache):
     def _settle(self, settle: Callable[[], None]) -> None:
         """Settle the layers, then run the late events of those that waited."""
         waiting = [core.waiting for core in self.paged]
+        width = self.paged[0].width if self.paged else 0
         settle()
+        if self._unheard is not None:
+            self._unheard = self._unheard.cropped(width - self.paged[0].width)
         for core, this in zip(self.paged, waiting, strict=True):
             if this is not None:
                 self._late_events(core.ordinal, this)
+        self._hear()
 
     def activate_past_recording(self) -> None:
         """Assisted decoding will crop after each pass: events wait until it has."""
@@ -276,6 +301,7 @@ class Cache(HFCache):
         # New layers: transformers' own keep the batch size and the past recording of what they have read.
         self.layers = self._layers()
         self._pass, self._at, self.recording, self.unread, self._chunks = None, -1, False, None, None
+        self._unheard = None
 
     @property
     def batch_size(self) -> int:
@@ -328,29 +354,6 @@ class Cache(HFCache):
         return load(path, model)
 
 
-class Done:
-    """The layers that a forward pass has done with, as a method's late events see them."""
-
-    def __init__(self, layers: list[KVLayer], this: Pass):
-        self._layers, self._this = layers, this
-
-    @property
-    def prefill(self) -> bool:
-        """Whether the pass read a prompt."""
-        return self._this.prefill
-
-    @property
-    def step(self) -> dict[str, Any]:
-        """The context that the layers of this pass share."""
-        return self._this.step
-
-    def __getitem__(self, ordinal: int) -> LayerView:
-        return self._layers[ordinal].view(self._this)
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-
 def use_kvfold(model: PreTrainedModel) -> None:
     """Set the model's attention to "kvfold" and let its forward passes tell their cache what they read."""
     attention.register()
@@ -379,8 +382,11 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
         if ahead is not None:
             kwargs, cache._chunks = ahead[0], (module, ahead[1])
             args, changed = (), ((), kwargs)
-    ids = kwargs.get("input_ids", args[0] if args else None)
+    if not cache.recording:
+        cache.settle_pending()
+    ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
     cache._token_ids, cache._pass = (ids if isinstance(ids, torch.Tensor) else None), None
+    cache._mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
     return changed
 
 
@@ -388,7 +394,7 @@ def _after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output:
     cache = kwargs.get("past_key_values")
     if isinstance(cache, Cache):
         cache.check_consumed()
-        cache._token_ids, cache._pass = None, None
         if cache._chunks is not None and cache._chunks[0] is module:  # not the body, where the head was called
             kept, cache._chunks = cache._chunks[1], None
             put_together(output, kept)
+        cache.finish()

@@ -37,4 +37,5 @@ def prefill_many(model: PreTrainedModel, inputs: dict[str, Tensor], caches: Sequ
             mine if isinstance(mine, PagedLayer) else copy.deepcopy(theirs)
             for mine, theirs in zip(cache.layers, base.layers, strict=True)
         ]
+        cache.settle_pending()  # what a method does with the whole prompt needs the windows, too
     return logits

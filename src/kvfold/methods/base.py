@@ -2,8 +2,11 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+
+from jaxtyping import Bool, Int
+from torch import Tensor
 
 from kvfold.decisions import Decision, Read
 
@@ -34,6 +37,33 @@ class CacheView(Protocol):
     def __len__(self) -> int: ...
 
 
+@runtime_checkable
+class PromptView(CacheView, Protocol):
+    """What `after_prompt` sees: the stored tokens of every layer, the prompt's ids, and the model to read on."""
+
+    @property
+    def ids(self) -> Int[Tensor, "B Q"]:
+        """The tokens that this pass read."""
+        ...
+
+    @property
+    def valid(self) -> Bool[Tensor, "B Q"]:
+        """Which of them are not padding."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text; none where the model has no tokenizer beside its weights."""
+        ...
+
+    def answer(self) -> list[int]:
+        """What the model's chat template puts between a user's words and the answer, as tokens."""
+        ...
+
+    def read(self, ids: Int[Tensor, "B N"], valid: Bool[Tensor, "B N"], observe: Callable[["LayerView"], None]) -> None:
+        """Run `ids` through the model as if they came next; `observe` gets every layer's view, then they are gone."""
+        ...
+
+
 class Method:
     """Base of all methods. Options are dataclass fields; whatever lives between steps is in the cache, as columns.
 
@@ -46,6 +76,13 @@ class Method:
     asks: frozenset[str] = frozenset()
     """What the pass's own attention kernels should leave for the events, where they can at no more than a look:
     "column_sums" of a prompt (`view.column_sums()`), "attention" of a generated token (`view.attention(1)`)."""
+
+    def bind(self, model: Any) -> "Method":
+        """This method for a cache of `model`: a copy with the numbers in it that were measured on the model.
+
+        Most need none and return themselves. Raises ValueError where there are none, with the command that measures.
+        """
+        return self
 
     def after_prefill(self, view: "LayerView") -> Decisions:
         """After a forward pass over more than one token (a prompt, a chunk of it, a further turn), layer by layer."""
@@ -62,6 +99,10 @@ class Method:
 
     def after_forward(self, cache: CacheView) -> Mapping[int, Decisions]:
         """After the last layer is stored: decisions for any layer."""
+        return {}
+
+    def after_prompt(self, prompt: PromptView) -> Mapping[int, Decisions]:
+        """After the forward pass over a prompt is over, which may be read on from: decisions for any layer."""
         return {}
 
     def listens(self, event: str) -> bool:
@@ -154,6 +195,9 @@ class Pipeline(Method):
         """What any stage asks for."""
         return frozenset().union(*(stage.asks for stage in self.stages))
 
+    def bind(self, model: Any) -> "Pipeline":
+        return replace(self, stages=tuple(stage.bind(model) for stage in self.stages))
+
     def listens(self, event: str) -> bool:
         return any(stage.listens(event) for stage in self.stages)
 
@@ -185,6 +229,9 @@ class Pipeline(Method):
 
     def after_forward(self, cache: CacheView) -> Mapping[int, list[Decision]]:
         return self._gather(stage.after_forward(cache) for stage in self.stages)
+
+    def after_prompt(self, prompt: PromptView) -> Mapping[int, list[Decision]]:
+        return self._gather(stage.after_prompt(prompt) for stage in self.stages)
 
     @staticmethod
     def _gather(maps: Iterator[Mapping[int, Decisions]]) -> dict[int, list[Decision]]:

@@ -1,7 +1,7 @@
 """Methods that rank tokens: a score, what always stays, and how many; wrappers share a budget out over any of them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -80,6 +80,13 @@ class Wrapper(Scored):
         if "budget=" in self.score:
             raise ValueError(f"score={self.score!r} must leave the budget to {type(self).__name__}")
         return replace(made, budget=self.budget)
+
+    def bind(self, model: Any) -> "Wrapper":
+        bound = self.inner.bind(model)
+        if bound is self.inner:
+            return self
+        options = (f"{o.name}={getattr(bound, o.name)!r}" for o in fields(bound) if o.name != "budget")  # type: ignore[arg-type]
+        return replace(self, score=f"{bound.info.slug}({', '.join(options)})")
 
     @property
     def asks(self) -> frozenset[str]:  # type: ignore[override]

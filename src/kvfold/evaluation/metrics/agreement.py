@@ -1,4 +1,4 @@
-"""How a forced text's logits compare with the full cache's: put together here, taken in `kvfold.evaluation.score`."""
+"""How a forced text's logits compare with the full cache's: put together here, taken in `kvfold.evaluation.asking`."""
 
 from collections.abc import Sequence
 from math import exp

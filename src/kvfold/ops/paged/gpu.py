@@ -1,13 +1,15 @@
 """Operations on pages with Triton kernels on CUDA, where they fit; the definition for the rest.
 
 Lengths live on the device too, where the kernel that appends moves them on: with `full` and methods that act on prompts
-alone a step waits for nothing. Methods that drop tokens while decoding do: `keep_pages` on CUDA is the definition.
+alone a step waits for nothing. Methods that drop tokens while decoding do, and close their gaps as the definition does.
 """
 
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from kvfold.ops.cpu import FLOATS
@@ -63,3 +65,24 @@ def step_pages(
     return attend_pages(
         q, table, scale, mass=mass, read=None, compact=None, position="position", weights=weights
     )  # fmt: skip
+
+
+@register("keep_pages", "triton", rank=20, fits=fits)
+def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor], *, slack: bool) -> None:
+    """After a prompt what stays moves to a pool of its own, at the cost of what stays; one wait, for the counts."""
+    counts = mask.sum(1).cpu().numpy().astype(np.int32)
+    if slack or not counts.any() or bool((counts == table.lengths).all()):
+        naive.keep_pages(table, mask, columns, slack=slack)
+        return
+    from kvfold.ops.paged import triton_kernels
+
+    slots = torch.argsort((~mask).byte(), dim=1, stable=True)[:, : int(counts.max())]  # the kept ones first
+    pool, ids, regular = table.room_for(-(-counts // table.pool.page_size))
+    device = mask.device
+    left, pages = (torch.from_numpy(x).to(device) for x in (counts, ids))
+    chosen = slots.to(torch.int32).contiguous()
+    triton_kernels.gather(table.pool.planes, table.on_device()[0], chosen, left, pool.planes, pages)
+    table.move_to(pool, ids, regular=regular)
+    table.lengths = counts
+    table.fill_holes()
+    table.put({name: column.gather(1, slots) for name, column in columns.items()}, 0, counts)

@@ -1,0 +1,50 @@
+"""`kvfold calibrate`: measure what a method needs to know of a model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvfold.cli import common
+
+
+def calibrate_command(
+    method: Annotated[str, typer.Argument(help="duoattention, razorattention, headkv or compresskv.")],
+    model: common.Model = "smollm2-135m-instruct",
+    out: Annotated[Path | None, typer.Option("--out", help="The file; else where kvfold looks for it.")] = None,
+    texts: Annotated[Path | None, typer.Option("--texts", help="Running text, a file or folder.")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Prompts, or steps of training.")] = None,
+    length: Annotated[int | None, typer.Option("--length", min=64, help="Tokens of the longest prompt.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of prompts and random text.")] = 0,
+    dtype: common.Dtype = None,
+    device: common.Device = "cpu",
+    json: common.Json = False,
+) -> None:
+    """Measure head roles, scores or layer errors of a model, and keep them where kvfold.Cache finds them."""
+    from dataclasses import asdict
+
+    from kvfold.artefacts import save
+    from kvfold.calibration import CALIBRATIONS, Run, calibrate
+    from kvfold.evaluation.tasks.base import Setting
+    from kvfold.evaluation.tasks.texts import documents
+    from kvfold.hf.models import load
+
+    if method not in CALIBRATIONS:
+        raise ValueError(f"method={method!r} needs no calibration; those that do: {', '.join(CALIBRATIONS)}")
+    if out is not None and out.suffix != ".json":
+        raise ValueError(f"out={str(out)!r} must end in .json")
+    found = documents(Setting(tokenizer=None, texts=texts))
+    lm, tokenizer = load(model, dtype=dtype, device=device)
+    with common.stderr.status("") as status:
+        made = calibrate(
+            method,
+            Run(lm, tokenizer, found, seed, samples, length, lambda what: status.update(f"{method}: {what}")),
+            name=Path(model).name,
+        )
+    path = save(made, out)
+    if json:
+        common.print_json({"path": str(path), **asdict(made)})
+    else:
+        about = made.model
+        line = f"{path}: {about['layers']} layers, {about['kv_heads']} KV heads of {about['name']}"
+        common.stdout.print(line, soft_wrap=True, markup=False)

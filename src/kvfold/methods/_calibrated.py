@@ -1,0 +1,75 @@
+"""What the calibrated methods share: tables with a row for each paged layer, as options that `bind` fills."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from jaxtyping import Float
+from torch import Tensor, tensor
+
+from kvfold import artefacts
+from kvfold.methods.base import Method
+from kvfold.views import LayerView
+
+Table = tuple[tuple[float, ...], ...]
+"""Numbers of heads: a row for each paged layer."""
+M = TypeVar("M", bound=Method)
+
+
+def check_table(name: str, table: object) -> None:
+    """Raise ValueError unless `table` is None, or rows of numbers, all as long as the first."""
+    if table is None:
+        return
+    rows = table if isinstance(table, tuple | list) else ()
+    lengths = {len(row) if isinstance(row, tuple | list) else 0 for row in rows}
+    numbers = all(isinstance(n, int | float) and n == n for row in rows for n in row) if lengths else False
+    if len(lengths) != 1 or 0 in lengths or not numbers:
+        raise ValueError(f"{name}={table!r} must be rows of numbers, one row for each paged layer, one number a head")
+
+
+def filled(method: M, model: Any, names: dict[str, str]) -> M:
+    """A copy of `method` whose empty options hold the tables of its artefact: `names` are option -> table.
+
+    The method itself where it needs nothing. Raises ValueError where there is no artefact, or not with this table.
+    """
+    empty = [option for option in names if getattr(method, option) is None]
+    if not empty:
+        return method
+    path = getattr(method, "calibration", None)
+    found = artefacts.find(method.info.slug, model, path)
+    missing = [names[option] for option in empty if names[option] not in found.data]
+    if missing:
+        raise ValueError(f"the calibration of {method.info.slug} for {found.model.get('name')!r} lacks {missing[0]!r}")
+    tables = {option: rows(found.data[names[option]]) for option in empty}
+    return replace(method, **tables, calibration=None)  # type: ignore[type-var]
+
+
+def rows(numbers: Sequence[Any]) -> tuple[Any, ...]:
+    """Lists as JSON has them, as tuples."""
+    return tuple(rows(each) if isinstance(each, list | tuple) else float(each) for each in numbers)
+
+
+def table_of(method: Method, view: LayerView, name: str, per: int) -> Table:
+    """An option's table, of `per` heads a layer. Raises ValueError if it is empty or of another size."""
+    table: Table | None = getattr(method, name)
+    slug = method.info.slug
+    if table is None:
+        made = artefacts.command(slug, "MODEL")
+        raise ValueError(f"{slug} needs {name}: give it to kvfold.Cache(model, ...), which finds them, after {made}")
+    if len(table) != view.place.layers or len(table[0]) != per:
+        raise ValueError(
+            f"{name} of {slug} has {len(table)} layers of {len(table[0])} heads; the model has {view.place.layers} "
+            f"layers on pages, of {per}"
+        )
+    return table
+
+
+def query_heads(view: LayerView) -> int:
+    """Query heads of the model, of which a KV head serves a group."""
+    return view.queries.states.shape[1]
+
+
+def over_groups(scores: Table, heads: int) -> Float[Tensor, "L H"]:
+    """The mean over each KV head's group of query heads."""
+    table = tensor(scores)
+    return table.view(len(scores), heads, -1).mean(-1)

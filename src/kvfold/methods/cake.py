@@ -1,0 +1,85 @@
+"""CAKE: layers share a budget by how spread and how restless their attention is (arXiv:2503.12491)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from kvfold.budgets.layers import tokens_each
+from kvfold.decisions import Keep
+from kvfold.methods._cascade import Cascade
+from kvfold.methods.base import method
+from kvfold.methods.scored import recent
+from kvfold.options import check_int, check_number
+from kvfold.scores import keep_top, smooth
+from kvfold.views import LayerView
+
+
+@method("cake", title="CAKE", paper="2503.12491", kind="evict")
+@dataclass(frozen=True)
+class CAKE(Cascade):
+    """Tokens by mean + `gamma` variance of the last `window` queries' attention; the window itself always stays.
+
+    A layer's share is H^(1/`tau1`) V^(1/`tau2`): H is the entropy of that attention before the window, V its
+    variance over the queries, both summed. After each layer all layers so far share the whole budget anew. In
+    decoding each layer drops what the newest query, smoothed, looks at least outside the window. The paper tunes
+    the temperatures for each model and budget; 1 is what its code falls back to.
+    Differs from the paper: each row of a batch has shares of its own; what a layer can't hold goes to the others in
+    proportion to their preference, not equally; a prompt that is less than a window over the budget is cut, too.
+    With no variance anywhere, as with one query, layers share evenly.
+    """
+
+    window: int = 32
+    gamma: float = 200.0
+    tau1: float = 1.0
+    tau2: float = 1.0
+    kernel: int = 5
+
+    asks = frozenset({"attention"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("window", self.window, 1)
+        check_int("kernel", self.kernel, 1, odd=True)
+        check_number("gamma", self.gamma, 0.0, float("inf"))
+        check_number("tau1", self.tau1, 1e-3, 1e3)
+        check_number("tau2", self.tau2, 1e-3, 1e3)
+
+    @property
+    def fixed(self) -> int:
+        return self.window
+
+    def measure(self, view: LayerView) -> tuple[Float[Tensor, "B H T"], Float[Tensor, " B"]]:
+        attention = view.attention(self.window)  # B H G W T
+        asked = view.queries.valid.sum(1).clamp(max=attention.shape[3])[:, None, None, None]  # queries of each row
+        absent = torch.arange(attention.shape[3], 0, -1, device=asked.device)[:, None] > asked[..., None]  # B 1 1 W 1
+        attention = attention.masked_fill((view.last(self.window) | ~view.valid)[:, :, None, None], 0.0)
+        mean = attention.sum(3) / asked.clamp(min=1)
+        apart = (attention - mean[:, :, :, None]).masked_fill(absent, 0.0)
+        variance = apart.square().sum(3) / (asked - 1).clamp(min=1)  # unbiased; 0 of a lone query
+        entropy = -(attention * (attention + 1e-10).log()).sum((1, 2, 3, 4))
+        spread, shift = entropy.double().clamp(min=0), variance.double().sum((1, 2, 3))
+        indicator = self._smooth(view, (mean + self.gamma * variance).mean(2))
+        return indicator, spread ** (1 / self.tau1) * shift ** (1 / self.tau2)
+
+    def _smooth(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Float[Tensor, "B H T"]:
+        window = view.last(self.window)  # is nobody's neighbour, as empty slots are
+        scores = view.pack(scores.masked_fill(window | ~view.valid, 0.0))
+        return view.unpack(smooth(scores, self.kernel)).masked_fill(window, 0.0)
+
+    def weights(self, signals: list[Tensor], free: Float[Tensor, " B"], layers: int) -> Shaped[Tensor, "B N"]:
+        return torch.stack(signals, 1)
+
+    def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
+        return recent(view, counts.clamp(max=self.window))
+
+    def after_decode(self, view: LayerView) -> Keep | None:
+        if isinstance(self.budget, float) and self.budget == 1.0:
+            return None
+        # A layer is as large as its share, unless the text is still shorter than the budget.
+        each = torch.tensor(tokens_each(self.budget, view.place.prompt, view.place.seen))
+        short = (view.place.seen <= each).to(view.valid.device)[:, None]
+        counts = torch.where(short, view.count, view.earlier.sum(-1))
+        looked = self._smooth(view, view.attention(1)[:, :, :, 0].mean(2))
+        return keep_top(view, looked, counts, self.always(view, counts))

@@ -1,0 +1,88 @@
+"""CompressKV: a few semantic retrieval heads of each layer choose for all its heads (arXiv:2508.02401)."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kvfold.methods._calibrated import Table, check_table, filled, query_heads, table_of
+from kvfold.methods.base import method
+from kvfold.methods.scored import Scored, recent
+from kvfold.options import check_int
+from kvfold.scores import smooth
+from kvfold.views import LayerView
+
+
+@method("compresskv", title="CompressKV", paper="2508.02401", kind="evict")
+@dataclass(frozen=True)
+class CompressKV(Scored):
+    """Votes of the last `window` queries in the `first` best semantic retrieval heads, one choice for the layer.
+
+    A layer's budget: `least` tokens, and of the rest its part of the error that compression makes there, at most
+    three times the mean. `heads` (scores of the query heads: attention to the whole needle while it is recited) and
+    `errors` (of the layers) come from `kvfold calibrate compresskv`. Acts at the end of a prompt.
+    Differs from the paper: no layer gets more than the prompt has, and the others get what is over; a budget under
+    `least` is shared evenly. The bounds are reconstructed from the code.
+    """
+
+    window: int = 8
+    kernel: int = 5
+    first: int = 4
+    least: int = 32
+    heads: Table | None = None
+    errors: tuple[float, ...] | None = None
+    calibration: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("window", self.window, 1)
+        check_int("kernel", self.kernel, 1, odd=True)
+        check_int("first", self.first, 1)
+        check_int("least", self.least, 1)
+        check_table("heads", self.heads)
+        check_table("errors", None if self.errors is None else (self.errors,))
+
+    def bind(self, model: Any) -> "CompressKV":
+        return filled(self, model, {"heads": "heads", "errors": "errors"})
+
+    def scores(self, view: LayerView) -> Float[Tensor, "B H T"]:
+        table = table_of(self, view, "heads", query_heads(view))
+        ranked = torch.tensor(table[view.place.ordinal]).argsort(descending=True, stable=True)
+        chosen = ranked[: self.first].to(view.valid.device)
+        votes = view.attention(self.window).sum(3).flatten(1, 2)[:, chosen].mean(1)  # B T
+        window = view.last(self.window)
+        votes = view.pack(votes[:, None].expand_as(view.valid).masked_fill(window | ~view.valid, 0.0))
+        return view.unpack(smooth(votes, self.kernel)).masked_fill(window, 0.0)
+
+    def counts(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Int[Tensor, "B H"]:
+        if isinstance(self.budget, float) and self.budget == 1.0:
+            return view.count
+        if self.errors is None or len(self.errors) != view.place.layers:
+            raise ValueError(f"errors={self.errors!r} of compresskv must be {view.place.layers} numbers, one a layer")
+        found = []
+        for prompt, seen in zip(view.place.prompt.tolist(), view.place.seen.tolist(), strict=True):
+            cap = prompt if isinstance(self.budget, float) else seen
+            each = int(self.budget * prompt + 1e-9) if isinstance(self.budget, float) else self.budget
+            found.append(layer_budgets(min(each, cap), cap, self.errors, self.least)[view.place.ordinal])
+        return torch.tensor(found, device=view.valid.device)[:, None].expand(-1, view.heads)
+
+    def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
+        return recent(view, counts.clamp(max=self.window))
+
+
+@lru_cache(maxsize=4096)
+def layer_budgets(mean: int, cap: int, errors: tuple[float, ...], least: int) -> tuple[int, ...]:
+    """Tokens of each layer, `mean` times their number in all: between `least` and 3 `mean` (and `cap`), by error."""
+    count, low, high = len(errors), min(least, mean), min(3 * mean, cap)
+    total, norm = mean * count, sum(errors) or 1.0
+    found = [min(max(low + round(error / norm * (total - low * count)), low), high) for error in errors]
+    order = sorted(range(count), key=lambda layer: (-errors[layer], layer))
+    while rest := total - sum(found):
+        room = [i for i in order if found[i] < high] if rest > 0 else [i for i in reversed(order) if found[i] > low]
+        step = max(1, min(abs(rest) // len(room), *(high - found[i] if rest > 0 else found[i] - low for i in room)))
+        for layer in room[: abs(rest)]:
+            found[layer] += step if rest > 0 else -step
+    return tuple(found)

@@ -1,0 +1,78 @@
+"""HeadKV: heads that retrieve and reason get more of the budget (arXiv:2410.19258)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvfold.budgets.heads import allocate_heads
+from kvfold.methods._calibrated import Table, check_table, filled, over_groups, query_heads, table_of
+from kvfold.methods.base import method
+from kvfold.methods.scored import Wrapper
+from kvfold.options import check_choice, check_int, check_number
+from kvfold.views import LayerView
+
+
+@method("headkv", title="HeadKV", paper="2410.19258", kind="budget")
+@dataclass(frozen=True)
+class HeadKV(Wrapper):
+    """Each head's tokens: an even floor, and its part of a pool that all heads of the model share by their scores.
+
+    With b = budget - window a head, the pool is L H floor(b / beta) and the floor b - floor(b / beta); the window
+    comes on top, and `score` (SnapKV as the paper has it) says which tokens. `heads` are scores of the query heads
+    from `kvfold calibrate headkv`: `table="reason"` (HeadKV-R2: attention to the right answer among distractors) or
+    "copy" (HeadKV-R: the token that is copied is the most attended). Acts at the end of a prompt.
+    Differs from the paper: a KV head has the mean of its group's scores, and the group votes together, before pooling
+    (the official code keeps a copy of the keys for each query head). What a short prompt cuts off a head's
+    share goes to the others.
+    """
+
+    score: str = "snapkv(window=8, kernel=7, pool='max')"
+    window: int = 8
+    beta: float = 1.5
+    table: str = "reason"
+    heads: Table | None = None
+    calibration: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("window", self.window, 0)
+        check_number("beta", self.beta, 1.0, 1e6)
+        check_choice("table", self.table, ("reason", "copy"))
+        check_table("heads", self.heads)
+
+    def bind(self, model: Any) -> "HeadKV":
+        bound = super().bind(model)
+        assert isinstance(bound, HeadKV)
+        return filled(bound, model, {"heads": self.table})
+
+    def counts(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Int[Tensor, "B H"]:
+        if isinstance(self.budget, float) and self.budget == 1.0:
+            return view.count
+        table = table_of(self, view, "heads", query_heads(view))
+        shares = Shares(table, view.heads, self.window, float(self.beta))
+        lengths = zip(view.place.prompt.tolist(), view.place.seen.tolist(), strict=True)
+        caps = [(prompt, prompt if isinstance(self.budget, float) else seen) for prompt, seen in lengths]
+        found = [allocate_heads(self.budget, length, cap, shares)[view.place.ordinal] for length, cap in caps]
+        return torch.tensor(found, device=view.valid.device).reshape(-1, view.heads)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What each (layer, KV head) should get of a mean budget; sums to that mean times their number."""
+
+    table: Table
+    heads: int
+    window: int
+    beta: float
+
+    def __call__(self, each: float) -> Table:
+        importance = over_groups(self.table, self.heads).double()
+        if float(importance.sum()) <= 0.0:
+            importance = torch.ones_like(importance)
+        base = max(0.0, each - self.window)
+        pooled = base // self.beta
+        share = importance / importance.sum() * (pooled * importance.numel()) + (each - pooled)
+        return tuple(tuple(row) for row in share.tolist())

@@ -1,0 +1,136 @@
+"""LaCache: a ladder of kept tokens that shifts from layer to layer, by position alone (arXiv:2507.14204)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from kvfold.budgets import Budget, check_budget
+from kvfold.decisions import Keep
+from kvfold.methods.base import Method, method
+from kvfold.methods.scored import recent
+from kvfold.options import check_choice, check_int
+from kvfold.scores import keep_top
+from kvfold.views import LayerView
+
+DONE = "lacache_done"
+"""Column: 1 for tokens that lie before the cursor, that is, in ladders that were thinned already."""
+
+
+@method("lacache", title="LaCache", paper="2507.14204", kind="pattern")
+@dataclass(frozen=True)
+class LaCache(Method):
+    """Of every `rungs` old tokens in a row a layer keeps a few, which ones depends on the layer; sinks and end stay.
+
+    A token is kept by about `span` layers (None: half of them, as 16 of 32), neighbouring rungs share `overlap`.
+    With no room for further ladders they start over from the sinks, so that text gets sparser with age.
+    `ladder="cyclic"` turns the rung with every layer, as the official code does; "consecutive" gives a rung to
+    layers in a row, as the paper draws it (reconstructed). Positions: as in StreamingLLM; the paper's are "compact".
+    Differs from the paper: the budget is never exceeded (the official code adds half a ladder to it), and after a
+    prompt it is used up: of the last rungs to go, the newest stay. A token at least goes from every ladder, and a
+    budget too small for sinks, a ladder and one token for each layer keeps the end of the text first.
+    """
+
+    budget: Budget = 0.25
+    span: int | None = None
+    overlap: int = 0
+    sinks: int = 4
+    ladder: str = "cyclic"
+    positions: str = "original"
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        if self.span is not None:
+            check_int("span", self.span, 1)
+        check_int("overlap", self.overlap, 0)
+        if self.overlap >= (self.span or self.overlap + 1):
+            raise ValueError(f"overlap={self.overlap!r} must be less than span={self.span!r}")
+        check_int("sinks", self.sinks, 0)
+        check_choice("ladder", self.ladder, ("cyclic", "consecutive"))
+        check_choice("positions", self.positions, ("original", "compact"))
+
+    @property
+    def compact(self) -> bool:  # type: ignore[override]
+        """Whether keys are read at consecutive slots."""
+        return self.positions == "compact"
+
+    def rungs(self, layers: int) -> tuple[int, int, int]:
+        """Tokens of a ladder, those of them that a layer keeps, and the step from rung to rung in layers."""
+        span = self.span or max(1, layers // 2)
+        step = max(1, span - self.overlap)
+        before = 1 + max(0, -(-(layers - span) // step))
+        after = min(-(-span // step), before)
+        return max(before, after + 1), after, step
+
+    def after_prefill(self, view: LayerView) -> Keep:
+        return self._cut(view, fill=True)
+
+    def after_decode(self, view: LayerView) -> Keep:
+        return self._cut(view, fill=False)
+
+    def _cut(self, view: LayerView, fill: bool) -> Keep:
+        thinned, done = self._compacted(view)
+        # First what the ladders keep, the sinks before the rest of it; then the newest of what they do not.
+        first = thinned.float() + (thinned & (view.rank < self.sinks)).float()
+        counts = view.budget(self.budget)
+        if not fill:
+            counts = torch.minimum(counts, thinned.sum(-1))
+        always = recent(view, counts.clamp(max=view.place.layers))
+        kept = keep_top(view, view.rank + view.valid.shape[-1] * first, counts, always)
+        return Keep(kept.mask, {DONE: done.int()})
+
+    def _compacted(self, view: LayerView) -> tuple[Bool[Tensor, "B H T"], Bool[Tensor, "B H T"]]:
+        """What the ladders keep, and which tokens lie before the new cursor."""
+        layers, layer = view.place.layers, view.place.ordinal
+        before, after, step = self.rungs(layers)
+        freed = before - after
+        room = view.budget(self.budget).to(view.valid.device)
+        sinks = (room - layers - 1).clamp(min=0, max=self.sinks)
+        old = view.columns[DONE] > 0 if DONE in view.columns else torch.zeros_like(view.valid)
+        cursor = torch.maximum((old & view.valid).sum(-1), sinks)
+        need = (view.count - room).clamp(min=0)
+        ladders = (room - cursor - layers).clamp(min=0) // after
+        over = need > ladders * freed
+        ladders = torch.where(over, ladders, -(-need // freed))
+        first = self._turn(layer, step, after, freed, torch.full_like(room, freed))
+        kept = self._thin(
+            view.rank, cursor, ladders, torch.full_like(room, before), first, torch.ones_like(room), after
+        )
+        done = view.rank < (cursor + before * ladders)[..., None]
+        # No room left: the same once more from the sinks on, over what the first round leaves.
+        still = (need - ladders * freed).clamp(min=0)
+        times = -(-still // ((room - sinks - layers).clamp(min=after) // after * freed))
+        wide = before + (times - 1).clamp(min=0) * (before - 1)
+        again = -(-still // (wide - after))
+        first = self._turn(layer, step, after, freed, wide - after)
+        rank = (kept & view.valid).cumsum(-1) - 1
+        second = self._thin(rank, sinks, again, wide, first, times.clamp(min=1), after)
+        over = over[..., None]
+        done = torch.where(over, rank < (sinks + wide * again)[..., None], done)
+        changed = (need > 0)[..., None]
+        return view.valid & kept & (second | ~over), view.valid & torch.where(changed, done, old)
+
+    def _turn(self, layer: int, step: int, after: int, freed: int, wide: Int[Tensor, "B H"]) -> Int[Tensor, "B H"]:
+        """Where in a ladder that frees `wide` tokens this layer's first rung is."""
+        if self.ladder == "cyclic":
+            return layer % (wide + 1)
+        return min(max(layer // step - after + 1, 0), freed) * wide // freed
+
+    @staticmethod
+    def _thin(
+        rank: Int[Tensor, "B H T"],
+        cursor: Int[Tensor, "B H"],
+        ladders: Int[Tensor, "B H"],
+        before: Int[Tensor, "B H"],
+        first: Int[Tensor, "B H"],
+        apart: Int[Tensor, "B H"],
+        after: int,
+    ) -> Bool[Tensor, "B H T"]:
+        """What is not in the ladders from `cursor` on, and of each ladder this layer's rungs, `apart` tokens apart."""
+        cursor, ladders, before, first, apart = (x[..., None] for x in (cursor, ladders, before, first, apart))
+        kept = (rank < cursor) | (rank >= cursor + before * ladders)
+        for rung in range(after):
+            at = rank - cursor - first - apart * rung
+            kept |= (at >= 0) & (at % before == 0) & (at < before * ladders)
+        return kept

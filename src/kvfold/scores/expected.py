@@ -1,0 +1,65 @@
+"""What keys can expect of queries that are still to come, if those are distributed like the ones that came."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kvfold.formats import LOG_MASS
+from kvfold.rotation import Rope
+from kvfold.views import LayerView
+
+BLOCK_TOKENS = 4096
+"""Keys that meet the covariance at once."""
+
+
+def future_queries(
+    view: LayerView, future: int, skip: int
+) -> tuple[Float[Tensor, "B H G D"], Float[Tensor, "B H G D D"]]:
+    """Mean and covariance of the pass's queries from text position `skip` on, seen from the `future` next positions.
+
+    Each query is turned to the text's end; then the mean rotation of the steps beyond it is applied to both moments.
+    Without the model's RoPE nothing is turned.
+    """
+    (b, hq, n, d), rope = view.queries.states.shape, view.place.rope
+    positions = view.queries.positions
+    counted = view.queries.valid & (positions >= skip)  # B Q
+    q = view.queries.states.float().masked_fill(~view.queries.valid[:, None, :, None], 0.0)
+    if rope is not None:
+        steps = view.place.seen.to(positions.device)[:, None] - positions
+        q = rope.shift(q, steps[:, None].expand(b, hq, n))
+    weight = counted[:, None, :, None].float()  # B 1 Q 1
+    many = weight.sum(2, keepdim=True).clamp(min=1)
+    mean = (q * weight).sum(2, keepdim=True) / many
+    centred = (q - mean) * weight
+    covariance = centred.mT @ centred / many
+    mean = mean[:, :, 0]
+    if rope is not None:
+        turn = mean_rotation(rope, future, d, q.device)
+        mean, covariance = mean @ turn.T, turn @ covariance @ turn.T
+    group = hq // view.heads
+    return mean.view(b, view.heads, group, d), covariance.view(b, view.heads, group, d, d)
+
+
+def mean_rotation(rope: Rope, future: int, size: int, device: torch.device) -> Float[Tensor, "D D"]:
+    """The mean of the rotations by 0, 1, ... future - 1 positions, as a matrix; not a rotation itself."""
+    basis = torch.eye(size, device=device).repeat_interleave(future, 0)[None, None]  # 1 1 D*F D
+    steps = torch.arange(future, device=device).repeat(size)[None, None]
+    return rope.shift(basis, steps).view(size, future, size).mean(1).T
+
+
+def expected_attention(
+    view: LayerView,
+    mean: Float[Tensor, "B H G D"],
+    covariance: Float[Tensor, "B H G D D"],
+    among: Bool[Tensor, "B H T"],
+) -> Float[Tensor, "B H G T"]:
+    """softmax over the keys `among` of log E exp(q k), where q is Gaussian: q k by the mean, and half its variance."""
+    scale = view.place.scale
+    logits = []
+    for keys in torch.split(view.keys, BLOCK_TOKENS, 2):
+        keys = keys.float()[:, :, None] * scale  # B H 1 T D
+        logits.append((keys @ mean[..., None])[..., 0] + (keys @ covariance).mul_(keys).sum(-1) / 2)
+    expected = torch.cat(logits, -1)
+    if LOG_MASS in view.columns:
+        expected = expected + view.columns[LOG_MASS][:, :, None]
+    return expected.masked_fill(~among[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0)

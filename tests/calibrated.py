@@ -1,0 +1,40 @@
+"""Artefacts for the tiny models, in a folder that is gone when the tests end: made-up roles, fixed by seed."""
+
+import atexit
+import os
+import random
+import tempfile
+
+from kvfold import artefacts
+
+_folder = tempfile.TemporaryDirectory(prefix="kvfold-artefacts-")
+atexit.register(_folder.cleanup)
+os.environ["KVFOLD_ARTEFACTS"] = _folder.name
+
+SMALL = {"duoattention": {"sinks": 2, "recent": 6}, "razorattention": {"local": 6, "share": 0.1, "sinks": 2}}
+"""Options under which methods without a budget do something to tests' short prompts."""
+
+
+def table(layers: int, heads: int, seed: int = 0) -> list[list[float]]:
+    rng = random.Random(f"{seed}:{layers}:{heads}")
+    return [[round(rng.random(), 4) for _ in range(heads)] for _ in range(layers)]
+
+
+def calibrate(model, name: str) -> None:
+    """Give every calibrated method an artefact for `model`, in the user's folder."""
+    config = artefacts.text_config(model)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layers = sum(kind == "full_attention" for kind in kinds)
+    kv, queries = getattr(config, "num_key_value_heads", config.num_attention_heads), config.num_attention_heads
+    about = {
+        "fingerprint": artefacts.fingerprint(model), "name": name, "layers": layers, "kv_heads": kv,
+        "query_heads": queries,
+    }  # fmt: skip
+    data = {
+        "duoattention": {"gates": table(layers, kv)},
+        "razorattention": {"induction": table(layers, kv, 1), "echo": table(layers, kv, 2)},
+        "headkv": {"reason": table(layers, queries, 3), "copy": table(layers, queries, 4)},
+        "compresskv": {"heads": table(layers, queries, 5), "errors": table(1, layers, 6)[0] if layers else []},
+    }
+    for slug, found in data.items():
+        artefacts.save(artefacts.Artefact(slug, about, found, {"command": "made up"}))

@@ -1,0 +1,32 @@
+"""`kvfold calibrate`: what it refuses before a model is loaded, and what it writes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvfold import artefacts
+from kvfold.cli.calibrate import calibrate_command
+from models import build
+
+
+def test_refused_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="method='snapkv' needs no calibration; those that do: compresskv, duo"):
+        calibrate_command("snapkv", model="nowhere")
+    with pytest.raises(ValueError, match=r"out='gates.tsv' must end in .json"):
+        calibrate_command("duoattention", model="nowhere", out=Path("gates.tsv"))
+
+
+def test_writes_what_kvfold_finds(tmp_path, monkeypatch, capsys):
+    from test_calibration import Words
+
+    model = build("llama")
+    monkeypatch.setenv("KVFOLD_ARTEFACTS", str(tmp_path))
+    monkeypatch.setattr("kvfold.hf.models.load", lambda *_, **__: (model, Words()))
+    (tmp_path / "story.txt").write_text("It was a dark and stormy night. " * 99)
+    calibrate_command("razorattention", "some/tiny", None, tmp_path / "story.txt", None, 81, 3, None, "cpu", True)
+    said = json.loads(capsys.readouterr().out)
+    found = artefacts.find("razorattention", model)
+    assert said["path"].startswith(str(tmp_path / "razorattention/tiny-"))
+    assert found.data == said["data"] and found.model["name"] == "tiny"
+    assert found.provenance["seed"] == 3 and found.provenance["length"] == 81

@@ -1,0 +1,22 @@
+"""Which methods the contract tests run for, and what some of them may do that others may not."""
+
+from collections.abc import Iterable
+
+import pytest
+
+import kvfold
+
+METHODS = [info.slug for info in kvfold.list_methods()]
+LIMITED = [info.slug for info in kvfold.list_methods() if "budget" in info.options]
+CORE = {"adakv", "cake", "full", "h2o", "kvmerger", "kvzip", "mpcache", "snapkv", "streamingllm", "tova"}
+"""One for each mechanism; the fast tests run for these, all tests for all."""
+FREE = {"tova", "expected-attention"}
+"""By their papers the newest token competes like the others."""
+ANYWHERE = {"kvzip"}
+"""One threshold for all heads and layers: a rounding may move a token from one to another."""
+
+
+def each(slugs: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrise a test by `slug`."""
+    marked = [slug if slug in CORE else pytest.param(slug, marks=pytest.mark.slow) for slug in slugs]
+    return pytest.mark.parametrize("slug", marked)

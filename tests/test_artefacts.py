@@ -1,0 +1,119 @@
+"""Calibration files: written whole or not at all, found by method and model, refused with the way out."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import kvfold
+from kvfold import artefacts
+from kvfold.artefacts import Artefact
+from models import build, subject
+
+FAMILIES = ["llama", "llama-one-layer", "yarn", "qwen3", "gemma3", "mistral-sliding"]
+ABOUT = {"name": "tiny", "layers": 3, "kv_heads": 2, "query_heads": 4}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    for name in FAMILIES:  # what they are given lies in the folder of all tests
+        subject(name)
+    monkeypatch.setenv("KVFOLD_ARTEFACTS", str(tmp_path / "mine"))
+    return tmp_path
+
+
+def made(model, method="duoattention", **data) -> Artefact:
+    data = data or {"gates": [[0.9, 0.1], [0.2, 0.3], [0.4, 0.5]]}
+    return Artefact(method, {**ABOUT, "fingerprint": artefacts.fingerprint(model)}, data, {"seed": 0})
+
+
+def test_written_and_found(folder):
+    model = subject("llama")
+    path = artefacts.save(made(model))
+    assert path == folder / "mine/duoattention" / f"tiny-{artefacts.fingerprint(model)}.json"
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    assert artefacts.find("duoattention", model) == artefacts.load(path) == made(model)
+    assert json.loads(path.read_text())["format"] == 1
+    artefacts.save(replace(made(model), data={"gates": [[1.0, 1.0]] * 3}))  # a new one takes its place
+    assert artefacts.find("duoattention", model).data == {"gates": [[1.0, 1.0]] * 3}
+
+
+def test_a_failed_write_leaves_the_old_file(folder):
+    path = artefacts.save(made(subject("llama")))
+    with pytest.raises(TypeError):
+        artefacts.save(made(subject("llama"), gates=object()), path)
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    assert artefacts.load(path) == made(subject("llama"))
+
+
+def test_a_fingerprint_is_the_architecture():
+    llama = artefacts.fingerprint(subject("llama"))
+    assert len(llama) == 16 and int(llama, 16) >= 0
+    assert len({artefacts.fingerprint(subject(name)) for name in FAMILIES}) == len(FAMILIES)
+
+
+def test_other_weights_have_the_same_fingerprint(monkeypatch):
+    monkeypatch.setattr("models.calibrate", lambda model, name: None)
+    assert artefacts.fingerprint(build("llama", seed=5)) == artefacts.fingerprint(subject("llama"))
+
+
+def test_nothing_found_names_the_command(folder):
+    with pytest.raises(ValueError, match=r"headkv has no calibration for .*kvfold calibrate headkv --model"):
+        kvfold.Cache(subject("llama"), "headkv")
+
+
+def test_a_model_that_needs_nothing_looks_for_nothing(folder):
+    with pytest.warns(UserWarning, match="has no layer with full attention"):
+        kvfold.Cache(subject("mistral-sliding"), "duoattention")
+
+
+def test_a_named_file_goes_first(folder):
+    model = subject("llama")
+    artefacts.save(made(model))
+    path = artefacts.save(made(model, gates=[[0.5, 0.25]] * 3), folder / "own.json")
+    cache = kvfold.Cache(model, "duoattention", calibration=str(path))
+    assert cache.method.gates == ((0.5, 0.25),) * 3 and cache.method.calibration is None
+    assert kvfold.parse(str(cache.method)) == cache.method
+
+
+def test_refused(folder):
+    model = subject("llama")
+    other = artefacts.save(made(subject("qwen3")), folder / "other.json")
+    with pytest.raises(ValueError, match=r"was made on .tiny. .*; this model is"):
+        artefacts.find("duoattention", model, other)
+    with pytest.raises(ValueError, match="is for duoattention, not for headkv"):
+        artefacts.find("headkv", model, other)
+    with pytest.raises(ValueError, match="is not a calibration file"):
+        artefacts.load(folder / "none.json")
+    for text, error in (("[]", "format None"), ('{"format": 2}', "format 2"), ('{"format": 1}', "lacks method")):
+        (folder / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match=error):
+            artefacts.load(folder / "bad.json")
+    artefacts.save(made(model, "headkv", copy=[[0.1] * 4] * 3))
+    with pytest.raises(ValueError, match="lacks 'reason'"):
+        kvfold.Cache(model, "headkv")
+    assert kvfold.Cache(model, "headkv", table="copy").method.heads == ((0.1,) * 4,) * 3
+
+
+def test_pipelines_and_wrappers_bind_their_parts():
+    model = subject("llama")
+    bound = kvfold.Cache(model, "compresskv(budget=0.5) | duoattention(sinks=1)").method
+    assert bound.stages[0].heads is not None and bound.stages[1].gates is not None
+    inner = kvfold.Cache(model, "headkv", score="compresskv(window=4)").method
+    assert inner.inner.heads is not None and inner.inner.window == 4 and inner.heads is not None
+    assert kvfold.parse(str(inner)) == inner
+
+
+def test_what_ships_is_whole():
+    """Every shipped file loads, and its tables have the layers and heads that it names."""
+    shipped = sorted(artefacts.shipped())
+    assert {path.parent.name for path in shipped} == {"compresskv", "duoattention", "headkv", "razorattention"}
+    for path in shipped:
+        found = artefacts.load(path)
+        layers, about = found.model["layers"], found.model
+        assert found.method == path.parent.name and about["name"] == path.stem
+        assert {"command", "versions", "texts", "seed", "date"} <= found.provenance.keys()
+        for name, table in found.data.items():
+            assert len(table) == layers
+            widths = {len(row) for row in table} if name != "errors" else set()
+            assert widths <= {about["kv_heads"], about["query_heads"]}
