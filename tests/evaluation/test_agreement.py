@@ -74,6 +74,7 @@ def test_names_are_cut_at_commas_outside_parentheses() -> None:
     assert split_names("full, snapkv(window=8, pool='max'),tova") == ["full", "snapkv(window=8, pool='max')", "tova"]
     with pytest.raises(ValueError, match="names no method"):
         split_names(" , ")
+    assert split_names("niah(keys=4, depths=(0.0, 0.5)),fewshot") == ["niah(keys=4, depths=(0.0, 0.5))", "fewshot"]
 
 
 def test_chart_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

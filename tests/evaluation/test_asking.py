@@ -9,6 +9,8 @@ import torch
 import kvfold
 from kvfold.evaluation.asking import Asker, Contender
 from kvfold.evaluation.examples import Example, Query
+from kvfold.evaluation.metrics import get_metric
+from kvfold.evaluation.metrics.base import metrics
 from kvfold.evaluation.prompting import Prompter
 from kvfold.hf.cache import Cache
 
@@ -145,14 +147,70 @@ def test_agreement_of_the_full_cache_is_exact(asker, loaded):
     assert full.queries[0]["scores"]["nll"] == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_what_fails_is_an_outcome(asker, loaded, monkeypatch):
+@pytest.mark.parametrize("event", ["after_prefill", "after_decode"])
+def test_what_fails_is_an_outcome(asker, loaded, monkeypatch, event):
+    """Alone: neither `full` nor the other methods of the batch pay for it."""
     methods = contenders(loaded[0], ("h2o", 0.5), ("snapkv", 0.5))
-    monkeypatch.setattr(type(kvfold.parse("h2o")), "after_decode", lambda *_: 1 / 0)
+    whole = asker.ask([ONE], "aware", methods)
+    monkeypatch.setattr(type(kvfold.parse("h2o")), event, lambda *_: 1 / 0)
     outcomes = asker.ask([ONE], "aware", methods)
     assert [o.error for o in outcomes] == [None, "ZeroDivisionError: division by zero", None]
     assert outcomes[1].to_dict() == {"error": "ZeroDivisionError: division by zero"}
-    short = Asker(*loaded, window=40).ask([ONE], "aware", methods)
+    assert [o.queries for o in outcomes[::2]] == [o.queries for o in whole[::2]]
+
+
+def test_a_method_that_does_not_fit_the_model_fails_alone(asker, loaded):
+    model, _ = loaded
+    broken = Contender("broken", None, lambda: Cache(model, "h2o", budget=2.0))
+    outcomes = asker.ask([ONE], "aware", [*contenders(model), broken])
+    assert outcomes[0].error is None and outcomes[1].error.startswith("ValueError: budget=2.0 must be")
+
+
+def test_without_the_full_cache_there_is_no_measure(asker, loaded, monkeypatch):
+    methods = contenders(loaded[0], ("snapkv", 0.5))
+    monkeypatch.setattr(asker, "_measure", lambda *_: 1 / 0)
+    outcomes = asker.ask([ONE], "aware", methods)
+    assert outcomes[0].error.startswith("ZeroDivisionError")
+    assert outcomes[1].error == f"RuntimeError: the full cache failed: {outcomes[0].error}"
+
+
+def test_what_cannot_be_fitted_is_an_outcome(loaded):
+    short = Asker(*loaded, window=40).ask([ONE], "aware", contenders(loaded[0]))
     assert all("leaves no room for a context in a window of 40" in o.error for o in short)
+
+
+def test_a_score_that_is_no_number_is_a_failure(asker, loaded, monkeypatch):
+    metric = get_metric("contains_all")
+    monkeypatch.setitem(metrics, "contains_all", replace(metric, score=lambda *_: float("nan")))
+    (found,) = asker.ask([ONE], "aware", contenders(loaded[0]))
+    assert found.to_dict() == {"error": "a score is not finite: [nan, nan, nan]"}
+
+
+def test_agreement_of_a_batch_and_of_a_context_alone(asker, loaded):
+    query = Query("", metric="agreement", target=" It is 1138 and 4711.")
+    both = [Example("a", CONTEXT, (query,), chat=False), Example("b", CONTEXT[:90], (query,), chat=False)]
+    methods = contenders(loaded[0], ("streamingllm", 0.2))
+    for protocol in ("aware", "agnostic"):
+        together = asker.ask(both, protocol, methods)
+        alone = [asker.ask([each], protocol, methods) for each in both]
+        for outcome in together:
+            expected = alone[outcome.example][outcome.contender].queries[0]["scores"]
+            assert outcome.queries[0]["scores"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_agnostic_methods_do_not_see_the_question(asker, loaded, monkeypatch):
+    """What is held of the context is the same whatever is asked, and all of the question is held."""
+    branches, fork, held = [], Cache.fork, []
+    monkeypatch.setattr(Cache, "fork", lambda self: branches.append(fork(self)) or branches[-1])
+    monkeypatch.setattr(Cache, "reset", lambda self: None)
+    for query in (RED, BLUE):
+        asker.ask([replace(ONE, queries=(query,))], "agnostic", contenders(loaded[0], ("snapkv", 0.3)))
+        prompt = asker.prompter.prompt(replace(ONE, queries=(query,)))
+        length, stop = len(prompt.head), len(prompt.whole[0])
+        kept = branches[-1].kept(0)[0]
+        assert all(set(range(length, stop)) <= set(head) for head in kept)
+        held.append([[position for position in head if position < length] for head in kept])
+    assert held[0] == held[1] and all(len(head) < length // 2 for head in held[0])
 
 
 def test_compressing_prompts_alone_leaves_what_is_generated(loaded, monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import kvfold
 from kvfold.evaluation.records import read_lines
 from kvfold.evaluation.report import make_report
 from kvfold.evaluation.runner import run_sweep
@@ -78,6 +79,16 @@ def test_parts_make_the_whole(undisturbed, tiny, tmp_path):
     before = (tmp_path / "x" / "results.jsonl").read_bytes()
     run_sweep(sweep(tiny), tmp_path / "x")
     assert (tmp_path / "x" / "results.jsonl").read_bytes() == before
+
+
+def test_failures_stay_until_they_are_retried(undisturbed, tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(type(kvfold.parse("h2o")), "after_prefill", lambda *_: 1 / 0)
+        assert run_sweep(sweep(tiny), tmp_path / "x").failed == 2 * 9
+    assert run_sweep(sweep(tiny), tmp_path / "x").failed == 0  # none that are new
+    assert sum("error" in record for record in results(tmp_path / "x")) == 2 * 9
+    run_sweep(sweep(tiny), tmp_path / "x", retry_failed=True)
+    assert results(tmp_path / "x") == results(undisturbed)
 
 
 def test_a_task_that_cannot_be_made_stops_before_anything_runs(tiny, tmp_path):

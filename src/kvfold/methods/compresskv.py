@@ -25,7 +25,7 @@ class CompressKV(Scored):
     three times the mean. `heads` (scores of the query heads: attention to the whole needle while it is recited) and
     `errors` (of the layers) come from `kvfold calibrate compresskv`. Acts at the end of a prompt.
     Differs from the paper: no layer gets more than the prompt has, and the others get what is over; a budget under
-    `least` is shared evenly. The bounds are reconstructed from the code.
+    `least` is shared evenly. The bounds are those of the code.
     """
 
     window: int = 8

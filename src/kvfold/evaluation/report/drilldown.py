@@ -37,7 +37,7 @@ def _chosen(results: Results, limit: int) -> list[Text]:
             size = used[text.model, text.task, text.length, text.example]
             size += 0 if text.context in contexts else len(text.context)
             if total + size > limit:
-                return chosen
+                continue  # a shorter one may still fit
             total += size
             contexts.add(text.context)
             chosen.append(text)
