@@ -65,6 +65,7 @@ def test_a_long_context_is_cut_in_its_middle_or_at_its_end(tokenizer):
     window = 300
     prompt = Prompter(tokenizer, window).prompt(example)
     text = tokenizer.decode(prompt.whole[0])
+    assert prompt.cut == len(example.context) + len(RED.text) + len("It is") - len(prompt.whole[0]) > 0
     assert len(prompt.whole[0]) + RED.max_new_tokens <= window < len(prompt.whole[0]) + RED.max_new_tokens + 20
     # The first and the last half of the prompt, the query with its half.
     first = (window - RED.max_new_tokens - 5 - 8) // 2

@@ -84,6 +84,9 @@ class Asker:
             return [_failed(outcome, error) for outcome in outcomes]
         for number, asked in enumerate(rounds):
             self._round(batch, asked, number, contenders, outcomes)
+        for outcome in outcomes:
+            if cut := prompts[outcome.example].cut:
+                outcome.measured["cut_tokens"] = cut
         return outcomes
 
     def _round(

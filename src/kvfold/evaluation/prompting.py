@@ -14,12 +14,14 @@ class Prompt:
 
     `whole[j]` are head and tail encoded as one text, which may differ from head + tail by a token at the seam.
     `turns[j]` (j > 0) is what follows the prompt so far in a conversation: the right answer to query j - 1, query j.
+    `cut`: tokens of the context that were left out, because the window is too small.
     """
 
     head: list[int]
     tails: list[list[int]]
     whole: list[list[int]]
     turns: list[list[int]]
+    cut: int = 0
 
 
 class Prompter:
@@ -36,7 +38,7 @@ class Prompter:
     def prompt(self, example: Example, *, turns: bool = False) -> Prompt:
         """Token ids of an example, its context cut where it is too long."""
         chat = self.chat and example.chat
-        example = self.fit(example, turns=turns)
+        whole, example = example.context, self.fit(example, turns=turns)
         texts = [self._text(example.context, query, chat) for query in example.queries]
         head = texts[0].split(_SEAM)[0]
         tails = [text.split(_SEAM)[1] for text in texts]
@@ -45,6 +47,7 @@ class Prompter:
             tails=[self._ids(tail, first=False) for tail in tails],
             whole=[self._ids(head + tail, first=not chat) for tail in tails],
             turns=self._turns(example, chat) if turns else [],
+            cut=0 if example.context is whole else len(self._ids(whole)) - len(self._ids(example.context)),
         )
 
     def fit(self, example: Example, *, turns: bool = False) -> Example:
