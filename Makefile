@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 test: $(STAMP) ## all tests, the slow ones too
-	@$(PY) -m pytest $(PYTEST_FLAGS)
+	@$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
 
 test-fast: $(STAMP) ## the tests that load no bundled model
 	@$(PY) -m pytest -n 2 -m 'not slow' $(PYTEST_FLAGS)
