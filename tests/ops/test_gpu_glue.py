@@ -138,7 +138,7 @@ def test_what_stays_is_that_of_the_definition(lengths, share, shared):
         with dispatch.use(name):
             x.keep(keep, columns)
     assert some.counts().tolist() == other.counts().tolist() == keep.sum(-1).tolist()
-    assert some.pool.nbytes == other.pool.nbytes
+    assert some.pool.nbytes <= other.pool.nbytes  # the definition may leave room for the next tokens
     for name in ("keys", "values", *some.dense().columns):
         ours, theirs = (x.table.dense(name)[x.table.valid()] for x in (some, other))
         assert torch.equal(ours, theirs), name

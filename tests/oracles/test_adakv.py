@@ -156,3 +156,17 @@ def test_over_a_pyramid():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         AdaKV(**options)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 0.25])
+def test_sinks_of_the_score_come_out_of_the_budget(budget):
+    view = random_view(B=2, H=2, G=2, T=12)
+    held = [len(head) for row in kept(AdaKV(budget=budget, score="expected-attention"), view) for head in row]
+    allowed = budget if isinstance(budget, int) else 3
+    assert sum(held[:2]) == sum(held[2:]) == 2 * allowed
+
+
+@pytest.mark.parametrize("score", ["scissorhands", "mpcache", "cake", "kvcrush", "kvzip", "windowkv"])
+def test_methods_that_are_more_than_a_ranking_are_refused(score):
+    with pytest.raises(ValueError, match=rf"score='{score}' (decides by itself in|must be a method that ranks)"):
+        AdaKV(score=score)

@@ -46,4 +46,4 @@ class ExpectedAttention(Scored):
         return (attention + self.epsilon) * length
 
     def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
-        return view.valid & (view.rank < self.sinks)
+        return view.valid & (view.rank < counts.clamp(max=self.sinks)[..., None])

@@ -66,7 +66,8 @@ class MPCache(Scored):
         allowed = super().counts(view, scores)
         if self.threshold is None:
             return allowed
-        return torch.minimum(allowed, ((scores >= self.threshold) & view.valid).sum(-1).to(allowed.device))
+        enough = ((scores >= self.threshold) & view.valid).sum(-1).clamp(min=1)  # the newest token stays
+        return torch.minimum(allowed, enough.to(allowed.device))
 
     def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
         return recent(view, counts.clamp(max=1))

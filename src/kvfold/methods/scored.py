@@ -15,6 +15,8 @@ from kvfold.methods.registry import parse
 from kvfold.scores import keep_top
 from kvfold.views import LayerView
 
+EVENTS = ("after_prefill", "after_decode", "before_attend", "after_layer", "after_forward", "after_prompt")
+
 
 @dataclass(frozen=True)
 class Scored(Method):
@@ -79,7 +81,15 @@ class Wrapper(Scored):
             raise ValueError(f"score={self.score!r} must be a method that ranks tokens, such as 'snapkv' or 'h2o'")
         if "budget=" in self.score:
             raise ValueError(f"score={self.score!r} must leave the budget to {type(self).__name__}")
+        own = [event for event in EVENTS if getattr(type(made), event) not in self._passed_on(event)]
+        if own:
+            raise ValueError(f"score={self.score!r} decides by itself in {', '.join(own)}, which no ranking passes on")
         return replace(made, budget=self.budget)
+
+    @staticmethod
+    def _passed_on(event: str) -> tuple[Any, ...]:
+        """What a method may have at an event, so that its scores say all of it."""
+        return getattr(Method, event), getattr(Scored, event), getattr(Wrapper, event), Scored.after_prefill
 
     def bind(self, model: Any) -> "Wrapper":
         bound = self.inner.bind(model)
