@@ -40,7 +40,7 @@ test: $(STAMP) ## all tests, the slow ones too
 	@$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
 
 test-fast: $(STAMP) ## the tests that load no bundled model
-	@$(PY) -m pytest -n 2 -m 'not slow' $(PYTEST_FLAGS)
+	@$(PY) -m pytest -n 2 --dist loadfile -m 'not slow' $(PYTEST_FLAGS)
 
 lint: $(STAMP) ## ruff: lint rules and format
 	@$(PY) -m ruff check .
