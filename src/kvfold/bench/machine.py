@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from kvfold.evaluation.decoding import sync
+from kvfold.evaluation.records import write_whole
 
 READ_BYTES = {"cpu": 2**29, "cuda": 2**31}
 """Bytes of one plain read: far beyond any cache, and on CUDA long beside a launch."""
@@ -164,9 +165,4 @@ def _memory() -> int | None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON under a temporary name first."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())

@@ -19,6 +19,7 @@ def report_command(
     json: common.Json = False,
 ) -> None:
     """Tables, figures and single examples of one or several sweeps."""
+    from kvfold.evaluation.records import write_whole
     from kvfold.evaluation.report import check_page_path, make_report
 
     if out is not None:
@@ -29,22 +30,12 @@ def report_command(
         report = make_report(folders)
     tables = report.markdown()
     if markdown is not None:
-        _write(markdown, tables)
+        write_whole(markdown, tables.encode())
     if out is not None:
         with common.stderr.status("writing the page"):
-            _write(out, report.html() if text_limit is None else report.html(text_limit))
+            write_whole(out, (report.html() if text_limit is None else report.html(text_limit)).encode())
         common.stderr.print(f"page: {out}")
     if json:
         common.print_json({"sweeps": report.results.sweeps, "rows": [cell.to_dict() for cell in report.cells]})
     elif markdown is None:
         print(tables, end="")
-
-
-def _write(path: Path, text: str) -> None:
-    """Under a temporary name first: a page is whole or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from kvfold.evaluation.records import Store, key_of
-from kvfold.evaluation.runner import Plan, Progress, Tick, about, count, describe
+from kvfold.evaluation.runner import Progress, Tick, about, count, describe
 from kvfold.evaluation.sweep import Sweep
 from kvfold.evaluation.worker import Worker
 
@@ -62,16 +62,15 @@ def run_on_ray(
             return kind.remote(sweep.definition(), device, threads)
 
         pool = [start() for _ in range(number)]
-        plan, waiting = Plan(), []
+        order, waiting = dict[str, int](), []
         for model in sweep.models:
             for unit, keys, examples in ray.get(pool[0].plan.remote(model)):
                 flat = [key for mine_ in keys for key in mine_]
-                plan.units.append((unit, [key_of(key) for key in flat]))
-                plan.order |= {key_of(key): len(plan.order) + at for at, key in enumerate(flat)}
+                order |= {key_of(key): len(order) + at for at, key in enumerate(flat)}
                 if any(key_of(key) not in store.done for key in flat):
                     store.add_examples(examples)
                     waiting.append((unit, flat, 0))
-        progress = Progress(len(plan.order), sum(key in store.done for key in plan.order))
+        progress = Progress(len(order), sum(key in store.done for key in order))
         waiting.reverse()
         busy: dict[Any, tuple[int, Any]] = {}
         idle = list(range(number))
@@ -97,7 +96,7 @@ def run_on_ray(
             store.add(records)
             count(progress, records)
             tick(progress)
-        store.finish(plan.order)
+        store.finish(order)
         return progress
     finally:
         store.close()

@@ -71,13 +71,12 @@ def run_sweep(
     first = plan_for(worker, sweep.models[:1])
     store = Store(folder, sweep.definition(), about(device), retry_failed=retry_failed)
     try:
-        plan, progress = Plan(), Progress()
+        order, progress = dict[str, int](), Progress()
         for model in sweep.models:
             mine = first if model == sweep.models[0] else plan_for(worker, [model])
-            plan.units += mine.units
-            plan.order |= {key: len(plan.order) + at for key, at in mine.order.items()}
-            progress.total = len(plan.order)
-            progress.done = sum(key in store.done for key in plan.order)
+            order |= {key: len(order) + at for key, at in mine.order.items()}
+            progress.total = len(order)
+            progress.done = sum(key in store.done for key in order)
             for unit, keys in mine.units:
                 if all(key in store.done for key in keys):
                     continue
@@ -88,7 +87,7 @@ def run_sweep(
                 store.add(records)
                 count(progress, records)
                 tick(progress)
-        store.finish(plan.order)
+        store.finish(order)
         return progress
     finally:
         store.close()
