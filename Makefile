@@ -1,7 +1,7 @@
 # kvfold's chores; `make help` lists them. Everything lives in .venv, and nothing outside the checkout changes.
 
 PYTHON ?= python3
-EXTRAS ?= dev,gpu,eval,ray
+EXTRAS ?= dev,gpu,eval,episodes,ray
 PYTEST_FLAGS ?=
 
 DEMO_DOC ?= examples/documents/blue-carbuncle.txt
@@ -25,7 +25,7 @@ STAMP = $(VENV)/.installed
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-venv: $(STAMP) ## create .venv with kvfold, its tools and extras (EXTRAS=dev,gpu,eval,ray)
+venv: $(STAMP) ## create .venv with kvfold, its tools and extras (EXTRAS=dev,gpu,eval,episodes,ray)
 
 # torch goes first, at its pinned version: an open range would bring in gigabytes of CUDA packages where a CPU
 # build is to be had. The stamp comes last, so that an interrupted install runs again.

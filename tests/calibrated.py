@@ -5,6 +5,9 @@ import os
 import random
 import tempfile
 
+import torch
+from torch import Tensor
+
 from kvfold import artefacts
 
 _folder = tempfile.TemporaryDirectory(prefix="kvfold-artefacts-")
@@ -18,6 +21,20 @@ SMALL = {"duoattention": {"sinks": 2, "recent": 6}, "razorattention": {"local": 
 def table(layers: int, heads: int, seed: int = 0) -> list[list[float]]:
     rng = random.Random(f"{seed}:{layers}:{heads}")
     return [[round(rng.random(), 4) for _ in range(heads)] for _ in range(layers)]
+
+
+def gates(layers: int, width: int, heads: int, seed: int = 0) -> dict[str, Tensor]:
+    """An attention gate in front of each layer: the first looks at the token itself, the others at none.
+
+    So a narrow dtype, in which all later states differ by a per cent, moves no token over the threshold.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    look, value = torch.randn(2, layers, 1, 16, width, generator=rng) / width**0.5
+    flags = torch.randn(layers, heads, 1, 16, generator=rng)
+    flags[1:] = 0.0
+    sign = (-1.0) ** torch.arange(layers * heads).view(layers, heads)
+    bias = torch.where(torch.arange(layers)[:, None] > 0, 9.0 * sign, 0.5)
+    return {"wq": 3.0 * look, "wk": 3.0 * look, "wv": value, "wg": flags, "bg": bias}
 
 
 def calibrate(model, name: str) -> None:
@@ -36,5 +53,7 @@ def calibrate(model, name: str) -> None:
         "headkv": {"reason": table(layers, queries, 3), "copy": table(layers, queries, 4)},
         "compresskv": {"heads": table(layers, queries, 5), "errors": table(1, layers, 6)[0] if layers else []},
     }
+    if layers:
+        data["attention-gate"] = gates(layers, config.hidden_size, kv)
     for slug, found in data.items():
         artefacts.save(artefacts.Artefact(slug, about, found, {"command": "made up"}))

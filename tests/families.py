@@ -7,13 +7,18 @@ import pytest
 import kvfold
 
 METHODS = [info.slug for info in kvfold.list_methods()]
-LIMITED = [info.slug for info in kvfold.list_methods() if "budget" in info.options]
+LIMITED = [
+    info.slug
+    for info in kvfold.list_methods()
+    if "budget" in info.options and not kvfold.parse(info.slug).listens("read_order")
+]
+"""Those whose budget is about what is stored; of those that choose what is read, `specpc` has one about that."""
 CORE = {"adakv", "cake", "full", "h2o", "kvmerger", "kvzip", "mpcache", "snapkv", "streamingllm", "tova"}
 """One for each mechanism; the fast tests run for these, all tests for all."""
-FREE = {"tova", "expected-attention"}
+FREE = {"tova", "expected-attention", "epicache"}
 """By their papers the newest token competes like the others."""
-ANYWHERE = {"kvzip"}
-"""One threshold for all heads and layers: a rounding may move a token from one to another."""
+ANYWHERE = {"kvzip", "epicache"}
+"""One threshold for all heads of a layer, or of all layers: a rounding may move a token from one to another."""
 
 
 def each(slugs: Iterable[str]) -> pytest.MarkDecorator:

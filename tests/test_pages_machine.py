@@ -3,6 +3,7 @@
 import gc
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -169,5 +170,5 @@ class Segments(RuleBasedStateMachine):
             assert pool.used == 0 and pool.shared == 0, "pages leak"
 
 
-TestSegments = Segments.TestCase
+TestSegments = pytest.mark.slow(Segments.TestCase)
 TestSegments.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)

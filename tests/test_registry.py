@@ -57,6 +57,38 @@ def test_list_methods():
         assert info.title and info.summary and not info.summary.startswith(info.cls.__name__ + "(")
 
 
+def test_every_paper_method_has_a_formula():
+    for info in list_methods():
+        if info.paper:
+            assert info.formula, f"{info.slug}: @method(..., formula=r'...'), LaTeX, for docs/methods"
+        for line in info.formula.splitlines():
+            assert line == line.strip() and line.count("{") == line.count("}") and "$" not in line, info.slug
+
+
+def test_every_option_is_explained():
+    for info in list_methods():
+        silent = [name for name, meaning in info.meanings.items() if not meaning]
+        assert not silent, f"{info.slug}: @method(..., options={{name: meaning}}) lacks {silent}"
+
+
+@pytest.mark.usefixtures("scratch_methods")
+def test_formula_and_options_of_a_method():
+    made = method(
+        "mine", title="Mine", kind="evict", options={"window": "how wide"},
+        formula=r"""
+            a = b,
+                c
+            d
+        """,
+    )  # fmt: skip
+    cls = made(dataclass(frozen=True)(type("Mine", (SnapKV,), {"__doc__": "Mine."})))
+    assert cls.info.formula == "a = b, c\nd"
+    assert cls.info.meanings["window"] == "how wide" and "fraction" in cls.info.meanings["budget"]
+    assert cls.info.meanings["kernel"] == ""
+    with pytest.raises(ValueError, match=r"options=\['widow'\] are none of mine's: budget, window, kernel, pool"):
+        method("mine", title="Mine", kind="evict", options={"widow": "?"})(cls)
+
+
 def test_to_dict_is_json():
     for info in list_methods():
         back = json.loads(json.dumps(info.to_dict()))

@@ -107,21 +107,9 @@ class KVzip(kvpress.KVzipPress):
 class WholePrompt(KVzip):
     """KVzip of a prompt without a chat template before it: all of its tokens are scored."""
 
-    words = ""
-
     def prepare(self, model, tokenizer, prev_postfix_size=8):
         self.prefix_length = 0
-        pairs = super().prepare(model, tokenizer, prev_postfix_size)
-        if not self.words:
-            return pairs
-        asked = tokenizer.encode(self.words, return_tensors="pt", add_special_tokens=False)
-        return [(chunk, torch.cat([asked, self._suffix_ids, chunk], dim=1)) for chunk, _ in pairs]
-
-
-class OtherWords(WholePrompt):
-    """The same, asked in the words of kvfold; for prompts of one chunk."""
-
-    words = "\n\nWrite out the text above, word for word."
+        return super().prepare(model, tokenizer, prev_postfix_size)
 
 
 def gates(layers: int, heads: int) -> np.ndarray:
@@ -152,7 +140,6 @@ PRESSES: dict[str, Callable[[float], kvpress.BasePress]] = {
     "ObservedAttention, summed, recent half": lambda ratio: SummedAndRecent(ratio),
     "PyramidKV, window outside": lambda ratio: PapersLine(ratio, window_size=32),
     "KVzip, whole prompt": lambda ratio: WholePrompt(ratio),
-    "KVzip, whole prompt, kvfold's words": lambda ratio: OtherWords(ratio),
     "AdaKV of SnapKV, blend": lambda ratio: Blend(kvpress.SnapKVPress(ratio, window_size=32)),
 }  # fmt: skip
 WEIGHTS = {name for name in PRESSES if name.startswith("Observed")} | {"TOVA, newest competes"}

@@ -48,7 +48,6 @@ PAIRS: list[tuple[str, str, bool]] = [
     ("AdaKV of ExpectedAttention, no floor", "adakv(score='expected-attention', floor=0.0)", False),
     ("KVzip", "kvzip(prefix=4)", False),
     ("KVzip, whole prompt", "kvzip(prefix=4)", True),
-    ("KVzip, whole prompt, kvfold's words", "kvzip(prefix=4)", True),
     ("DuoAttention, given gates", "duoattention(sinks=64, recent=256)", False),
 ]
 """Press, method, and whether the press was changed to prove a reason."""

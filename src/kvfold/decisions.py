@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.formats import Chunk, Format
@@ -29,6 +29,19 @@ class Rewrite:
 
 
 @dataclass(frozen=True)
+class Amend:
+    """Write `keys` and `values` (None: as they are) over a few slots, -1 for none; all else stays where it lies.
+
+    What `Rewrite` does, for a merge that touches few tokens, as at a decode step. Columns and what is dropped
+    are said by a `Keep` after it. The new token itself may be named.
+    """
+
+    slots: Int[Tensor, "B H N"]
+    keys: Float[Tensor, "B H N D"] | None = None
+    values: Float[Tensor, "B H N Dv"] | None = None
+
+
+@dataclass(frozen=True)
 class Store:
     """Move the tokens that `mask` marks to a segment of another format."""
 
@@ -43,4 +56,14 @@ class Read:
     mask: Bool[Tensor, "B H T"]
 
 
-Decision = Keep | Rewrite | Store
+@dataclass(frozen=True)
+class Propagate:
+    """From the next layer of the model on, only the new tokens that `mask` marks go forward; the others end here.
+
+    The last column always goes on, so that the logits of the prompt's end stay right. Positions stay those of the text.
+    """
+
+    mask: Bool[Tensor, "B Q"]
+
+
+Decision = Keep | Rewrite | Amend | Store | Propagate

@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvfold import ops
+from kvfold.attending import Asking
+from kvfold.decisions import Propagate
 from kvfold.formats import POSITION, Chunk, Dense, Format, Segment, join
 from kvfold.methods.base import Decisions, Method, decided
-from kvfold.passes import Mark, Pass
+from kvfold.passes import Mark, Narrow, Pass, narrowed
 from kvfold.rotation import Compact, Rope
 from kvfold.stored import Stored, as_stored
-from kvfold.views import ATTENTION, COLUMN_SUMS, LayerView, Place, Queries
+from kvfold.views import ATTENTION, COLUMN_SUMS, HiddenView, LayerView, Place, Queries
 
 
 class KVLayer:
@@ -74,13 +75,10 @@ class KVLayer:
         clock = 0 if self._clock is None else self._clock.nbytes
         return self.stored.nbytes + self.seen.nbytes + self.prompt.nbytes + clock
 
-    @property
-    def dense_nbytes(self) -> int:
-        """Bytes of keys and values that a dense cache would hold for the same tokens, padding not counted."""
-        if self.shape is None:
-            return 0
-        heads, d, dv = self.shape
-        return int(self.seen.sum()) * heads * (d + dv) * self.dtype.itemsize
+    def dense_bytes(self, tokens: int | None = None) -> int:
+        """Bytes of keys and values that a dense cache would hold for as many tokens; None: as this one has read."""
+        heads, d, dv = self.shape or (0, 0, 0)
+        return int(self.seen.sum() if tokens is None else tokens) * heads * (d + dv) * self.dtype.itemsize
 
     def counts(self) -> np.ndarray:
         """Tokens stored for each (row, head), (B, H)."""
@@ -90,11 +88,7 @@ class KVLayer:
 
     def kept(self) -> list[list[list[int]]]:
         """Text positions stored, kept[row][head], ascending."""
-        if not self.segments:
-            return [[] for _ in range(self.batch)]
-        stored, _ = self.stored.tokens()
-        positions, valid = stored.positions.cpu(), stored.valid.cpu()
-        return [[positions[b, h][valid[b, h]].tolist() for h in range(valid.shape[1])] for b in range(valid.shape[0])]
+        return self.stored.positions() if self.segments else [[] for _ in range(self.batch)]
 
     # -- one forward pass ------------------------------------------------------------------------------------
 
@@ -107,10 +101,12 @@ class KVLayer:
         scale: float,
         this: Pass,
         module: Any = None,
+        hidden: Float[Tensor, "B Q C"] | None = None,
     ) -> Float[Tensor, "B Hq Q Dv"]:
         """Attend new tokens over what is stored and (causally) over themselves, then store them as the method decides.
 
         `valid` marks the new tokens that are not padding (None: all are); what a padded query gets has no meaning.
+        `hidden`: their states as they enter the layer's attention, for methods that listen to `admit`.
         """
         self.settle(0)
         self._start(k, v)
@@ -120,23 +116,26 @@ class KVLayer:
         ones = valid is None or bool(valid.all())
         mask = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device) if ones else valid
         assert mask is not None
-        chunk, positions = self._chunk(k, v, mask, ones)
+        narrow = this.narrow if this.narrow is not None and self.layer > this.narrow.after else None
+        chunk, positions = self._chunk(k, v, mask, ones, narrow)
         counts = np.full(self.batch, q.shape[2]) if ones else mask.sum(1).cpu().numpy()
         first = self.width == 0
-        self.seen = self.seen + counts
-        self.width += q.shape[2]
+        self.seen = self.seen + (counts if narrow is None else narrow.counts)
+        self.width += q.shape[2] if narrow is None else narrow.width
         if this.prefill:
             self.prompt = self.seen.copy()
         compact = Compact(self._need_rope()) if self.method.compact else None
         appended, listening = ones and q.shape[2] == 1 and not this.prefill, self._listening(this)
         asked = self.method.asks if listening or this.observe is not None else frozenset()
+        asking, admitted = Asking(q, positions, scale, compact), None
         if not appended:
-            out, lse, left = self._attend_prompt(
-                q, k, v, mask, ones, positions, scale, compact, first, COLUMN_SUMS in asked
-            )
+            admitted = self._admitted(hidden, mask, positions, this)
+            chunk = chunk if admitted is None else chunk.but(admitted)
+            past = None if first or self.stored.empty else self.stored
+            out, lse, left = asking.prompt(past, k, v, mask, ones, COLUMN_SUMS in asked, admitted)
         else:
             self.stored.open.append(chunk, even=True)
-            out, lse, left = self._attend_token(q, positions, scale, compact, this, ATTENTION in asked)
+            out, lse, left = self._attend_token(asking, this, ATTENTION in asked)
         memo = {} if left is None else {ATTENTION if appended else COLUMN_SUMS: left}
         waits = this.defer and this.listen and any(map(self.method.listens, ("after_prefill", "after_decode")))
         queries, new = Queries(q, mask, lse, positions), None if appended else chunk
@@ -150,7 +149,7 @@ class KVLayer:
             if decides:
                 self.stored.commit(self._decide(view, this), new, slack=appended)
         if not decides and not appended:
-            self.stored.open.append(chunk, even=ones)
+            self.stored.open.append(chunk, even=ones and admitted is None)
         if waits:
             # By then the new tokens are stored without padding, behind those of their row and head.
             here = mask[0].nonzero()[:, 0] if self.batch == 1 else torch.arange(q.shape[2], device=q.device)
@@ -272,32 +271,33 @@ class KVLayer:
         elif k.shape[0] != self.batch:
             raise ValueError(f"the batch has {k.shape[0]} rows, but the cache holds {self.batch}")
 
-    def _chunk(self, k: Tensor, v: Tensor, mask: Tensor, ones: bool) -> tuple[Chunk, Tensor]:
+    def _chunk(self, k: Tensor, v: Tensor, mask: Tensor, ones: bool, narrow: Narrow | None) -> tuple[Chunk, Tensor]:
         """The new tokens as a chunk, and their text positions (B, Q)."""
         start = torch.from_numpy(self.seen).to(k.device)[:, None]
         step = torch.arange(k.shape[2], device=k.device) if ones else (mask.cumsum(1) - 1).clamp(min=0)
-        positions = (start + step).to(torch.int32)
+        positions = (start + step if narrow is None else narrow.positions).to(torch.int32)
         wide = positions[:, None].expand(-1, k.shape[1], -1)
         valid = mask[:, None].expand(-1, k.shape[1], -1)
         return Chunk(k.detach(), v.detach(), valid, {POSITION: wide}), positions
 
-    def _attend_prompt(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, ones: bool, positions: Tensor, scale: float,
-        compact: Compact | None, first: bool, sums: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """New tokens see each other causally and all that is stored; the two answers merge. Third: column sums."""
-        first = first or self.stored.empty
-        sums = sums and first and compact is None
-        own = ops.causal(q, k, v, scale, sums=sums) if ones else ops.causal_rows(q, k, v, mask, scale, sums=sums)
-        if first:
-            return own
-        past = self._attend_segments(q, positions, scale, compact, after=True)
-        return *ops.merge([past[:2], own[:2]]), None
+    def _admitted(
+        self, hidden: Tensor | None, mask: Tensor, positions: Tensor, this: Pass
+    ) -> Bool[Tensor, "B H Q"] | None:
+        """Which of a prompt's new tokens the method lets in; None: all."""
+        if not (this.prefill and this.listen and self.method.listens("admit")):
+            return None
+        if this.defer:
+            raise ValueError(f"method={self.method} chooses before a prompt is read: no assisted decoding with it")
+        if hidden is None:
+            raise ValueError(f"method={self.method} needs the states that enter layer {self.layer}; nobody gave them")
+        assert self.shape is not None
+        everyone = mask[:, None].expand(-1, self.shape[0], -1)
+        flags = self.method.admit(HiddenView(hidden, mask, positions, self.shape[0], self._place(this)))
+        flags = None if flags is None else flags & everyone
+        return None if flags is None or torch.equal(flags, everyone) else flags
 
-    def _attend_token(
-        self, q: Tensor, positions: Tensor, scale: float, compact: Compact | None, this: Pass, weights: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        read = None
+    def _attend_token(self, asking: Asking, this: Pass, weights: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        read, (q, positions) = None, (asking.q, asking.positions)
         if this.listen and self.method.listens("before_attend"):
             lse = q.new_zeros(q.shape[:3], dtype=torch.float32)  # not known yet
             queries = Queries(q, torch.ones_like(positions, dtype=torch.bool), lse, positions)
@@ -306,25 +306,8 @@ class KVLayer:
             if decision is not None:
                 newest = view.positions == torch.from_numpy(self.seen - 1).to(q.device)[:, None, None]
                 read = as_stored(decision.mask | newest, view.order)
-        weights = weights and compact is None and read is None and len(self.segments) == 1
-        return self._attend_segments(q, positions, scale, compact, read=read, weights=weights)
-
-    def _attend_segments(
-        self, q: Tensor, positions: Tensor, scale: float, compact: Compact | None,
-        *, read: Tensor | None = None, after: bool = False, weights: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """(out, lse, weights of a lone segment) of the queries over all segments.
-
-        `after`: the queries' own tokens are not stored yet.
-        """
-        (b, hq, n, d), h = q.shape, self.stored.counts().shape[1]
-        grouped = q.view(b, h, hq // h, n, d)
-        if compact is not None:
-            slots = self.counts() - (0 if after else n)
-            grouped = compact.rotate_queries(grouped, positions, torch.from_numpy(slots).to(q.device))
-            compact = replace(compact, slots=self.stored.slots())
-        out, lse, left = self.stored.attend(grouped, scale, compact, read, weights)
-        return out.reshape(b, hq, n, -1), lse.reshape(b, hq, n), left
+        weights = weights and asking.compact is None and read is None and len(self.segments) == 1
+        return asking.stored(self.stored, read=read, weights=weights)
 
     def _listening(self, this: Pass) -> bool:
         return this.listen and self.method.listens("after_prefill" if this.prefill else "after_decode")
@@ -333,6 +316,10 @@ class KVLayer:
         event = self.method.after_prefill if this.prefill else self.method.after_decode
         for decision in decided(event(view)):
             view = view.apply(decision)
+            if isinstance(decision, Propagate) and not this.defer:
+                if this.narrow is not None:
+                    raise ValueError(f"method={self.method} narrows one forward pass twice; it can only do so once")
+                this.narrow = narrowed(decision, view.queries, self.layer)
         return view
 
     def _place(self, this: Pass) -> Place:

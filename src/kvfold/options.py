@@ -26,3 +26,9 @@ def check_ints(name: str, values: object) -> None:
     ints = isinstance(values, tuple | list) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
     if not ints:
         raise ValueError(f"{name}={values!r} must be a tuple of ints")
+
+
+def check_name(name: str, value: object, allowed: str) -> None:
+    """Raise ValueError unless `value` is None or a text that is not empty; `allowed` says what it names."""
+    if value is not None and not (isinstance(value, str) and value):
+        raise ValueError(f"{name}={value!r} must be {allowed}")

@@ -202,9 +202,14 @@ class PageTable:
         """Make room for `counts[r]` more tokens in row r; page and offset of each, row by row, and lengths moved on."""
         rows, slot = _spans(self.lengths, counts)
         self._reserve(self.lengths + counts)
+        place = self.writable(rows, slot)
+        self.lengths = (self.lengths + counts).astype(np.int32)
+        return place
+
+    def writable(self, rows: np.ndarray, slot: np.ndarray) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
+        """Page and offset of slots that are about to be written; what others hold of those pages is copied first."""
         if self.pool.shared:
             self._own(np.unique(np.stack([rows, slot // self.pool.page_size]), axis=1))
-        self.lengths = (self.lengths + counts).astype(np.int32)
         return self._at(rows, slot)
 
     def _at(self, rows: np.ndarray, slot: np.ndarray) -> tuple[Tensor, Tensor]:

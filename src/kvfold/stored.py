@@ -56,6 +56,12 @@ class Stored:
         order = torch.argsort(tokens.positions.masked_fill(~tokens.valid, last), dim=-1, stable=True)
         return tokens.take(order), order
 
+    def positions(self) -> list[list[list[int]]]:
+        """Text positions of the tokens of each row and head, ascending."""
+        tokens, _ = self.tokens()
+        places, valid = tokens.positions.cpu(), tokens.valid.cpu()
+        return [[places[b, h][valid[b, h]].tolist() for h in range(valid.shape[1])] for b in range(len(valid))]
+
     def slots(self) -> Int[Tensor, "B H T"] | None:
         """The how-manieth of the text each token is; None where they are stored in that order."""
         _, order = self.tokens()
@@ -91,9 +97,13 @@ class Stored:
         if homes:  # what `keep` is about to overwrite
             columns = {name: column.clone() for name, column in tokens.columns.items()}
             tokens = Chunk(tokens.keys.clone(), tokens.values.clone(), tokens.valid, columns)
-        if view.rewritten:
+        # What is not stored yet, or in a format that is not written token by token, is written with the rest.
+        in_place = new is None and len(self.segments) == 1
+        if view.rewritten or (view.amended and not in_place):
             self._replace(tokens, staying)
         else:
+            for amend in view.amended:
+                self.open.amend(amend.slots, amend.keys, amend.values)
             self._keep(view, staying, slack)
             if new is not None:
                 start = staying.shape[-1] - new.valid.shape[-1]

@@ -6,16 +6,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold import ops
 from kvfold.budgets import Budget, allocate
-from kvfold.decisions import Decision, Keep, Rewrite, Store
-from kvfold.formats import LOG_MASS, Chunk, Format
+from kvfold.decisions import Amend, Decision, Keep, Propagate, Rewrite, Store
+from kvfold.formats import LOG_MASS, Chunk, Format, LateChunk
 from kvfold.rotation import Rope
 
-COLUMN_SUMS, ATTENTION = "column_sums", "attention"
+COLUMN_SUMS, SQUARE_SUMS, ATTENTION = "column_sums", "square_sums", "attention"
 """What a method may ask the forward pass to leave (`Method.asks`), as names in a view's memo."""
 
 
@@ -79,6 +80,20 @@ class Place:
 
 
 @dataclass(frozen=True)
+class HiddenView:
+    """What `Method.admit` sees: a prompt's new tokens as they enter one layer's attention, before it runs."""
+
+    states: Float[Tensor, "B Q C"]
+    """The hidden states that the attention module gets."""
+    valid: Bool[Tensor, "B Q"]
+    """Which of them are not padding."""
+    positions: Int[Tensor, "B Q"]
+    heads: int
+    """KV heads."""
+    place: Place
+
+
+@dataclass(frozen=True)
 class LayerView:
     """One layer's tokens: those stored before this forward pass, then those it brought.
 
@@ -91,6 +106,8 @@ class LayerView:
     formats: tuple[tuple[Format, Tensor], ...] = ()
     """What `Store` decided: formats and the masks of tokens that go there."""
     rewritten: bool = False
+    amended: tuple[Amend, ...] = ()
+    """What is written over tokens that are stored; none if all are written anyway (`rewritten`)."""
     changed: frozenset[str] = frozenset()
     """Columns that a `Keep` set."""
     order: Int[Tensor, "B H S"] | None = None
@@ -213,13 +230,17 @@ class LayerView:
         grouped = chosen.view(b, h, hq // h, w, d)
         return ops.window_attention(grouped, self.keys, self.place.scale, seen, self.columns.get(LOG_MASS))
 
-    def column_sums(self) -> Float[Tensor, "B H T"]:
-        """The attention that each token got from all queries of this pass and group, summed; float32, 0 where empty."""
+    def column_sums(self, power: int = 1) -> Float[Tensor, "B H T"]:
+        """The attention that each token got from all queries of this pass and group, summed; float32, 0 where empty.
+
+        `power`: of each probability, before the sum; 1 or 2.
+        """
         self._need_queries()
-        if COLUMN_SUMS not in self.memo:
+        name = (COLUMN_SUMS, SQUARE_SUMS)[power - 1]
+        if name not in self.memo:
             found = self.memo.get(ATTENTION)  # of all queries: what the kernel of a decode step leaves
-            self.memo[COLUMN_SUMS] = self._column_sums() if found is None else found.sum((2, 3))
-        return self.memo[COLUMN_SUMS].masked_fill(~self.valid, 0.0)
+            self.memo[name] = self._column_sums(power) if found is None else found.pow(power).sum((2, 3))
+        return self.memo[name].masked_fill(~self.valid, 0.0)
 
     def _need_queries(self) -> None:
         if not self.new:
@@ -228,17 +249,22 @@ class LayerView:
                 "or after_decode, and carry the scores in a column or in view.place.step"
             )
 
-    def _column_sums(self) -> Float[Tensor, "B H T"]:
-        if self.rewritten or self.place.compact:
+    def _column_sums(self, power: int) -> Float[Tensor, "B H T"]:
+        if self.rewritten or self.amended or self.place.compact:
             # The pass's log-sum-exp is not that of these keys as they stand: work out each block's own softmax.
             slots = torch.arange(self.new, device=self.valid.device).expand(self.keys.shape[0], -1)
-            blocks = (self._attention_of(block).sum((2, 3)) for block in torch.split(slots, 64, dim=1))
+            blocks = (self._attention_of(block).pow(power).sum((2, 3)) for block in torch.split(slots, 64, dim=1))
             return torch.stack(list(blocks)).sum(0)
         lse = self.queries.lse.masked_fill(~self.queries.valid[:, None], torch.inf)
         start = self.queries.start
         if start is None:
             start = torch.full(self.keys.shape[:2], self.keys.shape[2] - self.new)
-        return ops.column_sums(self.queries.states, self.keys, lse, self.place.scale, start, self.columns.get(LOG_MASS))
+        # A probability is exp(logit - lse): twice of all in the exponent is its square.
+        bias = self.columns.get(LOG_MASS)
+        return ops.column_sums(
+            self.queries.states, self.keys, power * lse, power * self.place.scale, start,
+            None if bias is None else power * bias,
+        )  # fmt: skip
 
     def apply(self, decision: Decision) -> "LayerView":
         """The view after a decision; what the next method of a composition sees, and what is stored in the end."""
@@ -248,7 +274,9 @@ class LayerView:
                     f"Rewrite.tokens has slots {tuple(decision.tokens.keys.shape[:3])} (B, H, T); "
                     f"it must have those of the view, {tuple(self.valid.shape)}"
                 )
-            return replace(self, tokens=decision.tokens, rewritten=True, formats=(), memo={})
+            return replace(self, tokens=decision.tokens, rewritten=True, amended=(), formats=(), memo={})
+        if isinstance(decision, Amend):
+            return self._amend(decision)
         if isinstance(decision, Store):
             mask = decision.mask & self.valid
             earlier = tuple((form, others & ~mask) for form, others in self.formats)
@@ -258,7 +286,28 @@ class LayerView:
             # What is left attends anew, but what all queries gave each token does not change.
             memo = {name: found for name, found in self.memo.items() if name != ATTENTION}
             return replace(self, tokens=tokens, memo=memo, changed=self.changed | set(decision.columns))
-        raise TypeError(f"decision={decision!r} is not one of Keep, Rewrite, Store")
+        if isinstance(decision, Propagate):
+            return self  # about the layers that follow
+        raise TypeError(f"decision={decision!r} is not one of Keep, Rewrite, Amend, Store, Propagate")
+
+    def _amend(self, decision: Amend) -> "LayerView":
+        if not decision.slots.shape[-1]:
+            return self
+        slots = decision.slots.masked_fill(decision.slots < 0, self.valid.shape[-1])  # one behind the last: for none
+
+        def over(states: Tensor, new: Tensor | None) -> Tensor:
+            if new is None:
+                return states
+            padded = F.pad(states, (0, 0, 0, 1))
+            return padded.scatter_(2, _wide(slots, new), new.to(states.dtype))[:, :, :-1]
+
+        old = self.tokens
+        tokens = LateChunk(
+            lambda: over(old.keys, decision.keys), lambda: over(old.values, decision.values), old.valid, old.columns
+        )
+        return replace(
+            self, tokens=tokens, amended=() if self.rewritten else (*self.amended, decision), formats=(), memo={}
+        )
 
 
 def _wide(slots: Int[Tensor, "B H T"], like: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ from models import build
 
 
 def test_refused_before_anything_is_loaded():
-    with pytest.raises(ValueError, match="method='snapkv' needs no calibration; those that do: compresskv, duo"):
+    with pytest.raises(ValueError, match="method='snapkv' needs no calibration; those that do: attention-gate, comp"):
         calibrate_command("snapkv", model="nowhere")
     with pytest.raises(ValueError, match=r"out='gates.tsv' must end in .json"):
         calibrate_command("duoattention", model="nowhere", out=Path("gates.tsv"))
+    with pytest.raises(ValueError, match=r"out='gates.json' must end in .safetensors"):
+        calibrate_command("attention-gate", model="nowhere", out=Path("gates.json"))
 
 
 def test_writes_what_kvfold_finds(tmp_path, monkeypatch, capsys):

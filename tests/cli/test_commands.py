@@ -14,7 +14,7 @@ import kvfold
 from kvfold.cli import main
 from kvfold.cli.app import app
 from kvfold.cli.compare import table_of
-from kvfold.evaluation.compare import Row
+from kvfold.evaluation.compare import Row, method_names
 
 runner = CliRunner()
 
@@ -90,6 +90,11 @@ def test_compare_prints_a_table(folder: Path, document: Path) -> None:
     result = runner.invoke(app, words, env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
     assert "h2o" in result.stdout and "full" in result.stdout and "top-1" in result.stdout
+
+
+def test_all_is_every_method() -> None:
+    assert method_names("all") == [info.slug for info in kvfold.list_methods()]
+    assert method_names("h2o, snapkv(window=8, kernel=3)") == ["h2o", "snapkv(window=8, kernel=3)"]
 
 
 def test_methods_and_models_as_json() -> None:

@@ -47,6 +47,7 @@ def undisturbed(tiny, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_cell_is_there_once_and_in_order(undisturbed):
     found = results(undisturbed)
     cells = [(r["task"], r["length"], r["method"], r["budget"], r["example"]) for r in found]
@@ -63,6 +64,7 @@ def test_every_cell_is_there_once_and_in_order(undisturbed):
     assert len(examples) == 9 and all(each["context"] and each["queries"] for each in examples)
 
 
+@pytest.mark.slow
 def test_the_report_has_every_method_and_task(undisturbed):
     cells = make_report([undisturbed]).cells
     kl = {(c.contender.method, c.contender.budget): c for c in cells if c.unit == "KL" and c.length == "all lengths"}
@@ -70,6 +72,7 @@ def test_the_report_has_every_method_and_task(undisturbed):
     assert kl["full", None].score == 0.0 < kl["snapkv", 60].score
 
 
+@pytest.mark.slow
 def test_parts_make_the_whole(undisturbed, tiny, tmp_path):
     """A sweep may grow: methods, budgets and lengths added later give what they would have given at once."""
     run_sweep(sweep(tiny, methods=["h2o"], budgets=[60], lengths=[400]), tmp_path / "x")
@@ -81,6 +84,7 @@ def test_parts_make_the_whole(undisturbed, tiny, tmp_path):
     assert (tmp_path / "x" / "results.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_failures_stay_until_they_are_retried(undisturbed, tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(kvfold.parse("h2o")), "after_prefill", lambda *_: 1 / 0)
@@ -167,4 +171,9 @@ def test_on_ray_with_a_worker_that_dies(undisturbed, tiny, tmp_path):
     assert killed, "no actor was running when the first results came"
     assert not ray.is_initialized()
     assert progress.failed == 0 and progress.done == progress.total
-    assert results(tmp_path / "out") == results(undisturbed)
+    # Another process may add up in another order: the last of a figure's digits is not the same on every machine.
+    found, expected = results(tmp_path / "out"), results(undisturbed)
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        scores, others = ([query.pop("scores") for query in record["queries"]] for record in (ours, theirs))
+        assert ours == theirs and all(a == pytest.approx(b, rel=1e-4) for a, b in zip(scores, others, strict=True))

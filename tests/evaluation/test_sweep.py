@@ -3,6 +3,7 @@
 import pytest
 
 from kvfold.evaluation.sweep import check_sweep, list_suites, read_definition, suite
+from kvfold.methods import list_methods
 
 SMALL = {"models": ["m"], "methods": ["h2o", "snapkv(budget=64)", "full"], "budgets": [0.5, 32], "tasks": ["agreement"]}
 
@@ -30,6 +31,13 @@ def test_each_method_comes_with_each_budget_it_takes():
 def test_wrong_sweeps_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         check_sweep({**SMALL, **change}).contenders()
+
+
+def test_all_methods_are_those_with_a_budget():
+    slugs = [info.slug for info in list_methods() if "budget" in info.options]
+    for every in ("all", ["all"]):
+        assert check_sweep({**SMALL, "methods": every}).methods == slugs
+    assert "snapkv" in slugs and "full" not in slugs
 
 
 def test_what_is_missing_is_named():

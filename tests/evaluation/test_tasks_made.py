@@ -133,3 +133,13 @@ def test_draws_are_no_parts_of_one_another() -> None:
     assert len(set(distinct(rng, word, 500))) == 500
     with pytest.raises(ValueError, match="there is no other to draw than the 10"):
         distinct(rng, lambda rng: rng.choice("0123456789"), 11)
+
+
+def test_stretches_of_several_texts(tokenizer: Any) -> None:
+    made = make_examples("agreement(forced=8, each=2)", Setting(tokenizer, 200, 5))
+    titles = [title for title, _ in documents(Setting(tokenizer))]
+    assert [(example.info["text"], example.info["start"]) for example in made] == [
+        (titles[0], 0), (titles[0], 200), (titles[1], 0), (titles[1], 200), (titles[2], 0),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="each=0 must be at least 1"):
+        make_examples("agreement(each=0)", Setting(tokenizer, 200, 5))

@@ -92,6 +92,26 @@ def test_assisted_decoding_waits_for_the_crop():
     assert len(seen) == 1 and seen[0][0][0][:20] == ids[0].tolist() and max(cache.paged[0].kept()[0][0]) >= 20
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_turn_after_assisted_decoding_is_a_prompt(name):
+    """No crop comes after it: the next pass, or whoever asks, finds that it was none of the drafts."""
+    method, seen = asking()
+    model = build(name)
+    cache = kvfold.Cache(model, method)
+    ids = tokens(20)["input_ids"]
+    said = model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=6, do_sample=False)
+    assert len(seen) == 1
+    layers, more = len(cache.paged), tokens(12, seed=1)["input_ids"]
+    for number, asked in enumerate((torch.cat([said[:, cache.get_seq_length() :], more], 1), more), 2):
+        width = cache.get_seq_length()
+        with torch.no_grad():
+            model(asked, past_key_values=cache)
+            model(more[:, :1], past_key_values=cache)
+        assert len(seen) == number and seen[-1] == (asked.tolist(), [asked.shape[1]], [2] * layers)
+        assert counts(cache) == [[11]] * layers
+        assert cache.paged[0].prompt.tolist() == [width + asked.shape[1]]
+
+
 def test_a_composition_hands_it_on():
     method, seen = asking()
     model = subject("llama")

@@ -302,6 +302,7 @@ def test_observing_a_tentative_pass(slug):
         assert_same(view.attention(4).sum((2, 3)), view.column_sums())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(40,), (40, 23)], ids=["one", "padded"])
 def test_one_prefill_for_many_methods(lengths):
     prompt, views = tokens(*lengths), []
@@ -312,6 +313,8 @@ def test_one_prefill_for_many_methods(lengths):
     for info in kvfold.list_methods():
         options = {"budget": 0.4} if "budget" in info.options else {}
         own, adopted = kvfold.Cache(model, info.slug, **options), kvfold.Cache(model, info.slug, **options)
+        if not own.shares_prefill:
+            continue
         for view in views:
             adopted.adopt(view)
         feed(model, own, *prompt.values())

@@ -156,6 +156,7 @@ def test_two_at_once_convert_once(store):
     assert len(made) == 1 and models_in(store) == ["key"]
 
 
+@pytest.mark.slow
 def test_two_processes_convert_at_once(tmp_path, store):
     write_llama(tmp_path / "tiny.gguf")
     code = "import sys; from kvfold.hf.models import load; print(load(sys.argv[1])[0].dtype)"

@@ -39,7 +39,7 @@ def segment(lengths: list[int], dtype: torch.dtype, mass: bool):
     return made
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mass", [False, True])
 @pytest.mark.parametrize("lengths", [[20, 20], [33, 0, 7]], ids=["even", "ragged"])
 def test_decode_steps_are_those_of_the_definition(dtype, mass, lengths):
@@ -83,7 +83,9 @@ def test_what_the_device_reads_stays_where_it_is():
     assert held > 2 and pages[:, :held].tolist() == some.table.table.tolist() and (pages[:, held:] == -1).all()
 
 
-@pytest.mark.parametrize("lengths", [[20, 20], [33, 0, 7]], ids=["even", "ragged"])
+@pytest.mark.parametrize(
+    "lengths", [pytest.param([20, 20], marks=pytest.mark.slow), [33, 0, 7]], ids=["even", "ragged"]
+)
 def test_a_step_can_be_replayed(monkeypatch, lengths):
     """What a CUDA graph does: the launches of one step again, with the very same tensors, until those have moved."""
     rng, some, other = torch.Generator().manual_seed(2), *(segment(lengths, torch.float32, True) for _ in range(2))

@@ -75,13 +75,35 @@ def test_oracle_3_the_cascade_loses_nothing(budget, seed):
     options = {"budget": budget, "window": 4}
     cascade, once = Stack(CAKE(**options), views), Stack(AtTheEnd(**options), views)
     assert cascade.kept() == once.kept()
-    for stage in cascade.stages[:-1]:  # and never holds much more than the whole budget
+    for stage in cascade.stages[:-1]:  # and never holds more than the whole budget and the newest layer
         for row, length in enumerate((50, 37)):
             each = budget if isinstance(budget, int) else budget * length
             held = sum(len(head) for layer in stage for head in layer[row])
-            assert held <= 5 * 2 * each + 2 * len(stage)
+            assert held <= 5 * 2 * each + 2 * length
     assert len(once.stages[2][0][0][0]) == 50
-    assert budget == 0.8 or len(cascade.stages[2][0][0][0]) < 50
+    assert budget == 0.8 or any(len(head) < 50 for layer in cascade.stages[2] for head in layer[0])
+
+
+class Counted(Stack):
+    """How many layers were written anew, and how many tokens there were at most."""
+
+    rewrites = 0
+
+    def _decide(self, view, decisions):
+        self.rewrites += 1
+        return Stack._decide(view, decisions)
+
+
+@pytest.mark.parametrize("budget", [6, 12, 0.25])
+def test_layers_are_cut_when_they_hold_more_than_the_paper_does(budget):
+    """The paper cuts every layer after each: 24 * 25 / 2 times, and holds the budget and the newest layer whole."""
+    views = [random_view(B=2, H=2, G=2, T=60, D=16, left_pad=(0, 9), seed=i) for i in range(24)]
+    stack = Counted(CAKE(budget=budget, window=4), views)
+    most = [max(sum(max(map(len, layer[row])) for layer in stage) for stage in stack.stages) for row in range(2)]
+    for row, length in enumerate((60, 51)):
+        each = budget if isinstance(budget, int) else budget * length
+        assert most[row] <= each * 24 + length
+    assert stack.rewrites - 24 <= 24 * 25 // 2 * (1 / 4 if budget == 6 else 1 / 2)
 
 
 def test_oracle_4_without_variance_in_the_score_it_is_snapkv_of_equal_layers():
@@ -160,6 +182,15 @@ def test_in_decoding_the_newest_query_drops_one():
     assert kept(method, step, "after_decode") == [[[1, 3, 4, 5, 11, 12]]]
     step = step_view(view, held, torch.tensor([[0.2, 0.1, 0.2, 0.4, 0.3, 0.2, 0.1]]).log())
     assert kept(method, step, "after_decode") == [[[3, 4, 5, 10, 11, 12]]]  # .1 .17 .23 .3 .23
+
+
+def test_what_decoding_needs_is_put_in_place_once_for_all_layers():
+    step: dict = {}
+    views = [random_view(B=2, T=12, left_pad=(0, 7), ordinal=i, paged=(0, 1), step=step) for i in range(2)]
+    method = CAKE(budget=8)
+    first = method.short(views[0])
+    assert first.tolist() == [[False], [True]] and method.short(views[1]) is first
+    assert CAKE(budget=20).short(views[1]).tolist() == [[True], [True]]
 
 
 def test_in_decoding_a_short_text_grows_until_it_fills_the_budget():

@@ -1,10 +1,13 @@
 """CompressKV against its card: layer budgets, the chosen heads' votes, one set for all heads of a layer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvfold.decisions import Keep
 from kvfold.methods.compresskv import CompressKV, layer_budgets
 from views import full_probabilities, kept, random_view, row_of, top
 
@@ -51,6 +54,25 @@ def test_against_a_loop(first, seed):
     for row in range(2):
         assert kept(method, view)[row] == [slow(view, row, 20, chosen)] * 2  # oracle 4: all heads the same
         assert kept(method, row_of(view, row))[0] == kept(method, view)[row]
+
+
+def test_heads_that_hold_other_tokens_meet_at_text_positions():
+    """As on a further turn: each head has dropped other tokens, so that its slots are other places of the text."""
+    view = random_view(H=2, G=2, T=50, D=16, seed=5)
+    gone = torch.zeros(1, 2, 50, dtype=torch.bool)
+    gone[0, 0, 3:19] = gone[0, 1, 12:27] = True
+    thin = view.apply(Keep(~gone))
+    packed = replace(thin, tokens=thin.tokens.take(thin._packed))  # as it lies in the cache
+    method = CompressKV(budget=20, first=3, kernel=1, heads=((0.9, 0.1, 0.8, 0.7),), errors=(1.0,))
+    received, expected = thin.attention(8).sum(3)[0], torch.zeros(50)  # H G T
+    for place in range(42):
+        votes = [float(received[h, g, place]) for h, g in ((0, 0), (1, 0), (1, 1)) if not gone[0, h, place]]
+        expected[place] = sum(votes) / max(1, len(votes))
+    for one in (thin, packed):
+        scores = method.scores(one)
+        for head in range(2):
+            here = one.valid[0, head]
+            torch.testing.assert_close(scores[0, head, here], expected[one.positions[0, head, here].long()])
 
 
 def test_oracle_3_more_heads_than_there_are_is_all_of_them():

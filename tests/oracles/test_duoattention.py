@@ -22,6 +22,18 @@ def test_gates_that_tie_go_to_the_earlier_head_and_those_outside_are_clipped():
     assert retrieval_heads(((7.0, 1.0), (-3.0, 0.0)), 0.75) == ((True, False), (False, False))
 
 
+def test_the_roles_are_put_in_place_once_for_all_layers(monkeypatch):
+    calls, step, gates = [], {}, ((0.9, 0.1), (0.2, 0.8))
+    monkeypatch.setattr(
+        "kvfold.methods.duoattention.retrieval_heads", lambda *args: calls.append(args) or retrieval_heads(*args)
+    )
+    for ordinal in range(2):
+        view = random_view(H=2, T=20, ordinal=ordinal, paged=(0, 1), step=step)
+        left = kept(DuoAttention(sinks=2, recent=3, gates=gates), view)[0]
+        assert len(left[ordinal]) == 20 and len(left[1 - ordinal]) == 5
+    assert len(calls) == 1
+
+
 def test_oracle_2_sparsity_0_keeps_all():
     view = random_view(B=2, H=2, T=30, left_pad=(0, 7))
     assert kept(DuoAttention(sparsity=0.0, gates=HALF), view) == [[list(range(30))] * 2, [list(range(23))] * 2]

@@ -160,6 +160,36 @@ def test_large_keys_are_taken_in_blocks(monkeypatch):
     assert_close(ExpectedAttention().scores(view), whole)
 
 
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_queries_are_turned_in_blocks(monkeypatch, size):
+    """No more than a block of them in float32 at once, and in blocks they have the same moments."""
+    view = turned_view(B=2, H=2, G=2, T=40, left_pad=(0, 15), seed=2)
+    q = view.queries.states + 30.0 * torch.randn(1, 4, 1, 8)  # far from zero: sums of squares would lose digits
+    view = replace(view, queries=replace(view.queries, states=q))
+    whole = future_queries(view, 9, 4)
+    turned = []
+
+    class Watched(Turns):
+        def shift(self, x, steps):
+            turned.append(x.shape[2])
+            return super().shift(x, steps)
+
+    monkeypatch.setattr(expected, "BLOCK_QUERIES", size)
+    blocked = future_queries(replace(view, place=replace(view.place, rope=Watched(), step={})), 9, 4)
+    for ours, theirs in zip(blocked, whole, strict=True):
+        assert_close(ours, theirs, atol=2e-3, rtol=1e-4)
+    assert max(turned[:-1]) <= size  # the last is the mean rotation
+
+
+def test_layers_of_a_pass_share_the_mean_rotation(monkeypatch):
+    calls, step = [], {}
+    monkeypatch.setattr(expected, "mean_rotation", lambda *args: calls.append(args) or mean_rotation(*args))
+    for ordinal in range(3):
+        view = turned_view(H=2, T=20, ordinal=ordinal, paged=(0, 1, 2), step=step)
+        ExpectedAttention().after_prefill(view)
+    assert len(calls) == 1
+
+
 @given(st.integers(1, 24), st.integers(0, 9), st.one_of(st.integers(1, 30), st.floats(0.05, 1.0)), st.integers(0, 6))
 def test_the_budget_is_exact_and_the_sinks_stay(length, pad, budget, sinks):
     view = turned_view(B=2, H=2, G=2, T=length + pad, left_pad=(pad, 0), seed=length)

@@ -114,6 +114,12 @@ def test_bad_options(options, unchecked):
         HeadKV(**options)
 
 
+@pytest.mark.parametrize("score", ["adakv", "pyramidkv(beta=2.0)", "headkv"])
+def test_scores_that_share_by_themselves_are_refused(score):
+    with pytest.raises(ValueError, match=r"shares the budget by itself, which headkv would not heed"):
+        HeadKV(score=score)
+
+
 def test_without_scores_it_names_the_command():
     with pytest.raises(ValueError, match="kvfold calibrate headkv --model"):
         HeadKV(budget=4).after_prefill(random_view(H=2))

@@ -49,6 +49,9 @@ class Replay:
     def answer(self):
         return [5] if self.words else []
 
+    def look_ahead(self, count, draft=None):
+        raise NotImplementedError
+
     def read(self, ids, valid, observe):
         self.asked.append(ids[valid].tolist())
         view = self.views[len(self.asked) - 1]

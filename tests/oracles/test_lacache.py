@@ -12,17 +12,19 @@ from kvfold.methods.lacache import LaCache
 from views import kept, random_view
 
 
-def streamed(method: LaCache, layers: int, tokens: int, layer: int, chunks: list[int] | None = None) -> list[list[int]]:
+def streamed(
+    method: LaCache, layers: int, tokens: int, layer: int, chunks: list[int] | None = None, heads: int = 2
+) -> list[int]:
     """What layer `layer` of `layers` holds when a text has been read, token by token unless `chunks` say otherwise."""
     paged = tuple(range(layers))
-    q = torch.randn(1, 2, tokens, 4, generator=torch.Generator().manual_seed(0))
+    q = torch.randn(1, heads, tokens, 4, generator=torch.Generator().manual_seed(0))
     cache, start = KVLayer(method, layer, paged, layers), 0
     for size in chunks or [1] * tokens:
         part = q[:, :, start : start + size]
         cache.attend(part, part, part, None, 0.5, Pass(prefill=size > 1 or start == 0))
         start += size
     left = cache.kept()[0]
-    assert left[0] == left[1]  # all heads of a layer keep the same
+    assert left[0] == left[-1]  # all heads of a layer keep the same
     return left[0]
 
 
@@ -150,6 +152,38 @@ def test_a_second_turn_goes_on_where_the_first_stood():
     for feeds in ([20, 7, 1, 1, 30], [3, 3, 40, 2]):
         for layer in range(4):
             assert streamed(SMALL, 4, sum(feeds), layer, feeds) == slow_lacache(SMALL, 4, layer, 16, feeds)
+
+
+@pytest.mark.parametrize("feeds", [[50], [50, *[1] * 9], [53, 1, 1, 1], [150, *[1] * 30]])
+@pytest.mark.parametrize("budget", [0.31, 0.33, 0.507])
+def test_layers_interlock_where_a_fraction_gives_some_one_token_more(budget, feeds):
+    """What a layer holds over the others does not move its ladders: beside it, it is a cache of the floor."""
+    layers, even, more = 8, int(budget * feeds[0]), 0
+    for layer in range(layers):
+        left, floor = (
+            streamed(LaCache(budget=each, span=3, sinks=1), layers, sum(feeds), layer, feeds, heads=1)
+            for each in (budget, even)
+        )
+        assert set(floor) <= set(left) and len(left) - len(floor) in (0, 1)
+        more += len(left) - len(floor)
+    assert more == int(budget * feeds[0] * layers) - even * layers
+
+
+@pytest.mark.parametrize("feeds", [[30, 30], [41, 3, 3, 1, 1, 20], [100, 1, 1, 50]])
+def test_with_a_fraction_further_turns_move_all_ladders_alike(feeds):
+    """Without what some hold over the others, layers of the same rung hold the same."""
+    method, left = LaCache(budget=0.505, span=2, sinks=1), []
+    for layer in (0, 2):
+        left.append(streamed(method, 4, sum(feeds), layer, feeds, heads=1))
+    assert 0 <= len(left[0]) - len(left[1]) <= 1 and set(left[1]) <= set(left[0])
+
+
+def test_with_a_fraction_too_the_layers_know_everything_until_the_new_start():
+    method = LaCache(budget=0.75, span=2, sinks=2)
+    left = [streamed(method, 4, 30, layer, [30], heads=1) for layer in range(4)]  # 22.5 tokens a layer
+    assert sorted(map(len, left)) == [22, 22, 23, 23] and set().union(*left) == set(range(30))
+    more = [streamed(method, 4, 33, layer, [30, 1, 1, 1], heads=1) for layer in range(4)]
+    assert set().union(*more) == set(range(33)) and sum(map(len, more)) <= 90
 
 
 def test_consecutive_layers_share_a_rung():

@@ -141,13 +141,51 @@ def test_layers_in_a_row_share_a_choice():
 
 def test_layers_of_other_lengths_share_a_choice():
     shared: dict = {}
-    keys, query = torch.randn(50, 8), torch.randn(1, 8)
-    method = MPCache(coarse=16, fine=8)
-    first = step(keys[:48], query)
-    read(method, replace(first, place=replace(first.place, step=shared)))
-    longer = step(keys, query, ordinal=1, paged=(0, 1))
+    keys, query = torch.randn(90, 8), torch.randn(1, 8)
+    method = MPCache(coarse=16, fine=8, ratio=0.4)
+    first = step(keys[:88], query)
+    theirs = read(method, replace(first, place=replace(first.place, step=shared)))
+    longer = step(keys.flip(0), query, ordinal=1, paged=(0, 1))
     chosen = read(method, replace(longer, place=replace(longer.place, step=shared)))
-    assert {*range(8), 48, 49} <= set(chosen)
+    assert chosen == [*theirs, 88, 89] != read(method, longer) and len(chosen) < 60
+
+
+def test_layers_that_dropped_other_tokens_share_stretches_of_text():
+    """Layer 0 holds 200 tokens and reads some stretches; layer 1 holds half of them, elsewhere in its own order."""
+    keys, query = torch.randn(200, 8), torch.randn(1, 8)
+    shared: dict = {}
+    method = MPCache(coarse=16, fine=8)
+    first, second = (step(keys, query, ordinal=i, paged=(0, 1)) for i in range(2))
+    first, second = (replace(view, place=replace(view.place, step=shared)) for view in (first, second))
+    gone = torch.zeros(1, 1, 200, dtype=torch.bool)
+    gone[..., 8:120:2] = True
+    theirs, second = read(method, first), second.apply(Keep(~gone))
+    packed = replace(second, tokens=second.tokens.take(second._packed))  # as it lies in the cache
+    held = second.valid[0, 0].nonzero()[:, 0].tolist()
+    for view in (second, packed):
+        mask = method.before_attend(view).mask
+        found = view.positions[mask].tolist()
+        assert found == [p for i, p in enumerate(held) if p in theirs or i < 8 or i // 8 == (len(held) - 1) // 8]
+
+
+def test_heads_that_hold_other_tokens_meet_at_text_positions():
+    """As on a further turn: a token's mean is over the heads that hold it, wherever it lies in each of them."""
+    view = random_view(H=2, G=2, T=40, seed=7)
+    gone = torch.zeros(1, 2, 40, dtype=torch.bool)
+    gone[0, 0, 3:9] = gone[0, 1, 12:18] = True
+    thin = view.apply(Keep(~gone))
+    packed = replace(thin, tokens=thin.tokens.take(thin._packed))
+    asking = torch.arange(40)[None] >= 30
+    expected = torch.zeros(40)
+    rows = [thin.attention(40)[0, :, :, i] for i in range(30, 40)]  # H G T
+    for place in range(40):
+        holders = [h for h in range(2) if not gone[0, h, place]]
+        expected[place] = max(float(sum(row[h, :, place].mean() for h in holders)) / len(holders) for row in rows)
+    for one in (thin, packed):
+        found = peaks(one, asking, heads="mean")
+        for head in range(2):
+            here = one.valid[0, head]
+            assert_close(found[0, head, here], expected[one.positions[0, head, here].long()])
 
 
 def test_padding_and_other_rows_change_nothing():

@@ -130,6 +130,15 @@ def test_oracle_5_in_decoding_one_goes_at_a_fixed_place(held, distance, gone):
     assert row[0][-1] == 20 and (held == 1 or row[0][0] == everything[0])
 
 
+def test_what_decoding_needs_is_put_in_place_once_for_all_layers():
+    step: dict = {}
+    views = [random_view(B=2, T=12, left_pad=(0, 7), ordinal=i, paged=(0, 1), step=step) for i in range(2)]
+    method = PrefixKV(budget=8)
+    first = method.short(views[0])
+    assert first.tolist() == [[False], [True]] and method.short(views[1]) is first
+    assert PrefixKV(budget=20).short(views[1]).tolist() == [[True], [True]]
+
+
 def test_in_decoding_a_short_text_grows_until_it_fills_the_budget():
     view = random_view(T=5)
     step = step_view(view, Keep(view.valid), torch.zeros(1, 6))

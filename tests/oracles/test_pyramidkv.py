@@ -121,6 +121,8 @@ def test_other_scores():
         ({"budget": 0}, "budget=0"),
         ({"score": "streamingllm"}, "score='streamingllm'"),
         ({"score": "snapkv(budget=3)"}, "leave the budget to PyramidKV"),
+        ({"score": "adakv"}, "score='adakv' shares the budget by itself, which pyramidkv would not heed: .*kernel=7"),
+        ({"score": "pyramidkv"}, "score='pyramidkv' shares the budget by itself"),
     ],
 )
 def test_bad_options(options, message):

@@ -1,7 +1,9 @@
-"""Artefacts: numbers that a method needs of a model, measured once by `kvfold calibrate` and kept as JSON.
+"""Artefacts: what a method needs of a model, measured or trained once by `kvfold calibrate` and kept in a file.
 
     {"format": 1, "method": "headkv", "model": {"fingerprint", "name", "layers", "kv_heads", "query_heads"},
      "data": {...tables, a list for each paged layer...}, "provenance": {"command", "versions", "seed", "date", ...}}
+
+Tables are JSON. Weights are tensors: a safetensors file, `data` its tensors and the rest its header "kvfold".
 
 `find` looks at the path it is given, else in the user's folder (`$KVFOLD_ARTEFACTS`, else `artefacts` in the user's
 data folder), else among those that ship, for the method and the model's fingerprint.
@@ -13,7 +15,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any
 import platformdirs
 
 FORMAT = 1
+TABLES, TENSORS, SHIPPED = ".json", ".safetensors", "shipped:"
 FIELDS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "layer_types", "sliding_window", "rope_parameters", "rope_theta", "rope_scaling",
@@ -32,7 +35,7 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class Artefact:
-    """What was measured for one method and one model; `data` holds tables by name."""
+    """What was measured for one method and one model; `data` holds tables by name, or tensors."""
 
     method: str
     model: dict[str, Any]
@@ -72,14 +75,27 @@ def save(artefact: Artefact, path: Path | None = None) -> Path:
     """Write an artefact, under a temporary name first; returns where. None: into the user's folder."""
     if path is None:
         stem = re.sub(r"[^\w.-]+", "-", artefact.model["name"])
-        path = user_folder() / artefact.method / f"{stem}-{artefact.model['fingerprint']}.json"
+        name = f"{stem}-{artefact.model['fingerprint']}{suffix_of(artefact)}"
+        path = user_folder() / artefact.method / name
+    if path.suffix != suffix_of(artefact):
+        raise ValueError(f"path={os.fspath(path)!r} must end in {suffix_of(artefact)} for {artefact.method}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": FORMAT, **asdict(artefact)}, indent=1, ensure_ascii=False)
-    text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)  # a layer is a line
+    about = {"format": FORMAT, "method": artefact.method, "model": artefact.model}
+    if suffix_of(artefact) == TENSORS:
+        from safetensors.torch import save as written
+
+        header = json.dumps({**about, "provenance": artefact.provenance}, ensure_ascii=False)
+        content = written(artefact.data, metadata={"kvfold": header})
+    else:
+        text = json.dumps(
+            {**about, "data": artefact.data, "provenance": artefact.provenance}, indent=1, ensure_ascii=False
+        )
+        text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)  # a layer is a line
+        content = f"{text}\n".encode()
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
@@ -88,16 +104,26 @@ def save(artefact: Artefact, path: Path | None = None) -> Path:
     return path
 
 
+def suffix_of(artefact: Artefact) -> str:
+    """How the name of its file ends."""
+    return TABLES if not any(hasattr(value, "dtype") for value in artefact.data.values()) else TENSORS
+
+
 def load(path: str | os.PathLike[str]) -> Artefact:
     """Read an artefact. Raises ValueError for a file that is none, and for one of another format."""
-    here = f"calibration={os.fspath(path)!r}"
+    here, tensors = f"calibration={os.fspath(path)!r}", None
     try:
-        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        place = Path(path).expanduser()
+        if place.suffix == TENSORS:
+            found, tensors = _tensors(place)
+        else:
+            found = json.loads(place.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{here} is not a calibration file: {error}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         version = found.get("format") if isinstance(found, dict) else None
         raise ValueError(f"{here} has format {version!r}; this kvfold reads {FORMAT}")
+    found = found if tensors is None else {**found, "data": tensors}
     parts = {part: found.get(part) for part in ("method", "model", "data", "provenance")}
     wrong = [part for part, value in parts.items() if not isinstance(value, str if part == "method" else dict)]
     if wrong or not isinstance(found["model"].get("fingerprint"), str):
@@ -105,11 +131,28 @@ def load(path: str | os.PathLike[str]) -> Artefact:
     return Artefact(found["method"], found["model"], found["data"], found["provenance"])
 
 
+def _tensors(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Header and tensors of a safetensors file. ValueError for a file that is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header, names = (file.metadata() or {}).get("kvfold", "null"), file.keys()
+            return json.loads(header), {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+
+
 def find(method: str, model: Any, path: str | os.PathLike[str] | None = None) -> Artefact:
     """What was measured for `method` on `model`. Raises ValueError that names what is missing, and how to make it."""
+    return locate(method, model, path)[1]
+
+
+def locate(method: str, model: Any, path: str | os.PathLike[str] | None = None) -> tuple[str, Artefact]:
+    """`find`, and where: a path, or "shipped:NAME", which another kvfold has, too, and which may be given as `path`."""
     name, key = name_of(model), fingerprint(model)
     if path is not None:
-        found = load(path)
+        found = read(method, os.fspath(path))
         if found.method != method:
             raise ValueError(f"calibration={os.fspath(path)!r} is for {found.method}, not for {method}")
         if found.model["fingerprint"] != key:
@@ -117,15 +160,29 @@ def find(method: str, model: Any, path: str | os.PathLike[str] | None = None) ->
                 f"calibration={os.fspath(path)!r} was made on {found.model.get('name')!r} (fingerprint "
                 f"{found.model['fingerprint']}); this model is {name!r} ({key}): {command(method, name)}"
             )
-        return found
+        return os.fspath(path), found
     for place in _candidates(method):
         found = _read(str(place), place.stat().st_mtime_ns)
         if found.method == method and found.model["fingerprint"] == key:
-            return found
+            return f"{SHIPPED}{place.stem}" if place in shipped() else str(place), found
     raise ValueError(
         f"{method} has no calibration for {name!r} (fingerprint {key}); make one: {command(method, name)}, "
         "or name a file: calibration='path.json'"
     )
+
+
+def read(method: str, path: str) -> Artefact:
+    """What lies where `locate` said; a file is read once for each of its states."""
+    place = _place(method, path)
+    return _read(str(place), place.stat().st_mtime_ns) if place.is_file() else load(path)
+
+
+def _place(method: str, path: str | os.PathLike[str]) -> Path:
+    """The file that `path` names: a path, or "shipped:NAME"."""
+    name = os.fspath(path).removeprefix(SHIPPED)
+    if name == os.fspath(path):
+        return Path(path).expanduser()
+    return next((each for each in shipped() if (each.parent.name, each.stem) == (method, name)), Path(path))
 
 
 @lru_cache(maxsize=256)
@@ -135,13 +192,14 @@ def _read(path: str, written: int) -> Artefact:
 
 
 def _candidates(method: str) -> Iterator[Path]:
-    yield from sorted((user_folder() / method).glob("*.json"))
+    yield from sorted(path for path in (user_folder() / method).glob("*") if path.suffix in (TABLES, TENSORS))
     yield from (path for path in shipped() if path.parent.name == method)
 
 
 def shipped() -> list[Path]:
     """The artefacts that come with kvfold."""
-    return sorted(Path(str(files("kvfold.artefacts"))).glob("*/*.json"))
+    found = Path(str(files("kvfold.artefacts"))).glob("*/*")
+    return sorted(path for path in found if path.suffix in (TABLES, TENSORS))
 
 
 __all__ = [
@@ -150,9 +208,12 @@ __all__ = [
     "find",
     "fingerprint",
     "load",
+    "locate",
     "name_of",
+    "read",
     "save",
     "shipped",
+    "suffix_of",
     "text_config",
     "user_folder",
 ]

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 from kvfold.evaluation.decoding import sync
 from kvfold.hf.attention import NAME
 from kvfold.hf.cache import Cache
+from kvfold.hf.fanout import end_adoption
 from kvfold.hf.layers import PagedLayer, tensors
 from kvfold.methods import Method
 from kvfold.methods.full import Full
@@ -179,4 +180,6 @@ def fill_all(model: PreTrainedModel, caches: Sequence[HFCache], ids: Tensor) -> 
             mine if isinstance(theirs, PagedLayer) else copy.deepcopy(theirs)
             for mine, theirs in zip(cache.layers, base.layers, strict=True)
         ]
+        if isinstance(cache, Cache):
+            end_adoption(cache, token)
     return token

@@ -13,18 +13,24 @@ from kvfold import __version__
 from kvfold.artefacts import Artefact, fingerprint, name_of, text_config
 from kvfold.calibration.duo import train_gates
 from kvfold.calibration.errors import compresskv_tables
+from kvfold.calibration.gate import train_attention_gates
 from kvfold.calibration.heads import headkv_tables
 from kvfold.calibration.razor import razor_tables
 from kvfold.calibration.run import Run
+from kvfold.calibration.sensitivity import epicache_tables
 from kvfold.hf.cache import Cache
 
 CALIBRATIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "attention-gate": train_attention_gates,
     "compresskv": compresskv_tables,
     "duoattention": train_gates,
+    "epicache": epicache_tables,
     "headkv": headkv_tables,
     "razorattention": razor_tables,
 }
 """What measures, by the slug of the method that needs it."""
+TRAINED = {"attention-gate"}
+"""Those that give weights, which lie in safetensors files."""
 
 
 def calibrate(method: str, run: Run, name: str | None = None) -> Artefact:
@@ -58,8 +64,10 @@ def calibrate(method: str, run: Run, name: str | None = None) -> Artefact:
 
 
 def _rounded(numbers: Any) -> Any:
-    """Lists of numbers with five digits: more would be noise."""
+    """Lists of numbers with five digits: more would be noise. Tensors as they are."""
+    if isinstance(numbers, torch.Tensor):
+        return numbers
     return [_rounded(n) for n in numbers] if isinstance(numbers, list) else float(f"{numbers:.5g}")
 
 
-__all__ = ["CALIBRATIONS", "Run", "calibrate"]
+__all__ = ["CALIBRATIONS", "TRAINED", "Run", "calibrate"]

@@ -1,7 +1,7 @@
 """DuoAttention's calibration: gates that say which heads need the whole text, by gradient (arXiv:2410.10819)."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,7 +58,7 @@ def streaming_mask(total: int, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def mixing(model: Any, mixer: Mixer) -> Iterator[None]:
+def mixing(model: Any, mixer: Callable[..., Any]) -> Iterator[None]:
     """The model attends through the mixer; weights take no gradient."""
     before = model.config.get_text_config(decoder=True)._attn_implementation
     wanted = [(weight, weight.requires_grad) for weight in model.parameters()]

@@ -9,7 +9,9 @@ from kvfold.cli import common
 
 
 def calibrate_command(
-    method: Annotated[str, typer.Argument(help="duoattention, razorattention, headkv or compresskv.")],
+    method: Annotated[
+        str, typer.Argument(help="attention-gate, compresskv, duoattention, epicache, headkv or razorattention.")
+    ],
     model: common.Model = "smollm2-135m-instruct",
     out: Annotated[Path | None, typer.Option("--out", help="The file; else where kvfold looks for it.")] = None,
     texts: Annotated[Path | None, typer.Option("--texts", help="Running text, a file or folder.")] = None,
@@ -21,18 +23,19 @@ def calibrate_command(
     json: common.Json = False,
 ) -> None:
     """Measure head roles, scores or layer errors of a model, and keep them where kvfold.Cache finds them."""
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
-    from kvfold.artefacts import save
-    from kvfold.calibration import CALIBRATIONS, Run, calibrate
+    from kvfold.artefacts import TABLES, TENSORS, save
+    from kvfold.calibration import CALIBRATIONS, TRAINED, Run, calibrate
     from kvfold.evaluation.tasks.base import Setting
     from kvfold.evaluation.tasks.texts import documents
     from kvfold.hf.models import load
 
     if method not in CALIBRATIONS:
         raise ValueError(f"method={method!r} needs no calibration; those that do: {', '.join(CALIBRATIONS)}")
-    if out is not None and out.suffix != ".json":
-        raise ValueError(f"out={str(out)!r} must end in .json")
+    suffix = TENSORS if method in TRAINED else TABLES
+    if out is not None and out.suffix != suffix:
+        raise ValueError(f"out={str(out)!r} must end in {suffix}")
     found = documents(Setting(tokenizer=None, texts=texts))
     lm, tokenizer = load(model, dtype=dtype, device=device)
     with common.stderr.status("") as status:
@@ -43,7 +46,8 @@ def calibrate_command(
         )
     path = save(made, out)
     if json:
-        common.print_json({"path": str(path), **asdict(made)})
+        shown = {name: list(x.shape) for name, x in made.data.items()} if method in TRAINED else made.data
+        common.print_json({"path": str(path), **asdict(replace(made, data=shown))})
     else:
         about = made.model
         line = f"{path}: {about['layers']} layers, {about['kv_heads']} KV heads of {about['name']}"

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def compare_command(
     file: common.File,
-    methods: Annotated[str, typer.Option("--methods", help="Slugs, separated by commas.")] = "full,kvmerger,h2o,snapkv",
+    methods: Annotated[
+        str, typer.Option("--methods", help="Slugs, separated by commas; all: every method.")
+    ] = "full,kvmerger,h2o,snapkv",
     budget: Annotated[str, typer.Option("--budget", help="One or several; the first is timed.")] = "0.35",
     model: common.Model = "smollm2-135m-instruct",
     ask: common.Ask = None,
@@ -33,11 +35,11 @@ def compare_command(
     budgets = [common.number(part) for part in budget.split(",")]
 
     from kvfold.evaluation.chart import check_chart_path, memory_against_agreement, save_chart
-    from kvfold.evaluation.compare import compare, split_names, with_budget
+    from kvfold.evaluation.compare import compare, method_names, with_budget
     from kvfold.evaluation.prompts import build_prompt
     from kvfold.hf.models import load
 
-    names = split_names(methods)
+    names = method_names(methods)
     for name in names:
         for value in budgets:
             with_budget(name, value)

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvfold.evaluation.decoding import end_tokens, sync
+from kvfold.evaluation.decoding import sync
 from kvfold.evaluation.examples import Example, Query
 from kvfold.evaluation.kept import kept_share
 from kvfold.evaluation.metrics import get_metric
 from kvfold.evaluation.prompting import Prompt, Prompter
 from kvfold.evaluation.rows import Decoded, Rows, decode_rows, force_rows, inputs, pad, read
 from kvfold.hf.cache import Cache
+from kvfold.hf.draft import end_tokens
 from kvfold.hf.fanout import prefill_many
 
 PROTOCOLS = ("aware", "agnostic", "turns")
@@ -95,12 +96,12 @@ class Asker:
     ) -> None:  # fmt: skip
         """One shared prefill, and all that is answered from it.
 
-        A cache that reads in chunks reads by itself, and so does each where the shared pass failed: whose fault it
-        was shows then.
+        A cache that reads in its own way, or in chunks, reads by itself, and so does each where the shared pass
+        failed: whose fault it was shows then.
         """
         ids, new = pad(asked.prompts, self.fill)
         made = [self._made(contender) for contender in contenders]
-        sharing = [cache for cache in made if isinstance(cache, Cache) and cache.prefill_chunk is None]
+        sharing = [cache for cache in made if isinstance(cache, Cache) and cache.shares_prefill]
         start, truth, logits = self._now(), Truth(), None
         try:
             if sharing:
@@ -119,7 +120,7 @@ class Asker:
                 if c and any(outcomes[e].error for e in asked.examples):
                     raise RuntimeError(f"the full cache failed: {outcomes[asked.examples[0]].error}")
                 start = self._now()
-                if cache.prefill_chunk is None and logits is not None:
+                if cache.shares_prefill and logits is not None:
                     at, seconds = Rows(new.to(self.model.device), logits), {"shared_prefill_seconds": shared}
                 else:
                     at = read(self.model, cache, ids, new)

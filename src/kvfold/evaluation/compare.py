@@ -11,7 +11,7 @@ from kvfold.evaluation.agreement import Agreement, agreement
 from kvfold.evaluation.decoding import Answer, decode, prefill, teacher_forced
 from kvfold.hf.cache import Cache
 from kvfold.hf.fanout import prefill_many
-from kvfold.methods import Method, parse
+from kvfold.methods import Method, MethodInfo, list_methods, parse
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,16 @@ def split_names(text: str) -> list[str]:
     return names
 
 
+def method_names(text: str) -> list[str]:
+    """As `split_names`; "all" is every registered method. Raises ValueError for none."""
+    return [info.slug for info in list_methods()] if text.strip() == "all" else split_names(text)
+
+
+def takes_budget(info: MethodInfo) -> bool:
+    """Whether a method has an option `budget`."""
+    return "budget" in info.options
+
+
 def with_budget(text: str, budget: float | int) -> Method:
     """A method from its text; a single stage that takes a budget, and whose text sets none, gets this one."""
     made = parse(text)
@@ -79,7 +89,7 @@ def compare(
     """Every method at every budget on one prompt (1, T); the first row is `full`.
 
     At the first budget each method reads the prompt itself and is timed. At further budgets one exact prefill
-    serves them all (their times are None): the same tokens are stored, see `prefill_many`.
+    serves all that it can (their times are None): the same tokens are stored, see `prefill_many`.
     """
 
     def wants(budget: float | int) -> list[tuple[str, Method, Any]]:
@@ -98,9 +108,10 @@ def compare(
     truth = teacher_forced(model, whole, read.logits, answer.tokens)
     full_nbytes = sizes[1]
 
-    def agree(logits: Tensor) -> Agreement:
-        # The first token comes out of the prompt's own pass, which is exact for every method.
-        return agreement(truth[1:], logits[1:]) if len(truth) > 1 else agreement(truth, logits)
+    def agree(logits: Tensor, method: Method | None = None) -> Agreement:
+        # The first token comes out of the prompt's own pass, which is exact for every method that leaves it alone.
+        start = 0 if len(truth) == 1 or (method is not None and method.own_prefill) else 1
+        return agreement(truth[start:], logits[start:])
 
     def row(
         name: str, budget: Any, made: Answer, held: tuple[float, int, int], prefill_s: Any, found: Agreement
@@ -118,17 +129,19 @@ def compare(
         held = (cache.kept_tokens, cache.nbytes, cache.dense_nbytes)
         logits = _forced(model, cache, own.logits, answer.tokens)
         made = decode(model, cache, own.logits, max_new_tokens)
-        rows.append(row(name, budget, made, held, own.seconds, agree(logits)))
+        rows.append(row(name, budget, made, held, own.seconds, agree(logits, method)))
     if later:
         tick("further budgets")
         caches = [Cache(model, method) for _, method, _ in later]
-        first = prefill_many(model, {"input_ids": ids.to(model.device)}, caches, logits_to_keep=1)[0, -1].float()
-        for (name, _, budget), cache in zip(later, caches, strict=True):
+        sharing = [cache for cache in caches if cache.shares_prefill]
+        first = prefill_many(model, {"input_ids": ids.to(model.device)}, sharing, logits_to_keep=1)[0, -1].float()
+        for (name, method, budget), cache in zip(later, caches, strict=True):
             tick(f"{name} at {budget}")
+            begin = first if cache.shares_prefill else prefill(model, ids, cache).logits
             held = (cache.kept_tokens, cache.nbytes, cache.dense_nbytes)
-            logits = _forced(model, cache, first, answer.tokens)
-            made = decode(model, cache, first, max_new_tokens)
-            rows.append(row(name, budget, made, held, None, agree(logits)))
+            logits = _forced(model, cache, begin, answer.tokens)
+            made = decode(model, cache, begin, max_new_tokens)
+            rows.append(row(name, budget, made, held, None, agree(logits, method)))
             cache.reset()
     return rows
 

@@ -11,6 +11,7 @@ from transformers import Cache as HFCache
 from transformers import PreTrainedModel
 
 from kvfold.hf.cache import Cache
+from kvfold.hf.draft import end_tokens
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,6 @@ def prefill(model: PreTrainedModel, ids: Tensor, cache: HFCache, chunk: int | No
             out = model(input_ids=part.to(model.device), past_key_values=cache, logits_to_keep=1)
     sync(model.device)
     return Prefilled(out.logits[0, -1].float(), time.perf_counter() - start)
-
-
-def end_tokens(model: PreTrainedModel) -> set[int]:
-    """Tokens that end an answer."""
-    end = model.generation_config.eos_token_id
-    return set() if end is None else {end} if isinstance(end, int) else set(end)
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from kvfold.evaluation.compare import with_budget
+from kvfold.evaluation.compare import takes_budget, with_budget
 from kvfold.evaluation.tasks import parse_task
+from kvfold.methods import list_methods
 
 Protocol = Literal["aware", "agnostic", "turns"]
 Budget = int | float
@@ -37,6 +38,7 @@ class TaskEntry(BaseModel):
 class Sweep(BaseModel):
     """Everything that decides a sweep's results. Method `full` is always there: the others are held against it.
 
+    `methods`: texts, or "all" for every registered method that has a budget.
     `lengths` are tokens of prompt and answer, for tasks that are made to a length. `compress`: "both" lets methods
     decide about the prompt and while decoding, as they do; "prefill" about prompts alone. `batch` examples are read
     together. `window`: the longest prompt and answer (None: the model's context). `texts`, `data`: see `Setting`.
@@ -68,6 +70,11 @@ class Sweep(BaseModel):
         return (
             [{"task": each} if isinstance(each, str) else each for each in tasks] if isinstance(tasks, list) else tasks
         )
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _all(cls, methods: Any) -> Any:
+        return [info.slug for info in list_methods() if takes_budget(info)] if methods in ("all", ["all"]) else methods
 
     @field_validator("methods")
     @classmethod

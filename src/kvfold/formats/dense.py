@@ -104,6 +104,17 @@ class DenseSegment:
         rows = {name: column.flatten(0, 1) for name, column in columns.items()}
         ops.keep_pages(self.table, mask.flatten(0, 1), rows, slack=slack)
 
+    def amend(self, slots: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
+        """Write (B, H, N, D) keys and values (None: none) over `slots` (B, H, N), -1 for none."""
+        chosen = slots.flatten(0, 1)
+        some = chosen >= 0
+        rows, at = some.nonzero()[:, 0].cpu().numpy(), chosen[some].cpu().numpy()
+        pages, offsets = self.table.writable(rows, at)
+        for name, new in (("keys", keys), ("values", values)):
+            if new is not None:
+                plane = self.pool.planes[name]
+                plane[pages, offsets] = new.flatten(0, 1)[some].to(plane.dtype)
+
     def truncate(self, counts: np.ndarray, *, slack: bool = False) -> None:
         self.table.cut(counts.reshape(-1))
         self.table.trim(slack=slack)

@@ -4,7 +4,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,10 +13,10 @@ from transformers import Cache as HFCache
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from kvfold.hf import attention
-from kvfold.hf.chunks import put_together, read_ahead
-from kvfold.hf.late import Done, Prompt
+from kvfold.hf.hooks import use_kvfold, watch
+from kvfold.hf.late import Done, Prompt, greedy_of
 from kvfold.hf.layers import PagedLayer, WindowLayer, storage_bytes
+from kvfold.hf.reading import Reading
 from kvfold.hf.report import Report, layer_report
 from kvfold.hf.rope import find_rope
 from kvfold.hf.support import attention_modules, check_model
@@ -26,7 +26,6 @@ from kvfold.methods.registry import parse
 from kvfold.options import check_int
 from kvfold.passes import Pass
 from kvfold.views import LayerView
-from kvfold.warm import warm_up
 
 
 class Cache(HFCache):
@@ -51,15 +50,16 @@ class Cache(HFCache):
             check_int("prefill_chunk", prefill_chunk, 2)
         check_model(model)
         self.model, self.prefill_chunk = model, prefill_chunk
-        self.recording = False
+        self.recording, self.parts = False, False  # parts: inside a call that was split
         self.unread: PagedLayer | None = None
         self._chunks: tuple[nn.Module, list[Tensor]] | None = None  # a call that was split, the outputs so far
         self._pass: Pass | None = None
         self._at = -1
         self._token_ids: Tensor | None = None
         self._mask: Tensor | None = None
+        self.reading: Reading | None = None  # where a method gave the model other tokens to read than the caller did
         self._unheard: Pass | None = None  # a prompt's pass that is over, and whose `after_prompt` is not
-        self._listen, self._prefilling = True, False
+        self.listening, self._prefilling = True, False
         self._observe: Callable[[LayerView], None] | None = None
         super().__init__(layers=self._layers())
         if not self.paged:
@@ -68,6 +68,7 @@ class Cache(HFCache):
                 stacklevel=2,
             )
         use_kvfold(model)
+        watch(model, self.method)
 
     def _layers(self) -> list[Any]:
         config = self.model.config.get_text_config(decoder=True)
@@ -110,7 +111,8 @@ class Cache(HFCache):
     def dense_nbytes(self) -> int:
         """Bytes that a dense cache would hold for the same tokens (padding not counted, windows as they are)."""
         return sum(
-            layer.core.dense_nbytes if isinstance(layer, PagedLayer) else storage_bytes(layer) for layer in self.layers
+            layer.core.dense_bytes(self.text_tokens) if isinstance(layer, PagedLayer) else storage_bytes(layer)
+            for layer in self.layers
         )
 
     @property
@@ -130,6 +132,8 @@ class Cache(HFCache):
             paged = [core.layer for core in self.paged]
             raise ValueError(f"layer={layer} is not one of the layers with full attention: {paged}")
         found: list[list[list[int]]] = self.layers[layer].core.kept()
+        if self.reading is not None:
+            return [[self.reading.in_text(row, head) for head in heads] for row, heads in enumerate(found)]
         return found
 
     def report(self) -> Report:
@@ -139,15 +143,23 @@ class Cache(HFCache):
 
     # -- forward passes --------------------------------------------------------------------------------------
 
+    def reads_prompt(self, tokens: int, ordinal: int = 0) -> bool:
+        """Whether a pass over so many tokens would count as a prompt, not as generated ones."""
+        return tokens > 1 or self.paged[ordinal].width == 0 or self._prefilling
+
+    @property
+    def text_tokens(self) -> int | None:
+        """Tokens of text given, where the method chose what of it was read."""
+        return None if self.reading is None else int(self.reading.given.sum())
+
     def enter(self, ordinal: int, tokens: int) -> Pass:
         """A paged layer is about to attend: the pass it belongs to, a new one when the layers start over."""
         if self._pass is None or ordinal <= self._at:
             self.settle_pending()
-            prefill = tokens > 1 or self.paged[ordinal].width == 0 or self._prefilling
-            later = self.recording and self.paged[ordinal].width > 0
+            prefill, later = self.reads_prompt(tokens, ordinal), self.recording and self.paged[ordinal].width > 0
             self._pass = Pass(
-                prefill=prefill and not later, listen=self._listen, defer=self.recording, observe=self._observe,
-                token_ids=self._token_ids, mask=self._mask,
+                prefill=prefill and not later, turn=prefill and later, listen=self.listening, defer=self.recording,
+                observe=self._observe, token_ids=self._token_ids, mask=self._mask,
             )  # fmt: skip
         self._at = ordinal
         return self._pass
@@ -166,17 +178,17 @@ class Cache(HFCache):
         if ordinal == len(self.paged) - 1 and self.method.listens("after_forward"):
             self._carry_out(self.method.after_forward(done), this)
 
-    def finish(self) -> None:
+    def finish(self, output: Any) -> None:
         """A forward pass is over: `after_prompt`, unless assisted decoding is to take some of the prompt back."""
         this, self._token_ids, self._mask, self._pass = self._pass, None, None, None
-        if this is not None and this.prefill and this.listen and self.method.listens("after_prompt"):
-            self._unheard = this
+        if this is not None and (this.prefill or this.turn) and this.listen and self.method.listens("after_prompt"):
+            this.greedy, self._unheard = greedy_of(output, this), this
             if not this.defer:
                 self._hear()
 
     def _hear(self) -> None:
         this, self._unheard = self._unheard, None
-        if this is not None:
+        if this is not None and this.prefill:  # not a draft, which was cropped
             self._carry_out(self.method.after_prompt(Prompt(self, this)), this)
 
     def _carry_out(self, decisions: Mapping[int, Decisions], this: Pass) -> None:
@@ -202,12 +214,11 @@ class Cache(HFCache):
         self.settle_pending()
         marks = [core.mark() for core in self.paged]
         others = [None if isinstance(x, PagedLayer) else copy.deepcopy(x) for x in self.layers]
-        before = (self._listen, self._observe)
-        self._listen, self._observe, self._pass = False, observe, None
+        self._pass = None
         try:
-            yield
+            with self._while(listening=False, _observe=observe, reading=self.reading):
+                yield
         finally:
-            self._listen, self._observe = before
             self._pass = None
             for core, mark in zip(self.paged, marks, strict=True):
                 core.rewind(mark)
@@ -215,37 +226,42 @@ class Cache(HFCache):
             self.unread = None
 
     @contextmanager
-    def prefilling(self) -> Iterator[None]:
+    def _while(self, **state: Any) -> Iterator[None]:
+        before = {name: getattr(self, name) for name in state}
+        self.__dict__ |= state
+        try:
+            yield
+        finally:
+            self.__dict__ |= before
+
+    def prefilling(self) -> AbstractContextManager[None]:
         """Every forward pass inside the block reads a part of the prompt, also one of a single token.
 
         Outside it one token counts as generated, unless the cache is empty. For prompts that are read in chunks.
         """
-        before, self._prefilling = self._prefilling, True
-        try:
-            yield
-        finally:
-            self._prefilling = before
+        return self._while(_prefilling=True)
 
-    @contextmanager
-    def undecided(self) -> Iterator[None]:
+    def in_parts(self) -> AbstractContextManager[None]:
+        """Forward passes inside the block are parts of one whose arguments are final."""
+        return self._while(parts=True)
+
+    def undecided(self) -> AbstractContextManager[None]:
         """Forward passes inside the block append, and no event runs: a method that acts in decoding lets it be."""
-        before, self._listen = self._listen, False
-        try:
-            yield
-        finally:
-            self._listen = before
+        return self._while(listening=False)
 
-    @contextmanager
-    def observed(self, observe: Callable[[LayerView], None]) -> Iterator[None]:
+    def observed(self, observe: Callable[[LayerView], None]) -> AbstractContextManager[None]:
         """Within the block `observe` gets every layer's view, before the method decides."""
-        before, self._observe = self._observe, observe
-        try:
-            yield
-        finally:
-            self._observe = before
+        return self._while(_observe=observe)
+
+    @property
+    def shares_prefill(self) -> bool:
+        """Whether `adopt` may fill this cache from another's pass: it reads prompts at once, and as they are."""
+        return self.prefill_chunk is None and not self.method.own_prefill
 
     def adopt(self, view: LayerView) -> None:
         """Fill one layer of this empty cache from another cache's view of its first pass. See `prefill_many`."""
+        if self.method.own_prefill:
+            raise ValueError(f"method={self.method} reads a prompt in its own way: it can't adopt another's prefill")
         core = self.paged[view.place.ordinal]
         this = Pass(prefill=True, step=self._step_of(view), token_ids=view.place.token_ids, mask=view.queries.valid)
         core.adopt(view, this)
@@ -267,6 +283,9 @@ class Cache(HFCache):
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the last `-tokens_to_remove` tokens of every row, then run what waited for it."""
         count = int(tokens_to_remove)  # a tensor from transformers before 5.17
+        if self.reading is not None:
+            count = -count if count <= 0 else max(0, self.get_seq_length() - count)
+            self.reading, count = self.reading.drop(count), -count
         self._settle(lambda: super(Cache, self).crop(count))
 
     def settle_pending(self) -> None:
@@ -275,9 +294,12 @@ class Cache(HFCache):
             self._settle(self._end_recording)
 
     def _end_recording(self) -> None:
-        self.recording = False
+        self.recording, turn = False, self._unheard
         for core in self.paged:
             core.settle(0, turn=True)
+            core.prompt = core.prompt if turn is None else core.seen.copy()
+        if turn is not None:
+            turn.prefill = True
 
     def _settle(self, settle: Callable[[], None]) -> None:
         """Settle the layers, then run the late events of those that waited."""
@@ -291,6 +313,30 @@ class Cache(HFCache):
                 self._late_events(core.ordinal, this)
         self._hear()
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of text given so far, padding counted, as transformers counts them."""
+        return self.get_query_offset(layer_idx) + (0 if self.reading is None else self.reading.surplus)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Columns that a layer has read: where masks begin to count."""
+        return int(super().get_seq_length(layer_idx))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was."""
+        super().reorder_cache(beam_idx)
+        self.reading = self.reading and self.reading.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, side by side."""
+        super().batch_repeat_interleave(repeats)
+        rows = torch.arange(self.batch_size) // repeats
+        self.reading = self.reading and self.reading.select(rows)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows."""
+        super().batch_select_indices(indices)
+        self.reading = self.reading and self.reading.select(indices)
+
     def activate_past_recording(self) -> None:
         """Assisted decoding will crop after each pass: events wait until it has."""
         super().activate_past_recording()
@@ -301,7 +347,7 @@ class Cache(HFCache):
         # New layers: transformers' own keep the batch size and the past recording of what they have read.
         self.layers = self._layers()
         self._pass, self._at, self.recording, self.unread, self._chunks = None, -1, False, None, None
-        self._unheard = None
+        self._unheard, self.reading = None, None
 
     @property
     def batch_size(self) -> int:
@@ -352,49 +398,3 @@ class Cache(HFCache):
         from kvfold.hf.store import load
 
         return load(path, model)
-
-
-def use_kvfold(model: PreTrainedModel) -> None:
-    """Set the model's attention to "kvfold" and let its forward passes tell their cache what they read."""
-    attention.register()
-    warm_up(model.device, model.dtype)
-    if model.config.get_text_config(decoder=True)._attn_implementation != attention.NAME:
-        model.set_attn_implementation(attention.NAME)
-    if not getattr(model, "_kvfold_hooks", None):
-        model._kvfold_hooks = (
-            model.register_forward_pre_hook(_before_forward, with_kwargs=True),
-            model.register_forward_hook(_after_forward, with_kwargs=True),
-        )
-
-
-def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, Cache):
-        return None
-    changed = None
-    if cache._chunks is not None and cache._chunks[0] is module:
-        cache._chunks = None  # of a call that failed
-    if cache.prefill_chunk is not None:
-        if cache.recording:
-            raise ValueError(f"prefill_chunk={cache.prefill_chunk} can't be combined with assisted decoding")
-        with cache.prefilling():
-            ahead = read_ahead(module, args, kwargs, cache.prefill_chunk)
-        if ahead is not None:
-            kwargs, cache._chunks = ahead[0], (module, ahead[1])
-            args, changed = (), ((), kwargs)
-    if not cache.recording:
-        cache.settle_pending()
-    ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
-    cache._token_ids, cache._pass = (ids if isinstance(ids, torch.Tensor) else None), None
-    cache._mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-    return changed
-
-
-def _after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, Cache):
-        cache.check_consumed()
-        if cache._chunks is not None and cache._chunks[0] is module:  # not the body, where the head was called
-            kept, cache._chunks = cache._chunks[1], None
-            put_together(output, kept)
-        cache.finish()

@@ -17,7 +17,8 @@ def prefill_many(model: PreTrainedModel, inputs: dict[str, Tensor], caches: Sequ
     """Run the prompt once and fill all `caches` (empty, of this model) from it. Returns the logits (B, Q, V).
 
     The same as a forward pass for each cache, since a prompt is attended in full before a method decides what is
-    stored. Raises ValueError for a cache of another model, or one that has read something.
+    stored. Raises ValueError for a cache of another model, one that has read something, or one whose method reads
+    prompts in a way of its own (`Cache.shares_prefill`).
     """
     for cache in caches:
         if cache.model is not model:
@@ -32,10 +33,22 @@ def prefill_many(model: PreTrainedModel, inputs: dict[str, Tensor], caches: Sequ
     base = Cache(model, "full")
     with torch.no_grad(), base.observed(hand_out):
         logits: Tensor = model(**inputs, past_key_values=base, **kwargs).logits
+    late = any(cache.method.listens("after_prompt") for cache in caches)
+    greedy = logits.argmax(-1) if late else None
     for cache in caches:
         cache.layers = [
             mine if isinstance(mine, PagedLayer) else copy.deepcopy(theirs)
             for mine, theirs in zip(cache.layers, base.layers, strict=True)
         ]
-        cache.settle_pending()  # what a method does with the whole prompt needs the windows, too
+        end_adoption(cache, greedy)
     return logits
+
+
+def end_adoption(cache: Cache, greedy: Tensor | None) -> None:
+    """The prompt that a cache adopted is over, its windows are there: what a method does with all of it.
+
+    `greedy` (B, K): what the model says after the last K columns.
+    """
+    if cache._unheard is not None:
+        cache._unheard.greedy = greedy
+    cache.settle_pending()

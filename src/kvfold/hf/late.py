@@ -1,6 +1,7 @@
 """What a method's late events see: the layers that a pass has done with, and a prompt that can be read again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -90,19 +91,73 @@ class Prompt(Done):
         """Run `ids` through the model as if they came next; `observe` gets every layer's view, then they are gone."""
         cache = self._cache
         seen = torch.from_numpy(self._layers[0].seen).to(ids.device)[:, None]
+        with self._aside(observe), cache.prefilling():
+            text_decoder(cache.model)(
+                input_ids=ids,
+                attention_mask=torch.cat([self._mask(), valid], 1).long(),
+                position_ids=(seen + valid.cumsum(1) - 1).clamp(min=0),
+                past_key_values=cache,
+                use_cache=True,
+            )
+
+    @torch.no_grad()
+    def look_ahead(self, count: int, draft: str | None = None) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]]:
+        """At most `count` tokens that come next, greedily, and which of them count: each row ends with its end token.
+
+        Said by the model itself, which goes on from all that is stored, without a trace; or by the model `draft` (a
+        name or folder), which reads the tokens of this pass anew. Raises ValueError for one of another vocabulary.
+        """
+        from kvfold.hf.draft import drafter, go_on, look_ahead  # they need a cache of their own
+
+        cache, device = self._cache, self.ids.device
+        reads = self.valid.any(1, keepdim=True)  # a row may bring nothing
+        if draft is not None:
+            ids, valid = look_ahead(drafter(draft, cache.model), self.ids, self.valid, count)
+            return ids.to(device), valid.to(device) & reads
+        first = self._next()
+        with self._aside():
+            ids, valid = go_on(cache.model, cache, first, self._mask(), count)
+        return ids, valid & reads
+
+    def _next(self) -> Int[Tensor, "B 1"]:
+        """What the model says after the prompt, as the pass left it; of a prompt that was adopted, read again."""
+        cache, size, greedy = self._cache, self.ids.shape[1], self._this.greedy
+        last = (self.valid * torch.arange(1, size + 1, device=self.ids.device)).argmax(1, keepdim=True)
+        if greedy is not None:
+            return greedy.gather(1, (last + greedy.shape[1] - size).clamp(min=0))
+        if len(cache.paged) < len(cache.layers):
+            raise ValueError(f"method={cache.method} looks ahead: call a model with a head, whose output has logits")
+        fork = cache.fork()
+        fork.recording = False
+        seen = torch.from_numpy(self._layers[0].seen).to(last.device)[:, None]
+        with fork.undecided():
+            fork.crop(-1)
+            given = {"attention_mask": self._mask().long(), "position_ids": (seen - 1).clamp(min=0)}
+            out = cache.model(input_ids=self.ids.gather(1, last), past_key_values=fork, **given)
+        found: Tensor = out.logits[:, -1:].argmax(-1)
+        return found
+
+    @contextmanager
+    def _aside(self, observe: Callable[[LayerView], None] | None = None) -> Iterator[None]:
+        """Passes that leave no trace, each in one piece, and that nobody crops."""
+        cache = self._cache
         before = cache.prefill_chunk, cache.recording
-        cache.prefill_chunk, cache.recording = None, False  # one pass, and nobody crops it
+        cache.prefill_chunk, cache.recording = None, False
         try:
-            with cache.tentative(observe), cache.prefilling():
-                text_decoder(cache.model)(
-                    input_ids=ids,
-                    attention_mask=torch.cat([self._mask(), valid], 1).long(),
-                    position_ids=(seen + valid.cumsum(1) - 1).clamp(min=0),
-                    past_key_values=cache,
-                    use_cache=True,
-                )
+            with cache.tentative(observe):
+                yield
         finally:
             cache.prefill_chunk, cache.recording = before
+
+
+def greedy_of(output: Any, this: Pass) -> Int[Tensor, "B K"] | None:
+    """What a model would say after the last columns of a pass: of all of them, where the last may not be the text's."""
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        return None
+    every = this.defer or (this.mask is not None and not bool(this.mask[:, -1].all()))
+    chosen: Tensor = (logits if every else logits[:, -1:]).detach().argmax(-1)
+    return chosen
 
 
 @lru_cache(maxsize=8)

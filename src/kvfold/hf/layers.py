@@ -42,6 +42,7 @@ class PagedLayer(CacheLayerMixin):
 
     def __init__(self, owner: Owner, core: KVLayer):
         super().__init__()
+        self.entering: Tensor | None = None  # what entered the attention that runs, where a method admits tokens
         self._owner = weakref.ref(owner)  # no cycle: the pages go when the last reference to the cache goes
         self.core = core
 
@@ -67,11 +68,11 @@ class PagedLayer(CacheLayerMixin):
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float) -> Tensor:
         """Called by the attention function: (B, Hq, Q, D) over new and stored tokens."""
         owner = self.owner
-        owner.unread = None
+        owner.unread, hidden, self.entering = None, self.entering, None
         if q.requires_grad or k.requires_grad or v.requires_grad:
             q, k, v = q.detach(), k.detach(), v.detach()  # caches are for inference
         this = owner.enter(self.core.ordinal, q.shape[2])
-        out = self.core.attend(q, k, v, valid, scale, this, module)
+        out = self.core.attend(q, k, v, valid, scale, this, module, hidden)
         owner.leave(self.core.ordinal, this)
         return out
 
@@ -125,6 +126,23 @@ class WindowLayer(DynamicSlidingWindowLayer):
 
     keys: Tensor
     values: Tensor
+    places: Tensor | None = None
+    """Text positions of what is held, (B, n), -1 for padding, where a method narrowed the prompt on its way here."""
+
+    def _select(self, rows: Tensor) -> None:
+        self.places = None if self.places is None else self.places[rows.to(self.places.device)]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.places = None if self.places is None else self.places.repeat_interleave(repeats, 0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select(indices)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states, *args, **kwargs)

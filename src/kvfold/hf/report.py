@@ -69,6 +69,9 @@ class Reportable(Protocol):
     layers: list[Any]
 
     @property
+    def text_tokens(self) -> int | None: ...
+
+    @property
     def nbytes(self) -> int: ...
 
     @property
@@ -91,5 +94,6 @@ def layer_report(cache: Reportable) -> Report:
             some = counts.size > 0
             least, most = (int(counts.min()), int(counts.max())) if some else (0, 0)
             mean = float(counts.mean()) if some else 0.0
-            rows.append(LayerReport(index, "paged", mean, least, most, core.nbytes, core.dense_nbytes))
+            dense = core.dense_bytes(cache.text_tokens)
+            rows.append(LayerReport(index, "paged", mean, least, most, core.nbytes, dense))
     return Report(str(cache.method), cache.nbytes, cache.dense_nbytes, tuple(rows))

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvfold.formats import Chunk, Dense
-from kvfold.hf.layers import PagedLayer
+from kvfold.hf.layers import PagedLayer, WindowLayer
+from kvfold.hf.reading import Reading
 from kvfold.layer import KVLayer
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ CONFIG_FIELDS = (
     "rope_theta", "rope_scaling", "partial_rotary_factor", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
 """Fields of the text config that change what keys and values mean."""
+READING = ("valid", "places", "given")
+"""Tensors of a `Reading`."""
 SAMPLES = 256
 """Numbers of each sampled weight that go into a model's fingerprint."""
 
@@ -80,9 +83,14 @@ def save(cache: "Cache", path: str | os.PathLike[str]) -> None:
             if layer.is_initialized:
                 tensors[f"{index}.keys"] = layer.keys.contiguous()
                 tensors[f"{index}.values"] = layer.values.contiguous()
+                if isinstance(layer, WindowLayer) and layer.places is not None:
+                    tensors[f"{index}.places"] = layer.places.contiguous()
             layers.append({"kind": "window", "length": layer.cumulative_length})
         else:
             raise ValueError(f"layer {index} is a {type(layer).__name__}; only paged and window layers can be saved")
+    reading = cache.reading
+    if reading is not None:
+        tensors |= {f"reading.{name}": getattr(reading, name).contiguous() for name in READING}
     header = {
         "version": VERSION,
         "method": str(cache.method),
@@ -90,6 +98,7 @@ def save(cache: "Cache", path: str | os.PathLike[str]) -> None:
         "model": type(cache.model).__name__,
         "fields": fields_of(cache.model),
         "fingerprint": fingerprint(cache.model, [core.layer for core in cache.paged]),
+        "reading": None if reading is None else {"surplus": reading.surplus, "fixed": reading.fixed},
         "layers": layers,
     }
     target = Path(path)
@@ -160,6 +169,12 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel) -> "Cache":
             keys, values = (tensors[f"{index}.{name}"].to(device) for name in ("keys", "values"))
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values, layer.cumulative_length = keys, values, state["length"]
+            if f"{index}.places" in tensors:
+                layer.places = tensors[f"{index}.places"].to(device)
+    if header.get("reading") is not None:
+        where = cache.paged[0].device
+        valid, places, given = (tensors[f"reading.{name}"].to(where) for name in READING)
+        cache.reading = Reading(valid, places, given, **header["reading"])
     return cache
 
 

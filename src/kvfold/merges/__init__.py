@@ -1,6 +1,38 @@
 """Which tokens join, with what weights, and what mass the result has."""
 
+from kvfold.merges.absorb import (
+    FRAMES,
+    absorb,
+    at_home,
+    counted,
+    few,
+    log_mass,
+    log_over_set,
+    mixed,
+    over_set,
+    rope_for,
+    take,
+)
 from kvfold.merges.chain import chain_links, sets_of
 from kvfold.merges.fold import Folded, fold_sets
+from kvfold.merges.route import nearest, soft_match
 
-__all__ = ["Folded", "chain_links", "fold_sets", "sets_of"]
+__all__ = [
+    "FRAMES",
+    "Folded",
+    "absorb",
+    "at_home",
+    "chain_links",
+    "counted",
+    "few",
+    "fold_sets",
+    "log_mass",
+    "log_over_set",
+    "mixed",
+    "nearest",
+    "over_set",
+    "rope_for",
+    "sets_of",
+    "soft_match",
+    "take",
+]

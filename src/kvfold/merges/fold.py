@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kvfold.merges.absorb import mixed, over_set, take
+
 
 @dataclass(frozen=True)
 class Folded:
@@ -48,37 +50,22 @@ def fold_sets(
     pivot = pivots(sets, importance)
     slots = torch.arange(sets.shape[-1], device=sets.device).expand_as(sets)
     home = torch.zeros_like(sets).scatter_reduce(-1, sets, slots.where(pivot, 0), "amax").gather(-1, sets)
-    distance = (keys.float() - _take(keys, home).float()).norm(dim=-1)
+    distance = (keys.float() - take(keys, home).float()).norm(dim=-1)
     weight = _gaussian(distance, sets, bandwidth).masked_fill(pivot, 1.0) * mass
-    weight = weight / _sum(weight, sets)
-    alone = _sum(torch.ones_like(weight), sets) == 1
-    merged = []
-    for states in (keys, values):
-        total = torch.zeros(states.shape, dtype=torch.float32, device=states.device)
-        total.scatter_add_(2, sets[..., None].expand_as(states), states.float() * weight[..., None])
-        merged.append(torch.where(alone[..., None], states, _take(total, sets).to(states.dtype)))
-    return Folded(merged[0], merged[1], pivot, _sum(mass, sets), weight)
+    weight = weight / over_set(weight, sets)
+    return Folded(mixed(keys, home, weight), mixed(values, home, weight), pivot, over_set(mass, sets), weight)
 
 
 def _gaussian(distance: Tensor, sets: Tensor, bandwidth: str | float) -> Tensor:
-    size = _sum(torch.ones_like(distance), sets)
+    size = over_set(torch.ones_like(distance), sets)
     if bandwidth == "literal":
         kernel = torch.ones_like(distance)
         for _ in range(32):
-            sigma = (_sum(kernel, sets) / (2**0.5 * size)).clamp(min=1e-6)
+            sigma = (over_set(kernel, sets) / (2**0.5 * size)).clamp(min=1e-6)
             kernel = torch.exp(-(distance**2) / (2 * sigma**2))
         return kernel
     if bandwidth == "mean_distance":
-        sigma = (_sum(distance, sets) / (2**0.5 * size)).clamp(min=1e-6)
+        sigma = (over_set(distance, sets) / (2**0.5 * size)).clamp(min=1e-6)
     else:
         sigma = torch.full_like(distance, float(bandwidth))
     return torch.exp(-(distance**2) / (2 * sigma**2))
-
-
-def _sum(x: Float[Tensor, "B H T"], sets: Int[Tensor, "B H T"]) -> Float[Tensor, "B H T"]:
-    """The sum of `x` over each slot's set, at every member."""
-    return torch.zeros_like(x).scatter_add_(-1, sets, x).gather(-1, sets)
-
-
-def _take(states: Float[Tensor, "B H T D"], slots: Int[Tensor, "B H T"]) -> Float[Tensor, "B H T D"]:
-    return states.gather(2, slots[..., None].expand(*slots.shape, states.shape[-1]))

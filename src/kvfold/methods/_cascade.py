@@ -13,7 +13,9 @@ from kvfold.decisions import Keep
 from kvfold.methods.base import CacheView
 from kvfold.methods.scored import Scored
 from kvfold.scores import keep_top
-from kvfold.views import LayerView
+from kvfold.views import LayerView, Place
+
+SHORT = "short_texts"
 
 
 @dataclass
@@ -22,8 +24,12 @@ class Found:
 
     signal: Tensor
     """(B, ...): what its share is worked out from."""
+    whole: np.ndarray
+    """(B,) tokens that its longest head could hold."""
     held: np.ndarray
-    """(B,) tokens that its longest head holds."""
+    """(B,) tokens that it may hold now, if no further layer comes."""
+    stored: np.ndarray
+    """(B,) tokens that it has not dropped yet."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class Cascade(Scored):
 
     A layer that is done never wins by a further one, so cutting it at once to what it would have if no layer came
     after it takes nothing that it could keep in the end; after the last layer the integers sum to the budget.
+    The newest layer is cut before it is stored, and the others only when all of them together hold `spare` tokens more
+    than the budget: what the paper's code holds, which cuts them after every layer, is the newest one whole.
     A subclass gives `measure`, `weights` and `fixed`.
     """
 
@@ -56,10 +64,23 @@ class Cascade(Scored):
         """Whether the budget is shared anew after this layer; it always is after the last."""
         return True
 
+    def spare(self, newest: np.ndarray) -> np.ndarray:
+        """What all layers may hold over the budget until the prompt is read; `newest`: the newest layer whole."""
+        return newest
+
     @property
     def column(self) -> str:
         """Where the scores are carried."""
         return f"{self.info.slug}_score"
+
+    def short(self, view: LayerView) -> Bool[Tensor, "B 1"]:
+        """The rows whose text is no longer than the budget yet; on the view's device, once for the layers of a step."""
+        found, key = view.place.step.setdefault(SHORT, {}), (self, view.valid.device)
+        if key not in found:
+            each = torch.tensor(self._each(view.place))
+            found[key] = (view.place.seen <= each).to(view.valid.device)[:, None]
+        rows: Tensor = found[key]
+        return rows
 
     def scores(self, view: LayerView) -> Float[Tensor, "B H T"]:
         return self.measure(view)[0]
@@ -75,8 +96,15 @@ class Cascade(Scored):
             return Keep(view.valid)
         scores, signal = self.measure(view)
         counts = torch.minimum(view.count, self.at_most(view))
-        found = view.place.step.setdefault(self.info.slug, {})
-        found[view.place.ordinal] = Found(signal, counts.amax(1).cpu().numpy().astype(np.float64))
+        found, ordinal = view.place.step.setdefault(self.info.slug, {}), view.place.ordinal
+        whole = counts.amax(1).cpu().numpy().astype(np.float64)
+        mine = found[ordinal] = Found(signal, whole, whole, whole)
+        if ordinal < view.place.layers - 1 and self.due(ordinal, view.place.layers):
+            done = [found[i] for i in range(ordinal + 1)]
+            for layer, room in zip(done, self._shares(done, view.place).T, strict=True):
+                layer.held = np.minimum(layer.held, np.ceil(room - 1e-6))
+            mine.stored = mine.held
+            counts = torch.minimum(counts, _tokens(mine.held, counts))
         return Keep(keep_top(view, scores, counts, self.always(view, counts)).mask, self.carried(view, scores))
 
     def after_layer(self, cache: CacheView, ordinal: int) -> Mapping[int, Keep]:
@@ -88,23 +116,27 @@ class Cascade(Scored):
         if not (last or self.due(ordinal, place.layers)):
             return {}
         done = [found[i] for i in range(ordinal + 1)]
-        shares = self._shares(done, tokens_each(self.budget, place.prompt, place.seen), place.layers)
+        if last:
+            shares = [tuple(row) if row.sum() else (1.0,) * len(row) for row in self._shares(done, place)]
+        else:
+            over = sum(layer.stored for layer in done) - np.asarray(self._each(place)) * place.layers
+            if (over <= self.spare(done[-1].whole)).all():
+                return {}
         decisions = {}
         for i, layer in enumerate(done):
-            room = np.ceil(shares[:, i] - 1e-6)
-            if not last and (room >= layer.held).all():
-                continue
-            view = cache[i]
-            if last:
-                counts = view.budget(self.budget, [tuple(row) if row.sum() else (1.0,) * len(row) for row in shares])
-            else:
-                counts = torch.from_numpy(room).long().to(view.valid.device)[:, None].expand(-1, view.heads)
-            layer.held = np.minimum(layer.held, room)
-            decisions[i] = keep_top(view, view.columns[self.column], counts, self.always(view, counts))
+            if last or (layer.held < layer.stored).any():
+                view = cache[i]
+                counts = view.budget(self.budget, shares) if last else _tokens(layer.held, view.count)
+                decisions[i] = keep_top(view, view.columns[self.column], counts, self.always(view, counts))
+                layer.stored = layer.held
         return decisions
 
-    def _shares(self, done: list[Found], each: list[float], layers: int) -> np.ndarray:
+    def _each(self, place: Place) -> list[float]:
+        return tokens_each(self.budget, place.prompt, place.seen)
+
+    def _shares(self, done: list[Found], place: Place) -> np.ndarray:
         """Tokens of each layer that is done (B, N), those that it keeps in any case included; real numbers."""
+        each, layers = self._each(place), place.layers
         fixed = np.minimum(each, self.fixed)
         free = np.asarray(each) - fixed
         weights = self.weights([layer.signal for layer in done], torch.from_numpy(free), layers).double().cpu().numpy()
@@ -112,3 +144,8 @@ class Cascade(Scored):
         rows = zip(weights, free * layers, held - fixed[:, None], strict=True)
         shares: np.ndarray = fixed[:, None] + np.stack([share_out(w, total, caps.clip(0)) for w, total, caps in rows])
         return shares
+
+
+def _tokens(held: np.ndarray, like: Int[Tensor, "B H"]) -> Int[Tensor, "B H"]:
+    """The same number for each head of a row."""
+    return torch.from_numpy(held).to(like)[:, None].expand_as(like)

@@ -14,7 +14,17 @@ from kvfold.scores.pooled import split_top
 from kvfold.views import LayerView
 
 
-@method("adakv", title="Ada-KV", paper="2407.11550", kind="budget")
+@method(
+    "adakv", title="Ada-KV", paper="2407.11550", kind="budget",
+    formula=r"""
+        n_h = \Big|\mathrm{top}_{Hc}\big(s_1 \cup \dots \cup s_H\big) \cap s_h\Big|
+        b_h = (1 - \phi) n_h + \phi c
+    """,
+    options={
+        "floor": "share of the even part that every head gets (phi)",
+        "normalize": "weigh a head's scores by the part that its own best hold, for the shared ranking alone",
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class AdaKV(Wrapper):
     """A layer's budget goes to its heads by how many of the layer's best scores each has, over any score.

@@ -2,7 +2,10 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import reduce
+from inspect import cleandoc
+from operator import and_
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Bool, Int
@@ -11,7 +14,7 @@ from torch import Tensor
 from kvfold.decisions import Decision, Read
 
 if TYPE_CHECKING:
-    from kvfold.views import LayerView
+    from kvfold.views import HiddenView, LayerView
 
 Decisions = Decision | Sequence[Decision] | None
 
@@ -59,8 +62,38 @@ class PromptView(CacheView, Protocol):
         """What the model's chat template puts between a user's words and the answer, as tokens."""
         ...
 
+    def look_ahead(self, count: int, draft: str | None = None) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]]:
+        """At most `count` tokens that come next, greedily, and which of them count; `draft`: another model's name."""
+        ...
+
     def read(self, ids: Int[Tensor, "B N"], valid: Bool[Tensor, "B N"], observe: Callable[["LayerView"], None]) -> None:
         """Run `ids` through the model as if they came next; `observe` gets every layer's view, then they are gone."""
+        ...
+
+
+@runtime_checkable
+class RawPrompt(Protocol):
+    """What `read_order` sees: a prompt that no layer has seen yet."""
+
+    @property
+    def ids(self) -> Int[Tensor, "B Q"]:
+        """Its tokens."""
+        ...
+
+    @property
+    def valid(self) -> Bool[Tensor, "B Q"]:
+        """Which of them are not padding."""
+        ...
+
+    @property
+    def model(self) -> Any:
+        """The model that is to read it."""
+        ...
+
+    def look_ahead(
+        self, count: int, observe: Callable[["LayerView"], None], draft: str | None = None
+    ) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]]:
+        """As a prompt's: `observe` gets the views of the passes, which are over a text without padding inside it."""
         ...
 
 
@@ -77,12 +110,34 @@ class Method:
     """What the pass's own attention kernels should leave for the events, where they can at no more than a look:
     "column_sums" of a prompt (`view.column_sums()`), "attention" of a generated token (`view.attention(1)`)."""
 
+    narrows: bool = False
+    """Whether `after_prefill` may return `Propagate`."""
+
+    @property
+    def own_prefill(self) -> bool:
+        """Whether the prompt's forward pass is not the full cache's, so that no other cache's can stand in for it."""
+        return self.narrows or self.listens("read_order") or self.listens("admit")
+
     def bind(self, model: Any) -> "Method":
         """This method for a cache of `model`: a copy with the numbers in it that were measured on the model.
 
         Most need none and return themselves. Raises ValueError where there are none, with the command that measures.
         """
         return self
+
+    def read_order(self, prompt: RawPrompt) -> Int[Tensor, "B N"] | None:
+        """Before a forward pass over a prompt: which of its tokens the model reads, by column, in this order.
+
+        Padding is -1 and stands first. What is read stands side by side: positions are counted anew. None: all.
+        """
+        return None
+
+    def admit(self, view: "HiddenView") -> Bool[Tensor, "B H Q"] | None:
+        """Before a prompt's new tokens attend, layer by layer: which of them a KV head lets in. None: all.
+
+        Later queries see only those, and only those are stored; a token always sees itself.
+        """
+        return None
 
     def after_prefill(self, view: "LayerView") -> Decisions:
         """After a forward pass over more than one token (a prompt, a chunk of it, a further turn), layer by layer."""
@@ -129,6 +184,15 @@ class MethodInfo:
     """arXiv id, or "" where there is no paper."""
     kind: str
     cls: type[Method]
+    formula: str = ""
+    """How it scores or chooses, in LaTeX: a formula a line."""
+    explained: Mapping[str, str] = field(default_factory=dict)
+    """What its own options mean, less those of `COMMON`."""
+
+    @property
+    def meanings(self) -> dict[str, str]:
+        """What each option means; "" where nobody says."""
+        return {name: {**COMMON, **self.explained}.get(name, "") for name in self.options}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -152,13 +216,28 @@ class MethodInfo:
         }
 
 
-KINDS = ("none", "evict", "pattern", "merge", "budget", "select", "quantize", "sparse", "low-rank", "offload")
+KINDS = (
+    "none", "evict", "pattern", "merge", "budget", "prefill", "select", "quantize", "sparse", "low-rank", "offload",
+)  # fmt: skip
+COMMON = {
+    "budget": "what stays: a fraction of the prompt, or a number of tokens per KV head",
+    "score": "the method that ranks the tokens, as text",
+    "calibration": "a file of what was measured on the model; None: found by method and model",
+}
+"""What options mean that many methods have."""
 registry: dict[str, MethodInfo] = {}
 C = TypeVar("C", bound=type[Method])
 
 
-def method(slug: str, *, title: str, kind: str, paper: str = "") -> Callable[[C], C]:
-    """Register a method under `slug` (class decorator). Raises ValueError for a slug or kind that can't be."""
+def method(
+    slug: str, *, title: str, kind: str, paper: str = "", formula: str = "", options: Mapping[str, str] | None = None
+) -> Callable[[C], C]:
+    """Register a method under `slug` (class decorator).
+
+    `formula` is LaTeX, a formula a line; one that is indented further goes on with the line above. `options` says
+    what each option means (those of `COMMON` need no word). The pages of docs/methods are made of both. Raises
+    ValueError for a slug, a kind or an option that can't be.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", slug):
         raise ValueError(f"slug={slug!r} must be letters, digits, - and _, so that it can be written in a composition")
     if kind not in KINDS:
@@ -168,7 +247,11 @@ def method(slug: str, *, title: str, kind: str, paper: str = "") -> Callable[[C]
         taken = registry.get(slug)
         if taken is not None and taken.cls.__module__ != cls.__module__:
             raise ValueError(f"slug={slug!r} is taken by {taken.cls.__module__}.{taken.cls.__name__}")
-        cls.info = MethodInfo(slug, title, paper, kind, cls)
+        lines = re.sub(r"\n\s+", " ", cleandoc(formula))
+        info = MethodInfo(slug, title, paper, kind, cls, lines, dict(options or {}))
+        if options and (unknown := sorted(set(options) - set(info.options))):
+            raise ValueError(f"options={unknown!r} are none of {slug}'s: {', '.join(info.options) or 'it has none'}")
+        cls.info = info
         registry[slug] = cls.info
         return cls
 
@@ -184,6 +267,8 @@ class Pipeline(Method):
     def __post_init__(self) -> None:
         if sum(stage.compact for stage in self.stages) > 1:
             raise ValueError(f"method={self} has two stages with compact positions; at most one is possible")
+        if sum(stage.listens("read_order") for stage in self.stages) > 1:
+            raise ValueError(f"method={self} has two stages that choose what the model reads; at most one is possible")
 
     @property
     def compact(self) -> bool:  # type: ignore[override]
@@ -198,8 +283,20 @@ class Pipeline(Method):
     def bind(self, model: Any) -> "Pipeline":
         return replace(self, stages=tuple(stage.bind(model) for stage in self.stages))
 
+    @property
+    def narrows(self) -> bool:  # type: ignore[override]
+        """Whether a stage lets only some tokens go on."""
+        return any(stage.narrows for stage in self.stages)
+
     def listens(self, event: str) -> bool:
         return any(stage.listens(event) for stage in self.stages)
+
+    def read_order(self, prompt: RawPrompt) -> Int[Tensor, "B N"] | None:
+        return next((stage.read_order(prompt) for stage in self.stages if stage.listens("read_order")), None)
+
+    def admit(self, view: "HiddenView") -> Bool[Tensor, "B H Q"] | None:
+        flags = [found for stage in self.stages if (found := stage.admit(view)) is not None]
+        return reduce(and_, flags) if flags else None
 
     def _run(self, event: str, view: "LayerView") -> list[Decision]:
         done: list[Decision] = []

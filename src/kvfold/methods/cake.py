@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from kvfold.budgets.layers import tokens_each
 from kvfold.decisions import Keep
 from kvfold.methods._cascade import Cascade
 from kvfold.methods.base import method
@@ -16,7 +15,22 @@ from kvfold.scores import keep_top, smooth
 from kvfold.views import LayerView
 
 
-@method("cake", title="CAKE", paper="2503.12491", kind="evict")
+@method(
+    "cake", title="CAKE", paper="2503.12491", kind="evict",
+    formula=r"""
+        s_t = \mathrm{pool}_k\big(\mathrm{mean}_{i \in W} A_{i,t} + \gamma \mathrm{var}_{i \in W} A_{i,t}\big)
+        P_l = H_l^{1/\tau_1} V_l^{1/\tau_2}, \quad H_l = -\sum_{t,i} A_{i,t} \ln A_{i,t},
+            \quad V_l = \sum_t \mathrm{var}_{i} A_{i,t}
+        b_l = w + \frac{P_l}{\sum_m P_m} L (b - w)
+    """,
+    options={
+        "window": "queries at the prompt's end whose attention counts (w); their tokens always stay",
+        "gamma": "weight of the variance over the queries",
+        "tau1": "temperature of the entropy: the higher, the less it matters",
+        "tau2": "temperature of the variance: the higher, the less it matters",
+        "kernel": "width of the average pooling along the sequence, odd (k)",
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class CAKE(Cascade):
     """Tokens by mean + `gamma` variance of the last `window` queries' attention; the window itself always stays.
@@ -78,8 +92,6 @@ class CAKE(Cascade):
         if isinstance(self.budget, float) and self.budget == 1.0:
             return None
         # A layer is as large as its share, unless the text is still shorter than the budget.
-        each = torch.tensor(tokens_each(self.budget, view.place.prompt, view.place.seen))
-        short = (view.place.seen <= each).to(view.valid.device)[:, None]
-        counts = torch.where(short, view.count, view.earlier.sum(-1))
+        counts = torch.where(self.short(view), view.count, view.earlier.sum(-1))
         looked = self._smooth(view, view.attention(1)[:, :, :, 0].mean(2))
         return keep_top(view, looked, counts, self.always(view, counts))

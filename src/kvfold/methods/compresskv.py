@@ -13,10 +13,25 @@ from kvfold.methods.base import method
 from kvfold.methods.scored import Scored, recent
 from kvfold.options import check_int
 from kvfold.scores import smooth
+from kvfold.scores.pooled import common
 from kvfold.views import LayerView
 
 
-@method("compresskv", title="CompressKV", paper="2508.02401", kind="evict")
+@method(
+    "compresskv", title="CompressKV", paper="2508.02401", kind="evict",
+    formula=r"""
+        s_t = \mathrm{pool}_k\Big(\frac{1}{|R|}\sum_{j \in R}\sum_{i \in W} A_{j,i,t}\Big)
+        b_l = \min\Big(3b,\ m + \frac{e_l}{\sum_j e_j} L (b - m)\Big)
+    """,
+    options={
+        "window": "queries at the prompt's end whose attention counts (W); their tokens always stay",
+        "kernel": "width of the average pooling along the sequence, odd (k)",
+        "first": "semantic retrieval heads that vote in each layer (R)",
+        "least": "tokens that every layer keeps (m)",
+        "heads": "retrieval scores of the query heads, a row a layer; None: from the calibration",
+        "errors": "what compression costs each layer (e); None: from the calibration",
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class CompressKV(Scored):
     """Votes of the last `window` queries in the `first` best semantic retrieval heads, one choice for the layer.
@@ -51,10 +66,11 @@ class CompressKV(Scored):
     def scores(self, view: LayerView) -> Float[Tensor, "B H T"]:
         table = table_of(self, view, "heads", query_heads(view))
         ranked = torch.tensor(table[view.place.ordinal]).argsort(descending=True, stable=True)
-        chosen = ranked[: self.first].to(view.valid.device)
-        votes = view.attention(self.window).sum(3).flatten(1, 2)[:, chosen].mean(1)  # B T
+        chosen = torch.zeros(len(ranked)).index_fill(0, ranked[: self.first], 1.0).view(view.heads, -1)  # H G
+        received = view.attention(self.window).sum(3)  # B H G T
+        votes = common(view, torch.einsum("bhgt,hg->bht", received, chosen.to(received.device)), chosen.sum(1))
         window = view.last(self.window)
-        votes = view.pack(votes[:, None].expand_as(view.valid).masked_fill(window | ~view.valid, 0.0))
+        votes = view.pack(votes.masked_fill(window | ~view.valid, 0.0))
         return view.unpack(smooth(votes, self.kernel)).masked_fill(window, 0.0)
 
     def counts(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Int[Tensor, "B H"]:

@@ -14,8 +14,22 @@ from kvfold.methods.base import Method, method
 from kvfold.options import check_int, check_number
 from kvfold.views import LayerView
 
+ROLES = "duoattention_roles"
 
-@method("duoattention", title="DuoAttention", paper="2410.10819", kind="pattern")
+
+@method(
+    "duoattention", title="DuoAttention", paper="2410.10819", kind="pattern",
+    formula=r"""
+        \mathrm{whole}_{l,h} \iff \alpha_{l,h} \ge Q_\sigma(\alpha)
+        K_{l,h} = \lbrace t : t \lt s \rbrace \cup \lbrace t : t \ge n - r \rbrace \quad \text{otherwise}
+    """,
+    options={
+        "sparsity": "share of the heads that stream (sigma)",
+        "sinks": "first tokens that a streaming head keeps (s)",
+        "recent": "last tokens that a streaming head keeps (r)",
+        "gates": "the gate of each KV head, a row a layer (alpha); None: from the calibration",
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class DuoAttention(Method):
     """A learned gate for each KV head says which read the whole text; the `sparsity` share with the lowest stream.
@@ -46,8 +60,11 @@ class DuoAttention(Method):
         return filled(self, model, {"gates": "gates"})
 
     def after_prefill(self, view: LayerView) -> Keep:
-        roles = retrieval_heads(table_of(self, view, "gates", view.heads), float(self.sparsity))
-        whole = torch.tensor(roles[view.place.ordinal], device=view.valid.device)
+        roles, key = view.place.step.setdefault(ROLES, {}), (self, view.valid.device)
+        if key not in roles:  # once for the layers of a pass
+            found = retrieval_heads(table_of(self, view, "gates", view.heads), float(self.sparsity))
+            roles[key] = torch.tensor(found, device=view.valid.device)  # L H
+        whole = roles[key][view.place.ordinal]
         near = (view.rank < self.sinks) | view.last(self.recent)
         return Keep(view.valid & (whole[:, None] | near))
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
@@ -16,7 +17,20 @@ from kvfold.scores.pooled import line_up, split_top
 from kvfold.views import LayerView
 
 
-@method("dynamickv", title="DynamicKV", paper="2412.14838", kind="evict")
+@method(
+    "dynamickv", title="DynamicKV", paper="2412.14838", kind="evict",
+    formula=r"""
+        s_l = \text{votes of layer } l \text{ as in SnapKV}
+        b_l = w + \frac{1}{H}\Big|\mathrm{top}_{LH(b-w)}\big(s_1 \cup \dots \cup s_L\big) \cap s_l\Big|
+    """,
+    options={
+        "window": "queries at the prompt's end whose attention counts (w); their tokens always stay",
+        "kernel": "width of the pooling along the sequence, odd",
+        "pool": '"avg" or "max"',
+        "buffer": "most that a layer holds while the prompt is read, in mean budgets",
+        "refresh": "layers after which the budget is shared anew",
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class DynamicKV(Cascade):
     """SnapKV's votes; a layer's share is how many of the best votes in all layers are its own.
@@ -59,6 +73,9 @@ class DynamicKV(Cascade):
 
     def due(self, ordinal: int, layers: int) -> bool:
         return ordinal % self.refresh == self.refresh - 1
+
+    def spare(self, newest: np.ndarray) -> np.ndarray:
+        return np.zeros_like(newest)  # what the paper holds over the budget are the layers since the last refresh
 
     def weights(self, signals: list[Tensor], free: Float[Tensor, " B"], layers: int) -> Shaped[Tensor, "B N"]:
         best = free.to(signals[0].device) * signals[0].shape[1] * len(signals)

@@ -13,7 +13,18 @@ from kvfold.scores.expected import expected_attention, future_queries
 from kvfold.views import LayerView
 
 
-@method("expected-attention", title="Expected Attention", paper="2510.00636", kind="evict")
+@method(
+    "expected-attention", title="Expected Attention", paper="2510.00636", kind="evict",
+    formula=r"""
+        z_t = \frac{\bar q^\top k_t}{\sqrt D} + \frac{k_t^\top \Sigma k_t}{2D}
+        s_t = \Big(\frac{e^{z_t}}{\sum_j e^{z_j}} + \epsilon\Big) \lVert v_t \rVert
+    """,
+    options={
+        "future": "positions after the prompt over which the queries' rotation is averaged",
+        "sinks": "first tokens that always stay; their queries do not count",
+        "epsilon": "added to the expected attention: the higher, the more the value's length says",
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class ExpectedAttention(Scored):
     """Softmax of log E exp(q k / sqrt(D)) = mean k / sqrt(D) + k covariance k / 2D, times the length of the value.
@@ -42,7 +53,7 @@ class ExpectedAttention(Scored):
     def scores(self, view: LayerView) -> Float[Tensor, "B H T"]:
         among = view.valid & (view.rank >= self.sinks)
         attention = expected_attention(view, *future_queries(view, self.future, self.sinks), among).mean(2)  # B H T
-        length: Tensor = torch.linalg.vector_norm(view.values.float(), dim=-1)
+        length: Tensor = torch.linalg.vector_norm(view.values, dim=-1, dtype=torch.float32)
         return (attention + self.epsilon) * length
 
     def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:

@@ -15,7 +15,16 @@ from kvfold.views import LayerView
 SCORE = "h2o_score"
 
 
-@method("h2o", title="H2O: Heavy-Hitter Oracle", paper="2306.14048", kind="evict")
+@method(
+    "h2o", title="H2O: Heavy-Hitter Oracle", paper="2306.14048", kind="evict",
+    formula=r"""
+        s_{h,t} \leftarrow s_{h,t} + \sum_{g}\sum_{i} A_{h,g,i,t}
+        K_h = \mathrm{recent}_{\lfloor rb \rfloor} \cup \mathrm{top}_{b-\lfloor rb \rfloor}(s_h)
+    """,
+    options={
+        "recent": "share of the budget for the most recent tokens (r)",
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class H2O(Scored):
     """The tokens that got the most attention from all queries so far, and the most recent ones.

@@ -15,7 +15,22 @@ from kvfold.options import check_choice, check_int, check_number
 from kvfold.views import LayerView
 
 
-@method("headkv", title="HeadKV", paper="2410.19258", kind="budget")
+@method(
+    "headkv", title="HeadKV", paper="2410.19258", kind="budget",
+    formula=r"""
+        p = \lfloor (b - w) / \beta \rfloor
+        b_{l,h} = b - p + \frac{I_{l,h}}{\sum_{m,j} I_{m,j}} L H p
+    """,
+    options={
+        "window": "tokens of the score's own window, which no head has to give (w)",
+        "beta": "the pool that heads share by importance is 1 / beta of the budget",
+        "table": 'which scores: "reason" (HeadKV-R2) or "copy" (HeadKV-R)',
+        "heads": (
+            "scores of the query heads, a row a layer (I, their mean over a KV head's group); None: "
+            "from the calibration"
+        ),
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class HeadKV(Wrapper):
     """Each head's tokens: an even floor, and its part of a pool that all heads of the model share by their scores.
@@ -42,6 +57,7 @@ class HeadKV(Wrapper):
         check_number("beta", self.beta, 1.0, 1e6)
         check_choice("table", self.table, ("reason", "copy"))
         check_table("heads", self.heads)
+        self.must_share_evenly()
 
     def bind(self, model: Any) -> "HeadKV":
         bound = super().bind(model)

@@ -17,7 +17,21 @@ from kvfold.views import LayerView
 SCORE = "keyformer_score"
 
 
-@method("keyformer", title="Keyformer", paper="2403.09054", kind="evict")
+@method(
+    "keyformer", title="Keyformer", paper="2403.09054", kind="evict",
+    formula=r"""
+        s_t \leftarrow s_t + \frac{1}{G}\sum_g\sum_i \mathrm{softmax}_t\Big(\frac{x_{g,i,t} +
+            \zeta_{i,t}}{\tau}\Big), \quad \zeta \sim \mathrm{Gumbel}
+        \tau = \min(\tau_{end}, \tau_{init} + n \Delta\tau) \quad \text{after } n \text{ generated tokens}
+    """,
+    options={
+        "recent": "share of the budget for the most recent tokens",
+        "tau_init": "temperature at the prompt",
+        "tau_end": "highest temperature",
+        "tau_delta": "what each generated token adds to the temperature",
+        "seed": "of the Gumbel noise",
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class Keyformer(H2O):
     """H2O with another score: softmax((logits + Gumbel noise) / tau), summed over all queries so far.

@@ -14,10 +14,22 @@ from kvfold.scores import keep_top, top_mask
 from kvfold.scores.noise import hashed
 from kvfold.views import LayerView
 
-ANCHORS = ("mean", "random", "zeros", "ones", "alternating")
+ANCHORS = ("random", "zeros", "ones", "alternating")
 
 
-@method("kvcrush", title="KVCrush", paper="2503.00022", kind="evict")
+@method(
+    "kvcrush", title="KVCrush", paper="2503.00022", kind="evict",
+    formula=r"""
+        x_{t,h} = [s_{h,t} \ge \mathrm{median}(s_h)]
+        d_t = \sum_h |x_{t,h} - a_h|
+        K_h = \mathrm{top}_{(1-\phi)b}(s_h) \cup \text{evenly}_{\phi b}(\text{the others in the order of } d)
+    """,
+    options={
+        "share": "share of the budget, less what always stays, for representatives (phi)",
+        "anchor": 'what behaviours are compared with (a): "random", "zeros", "ones" or "alternating"',
+        "seed": "of random anchors",
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class KVCrush(Wrapper):
     """The best tokens of another method, and of the rest some that the heads behave differently towards.
@@ -27,13 +39,13 @@ class KVCrush(Wrapper):
     stead: the share `share` of what the budget leaves beside the tokens that the other method always keeps.
     "random" anchors come from `seed` and the layer.
     Differs from the paper: its details are reconstructed from two public codes, which group blocks of tokens; here
-    the unit is a token (the paper's, reconstructed). As each head has ones for half of the tokens, rounded down,
-    their majority ("mean") is all zeros then. Both ends of the order are chosen. A head that has dropped a token has a
-    zero for it.
+    the unit is a token (the paper's, reconstructed). The paper's mean anchor, the majority of all bits, is not there:
+    as each head has ones for half of the tokens, rounded down, it would be "zeros". The default is that of the class
+    in one of the codes. Both ends of the order are chosen. A head that has dropped a token has a zero for it.
     """
 
     share: float = 0.25
-    anchor: str = "mean"
+    anchor: str = "alternating"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,15 +76,12 @@ class KVCrush(Wrapper):
         (b, h, _), places = view.valid.shape, int(view.place.seen.max()) + 1
         at = view.positions.long().masked_fill(~view.valid, places - 1)  # empty slots: behind the text
         bits = torch.zeros(b, h, places, dtype=torch.bool, device=upper.device).scatter_(2, at, upper)
-        held = torch.zeros_like(bits).scatter_(2, at, middle).any(1)  # B P
-        away = (bits != self.anchor_bits(bits, held, view.place.layer)).sum(1, keepdim=True)
+        away = (bits != self.anchor_bits(h, view.place.layer).to(bits.device)).sum(1, keepdim=True)
         return away.expand(b, h, places).gather(2, at)
 
-    def anchor_bits(self, bits: Bool[Tensor, "B H P"], held: Bool[Tensor, "B P"], layer: int) -> Bool[Tensor, "#B H 1"]:
-        """The bit of each head that tokens are compared with."""
-        heads = torch.arange(bits.shape[1], device=bits.device)[None, :, None]
-        if self.anchor == "mean":
-            return 2 * bits.sum(-1, keepdim=True) > held.sum(-1)[:, None, None]
+    def anchor_bits(self, number: int, layer: int) -> Bool[Tensor, "H 1"]:
+        """The bit of each of `number` heads that tokens are compared with."""
+        heads = torch.arange(number)[:, None]
         if self.anchor == "random":
             return hashed(heads, self.seed, layer) < 0
         return {"zeros": heads < 0, "ones": heads >= 0, "alternating": heads % 2 == 1}[self.anchor]

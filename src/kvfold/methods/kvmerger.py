@@ -24,7 +24,29 @@ SHARES = ((0.0, 0.2, 0.35, 0.5, 1.0), (0.0, 0.068, 0.08, 0.17, 0.34), (0.0, 0.04
 parts of the budget as at 50 % (reconstructed: the paper goes no lower)."""
 
 
-@method("kvmerger", title="KVMerger: adaptive KV cache merging", paper="2407.08454", kind="merge")
+@method(
+    "kvmerger", title="KVMerger: adaptive KV cache merging", paper="2407.08454", kind="merge",
+    formula=r"""
+        \cos(k_t, k_{t+1}) \ge \epsilon \Rightarrow t, t+1 \in S
+        g_t = \exp\Big(-\frac{\lVert k_p - k_t \rVert^2}{2\sigma^2}\Big),
+            \quad p = \arg\max_{t \in S} \sum_i A_{i,t},
+            \quad \sigma = \frac{1}{\sqrt{2}|S|}\sum_{t \in S} \lVert k_p - k_t \rVert
+        \tilde k_S = \frac{\sum_{t \in S} g_t k_t}{\sum_{t \in S} g_t},
+            \quad \tilde v_S = \frac{\sum_{t \in S} g_t v_t}{\sum_{t \in S} g_t},
+            \quad \mathrm{logit}_S = \frac{q^\top \tilde k_S}{\sqrt D} + \ln |S|
+    """,
+    options={
+        "threshold": (
+            "least cosine of a link that is taken whatever the budget; None: as many links as the "
+            "budget needs"
+        ),
+        "recent": "share of the prompt at its end that stays bit for bit; None: as the paper sets it for the budget",
+        "heavy": "share of the prompt with the most attention that stays bit for bit; None: as the paper sets it",
+        "bandwidth": 'sigma of the Gaussian weights: "mean_distance", "literal" as printed, or a number',
+        "mass": 'what tells a query how many tokens a slot stands for: "counted" (ours), "paper" or "convex" (nothing)',
+        "skip": "layers that are left whole as long as the budget allows; -1 is the last",
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class KVMerger(Method):
     """Runs of tokens whose neighbouring keys point the same way fold into their most attended member.

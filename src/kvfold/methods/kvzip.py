@@ -23,7 +23,19 @@ TINY, UNKNOWN = 1e-30, 1.0
 """The least score of a token that was judged, and that of one that was not: generated since the last prompt."""
 
 
-@method("kvzip", title="KVzip", paper="2505.23416", kind="evict")
+@method(
+    "kvzip", title="KVzip", paper="2505.23416", kind="evict",
+    formula=r"""
+        s_{l,h,t} = \max_{g} \max_{i \in \mathrm{repetition}} A_{l,h,g,i,t}
+        K = \mathrm{top}_{LHb}(s)
+    """,
+    options={
+        "chunk": "tokens that are repeated at a time",
+        "overlap": "last tokens of the chunk before that the question quotes",
+        "prefix": "first tokens that every repetition sees, and that are ranked first",
+        "level": '"pair" shares the budget over all heads and layers, "uniform" gives each the same',
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class KVzip(Method):
     """The highest attention a token gets while the model repeats the prompt, `chunk` tokens at a time.
@@ -36,6 +48,8 @@ class KVzip(Method):
     the rest, but first; the newest token always stays; the budget is met exactly; scores are float32. Without a
     tokenizer beside the model's weights it repeats unasked. On a further turn, or after a chunk of a prompt, what is
     new is scored and competes with the scores of what was kept (reconstructed); the answer between has the highest.
+    It needs layers and heads to spare: on gemma3-270m, with three layers of full attention and one KV head each, most
+    tokens score high in the first (median 0.6), and of a quarter as a budget the last is left 1 % of its tokens.
     """
 
     budget: Budget = 0.3

@@ -1,12 +1,13 @@
 """LaCache: a ladder of kept tokens that shifts from layer to layer, by position alone (arXiv:2507.14204)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
+from kvfold.budgets.layers import tokens_each
 from kvfold.decisions import Keep
 from kvfold.methods.base import Method, method
 from kvfold.methods.scored import recent
@@ -15,10 +16,22 @@ from kvfold.scores import keep_top
 from kvfold.views import LayerView
 
 DONE = "lacache_done"
-"""Column: 1 for tokens that lie before the cursor, that is, in ladders that were thinned already."""
+"""Column: 1 for tokens that lie before the cursor, that is, in ladders that were thinned already; `OVER` for one
+that a layer holds beyond the others, where a budget does not divide evenly."""
+OVER = 2
 
 
-@method("lacache", title="LaCache", paper="2507.14204", kind="pattern")
+@method(
+    "lacache", title="LaCache", paper="2507.14204", kind="pattern",
+    formula=r"t \in K_l \iff 0 \le (t - c) \bmod M - (l \bmod (M - m + 1)) \lt m",
+    options={
+        "span": "layers that keep a token, about; None: half of them",
+        "overlap": "layers that neighbouring rungs share",
+        "sinks": "first tokens that always stay",
+        "ladder": '"cyclic" turns the rung with every layer, "consecutive" gives a rung to layers in a row',
+        "positions": '"original", or "compact": keys are read as if they stood side by side',
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class LaCache(Method):
     """Of every `rungs` old tokens in a row a layer keeps a few, which ones depends on the layer; sinks and end stay.
@@ -28,8 +41,10 @@ class LaCache(Method):
     `ladder="cyclic"` turns the rung with every layer, as the official code does; "consecutive" gives a rung to
     layers in a row, as the paper draws it (reconstructed). Positions: as in StreamingLLM; the paper's are "compact".
     Differs from the paper: the budget is never exceeded (the official code adds half a ladder to it), and after a
-    prompt it is used up: of the last rungs to go, the newest stay. A token at least goes from every ladder, and a
-    budget too small for sinks, a ladder and one token for each layer keeps the end of the text first.
+    prompt it is used up: of the last rungs to go, the newest stay. Ladders are laid for the budget rounded down, so
+    that they are the same in all layers, and what is left of it goes to the newest of the dropped. A token at least
+    goes from every ladder, and a budget too small for sinks, a ladder and one token for each layer keeps the end of
+    the text first.
     """
 
     budget: Budget = 0.25
@@ -70,22 +85,33 @@ class LaCache(Method):
         return self._cut(view, fill=False)
 
     def _cut(self, view: LayerView, fill: bool) -> Keep:
-        thinned, done = self._compacted(view)
+        over = view.columns[DONE] == OVER if DONE in view.columns else torch.zeros_like(view.valid)
+        even, allowed = self._even(view), view.budget(self.budget).to(view.valid.device)
+        alike = replace(view, tokens=view.tokens.but(view.valid & ~over))  # as many in every layer
+        thinned, done = self._compacted(alike, even)
         # First what the ladders keep, the sinks before the rest of it; then the newest of what they do not.
-        first = thinned.float() + (thinned & (view.rank < self.sinks)).float()
-        counts = view.budget(self.budget)
-        if not fill:
-            counts = torch.minimum(counts, thinned.sum(-1))
-        always = recent(view, counts.clamp(max=view.place.layers))
-        kept = keep_top(view, view.rank + view.valid.shape[-1] * first, counts, always)
-        return Keep(kept.mask, {DONE: done.int()})
+        first = thinned.float() + (thinned & (alike.rank < self.sinks)).float()
+        counts = even if fill else torch.minimum(even, thinned.sum(-1))
+        always = recent(alike, counts.clamp(max=view.place.layers))
+        kept = keep_top(alike, alike.rank + view.valid.shape[-1] * first, counts, always).mask
+        left = view.valid & ~kept if fill else over & view.valid & ~kept
+        over = left & (left.flip(-1).cumsum(-1).flip(-1) <= (allowed - even)[..., None])
+        return Keep(kept | over, {DONE: done.int().masked_fill(over, OVER)})
 
-    def _compacted(self, view: LayerView) -> tuple[Bool[Tensor, "B H T"], Bool[Tensor, "B H T"]]:
+    def _even(self, view: LayerView) -> Int[Tensor, "B H"]:
+        """What the budget lets every layer and head hold."""
+        if isinstance(self.budget, float) and self.budget == 1.0:
+            return view.count
+        each = tokens_each(self.budget, view.place.prompt, view.place.seen)
+        return torch.tensor([int(x + 1e-9) for x in each], device=view.valid.device)[:, None].expand(-1, view.heads)
+
+    def _compacted(
+        self, view: LayerView, room: Int[Tensor, "B H"]
+    ) -> tuple[Bool[Tensor, "B H T"], Bool[Tensor, "B H T"]]:
         """What the ladders keep, and which tokens lie before the new cursor."""
         layers, layer = view.place.layers, view.place.ordinal
         before, after, step = self.rungs(layers)
         freed = before - after
-        room = view.budget(self.budget).to(view.valid.device)
         sinks = (room - layers - 1).clamp(min=0, max=self.sinks)
         old = view.columns[DONE] > 0 if DONE in view.columns else torch.zeros_like(view.valid)
         cursor = torch.maximum((old & view.valid).sum(-1), sinks)

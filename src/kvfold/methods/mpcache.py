@@ -19,16 +19,34 @@ LONG, FEWER = 24_000, 0.5
 SHARED = "mpcache"
 
 
-@method("mpcache", title="MPCache", paper="2501.06807", kind="evict")
+@method(
+    "mpcache", title="MPCache", paper="2501.06807", kind="evict",
+    formula=r"""
+        s_t = \max_{i \in W} \frac{1}{HG}\sum_{h,g} A_{h,g,i,t}
+        u_c = q^\top\big(\alpha \max_{t \in c} k_t + (1 - \alpha) \min_{t \in c} k_t\big)
+    """,
+    options={
+        "threshold": "least score of a token that stays, within the budget; None: the budget alone says",
+        "asking": "share of the prompt's queries, from its end, that judge (W); half of it over 24,000 tokens",
+        "alpha": "weight of a cluster's upper corner against its lower one",
+        "coarse": "tokens of a large cluster",
+        "fine": "tokens of a small cluster; divides `coarse`",
+        "coarse_ratio": "share of the large clusters that go on",
+        "ratio": "share of the small clusters that a generated token reads",
+        "share": "layers in a row that read what the first of them chose",
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class MPCache(Scored):
     """Drops what none of the prompt's last queries looks at, then lets each generated token read a few clusters.
 
     A token counts as much as its highest attention, a mean over the layer's heads, from the last `asking` of the
     prompt's queries; `threshold` keeps only what reaches it, within the budget. When decoding, a cluster of
-    consecutive tokens is worth q (alpha max k + (1 - alpha) min k): the best `coarse_ratio` of large clusters go on,
-    and of their halves as many as `ratio` of all. `share` layers in a row read the clusters that their first chose
-    (groups of 2: reconstructed). A budget of 1.0 without threshold is the full cache: everything is kept and read.
+    consecutive tokens is worth q (alpha max k + (1 - alpha) min k): the best `coarse_ratio` of large clusters go
+    on, and of their halves as many as `ratio` of all. `share` layers in a row read the stretches of text that their
+    first chose (groups of 2, and text in place of indices, since each layer drops tokens of its own:
+    reconstructed). As in the official code the clusters' bounds are worked out anew at every step. A budget of 1.0
+    without threshold is the full cache: everything is kept and read.
     Differs from the paper: attention is causal and scaled (the official code's is neither, and its thresholds fit
     only that); a budget instead of a threshold for each data set; the newest token always stays; the mean query of
     a group chooses, so that one KV head reads one set; the last cluster, which holds the newest, is always read, and
@@ -76,24 +94,25 @@ class MPCache(Scored):
         if isinstance(self.budget, float) and self.budget == 1.0 and self.threshold is None:
             return None
         step, count = view.place.step, view.count
+        places = view.pack(view.positions.masked_fill(~view.valid, torch.iinfo(torch.int32).max)).contiguous()
         if view.place.ordinal % self.share == 0 or SHARED not in step:
-            step[SHARED] = self.choose(view)
-        chosen = step[SHARED]
-        size = view.valid.shape[-1]
-        cluster = torch.arange(size, device=chosen.device) // self.fine
-        read = chosen[..., cluster.clamp(max=chosen.shape[-1] - 1)]  # this layer may hold a few tokens more
-        read = read | (cluster == 0) | (cluster == (count[..., None] - 1) // self.fine)
+            step[SHARED] = places[..., :: self.fine].contiguous(), self.choose(view)
+        starts, chosen = step[SHARED]
+        # Each layer has dropped tokens of its own: what is shared are stretches of text, not numbers of clusters.
+        stretch = (torch.searchsorted(starts, places, right=True) - 1).clamp(min=0, max=chosen.shape[-1] - 1)
+        cluster = torch.arange(places.shape[-1], device=chosen.device) // self.fine
+        read = chosen.gather(2, stretch) | (cluster == 0) | (cluster == (count[..., None] - 1) // self.fine)
         return Read(view.valid & view.unpack(read))
 
     def choose(self, view: LayerView) -> Bool[Tensor, "B H N"]:
         """Which small clusters of the tokens, in order, the newest query reads."""
         (b, h, t), halves = view.valid.shape, self.coarse // self.fine
-        count, keys = view.count[..., None], view.pack(view.keys).float()
-        empty = torch.nn.functional.pad(torch.arange(t, device=keys.device) >= count, (0, -t % self.coarse), value=True)
+        count, keys = view.count[..., None], view.pack(view.keys)
         keys = torch.nn.functional.pad(keys, (0, 0, 0, -t % self.coarse))
-        split, none = (b, h, -1, self.fine, keys.shape[-1]), empty[..., None]
-        high = keys.masked_fill(none, -torch.inf).view(split).amax(3)
-        low = keys.masked_fill(none, torch.inf).view(split).amin(3)
+        none = (torch.arange(keys.shape[2], device=keys.device) >= count)[..., None]
+        split = (b, h, -1, self.fine, keys.shape[-1])
+        high = keys.masked_fill(none, -torch.inf).view(split).amax(3).float()
+        low = keys.masked_fill(none, torch.inf).view(split).amin(3).float()
         query = view.queries.states[:, :, -1].float().view(b, h, -1, keys.shape[-1]).mean(2)
         worth = self._worth(query, high, low)
         parts = (b, h, -1, halves, keys.shape[-1])

@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from kvfold.budgets.layers import tokens_each
 from kvfold.decisions import Keep
 from kvfold.methods._cascade import Cascade
 from kvfold.methods.base import method
@@ -15,7 +14,18 @@ from kvfold.scores.pooled import common, line_up, split_top
 from kvfold.views import LayerView
 
 
-@method("prefixkv", title="PrefixKV", paper="2412.03409", kind="evict")
+@method(
+    "prefixkv", title="PrefixKV", paper="2412.03409", kind="evict",
+    formula=r"""
+        o_l(p) = \min\Big\lbrace o : \sum_{j \le o} I_{l,(j)} \ge p \Big\rbrace,
+            \quad I_{l,t} = \frac{\sum_{h,g,i} A_{l,h,g,i,t}}{\sum_{u,h,g,i} A_{l,h,g,i,u}}
+        \sum_l o_l(p) = L b
+    """,
+    options={
+        "sinks": "first tokens that always stay",
+        "distance": "how far from the end of the prompt's kept tokens one goes for each that is generated",
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class PrefixKV(Cascade):
     """The tokens with the most attention of all queries and heads; one threshold p for all layers says how many.
@@ -65,10 +75,8 @@ class PrefixKV(Cascade):
     def after_decode(self, view: LayerView) -> Keep | None:
         if isinstance(self.budget, float) and self.budget == 1.0:
             return None
-        each = torch.tensor(tokens_each(self.budget, view.place.prompt, view.place.seen))
-        short = (view.place.seen <= each).to(view.valid.device)[:, None]
         held = view.earlier.sum(-1)
-        over = torch.where(short, 0, view.count - held)[..., None]
+        over = torch.where(self.short(view), 0, view.count - held)[..., None]
         slot = torch.where(held > self.distance, held - self.distance, held // 2)[..., None]
         slot = slot.clamp(min=self.sinks).minimum((view.count[..., None] - over - 1).clamp(min=0))
         return Keep(view.valid & ((view.rank < slot) | (view.rank >= slot + over)))

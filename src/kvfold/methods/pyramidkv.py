@@ -12,7 +12,16 @@ from kvfold.options import check_number
 from kvfold.views import LayerView
 
 
-@method("pyramidkv", title="PyramidKV", paper="2406.02069", kind="budget")
+@method(
+    "pyramidkv", title="PyramidKV", paper="2406.02069", kind="budget",
+    formula=r"""
+        b_{L-1} = \frac{b}{\beta}, \quad b_0 = 2b - \frac{b}{\beta},
+            \quad b_l = b_0 - \frac{l}{L - 1}(b_0 - b_{L-1})
+    """,
+    options={
+        "beta": "the last layer gets 1 / beta of the mean: the higher, the steeper",
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class PyramidKV(Wrapper):
     """A budget that falls linearly from the first layer to the last, over any score that ranks tokens.
@@ -30,6 +39,7 @@ class PyramidKV(Wrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("beta", self.beta, 1.0, float("inf"))
+        self.must_share_evenly()
 
     def counts(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Int[Tensor, "B H"]:
         shared = view.place.step.setdefault(str(self), [])

@@ -16,7 +16,23 @@ from kvfold.options import check_int, check_number
 from kvfold.views import LayerView
 
 
-@method("razorattention", title="RazorAttention", paper="2407.15891", kind="merge")
+@method(
+    "razorattention", title="RazorAttention", paper="2407.15891", kind="merge",
+    formula=r"""
+        k_c = \frac{1}{N_d}\sum_{t \in \mathrm{dropped}} k_t,
+            \quad v_c = \frac{1}{N_d}\sum_{t \in \mathrm{dropped}} v_t,
+            \quad \mathrm{logit}_c = \frac{q^\top k_c}{\sqrt D} + \ln N_d
+    """,
+    options={
+        "induction_ratio": "share of the heads that are kept whole as induction heads",
+        "echo_ratio": "share of the heads that are kept whole as echo heads",
+        "sinks": "first tokens that the other heads keep",
+        "local": "last tokens that the other heads keep, at least",
+        "share": "last tokens that the other heads keep, as a share of the prompt, where that is more",
+        "induction": "induction scores of the KV heads, a row a layer; None: from the calibration",
+        "echo": "echo scores of the KV heads, a row a layer; None: from the calibration",
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class RazorAttention(Method):
     """Induction heads (top `induction_ratio`) and echo heads (top `echo_ratio`) of the model keep every token.

@@ -17,7 +17,16 @@ from kvfold.views import LayerView
 SCORE, TOLERANCE = "scissorhands_score", 1e-5
 
 
-@method("scissorhands", title="Scissorhands", paper="2305.17118", kind="evict")
+@method(
+    "scissorhands", title="Scissorhands", paper="2305.17118", kind="evict",
+    formula=r"s_{h,t} = \frac{1}{G|W|}\sum_{g}\sum_{i \in W} \Big[A_{h,g,i,t} \ge \frac{1}{n_i}\Big]",
+    options={
+        "window": "last queries that are asked (W)",
+        "recent": "last tokens that always stay",
+        "drop": "share of its budget that a head drops at once when it exceeds it while decoding",
+        "sinks": "first tokens that always stay",
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class Scissorhands(Scored):
     """Of the last `window` queries, how many gave a token at least 1 / (the number of keys that they saw).

@@ -54,6 +54,12 @@ class Scored(Method):
         return Keep(kept.mask, self.carried(view, scores))
 
 
+def without_budget(inner: Method) -> str:
+    """A method's text, its budget left to whoever wraps it."""
+    options = (f"{o.name}={getattr(inner, o.name)!r}" for o in fields(inner) if o.name != "budget")  # type: ignore[arg-type]
+    return f"{inner.info.slug}({', '.join(options)})"
+
+
 def recent(view: LayerView, window: int | Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
     """The last `window` tokens of each (row, head)."""
     return view.valid & (view.rank >= (view.count - window)[..., None])
@@ -86,6 +92,15 @@ class Wrapper(Scored):
             raise ValueError(f"score={self.score!r} decides by itself in {', '.join(own)}, which no ranking passes on")
         return replace(made, budget=self.budget)
 
+    def must_share_evenly(self) -> None:
+        """Raise ValueError for a `score` that shares a budget by itself, for a wrapper whose shares replace its own."""
+        inner = self.inner
+        if isinstance(inner, Wrapper) and type(inner).counts is not Wrapper.counts:
+            raise ValueError(
+                f"score={self.score!r} shares the budget by itself, which {self.info.slug} would not heed: give "
+                f"{self.info.slug} what ranks the tokens ({inner.score!r})"
+            )
+
     @staticmethod
     def _passed_on(event: str) -> tuple[Any, ...]:
         """What a method may have at an event, so that its scores say all of it."""
@@ -93,10 +108,7 @@ class Wrapper(Scored):
 
     def bind(self, model: Any) -> "Wrapper":
         bound = self.inner.bind(model)
-        if bound is self.inner:
-            return self
-        options = (f"{o.name}={getattr(bound, o.name)!r}" for o in fields(bound) if o.name != "budget")  # type: ignore[arg-type]
-        return replace(self, score=f"{bound.info.slug}({', '.join(options)})")
+        return self if bound is self.inner else replace(self, score=without_budget(bound))
 
     @property
     def asks(self) -> frozenset[str]:  # type: ignore[override]
@@ -122,4 +134,4 @@ class Wrapper(Scored):
         return self.after_prefill(view)
 
 
-__all__ = ["Scored", "Wrapper", "recent"]
+__all__ = ["Scored", "Wrapper", "recent", "without_budget"]

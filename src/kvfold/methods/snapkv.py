@@ -8,11 +8,22 @@ from torch import Tensor
 from kvfold.methods.base import method
 from kvfold.methods.scored import Scored, recent
 from kvfold.options import check_choice, check_int
-from kvfold.scores import smooth
+from kvfold.scores.smoothed import smoothed
 from kvfold.views import LayerView
 
 
-@method("snapkv", title="SnapKV", paper="2404.14469", kind="evict")
+@method(
+    "snapkv", title="SnapKV", paper="2404.14469", kind="evict",
+    formula=r"""
+        s_{h,t} = \mathrm{pool}_k\Big(\frac{1}{G}\sum_{g}\sum_{i \in W} A_{h,g,i,t}\Big)
+        K_h = W \cup \mathrm{top}_{b-w}(s_h)
+    """,
+    options={
+        "window": "queries at the prompt's end whose attention counts (w); their tokens always stay",
+        "kernel": "width of the pooling along the sequence, odd (k)",
+        "pool": '"avg" or "max"',
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class SnapKV(Scored):
     """Attention mass of the last `window` queries, smoothed along the sequence; the window itself always stays.
@@ -36,8 +47,7 @@ class SnapKV(Scored):
     def scores(self, view: LayerView) -> Float[Tensor, "B H T"]:
         window = view.last(self.window)
         votes = view.attention(self.window).sum(3).mean(2)  # B H T
-        votes = view.pack(votes.masked_fill(window | ~view.valid, 0.0))  # empty slots are nobody's neighbours
-        return view.unpack(smooth(votes, self.kernel, self.pool)).masked_fill(window, 0.0)
+        return smoothed(view, votes, window, self.kernel, self.pool)
 
     def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
         return recent(view, counts.clamp(max=self.window))

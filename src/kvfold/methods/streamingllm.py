@@ -9,7 +9,14 @@ from kvfold.options import check_choice, check_int
 from kvfold.views import LayerView
 
 
-@method("streamingllm", title="StreamingLLM", paper="2309.17453", kind="pattern")
+@method(
+    "streamingllm", title="StreamingLLM", paper="2309.17453", kind="pattern",
+    formula=r"K = \lbrace t : t \lt s \rbrace \cup \lbrace t : t \ge n - (b - s) \rbrace",
+    options={
+        "sinks": "first tokens that always stay (s)",
+        "positions": '"original", or "compact": keys are read as if they stood side by side',
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class StreamingLLM(Method):
     """Attention sinks and the most recent tokens, after the prompt and after every generated token.

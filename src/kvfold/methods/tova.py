@@ -10,7 +10,13 @@ from kvfold.methods.scored import Scored
 from kvfold.views import LayerView
 
 
-@method("tova", title="TOVA: Token Omission Via Attention", paper="2401.06104", kind="evict")
+@method(
+    "tova", title="TOVA: Token Omission Via Attention", paper="2401.06104", kind="evict",
+    formula=r"""
+        s_t = \frac{1}{HG}\sum_{h,g} A_{h,g,n,t}
+        K = \mathrm{top}_b(s)
+    """,
+)  # fmt: skip
 @dataclass(frozen=True)
 class TOVA(Scored):
     """Attention of the last query alone, its mean over all heads: one choice for a layer, after every forward.

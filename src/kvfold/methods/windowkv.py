@@ -19,7 +19,22 @@ SUFFIX = {"localization": 32, "aggregation": 16}
 """Tasks, and how many queries at the end of the prompt score the runs."""
 
 
-@method("windowkv", title="WindowKV", paper="2503.17922", kind="evict")
+@method(
+    "windowkv", title="WindowKV", paper="2503.17922", kind="evict",
+    formula=r"""
+        s_r = \frac{1}{HG}\sum_{h,g} \mathrm{mean}\Big(\mathrm{top}_{|r|/2} \Big\lbrace \sum_{i \in W}
+            A_{h,g,i,t} : t \in r \Big\rbrace\Big)
+        b_{last} = \min\Big(1, \frac{g}{\beta}\Big)(b - w) + w, \quad b_{first} = 2b - b_{last},
+            \quad \text{a line between}
+    """,
+    options={
+        "task": '"localization" (one place answers: the upper half of a run counts) or "aggregation" (all of it)',
+        "run": "tokens of a run (r)",
+        "suffix": "tokens at the prompt's end that score the runs and stay (W); None: 32 or 16, by task",
+        "group": "layers that keep the same runs (g)",
+        "beta": "the last group gets group / beta of the mean",
+    },
+)  # fmt: skip
 @dataclass(frozen=True)
 class WindowKV(Method):
     """Runs of `run` tokens by the attention of the last `suffix` queries, which stay too; all heads keep the same.

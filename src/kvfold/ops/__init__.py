@@ -3,7 +3,7 @@
 from kvfold.ops.attend import attend, merge
 from kvfold.ops.choose import top_mask
 from kvfold.ops.paged import append_pages, attend_pages, keep_pages, step_pages
-from kvfold.ops.prefill import causal, causal_rows
+from kvfold.ops.prefill import causal, causal_admitted, causal_rows
 from kvfold.ops.scores import column_sums, window_attention
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "attend",
     "attend_pages",
     "causal",
+    "causal_admitted",
     "causal_rows",
     "column_sums",
     "keep_pages",

@@ -10,6 +10,9 @@ from kvfold.views import LayerView
 
 BLOCK_TOKENS = 4096
 """Keys that meet the covariance at once."""
+BLOCK_QUERIES = 1024
+"""Queries that are turned at once."""
+TURNS = "mean_rotation"
 
 
 def future_queries(
@@ -23,18 +26,27 @@ def future_queries(
     (b, hq, n, d), rope = view.queries.states.shape, view.place.rope
     positions = view.queries.positions
     counted = view.queries.valid & (positions >= skip)  # B Q
-    q = view.queries.states.float().masked_fill(~view.queries.valid[:, None, :, None], 0.0)
+    mean = torch.zeros(b, hq, 1, d, device=positions.device)
+    spread, many = torch.zeros(b, hq, d, d, device=positions.device), torch.zeros(b, 1, 1, 1, device=positions.device)
+    for start in range(0, n, BLOCK_QUERIES):
+        here = slice(start, start + BLOCK_QUERIES)
+        weight = counted[:, None, here, None].float()  # B 1 W 1
+        q = view.queries.states[:, :, here].float().masked_fill(weight == 0, 0.0)
+        if rope is not None:
+            steps = view.place.seen.to(positions.device)[:, None] - positions[:, here]
+            q = rope.shift(q, steps[:, None].expand(b, hq, -1))
+        own = weight.sum(2, keepdim=True)
+        centre = q.sum(2, keepdim=True) / own.clamp(min=1)
+        q = (q - centre) * weight
+        apart, part = centre - mean, own / (many + own).clamp(min=1)
+        spread = spread + q.mT @ q + apart.mT @ apart * (many * part)  # around the mean of both
+        mean, many = mean + apart * part, many + own
+    mean, covariance = mean[:, :, 0], spread / many.clamp(min=1)
     if rope is not None:
-        steps = view.place.seen.to(positions.device)[:, None] - positions
-        q = rope.shift(q, steps[:, None].expand(b, hq, n))
-    weight = counted[:, None, :, None].float()  # B 1 Q 1
-    many = weight.sum(2, keepdim=True).clamp(min=1)
-    mean = (q * weight).sum(2, keepdim=True) / many
-    centred = (q - mean) * weight
-    covariance = centred.mT @ centred / many
-    mean = mean[:, :, 0]
-    if rope is not None:
-        turn = mean_rotation(rope, future, d, q.device)
+        turns, key = view.place.step.setdefault(TURNS, {}), (rope, future, d, str(positions.device))
+        if key not in turns:  # layers turn alike
+            turns[key] = mean_rotation(rope, future, d, positions.device)
+        turn = turns[key]
         mean, covariance = mean @ turn.T, turn @ covariance @ turn.T
     group = hq // view.heads
     return mean.view(b, view.heads, group, d), covariance.view(b, view.heads, group, d, d)

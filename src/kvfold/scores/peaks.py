@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kvfold.scores.pooled import common
 from kvfold.views import LayerView
 
 BLOCK = 64
@@ -15,7 +16,8 @@ BLOCK = 64
 def peaks(view: LayerView, asking: Bool[Tensor, "B Q"] | None = None, heads: str = "max") -> Float[Tensor, "B H T"]:
     """The highest attention that each token gets from one of the pass's queries (those that `asking` marks).
 
-    Over the query heads of a group the highest counts ("max"), or of all heads of the layer the mean ("mean").
+    Over the query heads of a group the highest counts ("max"), or the mean of all heads of the layer that hold the
+    token ("mean": every head has the same score for it).
     """
     queries = view.queries
     asking = queries.valid if asking is None else asking & queries.valid
@@ -24,6 +26,6 @@ def peaks(view: LayerView, asking: Bool[Tensor, "B Q"] | None = None, heads: str
     for some in torch.split(chosen, BLOCK):
         part = replace(queries.pick(some), valid=asking[:, some])
         weights = replace(view, queries=part, memo={}).attention(len(some))  # B H G W T
-        most = weights.amax((2, 3)) if heads == "max" else weights.mean((1, 2)).amax(1)[:, None]
+        most = weights.amax((2, 3)) if heads == "max" else common(view, weights.mean(2).mT).amax(3)
         best = torch.maximum(best, most)
     return best

@@ -5,9 +5,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvfold.ops.dispatch import select
-from kvfold.ops.prefill import cpu, naive, sdpa  # noqa: F401  (each registers itself)
+from kvfold.ops.prefill import cpu, naive, packed, sdpa  # noqa: F401  (each registers itself)
 
-__all__ = ["causal", "causal_rows"]
+__all__ = ["causal", "causal_admitted", "causal_rows"]
 
 
 def causal(
@@ -51,3 +51,18 @@ def causal_rows(
             else:
                 total[rows, :, here] = found[2]
     return out, lse, total
+
+
+def causal_admitted(
+    q: Float[Tensor, "B Hq T D"],
+    k: Float[Tensor, "B H T D"],
+    v: Float[Tensor, "B H T Dv"],
+    admitted: Bool[Tensor, "B H T"],
+    scale: float,
+) -> tuple[Float[Tensor, "B Hq T Dv"], Float[Tensor, "B Hq T"]]:
+    """`causal`, but query i sees only those of the keys before it that are `admitted`, and always its own.
+
+    Padding is not admitted: what a padded query gets has no meaning, and nobody else sees it.
+    """
+    out: tuple[Tensor, Tensor] = select("causal_admitted", q)(q, k, v, admitted, scale)
+    return out

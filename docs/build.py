@@ -1,0 +1,307 @@
+"""docs/methods: a page for each method, of what the registry says and of what was measured.
+
+    python docs/build.py
+
+Text comes from each method's docstrings, formula and options from its `@method(...)`, curves from
+`benchmarks/results/curves` and rows from `benchmarks/leaderboard.md`. Charts need altair; without it the old ones stay.
+"""
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from inspect import getdoc
+from pathlib import Path
+from statistics import median
+from textwrap import fill
+from typing import Any
+
+from kvfold import artefacts
+from kvfold.evaluation.records import write_whole
+from kvfold.evaluation.report import make_report
+from kvfold.evaluation.report.cells import ALL_LENGTHS
+from kvfold.evaluation.report.charts import COLORS, REFERENCE
+from kvfold.evaluation.report.markdown import budget_name
+from kvfold.methods import MethodInfo, list_methods
+
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "docs/methods"
+CURVES, LEADERBOARD = ROOT / "benchmarks/results/curves", ROOT / "benchmarks/leaderboard.md"
+DIFFERS = re.compile(r"\bDiffers from the (paper|code):\s")
+SPELLED = {
+    "{": "lbrace ", "}": "rbrace ", ",": "thinspace ", ":": "medspace ", ";": "thickspace ", "!": "negthinspace ",
+    "|": "Vert ", "operatorname": "mathrm",
+}  # fmt: skip
+"""LaTeX whose backslash GitHub's Markdown takes away, or that it refuses, in words that it leaves alone."""
+NOTATION = """In the formulas $A_{h,g,i,t}$ is the attention that query $i$ of query head $g$ in the group of KV head
+$h$ gives to token $t$; $b$ is the budget, in tokens of a KV head, $n$ how many tokens there are, $K$ the tokens that
+stay, $L$ layers, $H$ KV heads of a layer, $G$ query heads of a KV head, $D$ the head size, $q$, $k$ and $v$ a query, a
+key and a value; $\\mathrm{top}_m(s)$ are the $m$ tokens with the highest scores. Letters in brackets in the tables of
+options are those of the formulas."""
+INDEX = """# Methods
+
+Made by `python docs/build.py`, with the pages behind the names. `kvfold methods` prints the same list.
+
+"""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at a budget on one model: means over documents; `ratio` is bytes held over the full cache's."""
+
+    model: str
+    method: str
+    budget: float | int
+    kl: float
+    low: float
+    high: float
+    top1: float
+    ratio: float
+
+
+def methods() -> list[MethodInfo]:
+    """Those of kvfold itself."""
+    return [info for info in list_methods() if info.cls.__module__.startswith("kvfold.")]
+
+
+def measured(folder: Path = CURVES) -> list[Point]:
+    """The curves of all methods; none where the sweep has not run."""
+    if not (folder / "results.jsonl").is_file():
+        return []
+    found: dict[Any, dict[str, Any]] = {}
+    for cell in make_report([folder]).cells:
+        if cell.length == ALL_LENGTHS and cell.contender.budget is not None and cell.score is not None:
+            found.setdefault((cell.setup.model, cell.contender), {})[cell.unit] = cell
+    return [
+        Point(model, one.method, one.budget, kl.score, kl.low, kl.high, units["top-1"].score / 100, kl.ratio)
+        for (model, one), units in found.items()
+        if (kl := units.get("KL")) is not None and "top-1" in units
+    ]
+
+
+def pages(points: Sequence[Point]) -> dict[str, str]:
+    """All files by name, less the charts."""
+    infos, rows = methods(), leaderboard(LEADERBOARD.read_text(encoding="utf-8"))
+    head = ["method", "title", "arXiv", "kind", "keeps"]
+    lines = [
+        [f"[`{i.slug}`]({i.slug}.md)", cell(i.title), arxiv(i) or "-", i.kind, cell(markdown(i.summary))] for i in infos
+    ]
+    found = {"README.md": f"{INDEX}{table(head, lines)}\n\n{NOTATION}\n"}
+    return found | {f"{info.slug}.md": page(info, points, rows.get(info.slug, [])) for info in infos}
+
+
+def page(info: MethodInfo, points: Sequence[Point], rows: Sequence[Mapping[str, str]]) -> str:
+    """A method's page."""
+    name = info.cls.__module__.rpartition(".")[2]
+    links = [
+        arxiv(info), f"kind: {info.kind}", f"[source](../../src/kvfold/methods/{name}.py)",
+        f"[test against the paper](../../tests/oracles/test_{name}.py)", "[all methods](README.md)",
+    ]  # fmt: skip
+    about, *differs = DIFFERS.split(getdoc(info.cls) or "", maxsplit=1)
+    parts = [f"# {info.title}", " · ".join(filter(None, links)), lead(info), "## What it keeps, and when", prose(about)]
+    if info.formula:
+        parts += ["## Formula", *(f"$$\n{github(line)}\n$$" for line in info.formula.splitlines())]
+        parts += ["What the letters are: [notation](README.md)."]
+    if differs:
+        parts += [f"## Where it differs from the {differs[0]}", prose(differs[1][:1].upper() + differs[1][1:])]
+    parts += ["## Options", options(info), "## Use", *usage(info), "## Measured", *curve(info, points)]
+    return "\n\n".join([*parts, *standing(rows)]) + "\n"
+
+
+def arxiv(info: MethodInfo) -> str:
+    """A link to the paper."""
+    return f"[arXiv:{info.paper}](https://arxiv.org/abs/{info.paper})" if info.paper else ""
+
+
+def lead(info: MethodInfo) -> str:
+    """The first line of the method's file, less its name and paper."""
+    text = (sys.modules[info.cls.__module__].__doc__ or "").strip().splitlines()[0].rstrip(".")
+    text = re.sub(r"\s*\(arXiv:[^)]*\)$", "", text).split(": ", 1)[-1]
+    return f"**{markdown(text[:1].upper() + text[1:])}.**"
+
+
+def prose(text: str) -> str:
+    """The paragraphs of a docstring as Markdown."""
+    return "\n\n".join(wrapped(markdown(" ".join(part.split()))) for part in re.split(r"\n\s*\n", text.strip()))
+
+
+def markdown(text: str) -> str:
+    """Text whose code is in backticks, with nothing outside of them that Markdown would take for markup."""
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(part if part.startswith("`") else re.sub(r"([\\*<\[\]])", r"\\\1", part) for part in parts)
+
+
+def wrapped(text: str) -> str:
+    """Lines of 120; one that begins as a list or a heading would is told not to be one."""
+    lines = fill(text, 120, break_long_words=False, break_on_hyphens=False)
+    return re.sub(r"^(?:([-+#>])(?=\s)|(\d+)([.)])(?=\s))", r"\2\\\1\3", lines, flags=re.MULTILINE)
+
+
+def cell(text: str) -> str:
+    """Text that can't end a cell."""
+    return text.replace("|", "\\|")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def github(formula: str) -> str:
+    """LaTeX that survives GitHub's Markdown."""
+    return re.sub(r"\\([{},:;!|]|operatorname(?![A-Za-z]))", lambda found: "\\" + SPELLED[found[1]], formula)
+
+
+def options(info: MethodInfo) -> str:
+    """Names, defaults, types and meanings."""
+    if not info.options:
+        return "None."
+    types = {o.name: o.type if isinstance(o.type, str) else spelled(o.type) for o in fields(info.cls)}
+    rows = [
+        [f"`{name}`", f"`{cell(repr(value))}`", f"`{cell(types[name])}`", cell(markdown(info.meanings[name]))]
+        for name, value in info.options.items()
+    ]
+    return table(["option", "default", "type", "what it is"], rows)
+
+
+def spelled(kind: Any) -> str:
+    """A type as it is written."""
+    return kind.__name__ if type(kind) is type else str(kind).replace("kvfold.budgets.", "").replace("typing.", "")
+
+
+def usage(info: MethodInfo) -> Iterator[str]:
+    """The command line and Python, with an option at its default."""
+    given = {"budget": 0.25} if "budget" in info.options else {}
+    own = (n for n, v in info.options.items() if n != "budget" and isinstance(v, int | float) and type(v) is not bool)
+    if (name := next(own, None)) is not None:
+        given[name] = info.options[name]
+    words = [f"--{name} {value}" if name == "budget" else f"-o {name}={value}" for name, value in given.items()]
+    command = " ".join([f"kvfold run --file document.txt --method {info.slug}", *words])
+    call = ", ".join([f'model, "{info.slug}"', *(f"{name}={value!r}" for name, value in given.items())])
+    yield f'```sh\n{command} --ask "Who stole the stone?"\n```'
+    yield (
+        f'```python\nimport kvfold\n\nmodel, tokenizer = kvfold.load("smollm2-135m-instruct")\n'
+        f'inputs = tokenizer(text, return_tensors="pt")\ncache = kvfold.Cache({call})\n'
+        "model.generate(**inputs, past_key_values=cache, max_new_tokens=64)\n```"
+    )
+    if "calibration" in info.options:
+        yield "It needs numbers that are measured on the model once. Those of the bundled models ship; for another:"
+        yield f"```sh\n{artefacts.command(info.slug, 'MODEL')}\n```"
+
+
+def curve(info: MethodInfo, points: Sequence[Point]) -> Iterator[str]:
+    """The chart and the table of a method against the full cache."""
+    own = [point for point in points if point.method == info.slug]
+    if not own:
+        if "budget" in info.options:
+            yield "Against the budget: not measured yet (`kvfold eval --suite curves --out benchmarks/results/curves`)."
+        return
+    yield wrapped(
+        "Agreement with the full cache on running text (suite `curves`: 1,800 tokens of which the last 32 are forced, "
+        "means over documents with 95 % bootstrap intervals, KL in nats, lower is better; top-1 is the share of equal "
+        "greedy tokens; bytes are those of the whole cache, sliding windows included). Dashed: the median of all."
+    )
+    yield f"![KL, top-1 and bytes against the budget](charts/{info.slug}.svg)"
+    head = ["model", "budget", "KL", "top-1", "KV bytes of full"]
+    rows = [
+        [p.model, budget_name(p.budget), f"{p.kl:.3f} [{p.low:.3f}, {p.high:.3f}]", f"{p.top1:.3f}", f"{p.ratio:.3f}"]
+        for p in own
+    ]
+    yield table(head, rows)
+
+
+def leaderboard(text: str) -> dict[str, list[dict[str, str]]]:
+    """By method, its row in each table of the leaderboard, with what stands above the table."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for section in text.split("\n## ")[1:]:
+        title, _, rest = section.partition("\n")
+        tables = [re.split(r"\s+\|\s+", line.strip("| ")) for line in rest.splitlines() if line.startswith("| ")]
+        for row in tables[1:]:
+            if len(row) == len(tables[0]) and not row[0].startswith("---"):
+                found.setdefault(row[0].replace("\\", ""), []).append(
+                    {"suite": title} | dict(zip(tables[0], row, strict=True))
+                )
+    return found
+
+
+def standing(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """A method's rows of the leaderboard as one table."""
+    if not rows:
+        yield "Not in the [leaderboard](../../benchmarks/leaderboard.md) yet."
+        return
+    yield "In the [leaderboard](../../benchmarks/leaderboard.md):"
+    head = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "method"]
+    yield table(head, [[row.get(name, "") for name in head] for row in rows])
+
+
+def chart(slug: str, points: Sequence[Point]) -> Any:
+    """KL, top-1 and bytes of a method over the budget, a colour a model; dashed, the median of all methods."""
+    import altair as alt
+
+    models = list(dict.fromkeys(point.model for point in points))
+    own = [vars(point) | {"who": slug} for point in points if point.method == slug]
+    others = [
+        {"model": model, "budget": budget, "who": "median"}
+        | {name: median(getattr(point, name) for point in same) for name in ("kl", "top1", "ratio")}
+        for model in models for budget in sorted({point.budget for point in points})
+        if (same := [point for point in points if (point.model, point.budget) == (model, budget)])
+    ]  # fmt: skip
+    color = alt.Color(
+        "model:N", scale=alt.Scale(domain=models, range=list(COLORS[: len(models)])),
+        legend=alt.Legend(title=None, orient="bottom", symbolOpacity=1),
+    )  # fmt: skip
+
+    def panel(name: str, title: str, scale: Any) -> Any:
+        x = alt.X("budget:Q", title="budget", axis=alt.Axis(format="%", tickCount=5), scale=alt.Scale(domainMin=0))
+        y = alt.Y(f"{name}:Q", title=None, scale=scale, axis=alt.Axis(tickCount=5))
+        mine = alt.Chart(alt.Data(values=own)).encode(x=x, y=y, color=color)
+        theirs = alt.Chart(alt.Data(values=others)).encode(x=x, y=y, color=color)
+        layers = [theirs.mark_line(strokeDash=[4, 3], opacity=0.6, strokeWidth=1.3), mine.mark_line(strokeWidth=2)]
+        if name == "kl":
+            layers.append(mine.mark_rule(opacity=0.5).encode(y=alt.Y("low:Q", title=None), y2="high:Q"))
+        layers.append(mine.mark_point(filled=True, size=40, opacity=1))
+        return alt.layer(*layers).properties(width=190, height=150, title=title)
+
+    panels = [
+        panel("kl", "KL from full (nats)", alt.Scale(zero=True)),
+        panel("top1", "equal greedy tokens", alt.Scale(zero=False, domainMax=1)),
+        panel("ratio", "KV bytes / full", alt.Scale(domain=[0, 1])),
+    ]
+    grey = {"labelColor": REFERENCE, "titleColor": REFERENCE}
+    return (
+        alt.hconcat(*panels, spacing=50, bounds="flush").configure(background="transparent").configure_view(stroke=None)
+        .configure_axis(**grey, gridColor=REFERENCE, gridOpacity=0.25, domainColor=REFERENCE, tickColor=REFERENCE)
+        .configure_legend(labelColor=REFERENCE).configure_title(color=REFERENCE, fontSize=12)
+    )  # fmt: skip
+
+
+def main() -> None:
+    points = measured()
+    made = pages(points)
+    PAGES.mkdir(exist_ok=True)
+    for old in PAGES.glob("*.md"):
+        if old.name not in made:
+            old.unlink()
+    for name, text in made.items():
+        write_whole(PAGES / name, text.encode())
+    drawn = draw(points, [name.removesuffix(".md") for name in made]) if points else 0
+    print(f"{len(made)} pages, {drawn} charts in {PAGES.relative_to(ROOT)}")
+
+
+def draw(points: Sequence[Point], among: Sequence[str]) -> int:
+    """Write the charts of those methods that have points; how many."""
+    try:
+        import vl_convert
+    except ImportError:
+        print("no charts: they need altair and vl-convert-python (pip install 'kvfold[plot]')", file=sys.stderr)
+        return 0
+    (PAGES / "charts").mkdir(exist_ok=True)
+    slugs = [slug for slug in dict.fromkeys(point.method for point in points) if slug in among]
+    for slug in slugs:
+        svg = vl_convert.vegalite_to_svg(chart(slug, points).to_dict())
+        write_whole(PAGES / "charts" / f"{slug}.svg", svg.encode())
+    return len(slugs)
+
+
+if __name__ == "__main__":
+    main()

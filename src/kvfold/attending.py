@@ -1,0 +1,59 @@
+"""How the new tokens of a pass attend: over themselves, and over what a layer has stored."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kvfold import ops
+from kvfold.rotation import Compact
+from kvfold.stored import Stored
+
+
+@dataclass(frozen=True)
+class Asking:
+    """The queries of a pass, and how they ask."""
+
+    q: Float[Tensor, "B Hq Q D"]
+    positions: Int[Tensor, "B Q"]
+    scale: float
+    compact: Compact | None = None
+
+    def prompt(
+        self, past: Stored | None, k: Tensor, v: Tensor, mask: Bool[Tensor, "B Q"], ones: bool, sums: bool,
+        admitted: Bool[Tensor, "B H Q"] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """New tokens see each other causally and all that is stored; the two answers merge. Third: column sums.
+
+        `mask`: those that are not padding (`ones`: all). `admitted`: those that others see; None: all.
+        """
+        sums = sums and past is None and self.compact is None
+        if admitted is not None:
+            own: tuple[Tensor, Tensor, Tensor | None] = (
+                *ops.causal_admitted(self.q, k, v, admitted, self.scale), None
+            )  # fmt: skip
+        elif ones:
+            own = ops.causal(self.q, k, v, self.scale, sums=sums)
+        else:
+            own = ops.causal_rows(self.q, k, v, mask, self.scale, sums=sums)
+        if past is None:
+            return own
+        return *ops.merge([self.stored(past, after=True)[:2], own[:2]]), None
+
+    def stored(
+        self, stored: Stored, *, read: Tensor | None = None, after: bool = False, weights: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(out, lse, weights of a lone segment) of the queries over all segments.
+
+        `after`: the queries' own tokens are not stored yet.
+        """
+        counts = stored.counts()
+        (b, hq, n, d), h, compact = self.q.shape, counts.shape[1], self.compact
+        grouped = self.q.view(b, h, hq // h, n, d)
+        if compact is not None:
+            slots = torch.from_numpy(counts - (0 if after else n)).to(self.q.device)
+            grouped = compact.rotate_queries(grouped, self.positions, slots)
+            compact = replace(compact, slots=stored.slots())
+        out, lse, left = stored.attend(grouped, self.scale, compact, read, weights)
+        return out.reshape(b, hq, n, -1), lse.reshape(b, hq, n), left

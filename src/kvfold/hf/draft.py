@@ -1,0 +1,105 @@
+"""Looking ahead: the tokens that a model would say next, greedily, by the model itself or by a smaller one."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvfold.hf.cache import Cache
+from kvfold.hf.late import tokenizer_of
+from kvfold.hf.models import load
+from kvfold.views import LayerView
+
+LOOK = 8
+"""Steps between two looks at whether every row has ended: each look waits for the device."""
+Drafted = tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]]
+"""Tokens, and which of them count: a row ends with the token that ends an answer, which still does."""
+
+
+def drafter(name: str, target: PreTrainedModel) -> PreTrainedModel:
+    """The model of this name or folder, on the device and in the dtype of `target`, loaded once in a process.
+
+    Raises ValueError where the two do not share a vocabulary, naming both.
+    """
+    found = _loaded(name, str(target.device), target.dtype)
+    _check_vocabulary(found, target, name)
+    return found
+
+
+@lru_cache(maxsize=2)
+def _loaded(name: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    return load(name, dtype=dtype, device=device, progress=False)[0]
+
+
+def _check_vocabulary(found: PreTrainedModel, target: PreTrainedModel, name: str) -> None:
+    ours, theirs = (tokenizer_of(model.name_or_path) for model in (target, found))
+    sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (target, found)]
+    same = sizes[0] == sizes[1] if ours is None or theirs is None else _words(ours) == _words(theirs)
+    if not same:
+        own = target.name_or_path or type(target).__name__
+        raise ValueError(
+            f"draft={name!r} (vocabulary of {sizes[1]}) and the model {own!r} ({sizes[0]}) must share a vocabulary"
+        )
+
+
+@lru_cache(maxsize=4)
+def _words(tokenizer: Any) -> dict[str, int]:
+    words: dict[str, int] = tokenizer.get_vocab()
+    return words
+
+
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """Tokens that end an answer."""
+    end = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return set() if end is None else {end} if isinstance(end, int) else set(end)
+
+
+@torch.no_grad()
+def look_ahead(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "B Q"],
+    valid: Bool[Tensor, "B Q"],
+    count: int,
+    observe: Callable[[LayerView], None] | None = None,
+) -> Drafted:
+    """At most `count` tokens that `model` says after each row of `ids`, which it reads in a cache of its own.
+
+    `observe` gets every layer's view of every pass: padding of the prompt stands first, and is not stored.
+    """
+    order = torch.argsort(valid.byte(), dim=1, stable=True)
+    ids, mask = ids.gather(1, order).to(model.device), valid.gather(1, order).to(model.device)
+    cache = Cache(model, "full")
+    with nullcontext() if observe is None else cache.observed(observe):
+        given = {} if bool(mask.all()) else {"attention_mask": mask.long()}
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        out = model(input_ids=ids, position_ids=places, past_key_values=cache, logits_to_keep=1, **given)
+        return go_on(model, cache, out.logits[:, -1:].argmax(-1), mask, count)
+
+
+@torch.no_grad()
+def go_on(
+    model: PreTrainedModel, cache: Cache, first: Int[Tensor, "B 1"], mask: Bool[Tensor, "B W"], count: int
+) -> Drafted:
+    """`first`, and what `model` says after it: at most `count` tokens. `mask`: which columns read so far are tokens."""
+    ids, position = [first], mask.sum(1, keepdim=True)
+    ends = torch.tensor(sorted(end_tokens(model)), dtype=first.dtype, device=first.device)
+    padded = not bool(mask.all())
+    for step in range(1, count):
+        if len(ends) and step % LOOK == 0 and bool(torch.isin(torch.cat(ids, 1), ends).any(1).all()):
+            break
+        if padded:
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        given = {"attention_mask": mask.long()} if padded else {}
+        out = model(input_ids=ids[-1], position_ids=position, past_key_values=cache, logits_to_keep=1, **given)
+        ids.append(out.logits[:, -1:].argmax(-1))
+        position = position + 1
+    said = torch.cat(ids, 1)[:, :count]
+    ended = torch.isin(said, ends).long()
+    valid = ended.cumsum(1) - ended == 0
+    longest = int(valid.sum(1).max()) if count else 0
+    return said[:, :longest], valid[:, :longest]

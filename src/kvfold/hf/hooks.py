@@ -1,0 +1,125 @@
+"""Forward hooks on a model: its passes tell their cache what they read, in what order, and which tokens go on."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvfold.hf import attention
+from kvfold.hf.chunks import put_together, read_ahead
+from kvfold.hf.layers import PagedLayer
+from kvfold.hf.narrow import before_layer
+from kvfold.hf.reading import reread
+from kvfold.hf.rope import text_decoder
+from kvfold.hf.support import attention_modules
+from kvfold.methods.base import Method
+from kvfold.warm import warm_up
+
+if TYPE_CHECKING:
+    from kvfold.hf.cache import Cache
+
+
+def use_kvfold(model: PreTrainedModel) -> None:
+    """Set the model's attention to "kvfold" and let its forward passes tell their cache what they read."""
+    attention.register()
+    warm_up(model.device, model.dtype)
+    if model.config.get_text_config(decoder=True)._attn_implementation != attention.NAME:
+        model.set_attn_implementation(attention.NAME)
+    if not getattr(model, "_kvfold_hooks", None):
+        model._kvfold_hooks = (
+            model.register_forward_pre_hook(_before_forward, with_kwargs=True),
+            model.register_forward_hook(_after_forward, with_kwargs=True),
+        )
+
+
+def watch(model: PreTrainedModel, method: Method) -> None:
+    """Set the hooks that only some methods need."""
+    if method.narrows:
+        watch_layers(model)
+    if method.listens("admit"):
+        watch_attention(model)
+
+
+def watch_layers(model: PreTrainedModel) -> None:
+    """Let the decoder's layers ask whether all tokens of a pass go on. ValueError where they can't be found."""
+    layers = getattr(text_decoder(model), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"{type(model).__name__} has no list of decoder layers whose input could be narrowed")
+    if not getattr(model, "_kvfold_layer_hooks", None):
+        model._kvfold_layer_hooks = tuple(
+            layer.register_forward_pre_hook(_before_layer(index), with_kwargs=True)
+            for index, layer in enumerate(layers)
+        )
+
+
+def watch_attention(model: PreTrainedModel) -> None:
+    """Let the attention modules hand what enters them to the paged layers of caches whose method admits tokens."""
+    if not getattr(model, "_kvfold_attention_hooks", None):
+        model._kvfold_attention_hooks = tuple(
+            module.register_forward_pre_hook(_before_attention(index), with_kwargs=True)
+            for index, module in attention_modules(model).items()
+        )
+
+
+def _before_attention(index: int) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = _cache_of(kwargs)
+        layer = None if cache is None or not cache.method.listens("admit") else cache.layers[index]
+        if isinstance(layer, PagedLayer):
+            layer.entering = kwargs.get("hidden_states", args[0] if args else None)
+
+    return hook
+
+
+def _cache_of(kwargs: dict[str, Any]) -> "Cache | None":
+    from kvfold.hf.cache import Cache  # a cache sets these hooks
+
+    cache = kwargs.get("past_key_values")
+    return cache if isinstance(cache, Cache) else None
+
+
+def _before_layer(index: int) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        cache = _cache_of(kwargs)
+        return None if cache is None else before_layer(cache, index, args, kwargs)
+
+    return hook
+
+
+def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    cache = _cache_of(kwargs)
+    if cache is None:
+        return None
+    changed = None
+    if cache._chunks is not None and cache._chunks[0] is module:
+        cache._chunks = None  # of a call that failed
+    if not cache.recording or cache._unheard is not None:
+        cache.settle_pending()
+    other = reread(cache, args, kwargs)
+    if other is not None:
+        kwargs = other
+        args, changed = (), ((), kwargs)
+    if cache.prefill_chunk is not None:
+        if cache.recording:
+            raise ValueError(f"prefill_chunk={cache.prefill_chunk} can't be combined with assisted decoding")
+        with cache.prefilling(), cache.in_parts():
+            ahead = read_ahead(module, args, kwargs, cache.prefill_chunk)
+        if ahead is not None:
+            kwargs, cache._chunks = ahead[0], (module, ahead[1])
+            args, changed = (), ((), kwargs)
+            cache.settle_pending()
+    ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+    cache._token_ids, cache._pass = (ids if isinstance(ids, torch.Tensor) else None), None
+    cache._mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+    return changed
+
+
+def _after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    cache = _cache_of(kwargs)
+    if cache is not None:
+        cache.check_consumed()
+        if cache._chunks is not None and cache._chunks[0] is module:  # not the body, where the head was called
+            kept, cache._chunks = cache._chunks[1], None
+            put_together(output, kept)
+        cache.finish(output)

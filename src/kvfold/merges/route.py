@@ -1,0 +1,83 @@
+"""Where a dropped token goes: to the most similar one that stays, or to its best match within a chunk."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kvfold.merges.absorb import at_home, few, take
+from kvfold.scores import top_mask
+
+BLOCK_ELEMENTS = 1 << 22
+"""Similarities held at once."""
+
+Route = tuple[Int[Tensor, "B H T"], Float[Tensor, "B H T"]]
+"""The slot where each token would go (its own for those that have nowhere to), and how similar that is (-inf)."""
+
+
+def nearest(giving: Bool[Tensor, "B H T"], taking: Bool[Tensor, "B H T"], *states: Float[Tensor, "B H T _"]) -> Route:
+    """For each slot of `giving` the most similar of `taking`, the earlier where they tie; padding is in neither.
+
+    Similar is the cosine of the states, or of several kinds the product of cosines, each negative one counted as 0.
+    Memory is for a block of those that give at a time.
+    """
+    givers, gives = few(giving)
+    near = states
+    takers, takes = at_home(taking), taking
+    if 2 * int(taking.sum(-1).max()) < taking.shape[-1]:  # else most of them are
+        takers, takes = few(taking)
+        near = tuple(take(x, takers) for x in states)
+    (b, h, n), m = givers.shape, takers.shape[2]
+    home = at_home(giving)
+    similarity = torch.full(giving.shape, -torch.inf, device=giving.device)
+    if not n or not m:
+        return home, similarity
+    norms = [x.float().norm(dim=-1).clamp(min=1e-12)[:, :, None] for x in near]
+    place, none = torch.arange(m, device=giving.device), torch.tensor(-torch.inf, device=giving.device)
+    size = max(1, BLOCK_ELEMENTS // max(1, b * h * m))
+    for some, real in zip(torch.split(givers, size, 2), torch.split(gives, size, 2), strict=True):
+        alike = None
+        for x, there, norm in zip(states, near, norms, strict=True):
+            cosine = (F.normalize(take(x, some).float(), dim=-1) @ there.float().mT) / norm  # B H N M
+            alike = cosine if alike is None else alike.clamp(min=0) * cosine.clamp(min=0)
+        assert alike is not None
+        alike = alike.masked_fill(~takes[:, :, None], -torch.inf)
+        best = alike.amax(-1)
+        first = torch.where(alike == best[..., None], place, m - 1).amin(-1)
+        found = real & takes.any(-1, keepdim=True)
+        # Those that fill up a short head write what is there already: all of them differ.
+        home.scatter_(2, some, torch.where(found, takers.gather(2, first), home.gather(2, some)))
+        similarity.scatter_(2, some, torch.where(found, best, none))
+    return home, similarity
+
+
+def soft_match(
+    keys: Float[Tensor, "B H T D"],
+    among: Bool[Tensor, "B H T"],
+    chunk: int,
+    count: Int[Tensor, "B H"],
+) -> Int[Tensor, "B H T"]:
+    """Each slot's home after one round of bipartite matching within chunks (Chelsea, arXiv:2506.11418).
+
+    Tokens of `among`, side by side, are cut into chunks and split alternately: every even one picks the odd one with
+    the largest cosine (the earlier where they tie), and the `count` best pairs of a head join.
+    """
+    slots, here = few(among)
+    (b, h, n), size = slots.shape, -(-chunk // 2)
+    if n < 2:
+        return at_home(among)
+    slots, here = F.pad(slots, (0, -n % chunk)), F.pad(here, (0, -n % chunk), value=False)
+    unit = F.normalize(take(keys, slots).float(), dim=-1).view(b, h, -1, chunk, keys.shape[-1])
+    cosine = unit[..., ::2, :] @ unit[..., 1::2, :].mT  # B H C A B
+    pairs = here.view(b, h, -1, chunk)
+    cosine = cosine.masked_fill(~(pairs[..., ::2, None] & pairs[..., None, 1::2]), -torch.inf)
+    best = cosine.amax(-1)
+    place = torch.arange(cosine.shape[-1], device=keys.device)
+    first = torch.where(cosine == best[..., None], place, size).amin(-1).clamp(max=cosine.shape[-1] - 1)
+    join = top_mask(best.flatten(2), count).view(best.shape)
+    odd = slots.view(pairs.shape)[..., 1::2]
+    even = slots.view(pairs.shape)[..., ::2]
+    target = torch.where(join, odd.gather(-1, first), even)
+    home = torch.arange(among.shape[2] + 1, device=keys.device).repeat(b, h, 1)  # one behind the last: for none
+    at = even.masked_fill(~pairs[..., ::2], among.shape[2])
+    return home.scatter_(2, at.flatten(2), target.flatten(2))[..., :-1]

@@ -1,0 +1,130 @@
+"""`Propagate`: behind a layer only some of a prompt's tokens go on."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import kvfold
+from kvfold import Keep, Method
+from kvfold.decisions import Propagate
+from models import PAGED, build, feed, follow, grow, positions, reference, subject, tokens
+
+pytestmark = pytest.mark.usefixtures("scratch_methods")
+STEPS = torch.arange(5, 17).view(2, 6)
+
+
+def narrowing(after, keep=None):
+    """A method by which, behind layer `after`, every third token of a prompt goes on."""
+
+    @kvfold.method("test-narrowing", title="Narrowing", kind="prefill")
+    @dataclass(frozen=True)
+    class Narrowing(Method):
+        narrows = True
+
+        def after_prefill(self, view):
+            kept = Keep(view.valid if keep is None else view.last(keep))
+            if view.place.layer != after:
+                return kept
+            return [kept, Propagate(view.queries.positions % 3 == 0)]
+
+    return Narrowing()
+
+
+class Slow:
+    """What the method says, layer by layer with transformers' own layers and masks, for one row."""
+
+    def __init__(self, model, after):
+        self.model, self.after, self.cache = model, after, DynamicCache()
+        self.stored = [torch.zeros(0, dtype=torch.long)] * model.config.num_hidden_layers
+
+    @torch.no_grad()
+    def feed(self, ids, start):
+        body, config = self.model.model, self.model.config
+        states, here = body.embed_tokens(ids), torch.arange(start, start + ids.shape[1])
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(self.stored)
+        for index, layer in enumerate(body.layers):
+            if ids.shape[1] > 1 and index == self.after + 1:
+                on = here % 3 == 0
+                on[-1] = True
+                states, here = states[:, on], here[on]
+            self.stored[index] = there = torch.cat([self.stored[index], here])
+            gap = here[:, None] - there
+            mask = (gap >= 0) & (gap < (8 if kinds[index] == "sliding_attention" else 10**6))
+            where = (kinds[index],) if isinstance(getattr(body.rotary_emb, "rope_type", None), dict) else ()
+            turn = body.rotary_emb(states, here[None], *where)
+            states = layer(
+                states, attention_mask=mask[None, None], position_embeddings=turn, position_ids=here[None],
+                past_key_values=self.cache,
+            )  # fmt: skip
+        return self.model.lm_head(body.norm(states))[:, -1]
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_layers_behind_see_some_tokens(name):
+    after = 1
+    prompt, further = tokens(30, 21), tokens(8, 8, seed=3)["input_ids"]
+    model, cache = subject(name), kvfold.Cache(subject(name), narrowing(after))
+    ours = follow(model, cache, *prompt.values(), STEPS)
+    mask = grow(prompt["attention_mask"], 14)
+    ours = torch.cat([ours, feed(model, cache, further, mask)[:, -1:]], 1)
+    ours = torch.cat([ours, feed(model, cache, STEPS[:, :1], grow(mask))], 1)
+    for row, length in enumerate((30, 21)):
+        slow = Slow(reference(name), after)
+        theirs = [slow.feed(prompt["input_ids"][row : row + 1, -length:], 0)]
+        theirs += [slow.feed(STEPS[row : row + 1, i : i + 1], length + i) for i in range(6)]
+        theirs += [slow.feed(further[row : row + 1], length + 6), slow.feed(STEPS[row : row + 1, :1], length + 14)]
+        torch.testing.assert_close(ours[row], torch.cat(theirs), atol=1e-4, rtol=0)
+        for core in cache.paged:
+            assert cache.kept(core.layer)[row][0] == slow.stored[core.layer].tolist()
+    assert cache.get_seq_length() == 45 and {core.width for core in cache.paged} == {45}
+    assert [core.seen.tolist() for core in cache.paged] == [[45, 36]] * len(cache.paged)
+
+
+def test_logits_are_those_of_the_tokens_that_go_on():
+    model, ids = subject("llama"), tokens(30)["input_ids"]
+    with torch.no_grad():
+        out = model(ids, past_key_values=kvfold.Cache(model, narrowing(0))).logits
+    assert out.shape[1] == 11  # 0, 3, ... 27, and the last
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_generate_beams_forks_and_files(name, tmp_path):
+    model, prompt = subject(name), tokens(30, 21)
+    cache = kvfold.Cache(model, "fastkv(budget=9, propagated=12, window=3, layer=1)")
+    beams = model.generate(**prompt, past_key_values=cache, max_new_tokens=8, do_sample=False, num_beams=3)
+    for row, length in enumerate((30, 21)):
+        alone = model.generate(
+            prompt["input_ids"][row : row + 1, -length:],
+            past_key_values=kvfold.Cache(model, cache.method), max_new_tokens=8, do_sample=False, num_beams=3,
+        )  # fmt: skip
+        assert torch.equal(beams[row, 30:], alone[0, length:])
+    cache = kvfold.Cache(model, cache.method)
+    follow(model, cache, *prompt.values(), STEPS[:, :3])
+    cache.save(tmp_path / "x")
+    mask, fork = grow(prompt["attention_mask"], 4), cache.fork()
+    expected = feed(model, cache, STEPS[:, 3:4], mask)
+    assert torch.equal(feed(model, fork, STEPS[:, 3:4], mask), expected)
+    loaded = kvfold.Cache.load(tmp_path / "x", model)
+    assert torch.equal(feed(model, loaded, STEPS[:, 3:4], mask), expected)
+
+
+def test_what_cannot_be():
+    gpt = build("gpt2")
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no list of decoder layers"):
+        kvfold.Cache(gpt, narrowing(0))
+    model, ids = subject("llama"), tokens(30)["input_ids"]
+    with pytest.raises(ValueError, match="narrows one forward pass twice"), torch.no_grad():
+        model(ids, past_key_values=kvfold.Cache(model, narrowing(0) | narrowing(0)))
+
+
+def test_chunks_narrow_each_by_itself():
+    model, prompt = subject("llama"), tokens(30)
+    cache = kvfold.Cache(model, narrowing(0), prefill_chunk=10)
+    out = follow(model, cache, *prompt.values(), STEPS[:1])
+    slow = Slow(reference("llama"), 0)
+    for start in (0, 10, 20):
+        expected = slow.feed(prompt["input_ids"][:, start : start + 10], start)
+    torch.testing.assert_close(out[:, 0], expected, atol=1e-4, rtol=0)
+    assert positions(prompt["attention_mask"], 1).item() == 29 and cache.kept(2)[0][0][:5] == [0, 3, 6, 9, 12]

@@ -1,0 +1,160 @@
+"""`read_order`: the model reads other tokens than it is given, and the caller need not know."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+import kvfold
+from kvfold import Keep, Method
+from kvfold.hf.fanout import prefill_many
+from models import PAGED, dynamic, feed, follow, grow, reference, subject, tokens
+
+pytestmark = pytest.mark.usefixtures("scratch_methods")
+STEPS = torch.arange(5, 17).view(2, 6)
+
+
+def reading(rows, last=None):
+    """A method that reads, of every prompt's row, the tokens at these places (from the first that is not padding)."""
+
+    @kvfold.method("test-reading", title="Reading", kind="prefill")
+    @dataclass(frozen=True)
+    class Chosen(Method):
+        seen: list = field(default_factory=list)
+
+        def read_order(self, prompt):
+            self.seen.append((prompt.ids.shape[1], prompt.valid.sum(1).tolist()))
+            if prompt.ids.shape[1] < 12:
+                return None
+            start = prompt.ids.shape[1] - prompt.valid.sum(1)
+            width = max(map(len, rows))
+            order = torch.full((len(rows), width), -1)
+            for row, places in enumerate(rows):
+                order[row, width - len(places) :] = torch.tensor(places) + start[row * len(start) // len(rows)]
+            return order.repeat_interleave(len(prompt.ids) // len(rows), 0)  # beams
+
+        def after_prefill(self, view):
+            return None if last is None else Keep(view.last(last))
+
+    return Chosen()
+
+
+ROWS = ([0, 3, 4, 9, 17, 29], [2, 3, 20])
+TWICE = ([*range(30), *range(30)], [*range(21), *range(21)])
+
+
+@pytest.mark.parametrize("rows", [ROWS, TWICE], ids=["fewer", "twice"])
+@pytest.mark.parametrize("name", PAGED)
+def test_the_model_reads_what_the_method_says(name, rows):
+    prompt = tokens(30, 21)
+    model, cache = subject(name), kvfold.Cache(subject(name), reading(rows))
+    logits = follow(model, cache, *prompt.values(), STEPS)
+    assert cache.get_seq_length() == 36 and cache.paged[0].width == len(rows[0]) + 6
+    for row, places in enumerate(rows):
+        ids = prompt["input_ids"][row, prompt["attention_mask"][row].bool()][places][None]
+        alone = follow(reference(name), dynamic(reference(name)), ids, torch.ones_like(ids), STEPS[row : row + 1])
+        torch.testing.assert_close(logits[row : row + 1], alone, atol=1e-4, rtol=0)
+        text = [*sorted(places), *range(30 - 9 * row, 36 - 9 * row)]
+        assert cache.kept(cache.paged[0].layer)[row] == [text] * cache.paged[0].shape[0]
+    assert cache.method.seen == [(30, [30, 21])]
+    dense = kvfold.Cache(model, "full")
+    follow(model, dense, *prompt.values(), STEPS)
+    assert cache.dense_nbytes == pytest.approx(dense.dense_nbytes, rel=0.2 if name == "gemma3" else 0)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate(beams):
+    prompt = tokens(30, 21)
+    model, cache = subject("gemma3"), kvfold.Cache(subject("gemma3"), reading(ROWS))
+    out = model.generate(**prompt, past_key_values=cache, max_new_tokens=8, do_sample=False, num_beams=beams)
+    assert torch.equal(out[:, :30], prompt["input_ids"])
+    for row, places in enumerate(ROWS):
+        ids = prompt["input_ids"][row, prompt["attention_mask"][row].bool()][places][None]
+        alone = reference("gemma3").generate(ids, max_new_tokens=8, do_sample=False, num_beams=beams)
+        assert torch.equal(out[row, 30:], alone[0, len(places) :])
+
+
+def test_turns_that_are_read_as_they_stand_and_turns_that_are_not():
+    model, prompt, further = subject("llama"), tokens(30, 21), tokens(13, 13, seed=3)["input_ids"]
+    cache = kvfold.Cache(model, reading(ROWS))
+    mask = prompt["attention_mask"]
+    feed(model, cache, prompt["input_ids"], mask)
+    mask = grow(mask, 4)
+    feed(model, cache, further[:, :4], mask)  # too short for the method
+    rows = ([1, 12], [0, 5, 12])
+    object.__setattr__(cache, "method", reading(rows))
+    mask = grow(mask, 13)
+    logits = feed(model, cache, further, mask)[:, -1]
+    assert cache.get_seq_length() == 47 and cache.paged[0].width == 6 + 4 + 3
+    for row, places in enumerate(ROWS):
+        first = prompt["input_ids"][row, prompt["attention_mask"][row].bool()][places]
+        ids = torch.cat([first, further[row, :4], further[row][rows[row]]])[None]
+        alone = feed(reference("llama"), dynamic(reference("llama")), ids, torch.ones_like(ids))[:, -1]
+        torch.testing.assert_close(logits[row : row + 1], alone, atol=1e-4, rtol=0)
+        start = 30 - 9 * row
+        text = [*places, *range(start, start + 4), *(start + 4 + place for place in rows[row])]
+        assert cache.kept(0)[row][0] == text
+
+
+def test_chunks_are_cut_from_what_is_read():
+    model, prompt = subject("llama"), tokens(30, 21)
+    whole, parts = (kvfold.Cache(model, reading(TWICE), prefill_chunk=chunk) for chunk in (None, 16))
+    logits = follow(model, whole, *prompt.values(), STEPS)
+    torch.testing.assert_close(follow(model, parts, *prompt.values(), STEPS), logits, atol=1e-4, rtol=0)
+    assert parts.method.seen == [(30, [30, 21])] and parts.get_seq_length() == 36
+    cut = kvfold.Cache(model, reading(TWICE, last=5), prefill_chunk=16)
+    follow(model, cut, *prompt.values(), STEPS)
+    assert cut.kept(0)[0][0] == [*range(25, 36)]
+
+
+def test_forks_files_rows_and_crops():
+    model, prompt = subject("llama"), tokens(30, 21)
+    cache = kvfold.Cache(model, reading(ROWS))
+    follow(model, cache, *prompt.values(), STEPS[:, :3])
+    fork, mask = cache.fork(), grow(prompt["attention_mask"], 4)
+    with cache.tentative():
+        feed(model, cache, STEPS[:, 4:5], mask)
+    expected = feed(model, cache, STEPS[:, 3:4], mask)
+    assert torch.equal(feed(model, fork, STEPS[:, 3:4], mask), expected)
+    cache.crop(-1)
+    assert cache.get_seq_length() == 33 and cache.kept(0)[1][0] == [2, 3, 20, 21, 22, 23]
+    torch.testing.assert_close(feed(model, cache, STEPS[:, 3:4], mask), expected)
+    cache.crop(33)  # to this length
+    cache.reorder_cache(torch.tensor([1, 0]))
+    turned = feed(model, cache, STEPS[:, 3:4].flip(0), mask.flip(0))
+    torch.testing.assert_close(turned, expected.flip(0))
+    with pytest.raises(ValueError, match="crop takes back 5 tokens, but 6 columns are a prompt read as a whole"):
+        cache.crop(-5)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3]))
+    assert cache.kept(0) == [[[*ROWS[0], 30, 31, 32, 33]] * 2]
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.reading is None
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_saved_and_loaded(name, tmp_path):
+    model, prompt = subject(name), tokens(30, 21)
+    cache = kvfold.Cache(model, "specpc(budget=9, window=2, kernel=1)")
+    follow(model, cache, *prompt.values(), STEPS[:, :3])
+    cache.save(tmp_path / "x")
+    loaded = kvfold.Cache.load(tmp_path / "x", model)
+    mask = grow(prompt["attention_mask"], 4)
+    assert torch.equal(feed(model, loaded, STEPS[:, 3:4], mask), feed(model, cache, STEPS[:, 3:4], mask))
+    assert loaded.kept(cache.paged[0].layer) == cache.kept(cache.paged[0].layer)
+
+
+def test_what_cannot_be():
+    model, prompt = subject("llama"), tokens(30, 21)
+    with pytest.raises(ValueError, match="call the model with input_ids"), torch.no_grad():
+        model(inputs_embeds=torch.zeros(1, 5, 64), past_key_values=kvfold.Cache(model, reading(ROWS)))
+    with pytest.raises(ValueError, match="can't give labels"), torch.no_grad():
+        model(**prompt, labels=prompt["input_ids"], past_key_values=kvfold.Cache(model, reading(ROWS)))
+    with pytest.raises(ValueError, match="no assisted decoding"):
+        cache = kvfold.Cache(model, reading(ROWS[:1]))
+        ids = prompt["input_ids"][:1]
+        model.generate(ids, past_key_values=cache, max_new_tokens=4, prompt_lookup_num_tokens=2)
+    with pytest.raises(ValueError, match="reads a prompt in its own way"):
+        prefill_many(model, prompt, [kvfold.Cache(model, reading(ROWS))])
+    with pytest.raises(ValueError, match="two stages that choose what the model reads"):
+        reading(ROWS) | reading(ROWS)

@@ -1,0 +1,27 @@
+"""Every method that is registered, on a bundled model, from the command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvfold
+
+STORY = Path(__file__).parents[2] / "examples/documents/blue-carbuncle.txt"
+
+
+@pytest.mark.slow
+def test_every_method_reads_and_answers_within_its_budget() -> None:
+    """A prompt of 600 tokens: no error, and bytes of a quarter and what pages, columns and tables take."""
+    words = ["--methods", "all", "--budget", "0.25", "--context", "600", "--max-new-tokens", "4", "--json"]
+    command = [sys.executable, "-m", "kvfold", "compare", "--file", str(STORY), "--ask", "Who stole the stone?", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {row["method"]: row for row in json.loads(done.stdout)["rows"]}
+    infos = kvfold.list_methods()
+    assert set(rows) == {info.slug for info in infos}
+    assert all(row["answer"] is not None and row["kl"] >= 0 for row in rows.values())
+    limited = {info.slug: rows[info.slug]["ratio"] for info in infos if "budget" in info.options}
+    assert not {slug: ratio for slug, ratio in limited.items() if ratio > 0.28}
