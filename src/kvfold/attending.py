@@ -1,6 +1,8 @@
 """How the new tokens of a pass attend: over themselves, and over what a layer has stored."""
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,22 +23,24 @@ class Asking:
     compact: Compact | None = None
 
     def prompt(
-        self, past: Stored | None, k: Tensor, v: Tensor, mask: Bool[Tensor, "B Q"], ones: bool, sums: bool,
+        self, past: Stored | None, k: Tensor, v: Tensor, mask: Bool[Tensor, "B Q"], ones: bool, fade: float | None,
         admitted: Bool[Tensor, "B H Q"] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         """New tokens see each other causally and all that is stored; the two answers merge. Third: column sums.
 
-        `mask`: those that are not padding (`ones`: all). `admitted`: those that others see; None: all.
+        `fade`: of the column sums; None: nobody asks for them. `mask`: those that are not padding (`ones`: all).
+        `admitted`: those that others see; None: all.
         """
-        sums = sums and past is None and self.compact is None
+        sums = fade is not None and past is None and self.compact is None
+        wanted: dict[str, Any] = {"sums": sums, "fade": fade if sums else math.inf}
         if admitted is not None:
             own: tuple[Tensor, Tensor, Tensor | None] = (
                 *ops.causal_admitted(self.q, k, v, admitted, self.scale), None
             )  # fmt: skip
         elif ones:
-            own = ops.causal(self.q, k, v, self.scale, sums=sums)
+            own = ops.causal(self.q, k, v, self.scale, **wanted)
         else:
-            own = ops.causal_rows(self.q, k, v, mask, self.scale, sums=sums)
+            own = ops.causal_rows(self.q, k, v, mask, self.scale, **wanted)
         if past is None:
             return own
         return *ops.merge([self.stored(past, after=True)[:2], own[:2]]), None

@@ -15,7 +15,7 @@ from kvfold.methods.base import Decisions, Method, decided
 from kvfold.passes import Mark, Narrow, Pass, narrowed
 from kvfold.rotation import Compact, Rope
 from kvfold.stored import Stored, as_stored
-from kvfold.views import ATTENTION, COLUMN_SUMS, HiddenView, LayerView, Place, Queries
+from kvfold.views import ATTENTION, HiddenView, LayerView, Place, Queries, fade_of, faded
 
 
 class KVLayer:
@@ -127,16 +127,16 @@ class KVLayer:
         compact = Compact(self._need_rope()) if self.method.compact else None
         appended, listening = ones and q.shape[2] == 1 and not this.prefill, self._listening(this)
         asked = self.method.asks if listening or this.observe is not None else frozenset()
-        asking, admitted = Asking(q, positions, scale, compact), None
+        asking, admitted, fade = Asking(q, positions, scale, compact), None, fade_of(asked)
         if not appended:
             admitted = self._admitted(hidden, mask, positions, this)
             chunk = chunk if admitted is None else chunk.but(admitted)
             past = None if first or self.stored.empty else self.stored
-            out, lse, left = asking.prompt(past, k, v, mask, ones, COLUMN_SUMS in asked, admitted)
+            out, lse, left = asking.prompt(past, k, v, mask, ones, fade, admitted)
         else:
             self.stored.open.append(chunk, even=True)
             out, lse, left = self._attend_token(asking, this, ATTENTION in asked)
-        memo = {} if left is None else {ATTENTION if appended else COLUMN_SUMS: left}
+        memo = {} if left is None else {ATTENTION if appended or fade is None else faded(fade): left}
         waits = this.defer and this.listen and any(map(self.method.listens, ("after_prefill", "after_decode")))
         queries, new = Queries(q, mask, lse, positions), None if appended else chunk
         decides = listening and not waits

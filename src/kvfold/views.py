@@ -1,6 +1,7 @@
 """What a method sees of one layer: its tokens, who asked for what, and lazily the attention between them."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,8 +17,19 @@ from kvfold.decisions import Amend, Decision, Keep, Propagate, Rewrite, Store
 from kvfold.formats import LOG_MASS, Chunk, Format, LateChunk
 from kvfold.rotation import Rope
 
-COLUMN_SUMS, SQUARE_SUMS, ATTENTION = "column_sums", "square_sums", "attention"
+COLUMN_SUMS, ATTENTION = "column_sums", "attention"
 """What a method may ask the forward pass to leave (`Method.asks`), as names in a view's memo."""
+
+
+def faded(fade: float) -> str:
+    """The name of column sums in which earlier queries count less; see `LayerView.column_sums`."""
+    return COLUMN_SUMS if fade == math.inf else f"{COLUMN_SUMS} {fade!r}"
+
+
+def fade_of(asked: Collection[str]) -> float | None:
+    """The `fade` of the column sums that are asked for, the first of several; None: of none."""
+    found = sorted(name.removeprefix(COLUMN_SUMS) for name in asked if name.startswith(COLUMN_SUMS))
+    return float(found[0] or math.inf) if found else None
 
 
 @dataclass(frozen=True)
@@ -230,16 +242,16 @@ class LayerView:
         grouped = chosen.view(b, h, hq // h, w, d)
         return ops.window_attention(grouped, self.keys, self.place.scale, seen, self.columns.get(LOG_MASS))
 
-    def column_sums(self, power: int = 1) -> Float[Tensor, "B H T"]:
+    def column_sums(self, fade: float = math.inf) -> Float[Tensor, "B H T"]:
         """The attention that each token got from all queries of this pass and group, summed; float32, 0 where empty.
 
-        `power`: of each probability, before the sum; 1 or 2.
+        `fade`: a query counts the less the further it is from the end of the text, exp(-distance / (fade * seen)).
         """
         self._need_queries()
-        name = (COLUMN_SUMS, SQUARE_SUMS)[power - 1]
+        name = faded(fade)
         if name not in self.memo:
             found = self.memo.get(ATTENTION)  # of all queries: what the kernel of a decode step leaves
-            self.memo[name] = self._column_sums(power) if found is None else found.pow(power).sum((2, 3))
+            self.memo[name] = self._column_sums(fade) if found is None else found.sum((2, 3))
         return self.memo[name].masked_fill(~self.valid, 0.0)
 
     def _need_queries(self) -> None:
@@ -249,22 +261,23 @@ class LayerView:
                 "or after_decode, and carry the scores in a column or in view.place.step"
             )
 
-    def _column_sums(self, power: int) -> Float[Tensor, "B H T"]:
+    def _column_sums(self, fade: float) -> Float[Tensor, "B H T"]:
+        seen = self.place.seen.to(self.valid.device)[:, None]
+        fading = (seen - 1 - self.queries.positions) / (fade * seen)  # B Q
         if self.rewritten or self.amended or self.place.compact:
             # The pass's log-sum-exp is not that of these keys as they stand: work out each block's own softmax.
             slots = torch.arange(self.new, device=self.valid.device).expand(self.keys.shape[0], -1)
-            blocks = (self._attention_of(block).pow(power).sum((2, 3)) for block in torch.split(slots, 64, dim=1))
-            return torch.stack(list(blocks)).sum(0)
+            shares = torch.exp(-fading)[:, None, None, :, None]
+            total = torch.zeros(self.valid.shape, device=self.valid.device)
+            for block in torch.split(slots, 64, dim=1):
+                total += (self._attention_of(block) * shares[..., block[0], :]).sum((2, 3))
+            return total
         lse = self.queries.lse.masked_fill(~self.queries.valid[:, None], torch.inf)
         start = self.queries.start
         if start is None:
             start = torch.full(self.keys.shape[:2], self.keys.shape[2] - self.new)
-        # A probability is exp(logit - lse): twice of all in the exponent is its square.
-        bias = self.columns.get(LOG_MASS)
-        return ops.column_sums(
-            self.queries.states, self.keys, power * lse, power * self.place.scale, start,
-            None if bias is None else power * bias,
-        )  # fmt: skip
+        lse = lse + fading[:, None]  # a probability is exp(logit - lse)
+        return ops.column_sums(self.queries.states, self.keys, lse, self.place.scale, start, self.columns.get(LOG_MASS))
 
     def apply(self, decision: Decision) -> "LayerView":
         """The view after a decision; what the next method of a composition sees, and what is stored in the end."""

@@ -1,5 +1,7 @@
 """Dense causal attention of a prompt over itself, with its log-sum-exp, in memory linear in T."""
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -17,13 +19,15 @@ def causal(
     scale: float,
     *,
     sums: bool = False,
+    fade: float = math.inf,
 ) -> tuple[Float[Tensor, "B Hq T Dv"], Float[Tensor, "B Hq T"], Float[Tensor, "B H T"] | None]:
     """Query i sees keys 0..i; query head h reads KV head h // (Hq / H). (out, lse in float32, column sums).
 
     The column sums are what each key got of all queries of its group, as `column_sums` gives them; None unless they
-    are asked for (`sums`) and the version can leave them at no more than a look.
+    are asked for (`sums`) and the version can leave them at no more than a look. `fade`: a query counts the less the
+    further it is from the last one, exp(-distance / (fade * T)).
     """
-    out: tuple[Tensor, Tensor, Tensor | None] = select("causal", q)(q, k, v, scale, sums)
+    out: tuple[Tensor, Tensor, Tensor | None] = select("causal", q)(q, k, v, scale, sums, fade)
     return out
 
 
@@ -35,6 +39,7 @@ def causal_rows(
     scale: float,
     *,
     sums: bool = False,
+    fade: float = math.inf,
 ) -> tuple[Float[Tensor, "B Hq T Dv"], Float[Tensor, "B Hq T"], Float[Tensor, "B H T"] | None]:
     """`causal` with padding: each row alone, without it, so that no T x T mask is made. A padded query: 0 and -inf."""
     out = q.new_zeros(*q.shape[:3], v.shape[3])
@@ -44,7 +49,7 @@ def causal_rows(
         here = valid[row].nonzero()[:, 0]
         if len(here):
             rows = slice(row, row + 1)
-            found = causal(q[rows, :, here], k[rows, :, here], v[rows, :, here], scale, sums=sums)
+            found = causal(q[rows, :, here], k[rows, :, here], v[rows, :, here], scale, sums=sums, fade=fade)
             out[rows, :, here], lse[rows, :, here] = found[:2]
             if total is None or found[2] is None:
                 total = None

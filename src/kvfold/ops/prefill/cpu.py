@@ -6,17 +6,19 @@ from torch import Tensor
 
 from kvfold.ops.cpu import bits, fits, floats, use_threads, widths_fit
 from kvfold.ops.dispatch import register
-from kvfold.ops.prefill import sdpa
+from kvfold.ops.prefill import naive, sdpa
 
 TILE_BYTES = 3 << 18
 """Logits of a tile: three quarters of the second cache of most cores."""
 
 
 @register("causal", "cpu", rank=20, fits=fits)
-def causal(q: Tensor, k: Tensor, v: Tensor, scale: float, sums: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def causal(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, sums: bool, fade: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
     (b, hq, t, d), (h, dv) = q.shape, (k.shape[1], v.shape[3])
     if not (widths_fit(d, dv) and fits(k) and fits(v)) or t == 0:
-        return sdpa.causal_cpu(q, k, v, scale, sums)
+        return sdpa.causal_cpu(q, k, v, scale, sums, fade)
     from kvfold.ops.prefill import cpu_kernels
 
     use_threads()
@@ -25,7 +27,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scale: float, sums: bool) -> tuple[T
     parts = torch.zeros(b * h, cpu_kernels.PARTS, t if sums else 0)
     cpu_kernels.causal(
         floats(q).reshape(b * h, hq // h, t, d), panels(k), floats(v).reshape(-1), np.float32(scale), tile(t),
-        out.numpy(), lse.numpy(), parts.numpy(),
+        naive.faded(t, fade, q.device).numpy(), out.numpy(), lse.numpy(), parts.numpy(),
     )  # fmt: skip
     total = parts.sum(1).view(b, h, t) if sums else None
     return out.to(q.dtype).view(b, hq, t, dv), lse.view(b, hq, t), total

@@ -63,10 +63,10 @@ def _add_columns(logits, weights, rows, width, stop, sums):
 
 @njit(nogil=True, parallel=True, cache=True, fastmath=FAST)
 @no_type_check
-def causal(q, keys, values, scale, tile, out, lse, sums):
+def causal(q, keys, values, scale, tile, shares, out, lse, sums):
     """q (N, G, T, D), N = (row, KV head); keys (N, panels, D, STRIP), values (N, T, Dv) flat; sums (N, PARTS, T or 0).
 
-    Query i sees keys 0 to i.
+    Query i sees keys 0 to i, and counts shares[i] in the sums.
     """
     n, g, t, d = q.shape
     dv = out.shape[3]
@@ -76,6 +76,7 @@ def causal(q, keys, values, scale, tile, out, lse, sums):
         here, part = task // PARTS, task % PARTS
         logits, queries = np.empty(tile * width, np.float32), np.empty(tile * d, np.float32)
         weights, acc = np.empty(tile, np.float32), np.empty(tile * dv, np.float32)
+        counted = np.empty(tile, np.float32)
         for index in range(part, tiles * g, PARTS):
             h, start = index % g, (index // g) * tile
             stop = min(t, start + tile)
@@ -95,9 +96,10 @@ def causal(q, keys, values, scale, tile, out, lse, sums):
                     total += weight
                 line[seen:stop] = f32(0.0)
                 weights[r] = f32(1.0) / total
+                counted[r] = weights[r] * shares[start + r]
                 lse[here, h, start + r] = top + f32(math.log(total))
             if sums.shape[2]:
-                _add_columns(logits, weights, rows, width, stop, sums[here, part])
+                _add_columns(logits, counted, rows, width, stop, sums[here, part])
             acc[:] = f32(0.0)
             for j in range(0, stop, CHUNK):
                 multiply(

@@ -10,14 +10,18 @@ from kvfold.ops.prefill import naive
 
 
 @register("causal", "sdpa", rank=10, fits=fits)
-def causal_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float, sums: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def causal_cpu(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, sums: bool, fade: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
     if k.shape[3] != v.shape[3]:
-        return naive.causal(q, k, v, scale, sums)
+        return naive.causal(q, k, v, scale, sums, fade)
     return *flash_cpu(q, k, v, is_causal=True, scale=scale), None
 
 
 @register("causal", "sdpa-cuda", rank=10, fits=lambda q: q.device.type == "cuda" and q.dtype in FLOATS)
-def causal_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float, sums: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def causal_cuda(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, sums: bool, fade: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The memory-efficient kernel: every dtype, and a log-sum-exp (padded to a multiple of 32 queries)."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)

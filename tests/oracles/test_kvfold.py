@@ -1,0 +1,143 @@
+"""The library's own method: a slow loop, exactness where tokens are alike, fading queries."""
+
+import math
+
+import pytest
+import torch
+
+import kvfold
+from kvfold.decisions import Keep
+from kvfold.formats import LOG_MASS
+from kvfold.methods.kvfold import SCORE, KVFold
+from models import feed, follow, subject, tokens
+from views import prompt_view, random_view
+
+
+def answers(view, decisions, queries):
+    """What queries (B, H, G, N, D) read of the view after the decisions."""
+    for decision in decisions or ():
+        view = view.apply(decision)
+    logits = torch.einsum("bhgnd,bhtd->bhgnt", queries, view.keys) * view.place.scale
+    if LOG_MASS in view.columns:
+        logits = logits + view.columns[LOG_MASS][:, :, None, None]
+    weights = logits.masked_fill(~view.valid[:, :, None, None], -torch.inf).softmax(-1)
+    return torch.einsum("bhgnt,bhtd->bhgnd", weights, view.values)
+
+
+@pytest.mark.parametrize("fade", [0.25, None])
+@pytest.mark.parametrize("norm", ["square", "norm", "none"])
+def test_against_a_slow_loop(fade, norm):
+    view = random_view(B=2, H=2, G=2, T=24, D=4, left_pad=(0, 5), seed=3)
+    method = KVFold(budget=8, recent=0.5, sinks=1, fade=fade, norm=norm, threshold=0.4)
+    after = view
+    for decision in method.after_prefill(view):
+        after = after.apply(decision)
+    attention = view.attention(24)
+    for row, pad in enumerate((0, 5)):
+        n = 24 - pad
+        for head in range(2):
+            k, v = view.keys[row, head, pad:], view.values[row, head, pad:]
+            a = torch.zeros(n)
+            reach = torch.zeros(n)
+            for i in range(n):
+                share = 1.0 if fade is None else math.exp(-(n - 1 - i) / (fade * n))
+                a += share * attention[row, head, :, pad + i, pad:].sum(0)
+                reach[: i + 1] += share
+            score = a * v.norm(dim=-1) ** {"square": 2, "norm": 1, "none": 0}[norm]
+            always = {0, n - 1, n - 2, n - 3, n - 4}
+            others = sorted((t for t in range(n) if t not in always), key=lambda t: -score[t])
+            kept = sorted(always | set(others[:3]))
+            assert view.positions[row, head][after.valid[row, head]].tolist() == kept
+            w = a / reach
+            sets = {c: [c] for c in kept}
+            for e in range(n):
+                if e in kept:
+                    continue
+                cosines = [float(torch.cosine_similarity(k[e], k[c], dim=0)) for c in kept]
+                best = max(range(8), key=lambda i: (cosines[i], -i))
+                if cosines[best] >= 0.4:
+                    sets[kept[best]].append(e)
+            assert any(len(members) > 1 for members in sets.values())
+            for c, members in sets.items():
+                total = sum(w[t] for t in members)
+                mean = sum(w[t] * v[t] for t in members) / total
+                torch.testing.assert_close(after.values[row, head, pad + c], mean)
+                assert torch.equal(after.keys[row, head, pad + c], k[c])
+                mass = after.columns[LOG_MASS][row, head, pad + c]
+                torch.testing.assert_close(mass, (total / w[c]).log(), atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(after.columns[SCORE][row, head, pad + c], total * reach[c])
+
+
+def test_twins_fold_without_loss():
+    """Of neighbours with equal keys and values one stays: what evicting the others loses, folding nearly keeps."""
+    generator = torch.Generator().manual_seed(5)
+    times = torch.tensor([1, 3] * 20)
+    k, v = (torch.randn(1, 1, 40, 8, generator=generator).repeat_interleave(times, 2) for _ in range(2))
+    view = prompt_view(torch.randn(1, 1, 80, 8, generator=generator), k, v)
+    later = torch.randn(1, 1, 1, 30, 8, generator=generator)
+    truth, first = answers(view, None, later), (times.cumsum(0) - times).tolist()
+
+    class Firsts(KVFold):  # the first of each set of equal tokens stays
+        def worth(self, view, attention):
+            return torch.isin(view.positions, torch.tensor(first)).float()
+
+    def error(threshold):
+        method = Firsts(budget=40, recent=0.0, sinks=0, threshold=threshold)
+        return float((answers(view, method.after_prefill(view), later) - truth).norm())
+
+    assert error(0.99) < 0.2 * error(2.0)
+
+
+def test_the_kernel_leaves_what_the_view_works_out():
+    """Also for a padded batch, whose rows each fade from their own end."""
+    model, prompt, found = subject("llama"), tokens(70, 43), []
+    for asking in ("kvfold(fade=0.3)", "full"):
+        cache, views = kvfold.Cache(model, asking), []
+        with cache.observed(views.append):
+            feed(model, cache, *prompt.values())
+        assert all(("column_sums 0.3" in view.memo) == (asking != "full") for view in views)
+        found.append([view.column_sums(0.3) for view in views])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_old_scores_fade_on_a_further_turn():
+    model, ids = subject("llama"), tokens(60)["input_ids"]
+    cache, scores = kvfold.Cache(model, "kvfold(budget=0.9, threshold=2.0)"), []
+    mask = torch.ones_like(ids)
+    feed(model, cache, ids[:, :40], mask[:, :40])
+    before = cache.paged[0].stored.tokens()[0]
+    old = dict(zip(before.positions[0, 0].tolist(), before.columns[SCORE][0, 0].tolist(), strict=True))
+    with cache.observed(lambda view: scores.append((view.positions, view.column_sums(0.25)))):
+        feed(model, cache, ids[:, 40:], mask)
+    after = cache.paged[0].stored.tokens()[0]
+    new = dict(zip(scores[0][0][0, 0].tolist(), scores[0][1][0, 0].tolist(), strict=True))
+    for position, score in zip(after.positions[0, 0].tolist(), after.columns[SCORE][0, 0].tolist(), strict=True):
+        expected = new[position] + old.get(position, 0.0) * math.exp(-20 / (0.25 * 60))
+        assert score == pytest.approx(expected, rel=1e-3)
+
+
+def test_nothing_folds_above_the_threshold():
+    view = random_view(T=30, seed=2)
+    decisions = KVFold(budget=10, threshold=2.0).after_prefill(view)
+    masks = [d for d in decisions if isinstance(d, Keep)]
+    assert masks[0].mask.sum() == 10 and not masks[0].columns[LOG_MASS].any()
+
+
+def test_mass_is_carried_through_turns():
+    model, prompt = subject("llama"), tokens(50, 31)
+    cache = kvfold.Cache(model, "kvfold(budget=12, threshold=-1.0)")
+    logits = follow(model, cache, *prompt.values(), torch.arange(5, 13).view(2, 4))
+    assert logits.isfinite().all()
+    stored = cache.paged[0].stored.tokens()[0]
+    assert (stored.columns[LOG_MASS][stored.valid] >= 0).all() and stored.columns[LOG_MASS].max() > 0
+
+
+def test_options():
+    for options, message in (
+        ({"budget": 0}, "budget=0"), ({"recent": 1.5}, "recent=1.5"), ({"sinks": -1}, "sinks=-1"),
+        ({"fade": 0.0}, "fade=0.0"), ({"threshold": 3.0}, "threshold=3.0"), ({"norm": "max"}, "norm='max'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            KVFold(**options)
+    assert kvfold.parse(str(kvfold.parse("kvfold", fade=None))) == KVFold(fade=None)
