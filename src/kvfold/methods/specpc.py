@@ -116,9 +116,8 @@ class SpecPC(Method):
         left = (self.neighbours - 1) // 2
         offsets = sorted(range(-left, self.neighbours - left), key=abs) if self.neighbours else [0]
         never = len(best) * len(offsets)
-        turn = torch.full(
-            (length,), never, device=device
-        )  # when each token is named first, the nearest neighbours first
+        # When each token is named first: every chosen one brings its neighbours, the nearest first.
+        turn = torch.full((length,), never, device=device)
         ranks = torch.arange(len(best), device=device) * len(offsets)
         for i, offset in enumerate(offsets):
             turn.scatter_reduce_(0, (best + offset).clamp(0, length - 1), ranks + i, "amin")
