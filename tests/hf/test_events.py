@@ -322,5 +322,7 @@ def test_one_prefill_for_many_methods(lengths):
         mask = prompt["attention_mask"]
         for step in steps.T:
             mask = grow(mask)
-            assert torch.equal(feed(model, own, step[:, None], mask), feed(model, adopted, step[:, None], mask))
+            # What a kernel leaves, and what is worked out again, may differ in the last bit of a weight.
+            expected = feed(model, own, step[:, None], mask)
+            torch.testing.assert_close(feed(model, adopted, step[:, None], mask), expected, atol=1e-4, rtol=0)
         assert [core.kept() for core in adopted.paged] == [core.kept() for core in own.paged]

@@ -157,7 +157,8 @@ def test_two_at_once_convert_once(store):
 
 
 @pytest.mark.slow
-def test_two_processes_convert_at_once(tmp_path, store):
+def test_two_processes_convert_at_once(tmp_path, store, monkeypatch):
+    monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "cache"))
     write_llama(tmp_path / "tiny.gguf")
     code = "import sys; from kvfold.hf.models import load; print(load(sys.argv[1])[0].dtype)"
     command = [sys.executable, "-c", code, str(tmp_path / "tiny.gguf")]

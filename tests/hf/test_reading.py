@@ -96,6 +96,14 @@ def test_turns_that_are_read_as_they_stand_and_turns_that_are_not():
         assert cache.kept(0)[row][0] == text
 
 
+def test_a_body_with_hooks_of_its_own_reads_once():
+    model, prompt = subject("llama"), tokens(30, 21)
+    kvfold.Cache(model.model, "full")
+    cache = kvfold.Cache(model, reading(ROWS))
+    feed(model, cache, *prompt.values())
+    assert len(cache.method.seen) == 1 and cache.paged[0].width == 6
+
+
 def test_chunks_are_cut_from_what_is_read():
     model, prompt = subject("llama"), tokens(30, 21)
     whole, parts = (kvfold.Cache(model, reading(TWICE), prefill_chunk=chunk) for chunk in (None, 16))

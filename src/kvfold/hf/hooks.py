@@ -96,7 +96,8 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
         cache._chunks = None  # of a call that failed
     if not cache.recording or cache._unheard is not None:
         cache.settle_pending()
-    other = reread(cache, args, kwargs)
+    # A body that was once given a cache of its own has these hooks, too.
+    other = reread(cache, args, kwargs) if module is cache.model else None
     if other is not None:
         kwargs = other
         args, changed = (), ((), kwargs)
