@@ -101,7 +101,7 @@ def measure(model, tokenizer, chat: Example, method: str, episodes: int, budget:
     for query in chat.queries:
         said = made.answer(f"{query.text.strip()} {query.prefix}".strip(), query.max_new_tokens)
         said = said.split("\n")[0]
-        f1.append(get_metric(query.metric)(said, query))
+        f1.append(get_metric(query.metric)(said, query)["score"])
         found.append(any(answer.lower() in said.lower() for answer in query.answers))
         print(f"{method} | {query.text.strip()[-60:]!r} | {said!r} | {query.answers}", file=sys.stderr)
     return {

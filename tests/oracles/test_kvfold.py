@@ -103,7 +103,7 @@ def test_the_kernel_leaves_what_the_view_works_out():
 
 def test_old_scores_fade_on_a_further_turn():
     model, ids = subject("llama"), tokens(60)["input_ids"]
-    cache, scores = kvfold.Cache(model, "kvfold(budget=0.9, threshold=2.0)"), []
+    cache, scores = kvfold.Cache(model, "kvfold(budget=0.9, fade=0.25, threshold=2.0)"), []
     mask = torch.ones_like(ids)
     feed(model, cache, ids[:, :40], mask[:, :40])
     before = cache.paged[0].stored.tokens()[0]

@@ -33,7 +33,7 @@ SCORE = "kvfold_score"
     options={
         "recent": "share of the budget for the most recent tokens",
         "sinks": "first tokens that always stay",
-        "fade": "how far back queries count (f), a share of the text: one that far from its end counts 1/e; None: all alike",
+        "fade": "how far back queries count (f), a share of the text: that far from its end 1/e; None: all alike",
         "threshold": "the cosine of two keys from which one token folds into the other; above 1: none does",
         "norm": 'what a value adds to its token\'s score: "square" of its norm, "norm", or "none"',
     },
@@ -54,7 +54,7 @@ class KVFold(Method):
     budget: Budget = 0.25
     recent: float = 0.5
     sinks: int = 4
-    fade: float | None = 0.25
+    fade: float | None = 0.1
     threshold: float = 0.6
     norm: str = "square"
 
