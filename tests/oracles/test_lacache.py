@@ -128,8 +128,8 @@ def slow_lacache(method: LaCache, layers: int, layer: int, size: int, feeds: lis
 )
 def test_against_a_loop(layers, span, overlap, sinks, size):
     method = LaCache(budget=size, span=span, overlap=overlap, sinks=sinks)
-    for layer in (0, 1, layers // 2, layers - 1):
-        for tokens in (size, size + 1, size + 9, 2 * size, 3 * size + 5):
+    for layer in (0, layers // 2, layers - 1):
+        for tokens in (size + 1, 2 * size, 3 * size + 5):
             assert streamed(method, layers, tokens, layer) == slow_lacache(method, layers, layer, size, [1] * tokens)
 
 
