@@ -127,7 +127,9 @@ class KVLayer:
         compact = Compact(self._need_rope()) if self.method.compact else None
         appended, listening = ones and q.shape[2] == 1 and not this.prefill, self._listening(this)
         asked = self.method.asks if listening or this.observe is not None else frozenset()
-        asking, admitted, fade = Asking(q, positions, scale, compact), None, fade_of(asked)
+        asking, admitted = Asking(q, positions, scale, compact), None
+        # A kernel counts the queries that came so far; where others ended before, the view counts places in the text.
+        fade = fade_of(asked) if narrow is None else None
         if not appended:
             admitted = self._admitted(hidden, mask, positions, this)
             chunk = chunk if admitted is None else chunk.but(admitted)
@@ -275,7 +277,7 @@ class KVLayer:
         """The new tokens as a chunk, and their text positions (B, Q)."""
         start = torch.from_numpy(self.seen).to(k.device)[:, None]
         step = torch.arange(k.shape[2], device=k.device) if ones else (mask.cumsum(1) - 1).clamp(min=0)
-        positions = (start + step if narrow is None else narrow.positions).to(torch.int32)
+        positions = (start + step if narrow is None else narrow.positions.to(k.device)).to(torch.int32)
         wide = positions[:, None].expand(-1, k.shape[1], -1)
         valid = mask[:, None].expand(-1, k.shape[1], -1)
         return Chunk(k.detach(), v.detach(), valid, {POSITION: wide}), positions

@@ -178,7 +178,9 @@ class LayerView:
         """The tokens that were there before this forward pass."""
         if not self.new:
             return self.valid
-        return self.valid & (self.positions < self.queries.positions[:, None, :1])
+        never = torch.iinfo(self.positions.dtype).max  # padding may have the position of any token
+        first = self.queries.positions.masked_fill(~self.queries.valid, never).amin(1)
+        return self.valid & (self.positions < first[:, None, None])
 
     @cached_property
     def _packed(self) -> Int[Tensor, "B H T"]:

@@ -110,6 +110,20 @@ def test_generate_beams_forks_and_files(name, tmp_path):
     assert torch.equal(feed(model, loaded, STEPS[:, 3:4], mask), expected)
 
 
+@pytest.mark.parametrize("behind", ["kvmerger(budget=0.5, skip=())", "keepkv(budget=0.5)", "kvfold(budget=0.5)"])
+def test_a_stage_behind_sees_each_row_as_if_alone(behind):
+    """Rows in which fewer tokens go on are filled up on the left; what fills them is nobody's position."""
+    model, prompt = subject("llama"), tokens(48, 17)
+    method = kvfold.parse(f"fastkv(budget=0.5, propagated=0.5, window=2, layer=0) | {behind}")
+    cache, forced = kvfold.Cache(model, method), torch.arange(5, 11).view(2, 3)
+    together = follow(model, cache, *prompt.values(), forced)
+    for row, length in enumerate((48, 17)):
+        alone, ids = kvfold.Cache(model, method), prompt["input_ids"][row : row + 1, -length:]
+        own = follow(model, alone, ids, torch.ones_like(ids), forced[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], own, atol=1e-4, rtol=0)
+        assert [cache.kept(layer)[row] for layer in range(3)] == [alone.kept(layer)[0] for layer in range(3)]
+
+
 def test_what_cannot_be():
     gpt = build("gpt2")
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no list of decoder layers"):

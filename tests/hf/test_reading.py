@@ -156,6 +156,8 @@ def test_what_cannot_be():
     model, prompt = subject("llama"), tokens(30, 21)
     with pytest.raises(ValueError, match="call the model with input_ids"), torch.no_grad():
         model(inputs_embeds=torch.zeros(1, 5, 64), past_key_values=kvfold.Cache(model, reading(ROWS)))
+    with pytest.raises(ValueError, match="arguments by name, but 2 came without"), torch.no_grad():
+        model(*prompt.values(), past_key_values=kvfold.Cache(model, reading(ROWS)))
     with pytest.raises(ValueError, match="can't give labels"), torch.no_grad():
         model(**prompt, labels=prompt["input_ids"], past_key_values=kvfold.Cache(model, reading(ROWS)))
     with pytest.raises(ValueError, match="no assisted decoding"):

@@ -36,14 +36,15 @@ def before_layer(
         changed["position_embeddings"] = tuple(_pick(part, narrow.columns) for part in kwargs["position_embeddings"])
         if isinstance(kwargs.get("position_ids"), Tensor):
             changed["position_ids"] = _pick(kwargs["position_ids"], narrow.columns)
-        changed["attention_mask"] = None if bool(narrow.valid.all()) else narrow.valid
+        changed["attention_mask"] = None if bool(narrow.valid.all()) else narrow.valid.to(states.device)
     if window is not None:
         changed["attention_mask"] = _window_mask(cache, window, states.shape[1], narrow, kwargs)
     return (states, *args[1:]), changed
 
 
 def _pick(x: Tensor, columns: Int[Tensor, "B N"]) -> Tensor:
-    """Columns of a (B or 1, T, ...) tensor, row by row."""
+    """Columns of a (B or 1, T, ...) tensor, row by row, on its device: layers may lie on several."""
+    columns = columns.to(x.device)
     wide = columns.view(*columns.shape, *[1] * (x.dim() - 2)).expand(*columns.shape, *x.shape[2:])
     picked: Tensor = x.expand(len(columns), *x.shape[1:]).gather(1, wide)
     return picked

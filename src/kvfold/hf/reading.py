@@ -104,6 +104,8 @@ def reread(cache: "Cache", args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     if cache.parts or not cache.paged or not cache.method.listens("read_order"):
         return None
     ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+    if len(args) > 1:
+        raise ValueError(f"method={cache.method} needs the model's arguments by name, but {len(args)} came without")
     if not isinstance(ids, Tensor):
         raise ValueError(f"method={cache.method} chooses among a prompt's tokens: call the model with input_ids")
     (rows, new), width = ids.shape, cache.paged[0].width

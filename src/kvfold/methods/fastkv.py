@@ -39,7 +39,8 @@ class FastKV(Scored):
     The hidden states of the tokens that do not go on end at that layer, so the later layers are faster by that share
     and their caches hold only what reached them; tokens keep their positions. Acts on every forward over several
     tokens (a prompt, a chunk, a further turn), on its new tokens; generated tokens pass all layers and are appended.
-    The logits of the tokens that end early are gone: only those of the last token are the prompt's.
+    The logits of the tokens that end early are gone: only those of the last token are the prompt's. Under assisted
+    decoding all of them go on.
     Differs from the code: no smaller share goes on than the budget keeps, so that budget 1.0 is the full cache.
     `layer` counts the model's layers; where it names a sliding window, the next layer above that is on pages is
     taken, else the last one; windows reach by text position.

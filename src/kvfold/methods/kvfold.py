@@ -18,6 +18,8 @@ from kvfold.scores import keep_top
 from kvfold.views import LayerView, faded
 
 SCORE = "kvfold_score"
+UNSEEN = 1e-9
+"""The mean attention of a token that nobody looked at: what folds into one would else outweigh all others."""
 
 
 @method(
@@ -75,7 +77,7 @@ class KVFold(Method):
     @property
     def far(self) -> float:
         """`fade` as a number."""
-        return math.inf if self.fade is None else self.fade
+        return math.inf if self.fade is None else float(self.fade)
 
     def after_prefill(self, view: LayerView) -> list[Decision] | None:
         if isinstance(self.budget, float) and self.budget == 1.0:
@@ -86,7 +88,7 @@ class KVFold(Method):
         home, cosine = nearest(view.valid & ~kept, kept, view.keys)
         home = torch.where(cosine >= self.threshold, home, at_home(home))
         reach = self.reach(view)
-        weight = (attention / reach).clamp(min=torch.finfo(torch.float32).tiny)
+        weight = (attention / reach).clamp(min=UNSEEN)
         total = over_set(weight, home)
         takes = home == at_home(home)
         columns = {
