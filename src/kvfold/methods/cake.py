@@ -11,7 +11,8 @@ from kvfold.methods._cascade import Cascade
 from kvfold.methods.base import method
 from kvfold.methods.scored import recent
 from kvfold.options import check_int, check_number
-from kvfold.scores import keep_top, smooth
+from kvfold.scores import keep_top
+from kvfold.scores.smoothed import smoothed
 from kvfold.views import LayerView
 
 
@@ -78,9 +79,7 @@ class CAKE(Cascade):
         return indicator, spread ** (1 / self.tau1) * shift ** (1 / self.tau2)
 
     def _smooth(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Float[Tensor, "B H T"]:
-        window = view.last(self.window)  # is nobody's neighbour, as empty slots are
-        scores = view.pack(scores.masked_fill(window | ~view.valid, 0.0))
-        return view.unpack(smooth(scores, self.kernel)).masked_fill(window, 0.0)
+        return smoothed(view, scores, view.last(self.window), self.kernel)
 
     def weights(self, signals: list[Tensor], free: Float[Tensor, " B"], layers: int) -> Shaped[Tensor, "B N"]:
         return torch.stack(signals, 1)

@@ -12,8 +12,8 @@ from kvfold.methods._calibrated import Table, check_table, filled, query_heads, 
 from kvfold.methods.base import method
 from kvfold.methods.scored import Scored, recent
 from kvfold.options import check_int
-from kvfold.scores import smooth
 from kvfold.scores.pooled import common
+from kvfold.scores.smoothed import smoothed
 from kvfold.views import LayerView
 
 
@@ -69,9 +69,7 @@ class CompressKV(Scored):
         chosen = torch.zeros(len(ranked)).index_fill(0, ranked[: self.first], 1.0).view(view.heads, -1)  # H G
         received = view.attention(self.window).sum(3)  # B H G T
         votes = common(view, torch.einsum("bhgt,hg->bht", received, chosen.to(received.device)), chosen.sum(1))
-        window = view.last(self.window)
-        votes = view.pack(votes.masked_fill(window | ~view.valid, 0.0))
-        return view.unpack(smooth(votes, self.kernel)).masked_fill(window, 0.0)
+        return smoothed(view, votes, view.last(self.window), self.kernel)
 
     def counts(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Int[Tensor, "B H"]:
         if isinstance(self.budget, float) and self.budget == 1.0:

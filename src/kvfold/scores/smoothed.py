@@ -8,7 +8,7 @@ from kvfold.views import LayerView
 
 
 def smoothed(
-    view: LayerView, votes: Float[Tensor, "B H T"], window: Bool[Tensor, "B H T"], kernel: int, pool: str
+    view: LayerView, votes: Float[Tensor, "B H T"], window: Bool[Tensor, "B H T"], kernel: int, pool: str = "avg"
 ) -> Float[Tensor, "B H T"]:
     """The votes of all tokens but those of `window`, each the mean (or maximum) of the `kernel` around it.
 
