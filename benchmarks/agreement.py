@@ -6,6 +6,7 @@
 Protocol: a document's first 1,024, 1,536 or 2,048 tokens (in turn) are read and compressed, without a question; its
 next 64 tokens are then fed, appended to what is kept, and every next-token distribution is compared with the
 full cache's. One exact prefill serves all methods and budgets of a document. Intervals: bootstrap over documents.
+What `--out` holds already is not run again: an interrupted run goes on, and a further method is added to the table.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,69 +68,104 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
+    kept = Results(args)
     model, tokenizer = kvfold.load(args.model, device=args.device)
     budgets = [float(b) for b in args.budgets.split(",")]
     methods = split_names(args.methods)
     cells = [(m, b) for m in methods for b in budgets]
-    results: dict[str, list[dict[str, object]]] = {f"{m}@{b}": [] for m, b in cells}
     started, done = time.perf_counter(), 0
     for name, text in documents(args.data):
+        if done == args.docs:
+            break
         context = CONTEXTS[done % len(CONTEXTS)]
         ids = tokenizer(text[: 12 * (context + args.tokens)], return_tensors="pt").input_ids[:, : context + args.tokens]
         if ids.shape[1] < context + args.tokens:
             continue
+        done += 1
+        missing = [cell for cell in cells if not kept.has(name, *cell)]
+        if not missing:
+            continue
         ids = ids.to(model.device)
-        chosen = [with_budget(m, b) for m, b in cells]
-        caches = [kvfold.Cache(model, method) for method in ["full", *chosen]]
+        caches = [kvfold.Cache(model, method) for method in ["full", *(with_budget(m, b) for m, b in missing)]]
         prompt, rest = ids[:, :context], ids[:, context:]
         prefill_many(model, {"input_ids": prompt}, caches, logits_to_keep=1)
         logits = []
         for cache in caches:
             with torch.no_grad(), cache.tentative():
                 logits.append(model(input_ids=rest, past_key_values=cache).logits[0])
-        for (m, b), cache, got in zip(cells, caches[1:], logits[1:], strict=True):
+        for (m, b), cache, got in zip(missing, caches[1:], logits[1:], strict=True):
             found = agreement(logits[0], got)
             held = cache.nbytes / caches[0].nbytes
-            results[f"{m}@{b}"].append(
-                {"doc": name, "context": context, "kl": found.kl, "top1": found.top1, "bytes": held}
-            )
-        done += 1
+            kept.add(m, b, {"doc": name, "context": context, "kl": found.kl, "top1": found.top1, "bytes": held})
+        kept.save()
         print(f"{done}/{args.docs} {name} ({time.perf_counter() - started:.0f} s)", file=sys.stderr)
-        if done == args.docs:
-            break
-    report(args, results, methods, budgets, done)
+    report(args.model, kept, methods, budgets, done)
 
 
-def report(
-    args: argparse.Namespace, results: dict[str, list[dict]], methods: list[str], budgets: list[float], docs: int
-) -> None:
-    """The table on standard output, everything in --out."""
-    print(f"\n{args.model}, {docs} documents, mean KL [95 %] / equal greedy tokens / KV bytes of full\n")
+class Results:
+    """What was measured, in `--out` after every document."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.path: Path | None = args.out
+        self.found: dict[str, list[dict[str, Any]]] = {}
+        self.about = {
+            "model": args.model, "tokens": args.tokens, "contexts": list(CONTEXTS), "device": args.device,
+            "versions": {name: version(name) for name in ("torch", "transformers")},
+        }  # fmt: skip
+        if self.path is not None and self.path.exists():
+            before = json.loads(self.path.read_text())
+            differs = [key for key, value in self.about.items() if before[key] != value]
+            if differs:
+                raise SystemExit(f"--out={self.path} holds results of another {', '.join(differs)}; name another file")
+            self.found = before["results"]
+
+    def of(self, method: str, budget: float) -> list[dict[str, Any]]:
+        """The documents of a method at a budget."""
+        return self.found.get(f"{method}@{budget}", [])
+
+    def has(self, doc: str, method: str, budget: float) -> bool:
+        """Whether a document was measured."""
+        return any(one["doc"] == doc for one in self.of(method, budget))
+
+    def add(self, method: str, budget: float, one: dict[str, Any]) -> None:
+        """Take in a document."""
+        self.found.setdefault(f"{method}@{budget}", []).append(one)
+
+    def save(self) -> None:
+        """Write the file whole."""
+        if self.path is None:
+            return
+        summary = {cell: summed(found) for cell, found in sorted(self.found.items())}
+        command = " ".join(["python", *sys.argv])
+        content = json.dumps({"command": command, **self.about, "summary": summary, "results": self.found}, indent=1)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(content)
+        temporary.replace(self.path)
+
+
+def summed(found: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over documents."""
+    kl, top1, held = ([float(r[key]) for r in found] for key in ("kl", "top1", "bytes"))
+    low, high = interval(kl)
+    return {
+        "documents": len(found), "kl": float(np.mean(kl)), "kl_low": low, "kl_high": high, "top1": float(np.mean(top1)),
+        "bytes_of_full": float(np.mean(held)),
+    }  # fmt: skip
+
+
+def report(model: str, kept: Results, methods: list[str], budgets: list[float], docs: int) -> None:
+    """The table on standard output."""
+    print(f"\n{model}, {docs} documents, mean KL [95 %] / equal greedy tokens / KV bytes of full\n")
     print("| method | " + " | ".join(f"{b:.0%}" for b in budgets) + " |")
     print("| --- |" + " --- |" * len(budgets))
-    summary = {}
     for m in methods:
         row = []
         for b in budgets:
-            found = results[f"{m}@{b}"]
-            kl, top1, held = ([float(r[key]) for r in found] for key in ("kl", "top1", "bytes"))
-            low, high = interval(kl)
-            row.append(f"{np.mean(kl):.3f} [{low:.3f}, {high:.3f}] / {np.mean(top1):.3f} / {np.mean(held):.3f}")
-            summary[f"{m}@{b}"] = {
-                "kl": float(np.mean(kl)), "kl_low": low, "kl_high": high, "top1": float(np.mean(top1)),
-                "bytes_of_full": float(np.mean(held)),
-            }  # fmt: skip
+            one = summed(kept.of(m, b))
+            interval = f"{one['kl']:.3f} [{one['kl_low']:.3f}, {one['kl_high']:.3f}]"
+            row.append(f"{interval} / {one['top1']:.3f} / {one['bytes_of_full']:.3f}")
         print(f"| {m} | " + " | ".join(row) + " |")
-    if args.out:
-        about = {
-            "command": " ".join(["python", *sys.argv]), "model": args.model, "documents": docs,
-            "tokens": args.tokens, "contexts": CONTEXTS, "device": args.device,
-            "versions": {name: version(name) for name in ("torch", "transformers")},
-        }  # fmt: skip
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = args.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps({**about, "summary": summary, "results": results}, indent=1))
-        temporary.replace(args.out)
 
 
 if __name__ == "__main__":
