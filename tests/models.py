@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
 
 from calibrated import calibrate
@@ -46,18 +46,40 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
          "num_experts_per_tok": 1, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
     ),
 }  # fmt: skip
+IMAGE, VIDEO = 96, 95
+VISION: dict[str, tuple[str, dict[str, Any]]] = {
+    "llava": (
+        "llava",
+        {"text_config": {"model_type": "llama"}, "image_token_index": IMAGE, "image_seq_length": 16,
+         "vision_config": {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48,
+                           "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 2}},
+    ),
+    "qwen2-vl": (
+        "qwen2_vl",
+        {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                                             "mrope_section": [2, 3, 3]}},
+         "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 94, "vision_end_token_id": 93,
+         "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2,
+                           "patch_size": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}},
+    ),
+}  # fmt: skip
+"""Models that read images of 8 by 8 pixels (16 tokens each); the second gives them places in a grid (M-RoPE)."""
 PAGED = ["llama", "qwen3", "mistral", "phi3", "gemma3"]
 """Families with layers of full attention, the sliding windows of some beside them."""
 
 
 def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A new model; the same name and seed give the same weights."""
-    kind, options = FAMILIES[name]
-    config = CONFIG_MAPPING[kind](**{**COMMON, **options})
+    kind, options = {**FAMILIES, **VISION}[name]
+    common: dict[str, Any] = {} if name in VISION else COMMON
+    if name in VISION:
+        options = {**options, "text_config": {**COMMON, **options["text_config"]}}
+    config = CONFIG_MAPPING[kind](**{**common, **options})
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     attn = "eager" if name == "gemma2" else "sdpa"  # transformers has no SDPA for capped logits
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn, dtype=torch.float32)
+    auto = AutoModelForImageTextToText if name in VISION else AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation=attn, dtype=torch.float32)
     torch.random.set_rng_state(state)
     calibrate(model, name)
     return model.to(dtype).eval()
@@ -88,6 +110,28 @@ def tokens(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
             ids[row, -length:] = torch.randint(3, VOCAB, (length,), generator=generator)
             mask[row, -length:] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def pictured(name: str, *rows: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
+    """Prompts with images as a left-padded batch: a row is texts of these lengths, with an image between each two."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = [[torch.randint(3, 90, (n,), generator=generator) for n in row] for row in rows]
+    image = torch.full((16,), IMAGE)
+    if name == "qwen2-vl":
+        image = torch.cat([torch.tensor([94]), image, torch.tensor([93])])
+    joined = [torch.cat([x for text in row for x in (image, text)][1:]) for row in texts]
+    width, count = max(map(len, joined)), sum(len(row) - 1 for row in rows)
+    ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in joined])
+    mask = torch.stack([torch.arange(width) >= width - len(row) for row in joined]).long()
+    given = {"input_ids": ids, "attention_mask": mask}
+    if name == "qwen2-vl":
+        given["mm_token_type_ids"] = (ids == IMAGE).int()
+    if not count:
+        return given
+    if name == "qwen2-vl":
+        pixels = torch.randn(count * 16 * 4, 3 * 2 * 2 * 2, generator=generator)  # by patches of 2 by 2, 2 frames
+        return {**given, "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 8, 8]] * count)}
+    return {**given, "pixel_values": torch.randn(count, 3, 8, 8, generator=generator)}
 
 
 def positions(mask: Tensor, new: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from kvfold.decisions import Amend, Keep, Rewrite, Store
 from kvfold.formats import LOG_MASS, Chunk, Dense
-from kvfold.merges import absorb, counted, log_over_set, nearest, over_set, rope_for, route, soft_match
+from kvfold.merges import absorb, counted, log_over_set, nearest, nearest_place, over_set, rope_for, route, soft_match
 from kvfold.methods.base import Method
 from kvfold.passes import Pass
 from views import prompt_view, random_view, run
@@ -49,6 +49,21 @@ def test_ties_go_to_the_earlier():
     keys = torch.tensor([[[[1.0, 0], [0, 1], [2, 0], [3, 0], [1, 0]]]])
     taking = torch.tensor([[[False, True, True, True, False]]])
     assert nearest(~taking, taking, keys)[0].tolist() == [[[2, 1, 2, 3, 2]]]
+
+
+def test_the_nearest_place_against_a_loop():
+    """Where the slots of the view are not those of the text: an earlier stage has left gaps."""
+    rng = torch.Generator().manual_seed(3)
+    positions = torch.rand(2, 3, 50, generator=rng).argsort(-1)[..., :29].sort(-1).values.int()
+    valid = torch.rand(2, 3, 29, generator=rng) < 0.9
+    taking = valid & (torch.rand(2, 3, 29, generator=rng) < 0.3)
+    taking[0, 1] = False
+    giving = valid & ~taking & (torch.rand(2, 3, 29, generator=rng) < 0.8)
+    home = nearest_place(positions, giving, taking)
+    for b, h, t in torch.ones_like(valid).nonzero().tolist():
+        takers = taking[b, h].nonzero()[:, 0].tolist() if giving[b, h, t] else []
+        near = min(takers, key=lambda c: (abs(int(positions[b, h, t] - positions[b, h, c])), c), default=t)
+        assert home[b, h, t] == near
 
 
 def test_soft_match_within_chunks():

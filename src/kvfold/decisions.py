@@ -1,6 +1,6 @@
 """What a method may decide about one layer's tokens. Decisions may differ for each (row, KV head)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from jaxtyping import Bool, Float, Int
@@ -66,4 +66,42 @@ class Propagate:
     mask: Bool[Tensor, "B Q"]
 
 
-Decision = Keep | Rewrite | Amend | Store | Propagate
+@dataclass(frozen=True)
+class Pair:
+    """Tokens that two layers both hold, slot by slot, and do not share yet: what a `Share` chooses from."""
+
+    lower: Chunk
+    upper: Chunk
+    """The same slots; only where `valid` do they hold the same tokens."""
+    valid: Bool[Tensor, "B H T"]
+    prompt: Bool[Tensor, "B H T"]
+    """Those of them that a prompt brought since the last time."""
+    state: Float[Tensor, "B N"] | None
+    """What was given back the last time; None: nothing yet."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Which tokens of a pair two layers share from now on, by which directions (unit vectors); the rest stay whole."""
+
+    mask: Bool[Tensor, "B H T"]
+    keys: Float[Tensor, "B H T D"]
+    values: Float[Tensor, "B H T Dv"]
+    state: Float[Tensor, "B N"]
+    """What is remembered of each row, and follows it."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Let a layer and the one at place `other`, before it, share what `choose` says of the tokens that both hold.
+
+    Made for the upper layer, after both are stored: after each prompt, and when a row has read `every` tokens more.
+    Two layers whose heads, head sizes or rotary embeddings differ stay as they are.
+    """
+
+    other: int
+    every: int
+    choose: Callable[[Pair], Shared]
+
+
+Decision = Keep | Rewrite | Amend | Store | Propagate | Share

@@ -12,7 +12,7 @@ from kvfold.attending import Asking
 from kvfold.decisions import Propagate
 from kvfold.formats import POSITION, Chunk, Dense, Format, Segment, join
 from kvfold.methods.base import Decisions, Method, decided
-from kvfold.passes import Mark, Narrow, Pass, narrowed
+from kvfold.passes import DEFERRED, Mark, Narrow, Pass, narrowed
 from kvfold.rotation import Compact, Rope
 from kvfold.stored import Stored, as_stored
 from kvfold.views import ATTENTION, HiddenView, LayerView, Place, Queries, fade_of, faded
@@ -72,8 +72,12 @@ class KVLayer:
     @property
     def nbytes(self) -> int:
         """Bytes of all that the layer holds, bookkeeping included."""
+        return self.bytes_beside(set())
+
+    def bytes_beside(self, counted: set[int]) -> int:
+        """`nbytes` without the page pools that another layer has `counted`."""
         clock = 0 if self._clock is None else self._clock.nbytes
-        return self.stored.nbytes + self.seen.nbytes + self.prompt.nbytes + clock
+        return self.stored.bytes_beside(counted) + self.seen.nbytes + self.prompt.nbytes + clock
 
     def dense_bytes(self, tokens: int | None = None) -> int:
         """Bytes of keys and values that a dense cache would hold for as many tokens; None: as this one has read."""
@@ -139,7 +143,7 @@ class KVLayer:
             self.stored.open.append(chunk, even=True)
             out, lse, left = self._attend_token(asking, this, ATTENTION in asked)
         memo = {} if left is None else {ATTENTION if appended or fade is None else faded(fade): left}
-        waits = this.defer and this.listen and any(map(self.method.listens, ("after_prefill", "after_decode")))
+        waits = this.defer and this.listen and any(map(self.method.listens, DEFERRED))
         queries, new = Queries(q, mask, lse, positions), None if appended else chunk
         decides = listening and not waits
         if decides or this.observe is not None:
@@ -235,6 +239,11 @@ class KVLayer:
             view = view.apply(decision)
         self.stored.commit(view, None)
 
+    def alike(self, other: "KVLayer") -> bool:
+        """Whether a token's keys and values mean the same kind of vector in both layers."""
+        frames = [(x.shape, x.dtype, x.device, x.rope, getattr(x._last[1], "use_rope", None)) for x in (self, other)]
+        return frames[0] == frames[1]
+
     def view(self, this: Pass) -> LayerView:
         """What is stored now; without queries."""
         assert self.shape is not None
@@ -329,7 +338,7 @@ class KVLayer:
         prompt, seen = torch.from_numpy(self.prompt), torch.from_numpy(self.seen)
         return Place(
             self.layer, self.ordinal, self.paged, self.depth, scale, prompt, seen, module, self.rope,
-            self.method.compact, this.step, this.token_ids,
+            self.method.compact, this.step, this.token_ids, this.images,
         )  # fmt: skip
 
     def _need_rope(self) -> Rope:

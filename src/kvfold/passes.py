@@ -9,7 +9,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from kvfold.decisions import Propagate
-from kvfold.views import Queries
+from kvfold.views import Images, Queries
+
+DEFERRED = ("after_prefill", "after_decode", "after_layer", "after_forward")
+"""Events that wait while assisted decoding may still take tokens back."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Pass:
     """Whether what looks like a draft is a further prompt, if no crop comes."""
     step: dict[str, Any] = field(default_factory=dict)
     token_ids: Int[Tensor, "B Q"] | None = None
+    images: Images | None = None
     mask: Tensor | None = None
     """The padding mask (B, W) over all columns read so far; None: no padding."""
     greedy: Int[Tensor, "B K"] | None = None
@@ -62,7 +66,7 @@ class Pass:
 def narrowed(wanted: Propagate, queries: Queries, layer: int) -> Narrow:
     """What `Propagate` at model layer `layer` says about a pass with these queries."""
     mask = wanted.mask & queries.valid
-    mask[:, -1] = queries.valid[:, -1]
+    mask |= queries.valid & (queries.valid.flip(1).cumsum(1).flip(1) == 1)  # each row's last
     number = max(1, int(mask.sum(1).max()))
     columns = torch.argsort(mask.byte(), dim=1, stable=True)[:, -number:]  # shorter rows are padded on the left
     valid, positions = mask.gather(1, columns), queries.positions.gather(1, columns)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvfold import ops
-from kvfold.formats import Chunk, DenseSegment, Format, Segment, join
+from kvfold.formats import Chunk, DenseSegment, Format, PagedSegment, Segment, join
 from kvfold.rotation import Compact
 from kvfold.views import LayerView
 
@@ -26,10 +26,13 @@ class Stored:
         assert isinstance(segment, DenseSegment)
         return segment
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all segments."""
-        return sum(segment.nbytes for _, segment in self.segments)
+    def bytes_beside(self, counted: set[int]) -> int:
+        """Bytes of all segments, without the pools that are `counted` (by id) already; ours are then, too."""
+        total = sum(segment.nbytes for _, segment in self.segments)
+        pools = [segment.pool for _, segment in self.segments if isinstance(segment, PagedSegment)]
+        total -= sum(pool.nbytes for pool in pools if id(pool) in counted)
+        counted |= {id(pool) for pool in pools}
+        return total
 
     @property
     def empty(self) -> bool:
@@ -133,6 +136,11 @@ class Stored:
                 here = {name: column[..., start:stop] for name, column in columns.items()}
                 segment.keep(keep[..., start:stop], here, slack=slack)
             start = stop
+
+    def unfold(self) -> None:
+        """Hold everything in the first segment, as it is read."""
+        tokens, _ = self.tokens()
+        self._replace(tokens, tokens.valid)
 
     def drop_from(self, limit: Int[Tensor, "B 1 1"]) -> None:
         """Drop the tokens whose text position is `limit` or later."""

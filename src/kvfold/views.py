@@ -19,6 +19,8 @@ from kvfold.rotation import Rope
 
 COLUMN_SUMS, ATTENTION = "column_sums", "attention"
 """What a method may ask the forward pass to leave (`Method.asks`), as names in a view's memo."""
+IMAGE = "image"
+"""Column (float32): 1 for a token that stands for a part of an image; of methods that carry it on."""
 
 
 def faded(fade: float) -> str:
@@ -56,6 +58,24 @@ class Queries:
 
 
 @dataclass(frozen=True)
+class Images:
+    """Which tokens of a forward pass stand for a part of an image or a video."""
+
+    start: Int[Tensor, " B"]
+    """Tokens that each row had read before."""
+    flags: Bool[Tensor, "B Q"]
+    """Of each row's n-th new token, padding not counted."""
+
+    def at(self, positions: Int[Tensor, "B H T"]) -> Bool[Tensor, "B H T"]:
+        """The flags by text position; False for what the pass did not bring."""
+        start, flags = self.start.to(positions.device), self.flags.to(positions.device)
+        which = positions.long() - start[:, None, None]
+        wide = flags[:, None].expand(-1, positions.shape[1], -1)
+        found = wide.gather(-1, which.clamp(min=0, max=flags.shape[1] - 1))
+        return found & (which >= 0) & (which < flags.shape[1])
+
+
+@dataclass(frozen=True)
 class Place:
     """Where in the model and in the text a view stands."""
 
@@ -79,6 +99,8 @@ class Place:
     step: dict[str, Any] = field(default_factory=dict)
     """Shared by the layers of one forward pass, dropped when it ends."""
     token_ids: Int[Tensor, "B Q"] | None = None
+    images: Images | None = None
+    """None: the model reads no images, or the pass brought no ids."""
 
     @property
     def layers(self) -> int:
@@ -152,6 +174,13 @@ class LayerView:
     def columns(self) -> Mapping[str, Tensor]:
         """Named numbers of each token, see `kvfold.formats`."""
         return self.tokens.columns
+
+    @property
+    def images(self) -> Bool[Tensor, "B H T"]:
+        """The tokens that stand for a part of an image: new ones by their ids, earlier ones by the column `IMAGE`."""
+        earlier = self.columns[IMAGE] > 0 if IMAGE in self.columns else torch.zeros_like(self.valid)
+        found = earlier if self.place.images is None else earlier | self.place.images.at(self.positions)
+        return found & self.valid
 
     @property
     def new(self) -> int:

@@ -26,7 +26,7 @@ def allowed(method, cache, budget, length: int) -> int:
         share = budget if isinstance(budget, float) else min(1.0, budget / length)
         weights = exempt_layers(cache.paged[0].paged[:2] + cache.paged[0].paged[-1:], layers, share)
     shares = allocate(budget, length, length, layers, heads, weights)
-    if method.info.slug == "tova":  # the heads of a layer keep the same tokens: the smallest share is everyone's
+    if method.info.slug in ("tova", "elastic-cache-vlm"):  # a layer's heads keep the same tokens: the smallest share
         return sum(min(row) * heads for row in shares)
     return sum(map(sum, shares))
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvfold.evaluation.agreement import agreement
+from kvfold.evaluation.agreement import agreement, divergence
 from kvfold.evaluation.chart import memory_against_agreement, save_chart
 from kvfold.evaluation.compare import Row, split_names, with_budget
 from kvfold.evaluation.prompts import build_prompt
@@ -27,6 +27,15 @@ def test_agreement_is_the_mean_kl_and_the_share_of_equal_tokens() -> None:
 def test_agreement_ignores_a_shift_of_the_logits() -> None:
     logits = torch.randn(5, 11)
     assert agreement(logits, logits + 3.0).kl == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_token_that_can_not_be_costs_nothing_where_the_other_has_none_either() -> None:
+    """A logit of -inf is a probability of 0, whose share of the sum is 0."""
+    full, other = torch.tensor([[0.5, 0.5, 0.0]]).log(), torch.tensor([[0.25, 0.75, 0.0]]).log()
+    assert agreement(full, other).kl == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75), abs=1e-6)
+    assert agreement(other, torch.zeros(1, 3)).kl == pytest.approx(0.25 * math.log(0.75) + 0.75 * math.log(2.25))
+    kl, same = divergence(full, other)
+    assert float(kl) == pytest.approx(agreement(full, other).kl) and float(same) == 0.0
 
 
 class Letters:

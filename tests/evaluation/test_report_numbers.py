@@ -1,6 +1,7 @@
 """The report's numbers, against slow loops over the same files."""
 
 import json
+import math
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvfold.evaluation.report import Report, make_report, read_results
-from kvfold.evaluation.report.cells import ALL_LENGTHS, ALL_TASKS, Cell
+from kvfold.evaluation.report.cells import ALL_LENGTHS, ALL_TASKS, Cell, choices
 from kvfold.evaluation.report.depths import depths_of, spots
 from kvfold.evaluation.report.drilldown import drilldown, kept_digits
 from kvfold.evaluation.report.page import embedded
@@ -127,14 +128,39 @@ def test_a_method_without_a_budget_is_ranked(tmp_path: Path):
 
 
 def test_paired_differences_add_up_to_the_difference_of_the_averages(report: Report):
-    from kvfold.evaluation.report.cells import choices
-
     one, other = Contender("kvmerger", 0.25), Contender("streamingllm", 0.25)
     for choice in choices(report.strata):
         total = sum(paired_differences(choice, one, other))
         mine, theirs = (cell(report, choice.task, choice.length, c.method, c.budget).score for c in (one, other))
         assert mine is not None and theirs is not None
         assert total == pytest.approx(mine - theirs)
+
+
+def test_an_example_weighs_in_the_test_as_in_the_average(tmp_path: Path):
+    """By its questions, or by its tokens where the metric pools those."""
+    folder = write_folder(tmp_path / "run", lengths=(256,), samples=5, tasks=("ruler/vt", "agreement"), failures=False)
+    for name in ("examples.jsonl", "results.jsonl"):
+        lines = [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+        for line in lines:
+            number = int(line["example"].rsplit("-", 1)[1])
+            line["queries"] = line["queries"] * (1 + 3 * (number % 2))
+            for each in line["queries"]:
+                if each.get("metric") == "agreement":
+                    each["metric"] = "perplexity"
+                if "tokens" in each.get("scores", ()):
+                    each["scores"] = each["scores"] | {"tokens": 10 ** (number % 3)}
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    report = make_report([folder])
+    one, other = Contender("kvmerger", 0.25), Contender("streamingllm", 0.25)
+    seen = []
+    for choice in choices(report.strata):
+        total = sum(paired_differences(choice, one, other))
+        mine, theirs = (cell(report, choice.task, choice.length, c.method, c.budget).score for c in (one, other))
+        assert mine is not None and theirs is not None
+        expected = math.log(mine / theirs) if choice.unit == "perplexity" else mine - theirs
+        assert total == pytest.approx(expected) and total
+        seen.append(choice.unit)
+    assert set(seen) == {"score", "perplexity"}
 
 
 def test_the_strong_win_and_the_weak_are_told_apart(tmp_path: Path):

@@ -2,14 +2,17 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import kvfold
 from kvfold.hf.fanout import prefill_many
 from kvfold.views import LayerView
-from models import build, tokens
+from models import build, follow, tokens
 
 
 def read(method: str = "full", length: int = 40, **options: object) -> tuple[torch.nn.Module, kvfold.Cache]:
@@ -40,6 +43,25 @@ def test_a_cache_is_not_pickled() -> None:
     _, cache = read()
     with pytest.raises(TypeError, match=r"cache\.save"):
         pickle.dumps(cache)
+
+
+class Narrower(TorchDispatchMode):
+    """Nothing is float64: there are devices that do not know it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        found = {each.dtype for each in tree_leaves(out) if isinstance(each, torch.Tensor)}
+        assert torch.float64 not in found, func
+        return out
+
+
+@pytest.mark.parametrize("method", ["kvfold", "kvfold(fade=None)", "d2o", "keepkv", "keepkv(alpha=0.0)"])
+def test_a_device_without_float64(method) -> None:
+    model, prompt = build("llama"), tokens(40, 31)
+    cache = kvfold.Cache(model, replace(kvfold.parse(method), budget=9))
+    with Narrower():
+        follow(model, cache, *prompt.values(), torch.arange(5, 9).view(2, 2))
+    assert 4 < cache.kept_tokens <= 11
 
 
 def test_dropping_a_cache_frees_it_at_once() -> None:

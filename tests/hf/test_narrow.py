@@ -124,6 +124,47 @@ def test_a_stage_behind_sees_each_row_as_if_alone(behind):
         assert [cache.kept(layer)[row] for layer in range(3)] == [alone.kept(layer)[0] for layer in range(3)]
 
 
+def rereading(*counts):
+    """A method that reads on, so many tokens in each row; and the queries that it saw, layer by layer."""
+    seen, ids = [], torch.arange(20, 20 + max(counts)).expand(len(counts), -1)
+    valid = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+
+    @kvfold.method("test-rereading", title="Rereading", kind="evict")
+    @dataclass(frozen=True)
+    class Rereading(Method):
+        def after_prompt(self, prompt):
+            prompt.read(ids, valid, lambda view: seen.append(view.queries))
+            return {}
+
+    return Rereading(), seen
+
+
+def test_what_is_read_behind_a_narrowed_window_does_not_see_its_padding():
+    model, prompt = subject("gemma3"), tokens(30, 21)
+    method, together = rereading(12, 7)
+    feed(model, kvfold.Cache(model, narrowing(1) | method), *prompt.values())
+    for row, (length, count) in enumerate(((30, 12), (21, 7))):
+        method, alone = rereading(count)
+        ids = prompt["input_ids"][row : row + 1, -length:]
+        feed(model, kvfold.Cache(model, narrowing(1) | method), ids, torch.ones_like(ids))
+        assert len(together) == len(alone) == 2
+        for ours, own in zip(together, alone, strict=True):
+            assert int(ours.valid[row].sum()) == count and own.valid.all()
+            torch.testing.assert_close(ours.states[row : row + 1, :, :count], own.states, atol=1e-4, rtol=0)
+
+
+def test_the_last_token_goes_on_though_padding_stands_behind_it():
+    model, prompt = subject("llama"), tokens(30, 21)
+    ids, mask = prompt["input_ids"].clone(), prompt["attention_mask"].flip(1)
+    ids[1] = ids[1].roll(21 - 30)
+    cache = kvfold.Cache(model, narrowing(0))
+    logits = feed(model, cache, ids, mask)[:, -1]
+    assert cache.kept(1)[1][0] == [0, 3, 6, 9, 12, 15, 18, 20]
+    for row, length in enumerate((30, 21)):
+        own = Slow(reference("llama"), 0).feed(prompt["input_ids"][row : row + 1, -length:], 0)
+        torch.testing.assert_close(logits[row : row + 1], own, atol=1e-4, rtol=0)
+
+
 def test_what_cannot_be():
     gpt = build("gpt2")
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no list of decoder layers"):

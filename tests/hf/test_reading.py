@@ -1,5 +1,6 @@
 """`read_order`: the model reads other tokens than it is given, and the caller need not know."""
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import kvfold
 from kvfold import Keep, Method
 from kvfold.hf.fanout import prefill_many
-from models import PAGED, dynamic, feed, follow, grow, reference, subject, tokens
+from models import PAGED, build, dynamic, feed, follow, grow, reference, subject, tokens
 
 pytestmark = pytest.mark.usefixtures("scratch_methods")
 STEPS = torch.arange(5, 17).view(2, 6)
@@ -150,6 +151,89 @@ def test_saved_and_loaded(name, tmp_path):
     mask = grow(prompt["attention_mask"], 4)
     assert torch.equal(feed(model, loaded, STEPS[:, 3:4], mask), feed(model, cache, STEPS[:, 3:4], mask))
     assert loaded.kept(cache.paged[0].layer) == cache.kept(cache.paged[0].layer)
+
+
+@contextmanager
+def failing(module, error):
+    """Calls of `module` raise."""
+
+    def fail(module, args):
+        raise error
+
+    hook = module.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("method", ["chosen", "full", "kvzip(budget=9)"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3-next"])
+def test_a_call_that_fails_before_any_layer_has_stored(name, method):
+    model, prompt = build(name), tokens(30, 30) if name == "qwen3-next" else tokens(30, 21)
+    caches = [kvfold.Cache(model, reading(ROWS) if method == "chosen" else method) for _ in range(2)]
+    layers, wide = model.model.layers, torch.ones(2, 35)
+    for place, error in ((layers[0], KeyboardInterrupt()), (model.get_input_embeddings(), MemoryError())):
+        with failing(place, error), pytest.raises(type(error)):
+            feed(model, caches[0], *prompt.values())
+        assert caches[0].get_seq_length() == 0 and caches[0].text_tokens is None
+    if name == "llama":
+        with pytest.raises(ValueError, match="attention_mask of shape"):
+            feed(model, caches[0], prompt["input_ids"], wide)
+    first, second = (follow(model, cache, *prompt.values(), STEPS[:, :2]) for cache in caches)
+    assert torch.equal(first, second)
+    mask = grow(prompt["attention_mask"], 3)
+    with failing(layers[0], KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):  # a generated token
+        feed(model, caches[0], STEPS[:, 2:3], mask)
+    assert caches[0].get_seq_length() == 32
+    assert torch.equal(*(feed(model, cache, STEPS[:, 2:3], mask) for cache in caches))
+
+
+@pytest.mark.parametrize("prefill_chunk", [None, 16])
+@pytest.mark.parametrize("rows", [ROWS, TWICE], ids=["fewer", "twice"])
+@pytest.mark.parametrize("where", ["a layer", "the last layer's end", "the head"])
+def test_a_call_that_fails_in_the_middle_says_so_until_the_cache_is_reset(where, rows, prefill_chunk):
+    model, prompt = build("gemma3"), tokens(30, 21)
+    layers = model.model.layers
+    place = {"a layer": layers[1], "the last layer's end": layers[-1].mlp, "the head": model.lm_head}[where]
+    cache, fresh = (kvfold.Cache(model, reading(rows), prefill_chunk=prefill_chunk) for _ in range(2))
+    want = follow(model, fresh, *prompt.values(), STEPS)
+    with failing(place, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        feed(model, cache, *prompt.values())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"failed when layers had already stored .* call cache.reset\(\)"):
+            feed(model, cache, *prompt.values())
+    cache.reset()
+    assert torch.equal(follow(model, cache, *prompt.values(), STEPS), want)
+
+
+def test_a_method_that_fails_when_the_prompt_is_over_has_failed_in_the_middle():
+    @kvfold.method("test-failing", title="Failing", kind="evict")
+    @dataclass(frozen=True)
+    class Failing(Method):
+        def after_prompt(self, prompt):
+            raise MemoryError
+
+    model, prompt = subject("llama"), tokens(30, 21)
+    cache = kvfold.Cache(model, Failing())
+    with pytest.raises(MemoryError):
+        feed(model, cache, *prompt.values())
+    with pytest.raises(RuntimeError, match=r"call cache\.reset"):
+        feed(model, cache, STEPS[:, :1], grow(prompt["attention_mask"]))
+
+
+def test_what_a_failed_call_left_can_be_cropped_away_and_a_tentative_one_leaves_nothing():
+    model, prompt = build("llama"), tokens(30, 21)
+    caches = [kvfold.Cache(model, "full") for _ in range(2)]
+    for cache in caches:
+        feed(model, cache, *prompt.values())
+    mask = grow(prompt["attention_mask"])
+    for last, undo in ((0, lambda: None), (1, lambda: caches[0].crop(30))):
+        block = nullcontext() if last else caches[0].tentative()
+        with block, failing(model.model.layers[1].mlp, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+            feed(model, caches[0], STEPS[:, :1], mask)
+        undo()
+    assert torch.equal(*(feed(model, cache, STEPS[:, :1], mask) for cache in caches))
 
 
 def test_what_cannot_be():

@@ -1,14 +1,18 @@
 """The library's own method: a slow loop, exactness where tokens are alike, fading queries."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import kvfold
+from kvfold import artefacts
 from kvfold.decisions import Keep
 from kvfold.formats import LOG_MASS
-from kvfold.methods.kvfold import SCORE, KVFold
+from kvfold.methods.kvfold import SCORE, KVFold, share
+from kvfold.scores import keep_top
+from kvfold.scores.reach import reach
 from models import feed, follow, subject, tokens
 from views import prompt_view, random_view
 
@@ -25,10 +29,11 @@ def answers(view, decisions, queries):
 
 
 @pytest.mark.parametrize("fade", [0.25, None])
-@pytest.mark.parametrize("norm", ["square", "norm", "none"])
-def test_against_a_slow_loop(fade, norm):
+@pytest.mark.parametrize(("norm", "window"), [("square", 3), ("norm", 0), ("none", 3)])
+def test_against_a_slow_loop(fade, norm, window):
     view = random_view(B=2, H=2, G=2, T=24, D=4, left_pad=(0, 5), seed=3)
-    method = KVFold(budget=8, recent=0.5, sinks=1, fade=fade, norm=norm, threshold=0.4)
+    options = {"recent": 0.5, "sinks": 1, "window": window, "kernel": 3, "votes": 2.0}
+    method = KVFold(budget=8, fade=fade, norm=norm, threshold=0.4, **options)
     after = view
     for decision in method.after_prefill(view):
         after = after.apply(decision)
@@ -43,9 +48,17 @@ def test_against_a_slow_loop(fade, norm):
                 share = 1.0 if fade is None else math.exp(-(n - 1 - i) / (fade * n))
                 a += share * attention[row, head, :, pad + i, pad:].sum(0)
                 reach[: i + 1] += share
-            score = a * v.norm(dim=-1) ** {"square": 2, "norm": 1, "none": 0}[norm]
-            always = {0, n - 1, n - 2, n - 3, n - 4}
-            others = sorted((t for t in range(n) if t not in always), key=lambda t: -score[t])
+            weight = v.norm(dim=-1) ** {"square": 2, "norm": 1, "none": 0}[norm]
+            always = {0, *range(n - 4, n)}
+            compete = [t for t in range(n) if t not in always]
+            score = a * weight / (a * weight)[compete].sum()
+            if window:
+                most = attention[row, head, :, -window:, pad:].amax((0, 1)) * weight
+                most[[t for t in range(n) if t in always or t >= n - window]] = 0.0
+                spread = torch.stack([most[max(0, t - 1) : t + 2].max() for t in range(n)])
+                spread[[t for t in range(n) if t in always or t >= n - window]] = 0.0
+                score = score + 2.0 * spread / spread.sum()
+            others = sorted(compete, key=lambda t: -score[t])
             kept = sorted(always | set(others[:3]))
             assert view.positions[row, head][after.valid[row, head]].tolist() == kept
             w = a / reach
@@ -117,6 +130,74 @@ def test_old_scores_fade_on_a_further_turn():
         assert score == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("first", [0, 6])
+@pytest.mark.parametrize("fade", [0.25, None, math.inf])
+def test_queries_that_never_came_are_not_counted(fade, first):
+    """Behind a layer where some of a prompt ended: of this pass those that came, of earlier ones all."""
+    view = random_view(B=2, H=2, T=24, left_pad=(0, 5), seed=3)
+    asked_at = view.queries.positions
+    came = view.queries.valid & (asked_at >= first) & ((asked_at % 3 == 0) | (asked_at == asked_at[:, -1:]))
+    narrowed = replace(view, queries=replace(view.queries, valid=came))
+    found = reach(narrowed, math.inf if fade is None else fade)
+    for row, pad in enumerate((0, 5)):
+        n = 24 - pad
+        for t in range(n):
+            asking = [i for i in range(t, n) if i < first or i % 3 == 0 or i == n - 1]
+            shares = [1.0 if fade is None else math.exp(-(n - 1 - i) / (fade * n)) for i in asking]
+            assert found[row, :, pad + t].tolist() == pytest.approx([sum(shares)] * 2, rel=1e-5)
+    assert found.isfinite().all() and (found >= 1).all()
+
+
+def test_the_best_quality_reads_the_prompt_again():
+    """A short prompt and no tokenizer: the second reading is the prompt once more, and nothing of it stays."""
+    model, prompt = subject("llama"), tokens(40)
+    method = KVFold(budget=12, quality="best", threshold=2.0, heads="even")
+    cache, once, twice = kvfold.Cache(model, method), [], []
+    feed(model, cache, *prompt.values())
+    for times, views in ((1, once), (2, twice)):
+        plain = kvfold.Cache(model, "full")
+        with plain.observed(views.append):
+            feed(model, plain, prompt["input_ids"].repeat(1, times), torch.ones(1, 40 * times, dtype=torch.long))
+    fast = kvfold.Cache(model, replace(method, quality="fast"))
+    feed(model, fast, *prompt.values())
+    assert [core.kept() for core in cache.paged] != [core.kept() for core in fast.paged]
+    for core, first, both in zip(cache.paged, once, twice, strict=True):
+        among = first.valid & ~method.always(first)
+        sums = both.attention(80)[:, :, :, 40:, :40].sum((2, 3)) * method.weight(first)
+        worth = method.worth(first, first.column_sums(0.1)) + share(sums, among)
+        expected = keep_top(first, worth, method.counts(first), method.always(first)).mask
+        assert core.kept()[0] == [mask.nonzero()[:, 0].tolist() for mask in expected[0]]
+        assert core.width == 40 and core.seen.tolist() == [40]
+
+
+def test_heads_share_the_budget_by_their_scores():
+    """Two thirds go by scores, one third to all alike: with a budget of 12 a head, 4 and the rest of 2 x 2 x 8."""
+    model, prompt = subject("llama"), tokens(60, 50)
+    layers, group = model.config.num_hidden_layers, model.config.num_attention_heads // 2
+    table = ((3.0,) * group + (1.0,) * group,) * layers
+    cache = kvfold.Cache(model, KVFold(budget=12, heads=table))
+    feed(model, cache, *prompt.values())
+    for core in cache.paged:
+        assert core.counts().tolist() == [[16, 8], [16, 8]]
+        assert all(
+            set(range(4)) | {end} <= set(head) for row, end in zip(core.kept(), (59, 49), strict=True) for head in row
+        )
+    with pytest.raises(ValueError, match="heads of kvfold has 1 layers"):
+        feed(model, kvfold.Cache(model, KVFold(budget=12, heads=table[:1])), *prompt.values())
+
+
+def test_calibrated_heads_are_found(tmp_path, monkeypatch):
+    model = subject("llama")
+    monkeypatch.setenv("KVFOLD_ARTEFACTS", str(tmp_path))
+    assert kvfold.Cache(model, "kvfold").method.heads == "even"
+    scores = [[float(layer + head) for head in range(4)] for layer in range(model.config.num_hidden_layers)]
+    about = {"fingerprint": artefacts.fingerprint(model), "name": "tiny"}
+    artefacts.save(artefacts.Artefact("headkv", about, {"reason": scores}, {}))
+    found = kvfold.Cache(model, "kvfold").method
+    assert found.heads == tuple(map(tuple, scores)) and kvfold.parse(str(found)) == found
+    assert kvfold.Cache(model, "kvfold(heads='even')").method.heads == "even"
+
+
 def test_nothing_folds_above_the_threshold():
     view = random_view(T=30, seed=2)
     decisions = KVFold(budget=10, threshold=2.0).after_prefill(view)
@@ -137,6 +218,8 @@ def test_options():
     for options, message in (
         ({"budget": 0}, "budget=0"), ({"recent": 1.5}, "recent=1.5"), ({"sinks": -1}, "sinks=-1"),
         ({"fade": 0.0}, "fade=0.0"), ({"threshold": 3.0}, "threshold=3.0"), ({"norm": "max"}, "norm='max'"),
+        ({"window": -1}, "window=-1"), ({"kernel": 4}, "kernel=4"), ({"votes": -1.0}, "votes=-1.0"),
+        ({"heads": "all"}, "heads='all'"), ({"heads": ((),)}, "heads="), ({"quality": "good"}, "quality='good'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             KVFold(**options)

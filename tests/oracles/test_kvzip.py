@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import kvfold
+from kvfold.methods._repeated import repeated
 from kvfold.methods.kvzip import SCORE, TINY, KVzip
 from models import build, feed, follow, grow, reference, subject, tokens
 from views import asked_view, prompt_view, random_view, top
@@ -87,6 +88,12 @@ def read(prompt, **options) -> kvfold.Cache:
     return cache
 
 
+def judged(method: KVzip, view, start: int, stop: int) -> torch.Tensor:
+    """The scores of the tokens from `start` to `stop` of a view whose last slots repeat them."""
+    part = view.valid & (view.positions >= start) & (view.positions < stop)
+    return method.judge(view, part)[..., start:stop]
+
+
 def test_oracle_3_scores_are_attention_and_chunks_do_not_meet():
     scores = columns(read(tokens(50), chunk=16), 0)
     assert (scores >= TINY).all() and (scores <= 1 + 1e-6).all()
@@ -94,12 +101,10 @@ def test_oracle_3_scores_are_attention_and_chunks_do_not_meet():
     view = replace(view, queries=view.queries.pick(torch.arange(30, 40)))
     keys = view.keys.clone()
     keys[:, :, 4:10], keys[:, :, 20:30] = 9.0, -9.0  # of other chunks
-    found = torch.zeros(2, 1, 2, 30)
-    for each, states in zip(found, (view.keys, keys), strict=True):
-        other = replace(view, tokens=replace(view.tokens, keys=states))
-        KVzip().judge(other, torch.tensor([[[10]]]), torch.tensor([[[20]]]), each)
-    assert torch.equal(found[0], found[1]) and (found[0, :, :, 10:20] > 0).all()
-    assert (found[0, :, :, :10] == 0).all() and (found[0, :, :, 20:] == 0).all()
+    found = [
+        judged(KVzip(), replace(view, tokens=replace(view.tokens, keys=states)), 10, 20) for states in (view.keys, keys)
+    ]
+    assert torch.equal(found[0], found[1]) and (found[0] > 0).all()
 
 
 def test_oracle_4_nothing_of_the_replay_stays():
@@ -121,7 +126,7 @@ def test_oracle_5_a_copying_head_beats_a_local_one():
     scores = []
     for logits in (copying, local):
         replay = Replay([asked_view(logits, 8)], torch.arange(8)[None])
-        scores.append(KVzip(prefix=0).repeated(replay, [replay[0]])[0][0, 0])
+        scores.append(repeated(replay, [replay[0]], KVzip(prefix=0).judge, 2000, 8)[0][0, 0])
     assert (scores[0] >= 0.99).all() and (scores[1] < 0.01).all()
     assert chosen(KVzip(budget=0.5, prefix=0), *(s.tolist() for s in scores)) == [[0, 1, 2, 3, 4, 5, 7], [7]]
 
@@ -152,7 +157,7 @@ def test_what_is_asked():
     views = [random_view(B=2, T=30)] * 3
     replay = Replay(views, ids, valid, words=[1, 2])
     seen = replace(replay[0], place=replace(replay[0].place, seen=valid.sum(1)))
-    KVzip(chunk=2, overlap=3).repeated(replay, [seen])
+    repeated(replay, [seen], KVzip().judge, chunk=2, overlap=3)
     assert replay.asked == [
         [1, 2, 5, 9, 10, 1, 2, 5, 20, 21],
         [1, 2, 9, 10, 5, 11, 12, 1, 2, 20, 21, 5, 22],
@@ -180,10 +185,10 @@ def slow_scores(view, stored: int, start: int, stop: int, prefix: int, head: int
 def test_scores_against_a_loop(start, stop, prefix):
     view = random_view(H=2, G=3, T=33, D=16, seed=start)
     view = replace(view, queries=view.queries.pick(torch.arange(20, 33)))
-    found = torch.zeros(1, 2, 20)
-    KVzip(prefix=prefix).judge(view, torch.tensor([[[start]]]), torch.tensor([[[stop]]]), found)
+    found = judged(KVzip(prefix=prefix), view, start, stop)
     for head in range(2):
-        assert_close(found[0, head], torch.tensor(slow_scores(view, 20, start, stop, prefix, head)))
+        slow = slow_scores(view, 20, start, stop, prefix, head)
+        assert_close(found[0, head], torch.tensor(slow[start:stop]))
 
 
 def test_the_choice_against_a_sort():

@@ -7,6 +7,7 @@ import torch
 
 from kvfold.budgets.allocate import allocate
 from kvfold.decisions import Keep
+from kvfold.formats import LOG_MASS
 from kvfold.methods.prefixkv import PrefixKV
 from kvfold.views import LayerView
 from stack import Stack
@@ -146,7 +147,38 @@ def test_in_decoding_a_short_text_grows_until_it_fills_the_budget():
     assert kept(PrefixKV(budget=5), step, "after_decode") == [[[0, 1, 3, 4, 5]]]
 
 
-@pytest.mark.parametrize("options", [{"sinks": -1}, {"distance": 0}, {"budget": 0}])
+def members(k: torch.Tensor, anchors: list[int]) -> list[torch.Tensor]:
+    """The mean of each anchor's bucket: itself and the tokens that are next to it in the text, ties to the earlier."""
+    near = [min(anchors, key=lambda c: (abs(t - c), c)) for t in range(len(k))]
+    return [k[[t for t, c in enumerate(near) if c == anchor]].mean(0) for anchor in anchors]
+
+
+def test_buckets_of_a_single_layer_are_means():
+    view = random_view(B=2, H=2, G=2, T=30, left_pad=(0, 7), seed=2)
+    plain, merged = Stack(PrefixKV(budget=9), [view]), Stack(PrefixKV(budget=9, merge="bucket"), [view])
+    assert merged.kept() == plain.kept() and torch.equal(plain.done[0].keys, view.keys)
+    for row in range(2):
+        alone, left = row_of(view, row), merged.done[0]
+        for head in range(2):
+            for got, states in ((left.keys, alone.keys), (left.values, alone.values)):
+                expected = members(states[0, head], merged.kept()[0][row][head])
+                torch.testing.assert_close(got[row, head][left.valid[row, head]], torch.stack(expected))
+
+
+def test_buckets_of_several_cuts_count_every_token_once():
+    views = [random_view(H=2, G=2, T=40, seed=i) for i in range(4)]
+    merged = Stack(PrefixKV(budget=8, merge="bucket", mass="counted"), views)
+    assert merged.kept() == Stack(PrefixKV(budget=8), views).kept()
+    for view, stack in zip(views, merged.done, strict=True):
+        many = stack.columns[LOG_MASS].exp().masked_fill(~stack.valid, 0.0)
+        torch.testing.assert_close(many.sum(-1), torch.full((1, 2), 40.0))
+        for states, whole in ((stack.keys, view.keys), (stack.values, view.values)):
+            torch.testing.assert_close((states * many[..., None]).sum(2), whole.sum(2), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"sinks": -1}, {"distance": 0}, {"budget": 0}, {"merge": "nearest"}, {"mass": "paper"}]
+)
 def test_bad_options(options):
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name}={value!r}"):

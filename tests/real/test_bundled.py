@@ -37,8 +37,8 @@ def needles(name: str, tokens: int, methods: list[tuple[str, dict[str, Any]]]) -
 
 
 def test_gemma_finds_every_needle() -> None:
-    """5 of 5 with the full cache at 3,600 tokens, 4 at half of it: sliding-window layers are left alone."""
-    full, half = needles("gemma3-270m", 3600, [("full", {}), ("snapkv", {"budget": 0.5})])
+    """5 of 5 with the full cache at 1,500 tokens, 4 at half of it: sliding-window layers are left alone."""
+    full, half = needles("gemma3-270m", 1500, [("full", {}), ("snapkv", {"budget": 0.5})])
     assert full == 5
     assert half >= 4
 
@@ -63,11 +63,12 @@ def test_run_frees_what_kvmerger_drops() -> None:
     held = {}
     for method in (["full"], ["kvmerger", "--budget", "0.35"]):
         words = ["run", "--model", "smollm2-135m-instruct", "--file", str(STORY), "--ask", "Who stole the stone?"]
-        command = [sys.executable, "-m", "kvfold", *words, "--json", "--max-new-tokens", "2", "--method", *method]
+        words += ["--context", "3000", "--json", "--max-new-tokens", "2", "--method", *method]
+        command = [sys.executable, "-m", "kvfold", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         held[method[0]] = json.loads(done.stdout)
     merger, full = held["kvmerger"], held["full"]
-    assert merger["prompt_tokens"] > 6000
+    assert merger["prompt_tokens"] > 2900
     assert merger["nbytes"] <= 0.37 * merger["dense_nbytes"]
     assert full["nbytes"] >= full["dense_nbytes"]
     saved = full["nbytes"] - merger["nbytes"]
@@ -75,13 +76,13 @@ def test_run_frees_what_kvmerger_drops() -> None:
     assert shrunk > 0.8 * saved
 
 
-@pytest.mark.parametrize("method", ["snapkv", "kvmerger(skip=())"])  # exempt layers hold more than an even share
-def test_a_prompt_of_8k_tokens_in_chunks_never_holds_more_than_1100(method: str) -> None:
+def test_a_prompt_of_8k_tokens_in_chunks_never_holds_more_than_1100() -> None:
     """Budget 512, chunks of 512: stored tokens and the chunk in hand, and the bytes between two chunks."""
     lm, tokenizer = model("smollm2-135m-instruct")
     ids = tokenizer(STORY.read_text() * 2, return_tensors="pt").input_ids[:, :8000]
     assert ids.shape[1] == 8000
-    cache = kvfold.Cache(lm, method, budget=512, prefill_chunk=512)
+    # With its exempt layers, KVMerger would hold more than an even share in those.
+    cache = kvfold.Cache(lm, "kvmerger(skip=())", budget=512, prefill_chunk=512)
     held: list[int] = []
     between: list[int] = []
 

@@ -148,6 +148,13 @@ def find(method: str, model: Any, path: str | os.PathLike[str] | None = None) ->
     return locate(method, model, path)[1]
 
 
+def has(method: str, model: Any) -> bool:
+    """Whether something was measured for `method` on `model`."""
+    key = fingerprint(model)
+    files = (_read(str(place), place.stat().st_mtime_ns) for place in _candidates(method))
+    return any(found.method == method and found.model["fingerprint"] == key for found in files)
+
+
 def locate(method: str, model: Any, path: str | os.PathLike[str] | None = None) -> tuple[str, Artefact]:
     """`find`, and where: a path, or "shipped:NAME", which another kvfold has, too, and which may be given as `path`."""
     name, key = name_of(model), fingerprint(model)

@@ -165,7 +165,7 @@ def fill_all(model: PreTrainedModel, caches: Sequence[HFCache], ids: Tensor) -> 
         for cache in caches:
             if isinstance(cache, Cache):
                 if cache is not base:
-                    cache.adopt(view)
+                    cache.adopt(view, wait=True)
             else:
                 cache.update(view.keys.clone(), view.values.clone(), view.place.layer)
 

@@ -235,7 +235,7 @@ def stored(
                 view = view.apply(decision)
         for real in place.step.get("asked", []):
             tokens = torch.minimum(tokens, real[0])
-    if view.formats:
+    if view.formats or method.shares_layers:
         raise ValueError(f"method={method} stores tokens in a format of its own, which a plan can't size yet")
     if "asked" not in place.step and (budget := getattr(method, "budget", None)) is not None:
         # A method that decides when all layers are done: its split is its own, the sum is the budget's.

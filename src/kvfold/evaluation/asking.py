@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvfold.evaluation.agreement import divergence
 from kvfold.evaluation.decoding import sync
 from kvfold.evaluation.examples import Example, Query
 from kvfold.evaluation.kept import kept_share
@@ -249,8 +250,7 @@ class Truth:
                 self._logs.append(log)
             true = self._logs[i]
             here = torch.tensor([i < n and (i > 0 or n == 1) for n in counts], device=log.device)
-            kl = (true.exp() * (true - log)).sum(-1).clamp(min=0.0)
-            same = (true.argmax(-1) == log.argmax(-1)).float()
+            kl, same = divergence(true, log)
             nll, nll_full = (-each.gather(1, targets[:, i : i + 1])[:, 0] for each in (log, true))
             sums.add_(torch.where(here, torch.stack([kl, same, nll, nll_full]), 0.0).double().cpu())
 

@@ -1,6 +1,21 @@
 """Formats: how a segment stores its tokens, and how it answers a query over them."""
 
 from kvfold.formats.dense import Dense, DenseSegment
+from kvfold.formats.depth import Depth, DepthSegment
+from kvfold.formats.paged import PagedSegment
 from kvfold.formats.segment import LOG_MASS, POSITION, Chunk, Format, LateChunk, Segment, join
 
-__all__ = ["LOG_MASS", "POSITION", "Chunk", "Dense", "DenseSegment", "Format", "LateChunk", "Segment", "join"]
+__all__ = [
+    "LOG_MASS",
+    "POSITION",
+    "Chunk",
+    "Dense",
+    "DenseSegment",
+    "Depth",
+    "DepthSegment",
+    "Format",
+    "LateChunk",
+    "PagedSegment",
+    "Segment",
+    "join",
+]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfold import ops
+from kvfold.formats.paged import PagedSegment
 from kvfold.formats.segment import LOG_MASS, POSITION, Chunk, LateChunk
 from kvfold.pages import PAGE_SIZE, PagePool, PageTable, Plane
 from kvfold.rotation import Compact
@@ -32,31 +33,12 @@ class Dense:
         return DenseSegment(table, heads=chunk.keys.shape[1], compute=chunk.keys.dtype)
 
 
-class DenseSegment:
-    """Tokens on pages, one row of the page table for each (sequence, KV head)."""
+class DenseSegment(PagedSegment):
+    """Keys and values as they are."""
 
     def __init__(self, table: PageTable, heads: int, compute: torch.dtype):
-        self.table = table
-        self.heads = heads
+        super().__init__(table, heads)
         self.compute = compute
-
-    @property
-    def pool(self) -> PagePool:
-        return self.table.pool
-
-    @property
-    def nbytes(self) -> int:
-        return self.pool.nbytes + self.table.nbytes
-
-    @property
-    def longest(self) -> int:
-        return self.table.longest
-
-    def counts(self) -> np.ndarray:
-        return self.table.counts.reshape(-1, self.heads)
-
-    def _rows(self, plane: Tensor) -> Tensor:
-        return plane.reshape(len(plane) // self.heads, self.heads, *plane.shape[1:])
 
     def attend(
         self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None,
@@ -115,17 +97,5 @@ class DenseSegment:
                 plane = self.pool.planes[name]
                 plane[pages, offsets] = new.flatten(0, 1)[some].to(plane.dtype)
 
-    def truncate(self, counts: np.ndarray, *, slack: bool = False) -> None:
-        self.table.cut(counts.reshape(-1))
-        self.table.trim(slack=slack)
-
     def select(self, rows: np.ndarray) -> "DenseSegment":
-        wide = (np.asarray(rows)[:, None] * self.heads + np.arange(self.heads)).reshape(-1)
-        return DenseSegment(self.table.select(wide), self.heads, self.compute)
-
-    def clear(self) -> None:
-        # To a pool of our own: in the one that a fork shares, our next tokens would lie in the other's memory for good.
-        self.table.restart()
-
-    def compact(self) -> None:
-        self.table.compact()
+        return DenseSegment(self._table_of(rows), self.heads, self.compute)

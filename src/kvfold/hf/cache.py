@@ -13,9 +13,10 @@ from transformers import Cache as HFCache
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from kvfold.hf.begun import Begun
 from kvfold.hf.hooks import use_kvfold, watch
-from kvfold.hf.late import Done, Prompt, greedy_of
-from kvfold.hf.layers import PagedLayer, WindowLayer, storage_bytes
+from kvfold.hf.late import Done, Prompt, carry_out, greedy_of
+from kvfold.hf.layers import PagedLayer, WindowLayer, held_bytes, storage_bytes
 from kvfold.hf.reading import Reading
 from kvfold.hf.report import Report, layer_report
 from kvfold.hf.rope import find_rope
@@ -25,7 +26,7 @@ from kvfold.methods.base import Decisions, Method
 from kvfold.methods.registry import parse
 from kvfold.options import check_int
 from kvfold.passes import Pass
-from kvfold.views import LayerView
+from kvfold.views import Images, LayerView
 
 
 class Cache(HFCache):
@@ -48,18 +49,18 @@ class Cache(HFCache):
         self.method = parse(method, **options)
         if prefill_chunk is not None:
             check_int("prefill_chunk", prefill_chunk, 2)
-        check_model(model)
+        check_model(model, self.method)
         self.model, self.prefill_chunk = model, prefill_chunk
-        self.recording, self.parts = False, False  # parts: inside a call that was split
+        self.recording, self.parts, self.listening, self._prefilling, self._at = False, False, True, False, -1
+        self._images: Images | None = None  # which tokens of the pass stand for images
         self.unread: PagedLayer | None = None
         self._chunks: tuple[nn.Module, list[Tensor]] | None = None  # a call that was split, the outputs so far
         self._pass: Pass | None = None
-        self._at = -1
+        self._begun: Begun | None = None  # a call of the model that is not over
         self._token_ids: Tensor | None = None
         self._mask: Tensor | None = None
         self.reading: Reading | None = None  # where a method gave the model other tokens to read than the caller did
         self._unheard: Pass | None = None  # a prompt's pass that is over, and whose `after_prompt` is not
-        self.listening, self._prefilling = True, False
         self._observe: Callable[[LayerView], None] | None = None
         super().__init__(layers=self._layers())
         if not self.paged:
@@ -103,9 +104,7 @@ class Cache(HFCache):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held: pages with their columns and tables, windows, recurrent states."""
-        return sum(
-            layer.core.nbytes if isinstance(layer, PagedLayer) else storage_bytes(layer) for layer in self.layers
-        )
+        return sum(held_bytes(self.layers))
 
     @property
     def dense_nbytes(self) -> int:
@@ -159,7 +158,7 @@ class Cache(HFCache):
             prefill, later = self.reads_prompt(tokens, ordinal), self.recording and self.paged[ordinal].width > 0
             self._pass = Pass(
                 prefill=prefill and not later, turn=prefill and later, listen=self.listening, defer=self.recording,
-                observe=self._observe, token_ids=self._token_ids, mask=self._mask,
+                observe=self._observe, token_ids=self._token_ids, mask=self._mask, images=self._images,
             )  # fmt: skip
         self._at = ordinal
         return self._pass
@@ -180,7 +179,7 @@ class Cache(HFCache):
 
     def finish(self, output: Any) -> None:
         """A forward pass is over: `after_prompt`, unless assisted decoding is to take some of the prompt back."""
-        this, self._token_ids, self._mask, self._pass = self._pass, None, None, None
+        this, self._token_ids, self._mask, self._images, self._pass = self._pass, None, None, None, None
         if this is not None and (this.prefill or this.turn) and this.listen and self.method.listens("after_prompt"):
             this.greedy, self._unheard = greedy_of(output, this), this
             if not this.defer:
@@ -193,7 +192,7 @@ class Cache(HFCache):
 
     def _carry_out(self, decisions: Mapping[int, Decisions], this: Pass) -> None:
         for ordinal, made in decisions.items():
-            self.paged[ordinal].decide(made, this)
+            carry_out(self.paged, ordinal, made, this)
 
     def check_consumed(self) -> None:
         """Raise RuntimeError if a layer got keys that no attention function has seen."""
@@ -216,7 +215,7 @@ class Cache(HFCache):
         others = [None if isinstance(x, PagedLayer) else copy.deepcopy(x) for x in self.layers]
         self._pass = None
         try:
-            with self._while(listening=False, _observe=observe, reading=self.reading):
+            with self._while(listening=False, _observe=observe, reading=self.reading, _begun=None):
                 yield
         finally:
             self._pass = None
@@ -258,25 +257,25 @@ class Cache(HFCache):
         """Whether `adopt` may fill this cache from another's pass: it reads prompts at once, and as they are."""
         return self.prefill_chunk is None and not self.method.own_prefill
 
-    def adopt(self, view: LayerView) -> None:
-        """Fill one layer of this empty cache from another cache's view of its first pass. See `prefill_many`."""
+    def adopt(self, view: LayerView, *, wait: bool = False) -> None:
+        """Fill one layer of this empty cache from another cache's view of its first pass. See `prefill_many`.
+
+        `wait`: `after_prompt` waits for `end_adoption`, which knows what the model says next.
+        """
         if self.method.own_prefill:
             raise ValueError(f"method={self.method} reads a prompt in its own way: it can't adopt another's prefill")
         core = self.paged[view.place.ordinal]
-        this = Pass(prefill=True, step=self._step_of(view), token_ids=view.place.token_ids, mask=view.queries.valid)
+        if core.ordinal == 0 or self._pass is None:
+            self._pass = Pass(prefill=True)  # for its step context, which the layers share
+        this = Pass(prefill=True, step=self._pass.step, mask=view.queries.valid)
+        this.token_ids, this.images = view.place.token_ids, view.place.images
         core.adopt(view, this)
         self.layers[core.layer].is_initialized = True
         self.leave(core.ordinal, this)
         if core.ordinal == len(self.paged) - 1 and self.method.listens("after_prompt"):
             self._unheard, self._pass = this, None
-            if len(self.paged) == len(self.layers):  # else when the windows are there: `settle_pending`
+            if not wait and len(self.paged) == len(self.layers):  # else when the windows are there: `settle_pending`
                 self._hear()
-
-    def _step_of(self, view: LayerView) -> dict[str, Any]:
-        """This cache's own step context for the pass that it adopts."""
-        if view.place.ordinal == 0 or self._pass is None:
-            self._pass = Pass(prefill=True)
-        return self._pass.step
 
     # -- the cache operations --------------------------------------------------------------------------------
 
@@ -329,8 +328,7 @@ class Cache(HFCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, side by side."""
         super().batch_repeat_interleave(repeats)
-        rows = torch.arange(self.batch_size) // repeats
-        self.reading = self.reading and self.reading.select(rows)
+        self.reading = self.reading and self.reading.select(torch.arange(self.batch_size) // repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows."""
@@ -347,7 +345,7 @@ class Cache(HFCache):
         # New layers: transformers' own keep the batch size and the past recording of what they have read.
         self.layers = self._layers()
         self._pass, self._at, self.recording, self.unread, self._chunks = None, -1, False, None, None
-        self._unheard, self.reading = None, None
+        self._unheard, self.reading, self._begun = None, None, None
 
     @property
     def batch_size(self) -> int:

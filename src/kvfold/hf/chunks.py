@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfold.hf.images import pixels_in
+
 WHOLE = ("output_attentions", "output_hidden_states", "labels")
 """What would need the whole prompt's states at once."""
 
@@ -38,6 +40,8 @@ def read_ahead(
         return None
     if len(args) > 1:
         raise ValueError(f"prefill_chunk={chunk} needs the model's arguments by name, but {len(args)} came without")
+    if (given := pixels_in(named)) is not None:
+        raise ValueError(f"prefill_chunk={chunk} can't split a prompt with images ({given})")
     for name in WHOLE:
         asked = named.get(name, getattr(module.config, name, None))
         if asked is not None and asked is not False:

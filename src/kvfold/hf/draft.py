@@ -55,7 +55,8 @@ def _words(tokenizer: Any) -> dict[str, int]:
 
 def end_tokens(model: PreTrainedModel) -> set[int]:
     """Tokens that end an answer."""
-    end = model.generation_config.eos_token_id if model.generation_config is not None else None
+    said = getattr(model, "generation_config", None) or model.config.get_text_config(decoder=True)
+    end = getattr(said, "eos_token_id", None)
     return set() if end is None else {end} if isinstance(end, int) else set(end)
 
 
@@ -85,18 +86,23 @@ def look_ahead(
 def go_on(
     model: PreTrainedModel, cache: Cache, first: Int[Tensor, "B 1"], mask: Bool[Tensor, "B W"], count: int
 ) -> Drafted:
-    """`first`, and what `model` says after it: at most `count` tokens. `mask`: which columns read so far are tokens."""
+    """`first`, and what `model` says after it: at most `count` tokens. `mask`: which columns read so far are tokens.
+
+    Where somebody observes, what is fed to a row that has ended is padding: no query of its views.
+    """
     ids, position = [first], mask.sum(1, keepdim=True)
     ends = torch.tensor(sorted(end_tokens(model)), dtype=first.dtype, device=first.device)
-    padded = not bool(mask.all())
+    watched, over = len(ends) > 0 and cache._observe is not None, torch.isin(first, ends)
+    masked = watched or not bool(mask.all())
     for step in range(1, count):
-        if len(ends) and step % LOOK == 0 and bool(torch.isin(torch.cat(ids, 1), ends).any(1).all()):
+        if len(ends) and (watched or step % LOOK == 0) and bool(over.all()):
             break
-        if padded:
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        given = {"attention_mask": mask.long()} if padded else {}
+        if masked:
+            mask = torch.cat([mask, ~over if watched else torch.ones_like(over)], 1)
+        given = {"attention_mask": mask.long()} if masked else {}
         out = model(input_ids=ids[-1], position_ids=position, past_key_values=cache, logits_to_keep=1, **given)
         ids.append(out.logits[:, -1:].argmax(-1))
+        over = over | torch.isin(ids[-1], ends)
         position = position + 1
     said = torch.cat(ids, 1)[:, :count]
     ended = torch.isin(said, ends).long()

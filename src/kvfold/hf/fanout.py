@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvfold.hf.cache import Cache
+from kvfold.hf.images import image_ids
 from kvfold.hf.layers import PagedLayer
 from kvfold.views import LayerView
 
@@ -25,10 +26,12 @@ def prefill_many(model: PreTrainedModel, inputs: dict[str, Tensor], caches: Sequ
             raise ValueError(f"a cache was made for another {type(cache.model).__name__} than the one that reads")
         if cache.get_seq_length():
             raise ValueError(f"a cache with {cache.get_seq_length()} tokens can't adopt a prefill; it must be empty")
+        if "images" in cache.method.asks and image_ids(model) and "input_ids" not in inputs:
+            raise ValueError(f"method={cache.method} must know which tokens are images: give input_ids")
 
     def hand_out(view: LayerView) -> None:
         for cache in caches:
-            cache.adopt(view)
+            cache.adopt(view, wait=True)
 
     base = Cache(model, "full")
     with torch.no_grad(), base.observed(hand_out):

@@ -1,5 +1,6 @@
 """Forward hooks on a model: its passes tell their cache what they read, in what order, and which tokens go on."""
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -7,7 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvfold.hf import attention
+from kvfold.hf.begun import begin, end, forgive
 from kvfold.hf.chunks import put_together, read_ahead
+from kvfold.hf.images import check_ids, find_images, image_ids, refuse_pixels
 from kvfold.hf.layers import PagedLayer
 from kvfold.hf.narrow import before_layer
 from kvfold.hf.reading import reread
@@ -39,6 +42,8 @@ def watch(model: PreTrainedModel, method: Method) -> None:
         watch_layers(model)
     if method.listens("admit"):
         watch_attention(model)
+    if "images" in method.asks and image_ids(model):
+        watch_text(model)
 
 
 def watch_layers(model: PreTrainedModel) -> None:
@@ -60,6 +65,20 @@ def watch_attention(model: PreTrainedModel) -> None:
             module.register_forward_pre_hook(_before_attention(index), with_kwargs=True)
             for index, module in attention_modules(model).items()
         )
+
+
+def watch_text(model: PreTrainedModel) -> None:
+    """Let the text decoder ask whether somebody has seen a prompt's ids: it gets embeddings where there are images."""
+    if not getattr(model, "_kvfold_text_hooks", None):
+        model._kvfold_text_hooks = (text_decoder(model).register_forward_pre_hook(_before_text, with_kwargs=True),)
+
+
+def _before_text(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    cache = _cache_of(kwargs)
+    if cache is not None and "images" in cache.method.asks and module is not cache.model:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        tokens = kwargs["inputs_embeds"] if tokens is None else tokens
+        check_ids(cache, tokens.shape[1])
 
 
 def _before_attention(index: int) -> Any:
@@ -89,18 +108,22 @@ def _before_layer(index: int) -> Any:
 
 def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     cache = _cache_of(kwargs)
-    if cache is None:
+    if cache is None or _inner(cache, module):
         return None
+    refuse_pixels(cache, kwargs)
     changed = None
+    if _outermost(cache, module):
+        forgive(cache)
     if cache._chunks is not None and cache._chunks[0] is module:
         cache._chunks = None  # of a call that failed
     if not cache.recording or cache._unheard is not None:
         cache.settle_pending()
-    # A body that was once given a cache of its own has these hooks, too.
-    other = reread(cache, args, kwargs) if module is cache.model else None
-    if other is not None:
-        kwargs = other
-        args, changed = (), ((), kwargs)
+    if _outermost(cache, module):
+        other, after = reread(cache, args, kwargs), cache.reading
+        if other is not None:
+            kwargs, after = other
+            args, changed = (), ((), kwargs)
+        cache._begun = begin(cache, after)
     if cache.prefill_chunk is not None:
         if cache.recording:
             raise ValueError(f"prefill_chunk={cache.prefill_chunk} can't be combined with assisted decoding")
@@ -111,16 +134,31 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
             args, changed = (), ((), kwargs)
             cache.settle_pending()
     ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+    if ids is None and module is not cache.model:
+        return changed  # the text decoder of the model that got the ids
     cache._token_ids, cache._pass = (ids if isinstance(ids, torch.Tensor) else None), None
     cache._mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+    cache._images = find_images(cache, cache._token_ids, cache._mask)
     return changed
 
 
 def _after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     cache = _cache_of(kwargs)
-    if cache is not None:
+    if cache is not None and not _inner(cache, module):
         cache.check_consumed()
-        if cache._chunks is not None and cache._chunks[0] is module:  # not the body, where the head was called
+        if cache._chunks is not None and cache._chunks[0] is module:
             kept, cache._chunks = cache._chunks[1], None
             put_together(output, kept)
-        cache.finish(output)
+        with end(cache) if _outermost(cache, module) else nullcontext():
+            chosen = isinstance(kwargs.get("logits_to_keep"), torch.Tensor)  # columns in an order that nobody knows
+            cache.finish(None if chosen else output)
+
+
+def _outermost(cache: "Cache", module: nn.Module) -> bool:
+    """Whether a call is the caller's own, not a chunk of one."""
+    return module is cache.model and not cache.parts
+
+
+def _inner(cache: "Cache", module: nn.Module) -> bool:
+    """Whether a call is a part of the model's: of a body that was once given a cache of its own, and so has hooks."""
+    return module is not cache.model and cache._begun is not None

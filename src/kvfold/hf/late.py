@@ -1,6 +1,6 @@
 """What a method's late events see: the layers that a pass has done with, and a prompt that can be read again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from kvfold.decisions import Share
 from kvfold.hf.rope import text_decoder
 from kvfold.layer import KVLayer
+from kvfold.methods.base import Decisions, decided
 from kvfold.passes import Pass
+from kvfold.sharing import share
 from kvfold.views import LayerView
 
 if TYPE_CHECKING:
@@ -69,7 +72,7 @@ class Prompt(Done):
     def _mask(self) -> Bool[Tensor, "B W"]:
         """Which of all columns read so far are not padding."""
         if self._this.mask is not None:
-            return self._this.mask.bool()
+            return self._this.mask.bool().to(self.ids.device)
         return torch.ones(len(self.ids), self._layers[0].width, dtype=torch.bool, device=self.ids.device)
 
     def encode(self, text: str) -> list[int]:
@@ -90,11 +93,12 @@ class Prompt(Done):
     def read(self, ids: Int[Tensor, "B N"], valid: Bool[Tensor, "B N"], observe: Callable[[LayerView], None]) -> None:
         """Run `ids` through the model as if they came next; `observe` gets every layer's view, then they are gone."""
         cache = self._cache
-        seen = torch.from_numpy(self._layers[0].seen).to(ids.device)[:, None]
-        with self._aside(observe), cache.prefilling():
+        seen, mask = torch.from_numpy(self._layers[0].seen).to(ids.device)[:, None], torch.cat([self._mask(), valid], 1)
+        # The body may have no hooks that tell the cache of the padding.
+        with self._aside(observe), cache.prefilling(), cache._while(_mask=mask):
             text_decoder(cache.model)(
                 input_ids=ids,
-                attention_mask=torch.cat([self._mask(), valid], 1).long(),
+                attention_mask=mask.long(),
                 position_ids=(seen + valid.cumsum(1) - 1).clamp(min=0),
                 past_key_values=cache,
                 use_cache=True,
@@ -120,19 +124,33 @@ class Prompt(Done):
         return ids, valid & reads
 
     def _next(self) -> Int[Tensor, "B 1"]:
-        """What the model says after the prompt, as the pass left it; of a prompt that was adopted, read again."""
-        cache, size, greedy = self._cache, self.ids.shape[1], self._this.greedy
-        last = (self.valid * torch.arange(1, size + 1, device=self.ids.device)).argmax(1, keepdim=True)
+        """What the model says after each row's last token: as the pass left it, else read again."""
+        size, greedy, valid = self.ids.shape[1], self._this.greedy, self.valid
+        last = (valid * torch.arange(1, size + 1, device=valid.device)).argmax(1, keepdim=True)
         if greedy is not None:
-            return greedy.gather(1, (last + greedy.shape[1] - size).clamp(min=0))
-        if len(cache.paged) < len(cache.layers):
-            raise ValueError(f"method={cache.method} looks ahead: call a model with a head, whose output has logits")
+            end = greedy.shape[1] - 1
+            # A row's last token stands in the last of the columns that go on; a row that brings nothing says nothing.
+            ends_there = ~valid.any(1, keepdim=True) if self._this.narrow is None else torch.ones_like(valid[:, :1])
+            at = torch.where(ends_there, end, last + end + 1 - size)
+            if bool((at >= 0).all()):
+                return greedy.to(at.device).gather(1, at)
+        return self._again(last)
+
+    def _again(self, last: Int[Tensor, "B 1"]) -> Int[Tensor, "B 1"]:
+        """What the model says when it reads each row's last token once more, which stands in these columns."""
+        cache = self._cache
+        if len(cache.paged) < len(cache.layers) or any((c.counts() < c.seen[:, None]).any() for c in cache.paged):
+            raise ValueError(
+                f"method={cache.method} looks ahead: call a model with a head, whose output has the logits of every "
+                "row's last token (logits_to_keep=0 for padding behind it)"
+            )
         fork = cache.fork()
         fork.recording = False
         seen = torch.from_numpy(self._layers[0].seen).to(last.device)[:, None]
+        mask = torch.cat([self._mask()[:, 1:], torch.ones_like(last, dtype=torch.bool)], 1)
         with fork.undecided():
             fork.crop(-1)
-            given = {"attention_mask": self._mask().long(), "position_ids": (seen - 1).clamp(min=0)}
+            given = {"attention_mask": mask.long(), "position_ids": (seen - 1).clamp(min=0)}
             out = cache.model(input_ids=self.ids.gather(1, last), past_key_values=fork, **given)
         found: Tensor = out.logits[:, -1:].argmax(-1)
         return found
@@ -150,12 +168,24 @@ class Prompt(Done):
             cache.prefill_chunk, cache.recording = before
 
 
+def carry_out(layers: Sequence[KVLayer], ordinal: int, decisions: Decisions, this: Pass) -> None:
+    """What a late event decided about one layer; then what it decided about that layer and another one."""
+    made, core = decided(decisions), layers[ordinal]
+    alone = [decision for decision in made if not isinstance(decision, Share)]
+    if alone:
+        core.decide(alone, this)
+    for decision in made:
+        if isinstance(decision, Share) and core.alike(layers[decision.other]):
+            share(layers[decision.other].stored, core.stored, decision, this.prefill, core.seen)
+
+
 def greedy_of(output: Any, this: Pass) -> Int[Tensor, "B K"] | None:
     """What a model would say after the last columns of a pass: of all of them, where the last may not be the text's."""
     logits = getattr(output, "logits", None)
     if logits is None:
         return None
-    every = this.defer or (this.mask is not None and not bool(this.mask[:, -1].all()))
+    padded = this.narrow is None and this.mask is not None and not bool(this.mask[:, -1].all())
+    every = this.defer or padded
     chosen: Tensor = (logits if every else logits[:, -1:]).detach().argmax(-1)
     return chosen
 

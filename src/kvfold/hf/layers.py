@@ -1,6 +1,7 @@
 """Cache layers as transformers wants them: paged layers that hand over to KVLayer, window layers that free memory."""
 
 import weakref
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -172,4 +173,12 @@ def storage_bytes(layer: Any) -> int:
     return sum(stores.values())
 
 
-__all__ = ["Owner", "PagedLayer", "WindowLayer", "storage_bytes", "tensors"]
+def held_bytes(layers: Sequence[Any]) -> list[int]:
+    """Bytes that each layer holds; what two of them share counts for the first."""
+    counted: set[int] = set()
+    return [
+        layer.core.bytes_beside(counted) if isinstance(layer, PagedLayer) else storage_bytes(layer) for layer in layers
+    ]
+
+
+__all__ = ["Owner", "PagedLayer", "WindowLayer", "held_bytes", "storage_bytes", "tensors"]

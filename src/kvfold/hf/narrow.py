@@ -38,7 +38,7 @@ def before_layer(
             changed["position_ids"] = _pick(kwargs["position_ids"], narrow.columns)
         changed["attention_mask"] = None if bool(narrow.valid.all()) else narrow.valid.to(states.device)
     if window is not None:
-        changed["attention_mask"] = _window_mask(cache, window, states.shape[1], narrow, kwargs)
+        changed["attention_mask"] = _window_mask(cache, window, states, narrow, kwargs)
     return (states, *args[1:]), changed
 
 
@@ -51,7 +51,7 @@ def _pick(x: Tensor, columns: Int[Tensor, "B N"]) -> Tensor:
 
 
 def _window_mask(
-    cache: "Cache", layer: WindowLayer, new: int, narrow: Narrow | None, kwargs: dict[str, Any]
+    cache: "Cache", layer: WindowLayer, states: Tensor, narrow: Narrow | None, kwargs: dict[str, Any]
 ) -> Bool[Tensor, "B 1 N K"]:
     """Which of a window's tokens each new one sees, by text position: slots no longer stand side by side in the text.
 
@@ -59,20 +59,21 @@ def _window_mask(
     """
     if cache.recording:
         raise ValueError(f"method={cache.method} has narrowed a window layer's text: no assisted decoding with it")
+    new, padding = states.shape[1], None if cache._mask is None else cache._mask.bool().to(states.device)
     if narrow is not None:
-        here = narrow.positions.long().masked_fill(~narrow.valid, -1)
+        here = narrow.positions.long().masked_fill(~narrow.valid, -1).to(states.device)
     else:
-        here = kwargs["position_ids"].expand(cache.batch_size, -1)
-        here = here if cache._mask is None else here.masked_fill(~cache._mask[:, -new:].bool(), -1)
+        here = kwargs["position_ids"].expand(cache.batch_size, -1).to(states.device)
+        here = here if padding is None else here.masked_fill(~padding[:, -new:], -1)
     held = layer.keys.shape[-2] if layer.is_initialized else 0
     before = layer.places
     if before is None:
         width = layer.cumulative_length
         before = torch.arange(width, device=here.device).expand(len(here), -1)
-        if cache._mask is not None:
-            valid = cache._mask[:, :width].bool()
+        if padding is not None:
+            valid = padding[:, :width]
             before = (valid.cumsum(1) - 1).masked_fill(~valid, -1)
-    there = torch.cat([before[:, before.shape[1] - held :], here], 1)
+    there = torch.cat([before.to(here.device)[:, before.shape[1] - held :], here], 1)
     gap = here[:, :, None] - there[:, None]
     seen = (there >= 0)[:, None] & (gap >= 0) & (gap < layer.sliding_window)
     own = torch.eye(new, dtype=torch.bool, device=here.device)

@@ -96,12 +96,14 @@ class Raw:
         return look_ahead(model, self.ids, self.valid, count, observe)
 
 
-def reread(cache: "Cache", args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The arguments of a call of the model with what is really to be read; None: what was given.
+def reread(cache: "Cache", args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Reading] | None:
+    """The arguments of a call of the model with what is really to be read, and the reading after it.
+
+    None: what was given.
 
     Raises ValueError where a prompt comes without ids, with labels, or under assisted decoding.
     """
-    if cache.parts or not cache.paged or not cache.method.listens("read_order"):
+    if not cache.paged or not cache.method.listens("read_order"):
         return None
     ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
     if len(args) > 1:
@@ -126,13 +128,13 @@ def reread(cache: "Cache", args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     if before is None:
         past = everyone[:, :1].expand(-1, width) if given is None else given[:, :-new]
         before = Reading.plain(past)
-    cache.reading, taken = before.read(valid, order)
+    after, taken = before.read(valid, order)
     there = taken >= 0
     changed = {name: value for name, value in kwargs.items() if name != "cache_position"}
     for name in ("input_ids", "token_type_ids"):
         value = ids if name == "input_ids" else kwargs.get(name)
         if isinstance(value, Tensor) and value.shape == ids.shape:
             changed[name] = value.gather(1, taken.clamp(min=0))
-    changed["attention_mask"] = cache.reading.valid.long()
+    changed["attention_mask"] = after.valid.long()
     changed["position_ids"] = (before.valid.sum(1, keepdim=True) + there.cumsum(1) - 1).clamp(min=0)
-    return changed
+    return changed, after

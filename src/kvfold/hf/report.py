@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from rich.console import Console
 from rich.table import Table
 
-from kvfold.hf.layers import storage_bytes
+from kvfold.hf.layers import held_bytes
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,14 @@ class Reportable(Protocol):
 
 
 def layer_report(cache: Reportable) -> Report:
-    """The report of a cache; layers that are not on pages have no token counts per head."""
+    """The report of a cache; layers that are not on pages have no token counts per head.
+
+    What two layers share counts for the lower.
+    """
     rows = []
-    for index, layer in enumerate(cache.layers):
+    for index, (layer, held) in enumerate(zip(cache.layers, held_bytes(cache.layers), strict=True)):
         core = getattr(layer, "core", None)
         if core is None:
-            held = storage_bytes(layer)
             kind = "window" if getattr(layer, "is_sliding", False) else "state"
             keys = getattr(layer, "keys", None)
             length = 0 if keys is None or keys.dim() < 3 else keys.shape[-2]
@@ -95,5 +97,5 @@ def layer_report(cache: Reportable) -> Report:
             least, most = (int(counts.min()), int(counts.max())) if some else (0, 0)
             mean = float(counts.mean()) if some else 0.0
             dense = core.dense_bytes(cache.text_tokens)
-            rows.append(LayerReport(index, "paged", mean, least, most, core.nbytes, dense))
+            rows.append(LayerReport(index, "paged", mean, least, most, held, dense))
     return Report(str(cache.method), cache.nbytes, cache.dense_nbytes, tuple(rows))

@@ -38,8 +38,23 @@ def text_decoder(model: nn.Module) -> nn.Module:
     return found if isinstance(found, nn.Module) else model
 
 
+def has_grid_positions(model: Any) -> bool:
+    """Whether the parts of an image have places in a grid (M-RoPE): RoPE's positions are then not those of the text.
+
+    In a text model alone all axes count the same, and they are.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "rope_parameters", None) or {}
+    return config is not model.config and isinstance(kinds, dict) and "mrope_section" in kinds
+
+
 def find_rope(model: nn.Module, attention: nn.Module | None, layer_type: str) -> ModelRope | None:
-    """The rotary embedding of a layer, or None: no rotary module, or one whose angles depend on the text's length."""
+    """The rotary embedding of a layer, or None where it can't move tokens by their place in the text.
+
+    There is no rotary module, its angles depend on the text's length, or images have positions of their own.
+    """
+    if has_grid_positions(model):
+        return None
     rotary = next((m for m in text_decoder(model).modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
     apply: Any = attention and getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if rotary is None or apply is None:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from kvfold.formats import Chunk, Dense
+from kvfold.formats import Chunk, Dense, Depth, DepthSegment
 from kvfold.hf.layers import PagedLayer, WindowLayer
 from kvfold.hf.reading import Reading
+from kvfold.hf.store_depth import load_depth, own_planes, save_depth
 from kvfold.layer import KVLayer
 
 if TYPE_CHECKING:
@@ -76,9 +77,10 @@ def save(cache: "Cache", path: str | os.PathLike[str]) -> None:
     cache.settle_pending()  # a decision that waits for assisted decoding's crop would be lost
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
+    written: dict[str, DepthSegment] = {}
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, PagedLayer):
-            layers.append(_save_paged(layer.core, f"{index}", tensors))
+            layers.append(_save_paged(layer.core, f"{index}", tensors, written))
         elif isinstance(layer, DynamicSlidingWindowLayer):
             if layer.is_initialized:
                 tensors[f"{index}.keys"] = layer.keys.contiguous()
@@ -112,11 +114,16 @@ def save(cache: "Cache", path: str | os.PathLike[str]) -> None:
         raise
 
 
-def _save_paged(core: KVLayer, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _save_paged(
+    core: KVLayer, prefix: str, tensors: dict[str, Tensor], written: dict[str, DepthSegment]
+) -> dict[str, Any]:
     formats = []
     for number, (form, segment) in enumerate(core.segments):
+        if isinstance(form, Depth) and isinstance(segment, DepthSegment):
+            formats.append(save_depth(form, segment, f"{prefix}.{number}", tensors, written))
+            continue
         if not isinstance(form, Dense):
-            raise ValueError(f"layer {core.layer} holds a segment of format {form!r}; only dense ones can be saved")
+            raise ValueError(f"layer {core.layer} holds a segment of format {form!r}, which can't be saved")
         segment.keep(
             segment.dense().valid, {}
         )  # no gaps, so that this cache goes on in the same order as the loaded one
@@ -160,10 +167,11 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel) -> "Cache":
     for index, state in enumerate(header["layers"]):
         if state["kind"] == "paged":
             _check_layer(here, index, state, tensors)
+    made: dict[str, DepthSegment] = {}
     for index, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
         device = _device(model, index)
         if state["kind"] == "paged":
-            _load_paged(layer.core, f"{index}", state, tensors, device)
+            _load_paged(layer.core, f"{index}", state, tensors, device, made)
             layer.is_initialized = layer.core.width > 0
         elif f"{index}.keys" in tensors:
             keys, values = (tensors[f"{index}.{name}"].to(device) for name in ("keys", "values"))
@@ -221,17 +229,20 @@ def _check_layer(here: str, index: int, state: dict[str, Any], tensors: dict[str
     heads, *sizes = state["shape"]
     for number, form in enumerate(state["formats"]):
         counts = np.array(form["counts"], dtype=np.int64).reshape(-1, heads)
-        for name, size in zip(("keys", "values"), sizes, strict=True):
-            wanted = (int(counts.sum()), size), form["dtype"] or state["dtype"]
-            plane = tensors.get(f"{index}.{number}.{name}")
+        place, dtype = form.get("of") or f"{index}.{number}", form["dtype"] or state["dtype"]
+        total = int(counts.sum())
+        planes = {name: ((total, size), dtype) for name, size in zip(("keys", "values"), sizes, strict=True)}
+        for name, wanted in {**planes, **own_planes(form, total)}.items():
+            plane = tensors.get(f"{place}.{name}")
             found = None if plane is None else (tuple(plane.shape), str(plane.dtype).removeprefix("torch."))
             if found != wanted or len(counts) != len(state["seen"]):
                 raise ValueError(f"{here} is damaged: layer {index} has {name} {found} where its header says {wanted}")
 
 
 def _load_paged(
-    core: KVLayer, prefix: str, state: dict[str, Any], tensors: dict[str, Tensor], device: torch.device
-) -> None:
+    core: KVLayer, prefix: str, state: dict[str, Any], tensors: dict[str, Tensor], device: torch.device,
+    made: dict[str, DepthSegment],
+) -> None:  # fmt: skip
     core.seen, core.prompt = (
         np.array(state["seen"], dtype=np.int64),
         np.array(state["prompt"], dtype=np.int64),
@@ -239,6 +250,10 @@ def _load_paged(
     core.width, core.device = state["width"], device
     core.dtype = getattr(torch, state["dtype"])
     for number, form in enumerate(state["formats"]):
+        if "side" in form:
+            sizes, dtype = state["shape"], core.dtype
+            core.segments.append(load_depth(form, f"{prefix}.{number}", tensors, sizes, dtype, device, made))
+            continue
         counts = torch.tensor(form["counts"])
         valid = torch.arange(int(counts.max()) if counts.numel() else 0) < counts[..., None]
         planes = {name.split(".", 2)[2]: t for name, t in tensors.items() if name.startswith(f"{prefix}.{number}.")}
@@ -250,7 +265,7 @@ def _load_paged(
             dense[name] = dense[name].to(device)
         columns = {name: plane for name, plane in dense.items() if name not in ("keys", "values")}
         tokens = Chunk(dense["keys"], dense["values"], valid.to(device), columns)
-        made = Dense(getattr(torch, form["dtype"]) if form["dtype"] else None, form["page_size"])
+        dense_form = Dense(getattr(torch, form["dtype"]) if form["dtype"] else None, form["page_size"])
         core.shape = (valid.shape[1], tokens.keys.shape[3], tokens.values.shape[3])
-        core.segments.append((made, made.segment(tokens)))
+        core.segments.append((dense_form, dense_form.segment(tokens)))
         core.segments[-1][1].append(tokens, even=bool(valid.all()))

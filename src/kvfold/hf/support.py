@@ -6,19 +6,22 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from kvfold.hf.rope import has_grid_positions, text_decoder
+from kvfold.methods.base import Method
+
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Attention modules by layer index."""
+    """Attention modules by layer index; those of a vision tower hold nothing that is cached."""
     found: dict[int, nn.Module] = {}
-    for module in model.modules():
+    for module in text_decoder(model).modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and type(module).__name__.endswith("Attention"):
             found.setdefault(index, module)
     return found
 
 
-def check_model(model: Any) -> None:
-    """Raise ValueError unless kvfold can attend for this model; the message says which part is missing."""
+def check_model(model: Any, method: Method | None = None) -> None:
+    """Raise ValueError unless kvfold can attend for this model, and `method` with it; the message says what lacks."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model={type(model).__name__} is not a transformers PreTrainedModel")
     name = type(model).__name__
@@ -33,6 +36,9 @@ def check_model(model: Any) -> None:
         raise ValueError(f"{name} caps its logits (attn_logit_softcapping), which kvfold does not support yet")
     if any(getattr(module, "sinks", None) is not None for module in attention_modules(model).values()):
         raise ValueError(f"{name} attends with learned sinks, which kvfold does not support yet")
+    reads_on = method is not None and (method.listens("read_order") or method.listens("after_prompt"))
+    if reads_on and has_grid_positions(model):
+        raise ValueError(f"method={method} reads text on at its own positions, and {name} gives images others (M-RoPE)")
     for layer in DynamicCache(config=config).layers:
         if not (isinstance(layer, CacheLayerMixin) or hasattr(layer, "conv_states")):
             raise ValueError(f"{name} has cache layers of type {type(layer).__name__}, which kvfold does not know")

@@ -13,9 +13,10 @@ from kvfold.merges.absorb import (
     rope_for,
     take,
 )
+from kvfold.merges.by_attention import fold_by_attention
 from kvfold.merges.chain import chain_links, sets_of
 from kvfold.merges.fold import Folded, fold_sets
-from kvfold.merges.route import nearest, soft_match
+from kvfold.merges.route import nearest, nearest_place, soft_match
 
 __all__ = [
     "FRAMES",
@@ -25,11 +26,13 @@ __all__ = [
     "chain_links",
     "counted",
     "few",
+    "fold_by_attention",
     "fold_sets",
     "log_mass",
     "log_over_set",
     "mixed",
     "nearest",
+    "nearest_place",
     "over_set",
     "rope_for",
     "sets_of",

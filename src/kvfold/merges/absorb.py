@@ -104,6 +104,7 @@ def rope_for(view: LayerView, frame: str) -> Rope | None:
         return None
     if view.place.rope is None:
         raise ValueError(
-            f"frame={frame!r} needs the model's RoPE, and layer {view.place.layer} has none; use 'rotated'"
+            f"frame={frame!r} needs the model's RoPE, and layer {view.place.layer} has none that it could use; "
+            "use 'rotated'"
         )
     return view.place.rope

@@ -1,4 +1,4 @@
-"""Where a dropped token goes: to the most similar one that stays, or to its best match within a chunk."""
+"""Where a dropped token goes: to the most similar one that stays, the nearest in the text, or a match in its chunk."""
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,20 @@ def nearest(giving: Bool[Tensor, "B H T"], taking: Bool[Tensor, "B H T"], *state
         home.scatter_(2, some, torch.where(found, takers.gather(2, first), home.gather(2, some)))
         similarity.scatter_(2, some, torch.where(found, best, none))
     return home, similarity
+
+
+def nearest_place(
+    positions: Int[Tensor, "B H T"], giving: Bool[Tensor, "B H T"], taking: Bool[Tensor, "B H T"]
+) -> Int[Tensor, "B H T"]:
+    """Each slot's home: for those of `giving` the slot of `taking` next to them in the text, the earlier at a tie."""
+    slots, last = at_home(giving), giving.shape[-1] - 1
+    before = torch.where(taking, slots, -1).cummax(-1).values
+    behind = torch.where(taking, slots, last + 1).flip(-1).cummin(-1).values.flip(-1)
+    here, never = positions.long(), torch.iinfo(torch.int64).max
+    back = (here - here.gather(-1, before.clamp(min=0))).masked_fill(before < 0, never)
+    ahead = (here.gather(-1, behind.clamp(max=last)) - here).masked_fill(behind > last, never)
+    near = torch.where(back <= ahead, before, behind)
+    return torch.where(giving & taking.any(-1, keepdim=True), near, slots)
 
 
 def soft_match(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvfold.budgets.layers import share_out, tokens_each
 from kvfold.decisions import Keep
-from kvfold.methods.base import CacheView
+from kvfold.methods.base import CacheView, Decisions
 from kvfold.methods.scored import Scored
 from kvfold.scores import keep_top
 from kvfold.views import LayerView, Place
@@ -91,7 +91,11 @@ class Cascade(Scored):
     def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
         raise NotImplementedError
 
-    def after_prefill(self, view: LayerView) -> Keep:
+    def cut(self, view: LayerView, kept: Keep) -> Decisions:
+        """What is decided about a layer of which `kept` is to stay."""
+        return kept
+
+    def after_prefill(self, view: LayerView) -> Decisions:  # type: ignore[override]
         if isinstance(self.budget, float) and self.budget == 1.0:
             return Keep(view.valid)
         scores, signal = self.measure(view)
@@ -105,9 +109,10 @@ class Cascade(Scored):
                 layer.held = np.minimum(layer.held, np.ceil(room - 1e-6))
             mine.stored = mine.held
             counts = torch.minimum(counts, _tokens(mine.held, counts))
-        return Keep(keep_top(view, scores, counts, self.always(view, counts)).mask, self.carried(view, scores))
+        kept = keep_top(view, scores, counts, self.always(view, counts)).mask
+        return self.cut(view, Keep(kept, self.carried(view, scores)))
 
-    def after_layer(self, cache: CacheView, ordinal: int) -> Mapping[int, Keep]:
+    def after_layer(self, cache: CacheView, ordinal: int) -> Mapping[int, Decisions]:
         found: dict[int, Found] = cache.step.get(self.info.slug, {})
         if ordinal not in found:
             return {}
@@ -122,12 +127,13 @@ class Cascade(Scored):
             over = sum(layer.stored for layer in done) - np.asarray(self._each(place)) * place.layers
             if (over <= self.spare(done[-1].whole)).all():
                 return {}
-        decisions = {}
+        decisions: dict[int, Decisions] = {}
         for i, layer in enumerate(done):
             if last or (layer.held < layer.stored).any():
                 view = cache[i]
                 counts = view.budget(self.budget, shares) if last else _tokens(layer.held, view.count)
-                decisions[i] = keep_top(view, view.columns[self.column], counts, self.always(view, counts))
+                kept = keep_top(view, view.columns[self.column], counts, self.always(view, counts))
+                decisions[i] = self.cut(view, kept)
                 layer.stored = layer.held
         return decisions
 
@@ -139,7 +145,8 @@ class Cascade(Scored):
         each, layers = self._each(place), place.layers
         fixed = np.minimum(each, self.fixed)
         free = np.asarray(each) - fixed
-        weights = self.weights([layer.signal for layer in done], torch.from_numpy(free), layers).double().cpu().numpy()
+        signals = [layer.signal.to(done[0].signal.device) for layer in done]  # layers may lie on several
+        weights = self.weights(signals, torch.from_numpy(free), layers).cpu().numpy().astype(np.float64)
         held = np.stack([layer.held for layer in done], 1)
         rows = zip(weights, free * layers, held - fixed[:, None], strict=True)
         shares: np.ndarray = fixed[:, None] + np.stack([share_out(w, total, caps.clip(0)) for w, total, caps in rows])

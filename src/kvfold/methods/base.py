@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_chec
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kvfold.decisions import Decision, Read
+from kvfold.decisions import Decision, Read, Share
 
 if TYPE_CHECKING:
     from kvfold.views import HiddenView, LayerView
@@ -108,10 +108,13 @@ class Method:
     """Read keys at consecutive slots instead of text positions (needs the model's RoPE)."""
     asks: frozenset[str] = frozenset()
     """What the pass's own attention kernels should leave for the events, where they can at no more than a look:
-    "column_sums" of a prompt (`view.column_sums()`), "attention" of a generated token (`view.attention(1)`)."""
+    "column_sums" of a prompt (`view.column_sums()`), "attention" of a generated token (`view.attention(1)`). "images":
+    it must know which tokens stand for images (`view.images`), so that a prompt without ids is refused."""
 
     narrows: bool = False
     """Whether `after_prefill` may return `Propagate`."""
+    shares_layers: bool = False
+    """Whether its late events may return `Share`: two layers then hold memory in common."""
 
     @property
     def own_prefill(self) -> bool:
@@ -288,6 +291,11 @@ class Pipeline(Method):
         """Whether a stage lets only some tokens go on."""
         return any(stage.narrows for stage in self.stages)
 
+    @property
+    def shares_layers(self) -> bool:  # type: ignore[override]
+        """Whether a stage lets layers hold memory in common."""
+        return any(stage.shares_layers for stage in self.stages)
+
     def listens(self, event: str) -> bool:
         return any(stage.listens(event) for stage in self.stages)
 
@@ -334,10 +342,12 @@ class Pipeline(Method):
     def _gather(maps: Iterator[Mapping[int, Decisions]]) -> dict[int, list[Decision]]:
         done: dict[int, list[Decision]] = {}
         for found in maps:
-            clash = [ordinal for ordinal in found if ordinal in done]
-            if clash:
-                raise ValueError(f"two stages decide about layer {clash[0]} in the same event; compose one of them")
-            done |= {ordinal: list(decided(decisions)) for ordinal, decisions in found.items()}
+            for ordinal, decisions in found.items():
+                made, before = decided(decisions), done.setdefault(ordinal, [])
+                # What two layers share is chosen when each has its own tokens: that goes with any decision.
+                if all(any(not isinstance(decision, Share) for decision in some) for some in (made, before)):
+                    raise ValueError(f"two stages decide about layer {ordinal} in the same event; compose one of them")
+                before += made
         return done
 
     def __str__(self) -> str:

@@ -87,7 +87,8 @@ class D2O(Method):
         found: dict[int, Tensor] = cache.step.get(self.info.slug, {})
         if len(found) < len(cache):
             return {}
-        signals = torch.stack([found[i] for i in range(len(cache))], 1).double().cpu().numpy()
+        each = [found[i].to(found[0].device) for i in range(len(cache))]  # layers may lie on several
+        signals = torch.stack(each, 1).cpu().numpy().astype(np.float64)
         decisions = {}
         for i in range(len(cache)):
             view = cache[i]

@@ -78,8 +78,8 @@ class DynamicKV(Cascade):
         return np.zeros_like(newest)  # what the paper holds over the budget are the layers since the last refresh
 
     def weights(self, signals: list[Tensor], free: Float[Tensor, " B"], layers: int) -> Shaped[Tensor, "B N"]:
-        best = free.to(signals[0].device) * signals[0].shape[1] * len(signals)
-        return split_top(line_up([votes.flatten(1) for votes in signals]), (best + 1e-6).floor().long())
+        best = (free * signals[0].shape[1] * len(signals) + 1e-6).floor().long()
+        return split_top(line_up([votes.flatten(1) for votes in signals]), best.to(signals[0].device))
 
     def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
         return recent(view, counts.clamp(max=self.window))

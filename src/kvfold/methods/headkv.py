@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kvfold.budgets import Budget
 from kvfold.budgets.heads import allocate_heads
 from kvfold.methods._calibrated import Table, check_table, filled, over_groups, query_heads, table_of
 from kvfold.methods.base import method
@@ -68,11 +69,15 @@ class HeadKV(Wrapper):
         if isinstance(self.budget, float) and self.budget == 1.0:
             return view.count
         table = table_of(self, view, "heads", query_heads(view))
-        shares = Shares(table, view.heads, self.window, float(self.beta))
-        lengths = zip(view.place.prompt.tolist(), view.place.seen.tolist(), strict=True)
-        caps = [(prompt, prompt if isinstance(self.budget, float) else seen) for prompt, seen in lengths]
-        found = [allocate_heads(self.budget, length, cap, shares)[view.place.ordinal] for length, cap in caps]
-        return torch.tensor(found, device=view.valid.device).reshape(-1, view.heads)
+        return by_heads(view, self.budget, Shares(table, view.heads, self.window, float(self.beta)))
+
+
+def by_heads(view: LayerView, budget: Budget, shares: "Shares") -> Int[Tensor, "B H"]:
+    """How many tokens each (row, head) of this layer may keep."""
+    lengths = zip(view.place.prompt.tolist(), view.place.seen.tolist(), strict=True)
+    caps = [(prompt, prompt if isinstance(budget, float) else seen) for prompt, seen in lengths]
+    found = [allocate_heads(budget, length, cap, shares)[view.place.ordinal] for length, cap in caps]
+    return torch.tensor(found, device=view.valid.device).reshape(-1, view.heads)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """KeepKV: merge so that the answer to the current query does not change (arXiv:2504.09936)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +92,8 @@ class KeepKV(Merging):
             return found
         age = (view.place.seen.to(asked.device)[:, None, None] - view.positions).clamp(min=1)
         age = torch.maximum(age, asked)
-        part = (1 - self.alpha ** asked.double()) / (1 - self.alpha ** age.double())
-        part = torch.where(view.earlier, part, 1.0).float()
+        rate = math.log(self.alpha) if self.alpha else -math.inf
+        part = torch.expm1(rate * asked.clamp(min=1).float()) / torch.expm1(rate * age.float())  # 1 - alpha^n
+        part = torch.where(view.earlier, part, 1.0)
         mean = torch.logaddexp(view.columns[SCORE] + torch.log1p(-part), found + part.log())
         return torch.where(asked > 0, mean, view.columns[SCORE]).masked_fill(~view.valid, 0.0)

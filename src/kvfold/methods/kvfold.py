@@ -1,64 +1,92 @@
 """kvfold: keep what the end of the text reads most, fold the rest into it by the attention it would get (ours)."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kvfold import artefacts
 from kvfold.budgets import Budget, check_budget
 from kvfold.decisions import Decision, Keep
-from kvfold.formats import LOG_MASS
-from kvfold.merges import absorb, at_home, log_mass, nearest, over_set
-from kvfold.methods.base import Method, method
+from kvfold.merges import fold_by_attention
+from kvfold.methods._calibrated import Table, check_table, query_heads, rows, table_of
+from kvfold.methods._repeated import repeated
+from kvfold.methods.base import Decisions, Method, PromptView, method
+from kvfold.methods.headkv import Shares, by_heads
 from kvfold.methods.scored import recent
 from kvfold.options import check_choice, check_int, check_number
 from kvfold.scores import keep_top
+from kvfold.scores.reach import reach
+from kvfold.scores.smoothed import smoothed
 from kvfold.views import LayerView, faded
 
-SCORE = "kvfold_score"
-UNSEEN = 1e-9
-"""The mean attention of a token that nobody looked at: what folds into one would else outweigh all others."""
+SCORE, WORTH = "kvfold_score", "kvfold_worth"
+POOL = 1.5
+"""The part of the budget that heads share by their scores is 1 / POOL, HeadKV's `beta`."""
+REPEATED, QUOTED = 2000, 8
+"""Of a second reading: tokens that are repeated at a time, and those before them that are quoted."""
 
 
 @method(
     "kvfold", title="kvfold: folding by attention", kind="merge",
     formula=r"""
         a_{h,t} = \sum_{g,i} e^{-(T-1-i)/(fT)} A_{h,g,i,t}, \quad
-            s_{h,t} = a_{h,t} \lVert v_{h,t} \rVert^2
+            p_{h,t} = \max_{|u-t| \le k/2} \max_{g,\, i \ge T-w} A_{h,g,i,u} \lVert v_{h,u} \rVert^2
+        s_{h,t} = \frac{a_{h,t} \lVert v_{h,t} \rVert^2}{\sum_u a_{h,u} \lVert v_{h,u} \rVert^2}
+            + c \frac{p_{h,t}}{\sum_u p_{h,u}}
         e \to c = \mathrm{argmax}_{c \in C} \cos(k_e, k_c) \Leftrightarrow \cos(k_e, k_c) \ge \tau
         w_t = \frac{a_t}{\sum_{i \ge t} e^{-(T-1-i)/(fT)}}, \quad
             v_c \leftarrow \frac{\sum_{t \to c} w_t v_t}{\sum_{t \to c} w_t}, \quad
             \ln m_c \leftarrow \ln m_c + \ln \frac{\sum_{t \to c} w_t}{w_c}
     """,
     options={
-        "recent": "share of the budget for the most recent tokens",
+        "recent": "share of a head's tokens for the most recent ones",
         "sinks": "first tokens that always stay",
         "fade": "how far back queries count (f), a share of the text: that far from its end 1/e; None: all alike",
+        "window": "last queries whose highest attention counts once more (w); 0: none",
+        "kernel": "width over which that is spread along the text, odd (k)",
+        "votes": "how much that counts beside the sum over all queries (c)",
         "threshold": "the cosine of two keys from which one token folds into the other; above 1: none does",
         "norm": 'what a value adds to its token\'s score: "square" of its norm, "norm", or "none"',
+        "heads": (
+            'scores of the query heads, a row a layer, by which KV heads share two thirds of the budget; "calibrated": '
+            'those of `kvfold calibrate headkv`, where they are; "even": all alike'
+        ),
+        "quality": '"best" reads the prompt a second time, and counts what is looked at meanwhile',
     },
 )  # fmt: skip
 @dataclass(frozen=True)
 class KVFold(Method):
     """Keeps the tokens whose loss would change the answers most, and folds each of the others into its likest.
 
-    The score of a token is the attention that it got, queries near the end of the text counting more, times the squared
-    norm of its value. What goes folds into the kept token of its head with the most similar key: that one's value
-    becomes the mean of both, weighted by the mean attention that each got, its key stays, and the log of the ratio
-    of weights is added to its logits (the column `log_mass`), so that it gets the attention of all that it holds. Acts
-    at the end of a prompt (of every chunk, if it is read in chunks); generated tokens are appended. On a further turn
-    earlier scores fade and new ones are added. Query heads of a group add up their attention.
+    Two scores of a token are added, each as a share of its head: the attention that it got, queries near the end of the
+    text counting more; and the highest that it or its neighbours got of the last `window` queries, which hold a
+    question. Both times the squared norm of the value. What goes folds into the kept token of its head with the most
+    similar key: that one's value becomes the mean of both, weighted by the mean attention that each got, its key
+    stays, and the log of the ratio of weights is added to its logits (the column `log_mass`), so that it gets the
+    attention of all that it holds. Heads that retrieve get more of the budget (as in HeadKV, arXiv:2410.19258), where
+    the model has been calibrated. Acts at the end of a prompt (of every chunk, if it is read in chunks); generated
+    tokens are appended. On a further turn earlier sums fade and new ones are added. Query heads of a group add up
+    their attention. `quality="best"` also asks the model to repeat the prompt (as KVzip does, arXiv:2505.23416), and
+    adds the attention of that reading as a third share: about twice the prefill.
     This is the library's own method; docs/methods/kvfold.md has the ablations.
     """
 
     budget: Budget = 0.25
-    recent: float = 0.5
+    recent: float = 0.25
     sinks: int = 4
     fade: float | None = 0.1
+    window: int = 16
+    kernel: int = 15
+    votes: float = 1.0
     threshold: float = 0.6
     norm: str = "square"
+    heads: Table | str = "calibrated"
+    quality: str = "fast"
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
@@ -66,8 +94,23 @@ class KVFold(Method):
         check_int("sinks", self.sinks, 0)
         if self.fade is not None:
             check_number("fade", self.fade, 1e-6, math.inf)
+        check_int("window", self.window, 0)
+        check_int("kernel", self.kernel, 1, odd=True)
+        check_number("votes", self.votes, 0.0, math.inf)
         check_number("threshold", self.threshold, -1.0, 2.0)
         check_choice("norm", self.norm, ("square", "norm", "none"))
+        if isinstance(self.heads, str):
+            check_choice("heads", self.heads, ("calibrated", "even"))
+        else:
+            check_table("heads", self.heads)
+        check_choice("quality", self.quality, ("fast", "best"))
+
+    def bind(self, model: Any) -> "KVFold":
+        if self.heads != "calibrated":
+            return self
+        if not artefacts.has("headkv", model):
+            return replace(self, heads="even")
+        return replace(self, heads=rows(artefacts.find("headkv", model).data["reason"]))
 
     @property
     def asks(self) -> frozenset[str]:  # type: ignore[override]
@@ -79,23 +122,36 @@ class KVFold(Method):
         """`fade` as a number."""
         return math.inf if self.fade is None else float(self.fade)
 
-    def after_prefill(self, view: LayerView) -> list[Decision] | None:
+    def listens(self, event: str) -> bool:
+        return super().listens(event) and (event != "after_prompt" or self.quality == "best")
+
+    def after_prefill(self, view: LayerView) -> Decisions:
         if isinstance(self.budget, float) and self.budget == 1.0:
             return None
         attention = self.attention(view)
-        counts = torch.minimum(view.budget(self.budget), view.count)
-        kept = keep_top(view, self.worth(view, attention), counts, self.always(view, counts)).mask
-        home, cosine = nearest(view.valid & ~kept, kept, view.keys)
-        home = torch.where(cosine >= self.threshold, home, at_home(home))
-        reach = self.reach(view)
-        weight = (attention / reach).clamp(min=UNSEEN)
-        total = over_set(weight, home)
-        takes = home == at_home(home)
-        columns = {
-            SCORE: torch.where(takes, total * reach, attention),
-            LOG_MASS: log_mass(view) + torch.where(takes, (total / weight).log(), 0.0),
-        }
-        return [absorb(view, home, takes.float(), weight / total), Keep(kept, columns)]
+        worth = self.worth(view, attention)
+        if self.quality == "best":  # nothing goes before it was read again
+            return Keep(view.valid, {SCORE: attention, WORTH: worth})
+        return self.folded(view, attention, worth)
+
+    def after_prompt(self, prompt: PromptView) -> Mapping[int, Decisions]:
+        if isinstance(self.budget, float) and self.budget == 1.0:
+            return {}
+        views = [prompt[ordinal] for ordinal in range(len(prompt))]
+        again = repeated(prompt, views, lambda view, _: view.column_sums(), REPEATED, QUOTED)
+        found = {}
+        for ordinal, (view, sums) in enumerate(zip(views, again, strict=True)):
+            worth = view.columns[WORTH] + share(sums * self.weight(view), view.valid & ~self.always(view))
+            found[ordinal] = self.folded(view, view.columns[SCORE], worth)
+        return found
+
+    def folded(
+        self, view: LayerView, attention: Float[Tensor, "B H T"], worth: Float[Tensor, "B H T"]
+    ) -> list[Decision]:
+        """What is written and kept when `worth` ranks the tokens."""
+        kept = keep_top(view, worth, self.counts(view), self.always(view)).mask
+        amend, total, mass = fold_by_attention(view, kept, attention, reach(view, self.far), self.threshold)
+        return [amend, Keep(kept, {SCORE: total, **mass})]
 
     def attention(self, view: LayerView) -> Float[Tensor, "B H T"]:
         """What each token got so far, of queries that fade."""
@@ -108,22 +164,35 @@ class KVFold(Method):
 
     def worth(self, view: LayerView, attention: Float[Tensor, "B H T"]) -> Float[Tensor, "B H T"]:
         """What the answers would lose with a token."""
-        power = {"square": 2.0, "norm": 1.0, "none": 0.0}[self.norm]
-        worth: Tensor = attention * view.values.float().norm(dim=-1).pow(power)
+        always, weight = self.always(view), self.weight(view)
+        worth = share(attention * weight, view.valid & ~always)
+        if self.window and self.votes:
+            most = view.attention(self.window).amax((2, 3)) * weight
+            most = smoothed(view, most, always | view.last(self.window), self.kernel, "max")
+            worth = worth + self.votes * share(most, view.valid)
         return worth
 
-    def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
-        """The newest tokens and the sinks, as far as the budget goes."""
-        last = torch.minimum((counts * self.recent).long().clamp(min=1), counts)
-        sinks = (counts - last).clamp(max=self.sinks)[..., None]
-        return recent(view, last) | (view.rank < sinks)
+    def weight(self, view: LayerView) -> Float[Tensor, "B H T"]:
+        """What a value makes of the attention that it gets."""
+        power = {"square": 2.0, "norm": 1.0, "none": 0.0}[self.norm]
+        weight: Tensor = view.values.float().norm(dim=-1).pow(power)
+        return weight
 
-    def reach(self, view: LayerView) -> Float[Tensor, "B H T"]:
-        """How many queries could look at each token, those far from the end counting less."""
-        seen = view.place.seen.to(view.valid.device)[:, None, None]
-        queries = (seen - view.positions).clamp(min=1)
-        if self.fade is None:
-            return queries.float()
-        # 1 + r + ... + r^(n-1), for n queries from a token to the end.
-        rate = -1.0 / (self.fade * seen.double())
-        return (torch.expm1(rate * queries) / torch.expm1(rate)).float()
+    def counts(self, view: LayerView) -> Int[Tensor, "B H"]:
+        """How many tokens of each (row, head) stay."""
+        if isinstance(self.heads, str):
+            return torch.minimum(view.budget(self.budget), view.count)
+        table = table_of(self, view, "heads", query_heads(view) if view.new else len(self.heads[0]))
+        return torch.minimum(by_heads(view, self.budget, Shares(table, view.heads, 0, POOL)), view.count)
+
+    def always(self, view: LayerView) -> Bool[Tensor, "B H T"]:
+        """The sinks and the newest tokens, as far as the budget goes."""
+        counts = self.counts(view)
+        sinks = (counts - 1).clamp(min=0, max=self.sinks)
+        last = torch.minimum((counts * self.recent).long().clamp(min=1), counts - sinks)
+        return recent(view, last) | (view.rank < sinks[..., None])
+
+
+def share(scores: Float[Tensor, "B H T"], among: Bool[Tensor, "B H T"]) -> Float[Tensor, "B H T"]:
+    """Scores whose sum over the tokens of `among` is 1 in each (row, head)."""
+    return scores / scores.masked_fill(~among, 0.0).sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
 from kvfold.decisions import Keep
+from kvfold.methods._repeated import repeated
 from kvfold.methods.base import Method, PromptView, method
 from kvfold.methods.scored import recent
 from kvfold.options import check_choice, check_int
@@ -17,8 +18,6 @@ from kvfold.scores.peaks import peaks
 from kvfold.views import LayerView
 
 SCORE = "kvzip_score"
-ASK = "\n\nRepeat the previous context exactly."
-ASK_ON = "\n\nRepeat the part of the previous context exactly, starting with "
 TINY, UNKNOWN = 1e-30, 1.0
 """The least score of a token that was judged, and that of one that was not: generated since the last prompt."""
 
@@ -69,51 +68,21 @@ class KVzip(Method):
         if isinstance(self.budget, float) and self.budget == 1.0:
             return {}
         views = [prompt[ordinal] for ordinal in range(len(prompt))]
-        scores = self.repeated(prompt, views)
+        scores = repeated(prompt, views, self.judge, self.chunk, self.overlap)
         for view, found in zip(views, scores, strict=True):
             found += view.columns.get(SCORE, torch.zeros_like(found))
             found.masked_fill_(found == 0, UNKNOWN)
         masks = self.choose(views, scores)
         return {i: Keep(mask, {SCORE: found}) for i, (mask, found) in enumerate(zip(masks, scores, strict=True))}
 
-    def repeated(self, prompt: PromptView, views: Sequence[LayerView]) -> list[Float[Tensor, "B H _"]]:
-        """Each layer's scores of the tokens that this pass brought, 0 for the others; layers may differ in length."""
-        scores = [torch.zeros(view.valid.shape, device=view.valid.device) for view in views]
-        order = torch.argsort(prompt.valid.byte(), dim=1, descending=True, stable=True)
-        ids, own = prompt.ids.gather(1, order), prompt.valid.sum(1, keepdim=True)
-        start = views[0].place.seen.to(ids.device)[:, None] - own
-        for at in range(0, ids.shape[1], self.chunk):
-            here = ids[:, at : at + self.chunk]
-            words = prompt.encode(ASK_ON if at else ASK)
-            parts = [ids.new_tensor(words, dtype=ids.dtype).expand(len(ids), -1)]
-            parts += [ids[:, max(0, at - self.overlap) : at]] if words else []
-            parts += [ids.new_tensor(prompt.answer(), dtype=ids.dtype).expand(len(ids), -1)] if words else []
-            asked = torch.cat(parts, 1)
-            count = (own - at).clamp(min=0, max=here.shape[1])
-            reads = torch.arange(here.shape[1], device=ids.device) < count
-            valid = torch.cat([(count > 0).expand(-1, asked.shape[1]), reads], 1)
-            span = (start + at)[..., None], (start + at + count)[..., None]
-
-            def score(view: LayerView, span: tuple[Tensor, Tensor] = span) -> None:
-                self.judge(view, *span, scores[view.place.ordinal])
-
-            prompt.read(torch.cat([asked, here], 1), valid, score)
-        return scores
-
-    def judge(
-        self, view: LayerView, start: Int[Tensor, "B 1 1"], stop: Int[Tensor, "B 1 1"], scores: Float[Tensor, "B H T"]
-    ) -> None:
-        """Set the scores of the stored tokens from `start` to `stop`, as the pass in hand looks at them."""
-        stored = scores.shape[-1]
-        chunk = view.valid & (view.positions >= start) & (view.positions < stop)
-        chunk[..., stored:] = False
-        among = chunk | (view.valid & (view.positions < self.prefix))
-        among[..., stored:] = view.valid[..., stored:]
+    def judge(self, view: LayerView, part: Bool[Tensor, "B H T"]) -> Float[Tensor, "B H T"]:
+        """The highest attention among the first tokens, what is repeated, and what repeats it."""
+        among = part | (view.valid & (view.positions < self.prefix))
+        among[..., -view.new :] = view.valid[..., -view.new :]
         slots = among.flatten(0, 1).any(0).nonzero()[:, 0]  # the rest of a long prompt costs nothing
         tokens = view.tokens.but(among).take(slots.expand(*among.shape[:2], -1))
         found = peaks(replace(view, tokens=tokens, memo={})).clamp(min=TINY)
-        wide = torch.zeros(among.shape, device=scores.device).index_copy(2, slots, found)
-        scores += wide.masked_fill(~chunk, 0.0)[..., :stored]
+        return torch.zeros(among.shape, device=found.device).index_copy(2, slots, found)
 
     def choose(
         self, views: Sequence[LayerView], scores: Sequence[Float[Tensor, "B H _"]]
@@ -127,7 +96,8 @@ class KVzip(Method):
             ranks.append(found.masked_fill(always, torch.inf).masked_fill(~view.valid, -torch.inf))
         if self.level == "uniform":
             return [top_mask(rank, count) for rank, count in zip(ranks, counts, strict=True)]
-        flat = torch.cat([rank.flatten(1) for rank in ranks], 1)[:, None]
-        total = torch.stack([count.sum(1) for count in counts]).sum(0)[:, None]
+        one = ranks[0].device  # layers may lie on several
+        flat = torch.cat([rank.flatten(1).to(one) for rank in ranks], 1)[:, None]
+        total = torch.stack([count.sum(1).to(one) for count in counts]).sum(0)[:, None]
         kept = torch.split(top_mask(flat, total)[:, 0], [rank[0].numel() for rank in ranks], dim=1)
-        return [mask.view(rank.shape) for mask, rank in zip(kept, ranks, strict=True)]
+        return [mask.view(rank.shape).to(rank.device) for mask, rank in zip(kept, ranks, strict=True)]

@@ -97,7 +97,7 @@ class MPCache(Scored):
         places = view.pack(view.positions.masked_fill(~view.valid, torch.iinfo(torch.int32).max)).contiguous()
         if view.place.ordinal % self.share == 0 or SHARED not in step:
             step[SHARED] = places[..., :: self.fine].contiguous(), self.choose(view)
-        starts, chosen = step[SHARED]
+        starts, chosen = (shared.to(places.device) for shared in step[SHARED])  # layers may lie on several
         # Each layer has dropped tokens of its own: what is shared are stretches of text, not numbers of clusters.
         stretch = (torch.searchsorted(starts, places, right=True) - 1).clamp(min=0, max=chosen.shape[-1] - 1)
         cluster = torch.arange(places.shape[-1], device=chosen.device) // self.fine

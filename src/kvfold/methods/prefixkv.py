@@ -8,8 +8,9 @@ from torch import Tensor
 
 from kvfold.decisions import Keep
 from kvfold.methods._cascade import Cascade
-from kvfold.methods.base import method
-from kvfold.options import check_int
+from kvfold.methods._elastic import MASSES, at_fixed_place, ends, into_buckets
+from kvfold.methods.base import Decisions, method
+from kvfold.options import check_choice, check_int
 from kvfold.scores.pooled import common, line_up, split_top
 from kvfold.views import LayerView
 
@@ -24,6 +25,8 @@ from kvfold.views import LayerView
     options={
         "sinks": "first tokens that always stay",
         "distance": "how far from the end of the prompt's kept tokens one goes for each that is generated",
+        "merge": 'what becomes of a prompt\'s other tokens: None (dropped) or "bucket", as in Elastic Cache (ours)',
+        "mass": 'what tells a query how many tokens a bucket stands for: "convex" (nothing) or "counted"',
     },
 )  # fmt: skip
 @dataclass(frozen=True)
@@ -37,10 +40,15 @@ class PrefixKV(Cascade):
     exactly, not by bisection: a token of rank o belongs to o_l(p) if the o - 1 before it hold less than p, so the
     budget goes to the lowest of those numbers in all layers. In decoding the budget stays that of the prompt, and
     does not grow with the text. All heads of a layer keep one set but for a remainder of less than a token a head.
+    Neither the paper nor its code merges: `merge="bucket"` is ours (reconstructed from Elastic Cache, whose decoding
+    it has). A prompt's other tokens then join the nearest one that stays, at every cut of a layer, so that a bucket is
+    a mean of means unless they are counted.
     """
 
     sinks: int = 1
     distance: int = 25
+    merge: str | None = None
+    mass: str = "convex"
 
     asks = frozenset({"column_sums"})
 
@@ -48,6 +56,8 @@ class PrefixKV(Cascade):
         super().__post_init__()
         check_int("sinks", self.sinks, 0)
         check_int("distance", self.distance, 1)
+        check_choice("merge", self.merge, (None, "bucket"))
+        check_choice("mass", self.mass, MASSES)
 
     @property
     def fixed(self) -> int:
@@ -69,14 +79,14 @@ class PrefixKV(Cascade):
         return split_top(line_up(signals), (free * layers + 1e-6).floor().long().to(signals[0].device))
 
     def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
-        sinks = (counts - 1).clamp(min=0, max=self.sinks)[..., None]
-        return view.valid & ((view.rank < sinks) | (view.rank == view.count[..., None] - 1))
+        return ends(view, counts, self.sinks)
+
+    def cut(self, view: LayerView, kept: Keep) -> Decisions:
+        return kept if self.merge is None else into_buckets(view, kept, self.mass)
 
     def after_decode(self, view: LayerView) -> Keep | None:
         if isinstance(self.budget, float) and self.budget == 1.0:
             return None
         held = view.earlier.sum(-1)
-        over = torch.where(self.short(view), 0, view.count - held)[..., None]
-        slot = torch.where(held > self.distance, held - self.distance, held // 2)[..., None]
-        slot = slot.clamp(min=self.sinks).minimum((view.count[..., None] - over - 1).clamp(min=0))
-        return Keep(view.valid & ((view.rank < slot) | (view.rank >= slot + over)))
+        over = torch.where(self.short(view), 0, view.count - held)
+        return at_fixed_place(view, held, over, self.distance, self.sinks)

@@ -74,6 +74,7 @@ class WindowKV(Method):
         chosen = view.place.step.get(group)
         if chosen is None:
             chosen = view.place.step[group] = self.choose(view)
+        chosen = chosen.to(view.valid.device)  # a group's layers may lie on several
         places = view.positions.long().clamp(max=chosen.shape[1] - 1)  # padding may stand behind
         picked = chosen.gather(1, places.flatten(1)).view_as(view.valid)
         counts = self.counts(view)

@@ -28,6 +28,8 @@ class Metric:
     score: Score = field(repr=False)
     aggregate: Aggregate = field(default=mean_score, repr=False)
     higher: bool = True
+    terms: Callable[[Scores], tuple[float, float]] | None = field(default=None, repr=False)
+    """What an answer adds to a sum, and to the weight under it, where `aggregate` grows with the quotient of both."""
 
     def __call__(self, prediction: str, query: Query) -> dict[str, float]:
         found = self.score(prediction, query)
@@ -38,14 +40,15 @@ metrics: dict[str, Metric] = {}
 
 
 def metric(
-    name: str, *, title: str, aggregate: Aggregate = mean_score, higher: bool = True
-) -> Callable[[Score], Score]:
+    name: str, *, title: str, aggregate: Aggregate = mean_score, higher: bool = True,
+    terms: Callable[[Scores], tuple[float, float]] | None = None,
+) -> Callable[[Score], Score]:  # fmt: skip
     """Register a function `(prediction, query) -> score or scores` under a name."""
 
     def register(score: Score) -> Score:
         if name in metrics:
             raise ValueError(f"metric {name!r} is registered twice")
-        metrics[name] = Metric(name, title, score, aggregate, higher)
+        metrics[name] = Metric(name, title, score, aggregate, higher, terms)
         return score
 
     return register

@@ -24,8 +24,13 @@ def _mean_bleu1(scores: Sequence[Scores]) -> float:
     return 100.0 * fmean(each["bleu1"] for each in scores)
 
 
+def _hits(scores: Scores) -> tuple[float, float]:
+    return 100.0 * scores["hits"], float(scores["masks"])
+
+
 def _micro(scores: Sequence[Scores]) -> float:
-    return 100.0 * sum(each["hits"] for each in scores) / sum(each["masks"] for each in scores)
+    hits, masks = zip(*map(_hits, scores), strict=True)
+    return float(sum(hits) / sum(masks))
 
 
 def _bleu(found: list[str], wanted: list[str], size: int) -> float:
@@ -71,14 +76,16 @@ def _gold_masks(query: Query) -> dict[str, str]:
     return masks
 
 
-@metric("loogle/cloze_exact", title="share of all masks filled exactly", aggregate=_micro)
+@metric("loogle/cloze_exact", title="share of all masks filled exactly", aggregate=_micro, terms=_hits)
 def cloze_exact(prediction: str, query: Query) -> Scores:
     """The answer is a dictionary {"<mask-0>": name, ...} in JSON or Python's form."""
     found, wanted = _masks(prediction), _gold_masks(query)
     return {"hits": float(sum(found.get(mask) == name for mask, name in wanted.items())), "masks": float(len(wanted))}
 
 
-@metric("loogle/cloze_partial", title="share of all masks filled with a word of the name", aggregate=_micro)
+@metric(
+    "loogle/cloze_partial", title="share of all masks filled with a word of the name", aggregate=_micro, terms=_hits
+)
 def cloze_partial(prediction: str, query: Query) -> Scores:
     found, wanted = _masks(prediction), _gold_masks(query)
     hits = sum(not set(found.get(mask, "").split()).isdisjoint(name.split()) for mask, name in wanted.items())

@@ -15,7 +15,10 @@ ROWS = 15
 
 @dataclass(frozen=True)
 class Spot:
-    """The mean score of the examples whose answer stands at a depth, 0 to 1; `n` of them."""
+    """The mean score of the examples whose answer stands at a depth, 0 to 1; `n` of them.
+
+    An example has one depth, the one that its task names; all its questions count there.
+    """
 
     setup: Setup
     task: str

@@ -22,6 +22,13 @@ class Measure:
     macro: bool
     value: Callable[[Scores], float] = field(repr=False)
     pool: Callable[[Sequence[Scores]], float] | None = field(default=None, repr=False)
+    terms: Callable[[Scores], tuple[float, float]] | None = field(default=None, repr=False)
+    """See `Metric.terms`; None: every question weighs alike."""
+
+    def total(self, scores: Sequence[Scores]) -> tuple[float, float]:
+        """What an example's questions add to a sum, and to the weight under it."""
+        each = [(self.value(s), 1.0) if self.terms is None else self.terms(s) for s in scores]
+        return float(sum(value for value, _ in each)), float(sum(weight for _, weight in each))
 
     def scores(self, record: Record, text: Text) -> list[Scores]:
         """Of the record's questions, those that this measure is about."""
@@ -53,7 +60,12 @@ def measures_of(task: str, metric: str, label: str) -> list[Measure]:
             Measure(label, task, metric, "score", True, True, lambda scores: 100.0 * _need("score", scores, metric))
         ]
     unit = "score" if info.higher else metric
-    return [Measure(label, task, metric, unit, info.higher, info.higher, lambda s: info.aggregate([s]), info.aggregate)]
+    return [
+        Measure(
+            label, task, metric, unit, info.higher, info.higher, lambda s: info.aggregate([s]), info.aggregate,
+            info.terms,
+        )
+    ]  # fmt: skip
 
 
 def all_measures(texts: Iterable[Text]) -> list[Measure]:

@@ -24,20 +24,21 @@ class Standing:
 def paired_differences(choice: Choice, one: Contender, other: Contender) -> list[float]:
     """Differences over the examples that both have, weighed so that their sum is the difference of the averages.
 
-    Examples weigh alike within a length, lengths within a task, tasks among all.
+    Within a length an example weighs as much as its metric has it (questions, or tokens), lengths weigh alike within a
+    task, and tasks among all. Differences of perplexities are those of their logarithms.
     """
     groups: list[list[list[float]]] = []
     for group in choice.parts:
         pairs = []
         for _, _, stratum in group:
             if one in stratum and other in stratum:
-                mine, theirs = stratum[one].values, stratum[other].values
-                pairs.append([mine[name] - theirs[name] for name in mine if name in theirs])
+                mine, theirs = stratum[one].totals, stratum[other].totals
+                both = [(*mine[name], theirs[name][0]) for name in mine if name in theirs]
+                weight = sum(share for _, share, _ in both)
+                pairs.append([(ours - others) / weight for ours, _, others in both])
         if shared := [pair for pair in pairs if pair]:
             groups.append(shared)
-    return [
-        difference / (len(groups) * len(group) * len(pair)) for group in groups for pair in group for difference in pair
-    ]
+    return [difference / (len(groups) * len(group)) for group in groups for pair in group for difference in pair]
 
 
 def _ranked(choice: Choice, cells: Sequence[Cell], full: Cell | None) -> Iterator[Standing]:

@@ -45,6 +45,8 @@ class Sample:
     """What a contender reached in a stratum: each example's mean, all of them together, and bootstrap draws of that."""
 
     values: Mapping[str, float]
+    totals: Mapping[str, tuple[float, float]]
+    """What each example adds to the sum that all are judged by, and to the weight under it."""
     point: float
     draws: NDArray[np.float64] = field(repr=False)
     records: Sequence[Record] = field(repr=False)
@@ -80,17 +82,19 @@ def _sample(
     """Examples are resampled, their questions staying together; contenders of a seed get the same draws."""
     groups = list(scored.values())
     values = {name: fmean(map(measure.value, scores)) for name, scores in scored.items()}
+    totals = {name: measure.total(scores) for name, scores in scored.items()}
     if not groups:
-        return Sample(values, float("nan"), np.full(RESAMPLES, np.nan), records, failed)
+        return Sample(values, totals, float("nan"), np.full(RESAMPLES, np.nan), records, failed)
     if measure.pool is None:
         sums, sizes = [sum(map(measure.value, group)) for group in groups], [len(group) for group in groups]
         draws = bootstrap_means(sums, sizes, resamples=RESAMPLES, seed=seed)
-        return Sample(values, sum(sums) / sum(sizes), draws, records, failed)
+        return Sample(values, totals, sum(sums) / sum(sizes), draws, records, failed)
     draws = np.array([
         measure.pool([scores for index in row for scores in groups[index]])
         for rows in resampled_indices(len(groups), RESAMPLES, seed) for row in rows
     ])  # fmt: skip
-    return Sample(values, measure.pool([scores for group in groups for scores in group]), draws, records, failed)
+    point = measure.pool([scores for group in groups for scores in group])
+    return Sample(values, totals, point, draws, records, failed)
 
 
 def stratify(results: Results) -> Strata:

@@ -1,0 +1,36 @@
+"""Tokens fold into the likest that stays by the mean attention that each got, and it takes over their attention."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kvfold.decisions import Amend
+from kvfold.formats import LOG_MASS
+from kvfold.merges.absorb import absorb, at_home, log_mass, over_set
+from kvfold.merges.route import nearest
+from kvfold.views import LayerView
+
+UNSEEN = 1e-9
+"""The mean attention of a token that nobody looked at: what folds into one would else outweigh all others."""
+
+
+def fold_by_attention(
+    view: LayerView,
+    kept: Bool[Tensor, "B H T"],
+    attention: Float[Tensor, "B H T"],
+    queries: Float[Tensor, "B H T"],
+    threshold: float,
+) -> tuple[Amend, Float[Tensor, "B H T"], dict[str, Tensor]]:
+    """What is written, the attention that each token stands for now, and the column of masses.
+
+    A token that does not stay goes to the kept one with the most similar key, from a cosine of `threshold` on. That one
+    keeps its key; its value becomes the mean weighted by `attention / queries`, and the log of the ratio of the whole
+    weight to its own is added to its logits.
+    """
+    home, cosine = nearest(view.valid & ~kept, kept, view.keys)
+    home = torch.where(cosine >= threshold, home, at_home(home))
+    weight = (attention / queries).clamp(min=UNSEEN)
+    total, takes = over_set(weight, home), home == at_home(home)
+    mass = log_mass(view) + torch.where(takes, (total / weight).log(), 0.0)
+    amend = absorb(view, home, takes.float(), weight / total)
+    return amend, torch.where(takes, total * queries, attention), {LOG_MASS: mass}

@@ -1,0 +1,82 @@
+"""Two layers that hold one direction for each token: what a `Share` does to their segments."""
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from kvfold.decisions import Pair, Share
+from kvfold.formats import Chunk, Depth, DepthSegment
+from kvfold.stored import Stored
+
+
+def share(lower: Stored, upper: Stored, wish: Share, prefill: bool, seen: np.ndarray) -> None:
+    """Move the tokens that `wish` chooses from the open segments of both layers to pages that both hold.
+
+    `seen` (B,): tokens that each row has read. A row is asked about after a prompt, and every `wish.every` tokens.
+    Where one layer has meanwhile dropped or changed what the other still holds, the pages are no longer shared: then
+    everything is taken apart and chosen anew.
+    """
+    below, above = _segment(lower, 0), _segment(upper, 1)
+    done = np.minimum(below.upto, seen)  # a crop may have taken tokens back
+    due = seen - done >= (1 if prefill else wish.every)
+    if not due.any():
+        below.upto = done
+        return
+    if not below.twin(above):
+        state = below.state
+        lower.unfold()
+        upper.unfold()
+        below, above = _segment(lower, 0), _segment(upper, 1)
+        below.state = state
+    below.upto = np.where(due, seen, done)
+    if lower.open.longest and upper.open.longest:
+        _move(lower, upper, below, above, wish, torch.from_numpy(due), torch.from_numpy(done) if prefill else None)
+
+
+def _segment(stored: Stored, side: int) -> DepthSegment:
+    """The segment of shared directions, an empty one if there is none."""
+    for _, segment in stored.segments[1:]:
+        if isinstance(segment, DepthSegment) and segment.side == side:
+            return segment
+    form = Depth(side)
+    made = form.segment(stored.open.dense())
+    stored.segments.append((form, made))
+    return made
+
+
+def _move(
+    lower: Stored, upper: Stored, below: DepthSegment, above: DepthSegment, wish: Share,
+    due: Bool[Tensor, " B"], done: Int[Tensor, " B"] | None,
+) -> None:  # fmt: skip
+    mine, theirs = lower.open.dense(), upper.open.dense()
+    there, both = matched(mine, theirs)
+    device = both.device
+    both &= due.to(device)[:, None, None]
+    new = torch.zeros_like(both) if done is None else both & (mine.positions >= done.to(device)[:, None, None])
+    other = theirs if there is None else theirs.take(there)
+    chosen = wish.choose(Pair(mine, other, both, new, below.state))
+    below.state = chosen.state
+    moved = chosen.mask & both
+    left = theirs.valid & ~(moved if there is None else _back(moved, there, theirs.valid))
+    if not bool(moved.any()):
+        return
+    below.append_shared(above, mine.but(moved), other.but(moved), chosen.keys, chosen.values)
+    lower.open.keep(mine.valid & ~moved, {})
+    upper.open.keep(left, {})
+
+
+def matched(mine: Chunk, theirs: Chunk) -> tuple[Int[Tensor, "B H T"] | None, Bool[Tensor, "B H T"]]:
+    """Where the other chunk holds the token of each slot (None: in the same one), and whether it does."""
+    if torch.equal(mine.valid, theirs.valid) and torch.equal(*(x.positions.where(x.valid, -1) for x in (mine, theirs))):
+        return None, mine.valid.clone()
+    never = torch.iinfo(torch.int32).max
+    places, order = theirs.positions.masked_fill(~theirs.valid, never).sort(dim=-1, stable=True)
+    wanted = mine.positions.contiguous()
+    at = torch.searchsorted(places.contiguous(), wanted).clamp(max=places.shape[-1] - 1)
+    return order.gather(-1, at), mine.valid & (places.gather(-1, at) == wanted)
+
+
+def _back(moved: Tensor, there: Tensor, like: Tensor) -> Bool[Tensor, "B H T"]:
+    """The slots of the other chunk whose tokens have moved."""
+    return torch.zeros(like.shape, device=like.device, dtype=torch.int32).scatter_add_(-1, there, moved.int()) > 0
