@@ -99,6 +99,7 @@ def main() -> None:
             kept.add(m, b, {"doc": name, "context": context, "kl": found.kl, "top1": found.top1, "bytes": held})
         kept.save()
         print(f"{done}/{args.docs} {name} ({time.perf_counter() - started:.0f} s)", file=sys.stderr)
+    kept.save()
     report(args.model, kept, methods, budgets, done)
 
 

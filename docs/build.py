@@ -6,6 +6,7 @@ Text comes from each method's docstrings, formula and options from its `@method(
 `benchmarks/results/curves` and rows from `benchmarks/leaderboard.md`. Charts need altair; without it the old ones stay.
 """
 
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from kvfold.methods import MethodInfo, list_methods
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs/methods"
+ABLATIONS = ROOT / "benchmarks/results"
 CURVES, LEADERBOARD = ROOT / "benchmarks/results/curves", ROOT / "benchmarks/leaderboard.md"
 DIFFERS = re.compile(r"\bDiffers from the (paper|code):\s")
 SPELLED = {
@@ -105,7 +107,32 @@ def page(info: MethodInfo, points: Sequence[Point], rows: Sequence[Mapping[str, 
     if differs:
         parts += [f"## Where it differs from the {differs[0]}", prose(differs[1][:1].upper() + differs[1][1:])]
     parts += ["## Options", options(info), "## Use", *usage(info), "## Measured", *curve(info, points)]
-    return "\n\n".join([*parts, *standing(rows)]) + "\n"
+    return "\n\n".join([*parts, *standing(rows), *ablations(info)]) + "\n"
+
+
+def ablations(info: MethodInfo) -> Iterator[str]:
+    """A method's options, one changed at a time: what `benchmarks/agreement.py` measured of them."""
+    for path in sorted(ABLATIONS.glob(f"ablation-{info.slug}-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        cells: dict[str, dict[str, Any]] = {}
+        for name, one in found["summary"].items():
+            cells.setdefault(name.rpartition("@")[0], {})[name.rpartition("@")[2]] = one
+        budgets = sorted({budget for row in cells.values() for budget in row}, key=float, reverse=True)
+        documents = max(one["documents"] for one in found["summary"].values())
+        yield f"## What its options do: {found['model']}"
+        yield wrapped(
+            f"Mean KL from the full cache [95 % bootstrap interval] / equal greedy tokens over {documents} documents, "
+            "without a question in the text:"
+        )
+        yield table(
+            ["method", *(budget_name(float(budget)) for budget in budgets)],
+            [
+                [f"`{cell(name)}`", *(f"{x['kl']:.4f} [{x['kl_low']:.4f}, {x['kl_high']:.4f}] / {x['top1']:.3f}"
+                                      for x in (row[budget] for budget in budgets))]
+                for name, row in cells.items()
+            ],
+        )  # fmt: skip
+        yield f"```sh\n{found['command']}\n```"
 
 
 def arxiv(info: MethodInfo) -> str:
@@ -197,7 +224,7 @@ def curve(info: MethodInfo, points: Sequence[Point]) -> Iterator[str]:
             yield "Against the budget: not measured yet (`kvfold eval --suite curves --out benchmarks/results/curves`)."
         return
     yield wrapped(
-        "Agreement with the full cache on running text (suite `curves`: 1,800 tokens of which the last 32 are forced, "
+        "Agreement with the full cache on running text (suite `curves`: 1,200 tokens of which the last 32 are forced, "
         "means over documents with 95 % bootstrap intervals, KL in nats, lower is better; top-1 is the share of equal "
         "greedy tokens; bytes are those of the whole cache, sliding windows included). Dashed: the median of all."
     )
