@@ -1,6 +1,8 @@
 """Which methods the contract tests run for, and what some of them may do that others may not."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import product
+from typing import Any
 
 import pytest
 
@@ -24,7 +26,19 @@ ANYWHERE = {"kvzip", "epicache"}
 """One threshold for all heads of a layer, or of all layers: a rounding may move a token from one to another."""
 
 
-def each(slugs: Iterable[str]) -> pytest.MarkDecorator:
-    """Parametrise a test by `slug`."""
-    marked = [slug if slug in CORE else pytest.param(slug, marks=pytest.mark.slow) for slug in slugs]
-    return pytest.mark.parametrize("slug", marked)
+def each(slugs: Iterable[str], cases: int = 1, **axes: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrise a test by `slug` and by the names of `axes`.
+
+    For CORE all combinations. For the others `cases` of them, slow: an axis' values by turns, so that over the
+    methods, or over the cases, each comes up.
+    """
+    params = []
+    for i, slug in enumerate(slugs):
+        turns = [
+            tuple(axis[(case + i * step) % len(axis)] for step, axis in enumerate(axes.values(), 1))
+            for case in range(cases)
+        ]
+        marks = () if slug in CORE else (pytest.mark.slow,)
+        for point in product(*axes.values()) if slug in CORE else turns:
+            params.append(pytest.param(slug, *point, marks=marks, id="-".join(map(str, (slug, *point)))))
+    return pytest.mark.parametrize(("slug", *axes), params)

@@ -1,6 +1,5 @@
 """Budgets from both sides: a prompt in one forward uses all that it is allowed, one in chunks never more."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,8 +40,7 @@ def allowance(cache, budget, length: int) -> int:
     return int(each * len(cache.paged) * cache.paged[0].shape[0] + 1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-@each(LIMITED)
+@each(LIMITED, name=["llama", "gemma3"])
 @given(budget=BUDGETS, lengths=st.lists(st.integers(1, 80), min_size=1, max_size=2))
 def test_the_budget_is_used_up(slug, name, budget, lengths):
     """Also where it is hard: rows shorter than windows, budgets under one token per head."""
@@ -52,11 +50,10 @@ def test_the_budget_is_used_up(slug, name, budget, lengths):
         assert held(cache, row) == allowed(cache.method, cache, budget, length) <= allowance(cache, budget, length)
 
 
-@each(LIMITED)
-@pytest.mark.parametrize("budget", [0.5, 0.1, 9, 1.0], ids=str)
-@pytest.mark.parametrize(("chunk", "lengths"), [(1, (19, 15)), (16, (33, 33)), (8, (41, 30)), (3, (37, 2))], ids=str)
-def test_a_prompt_in_chunks(slug, budget, chunk, lengths):
+@each(LIMITED, cases=4, budget=[0.5, 0.1, 9, 1.0], chunk=[1, 16, 8, 3])
+def test_a_prompt_in_chunks(slug, budget, chunk):
     """Single tokens, and a last chunk of one: still a prompt, within its budget after every chunk, never empty."""
+    lengths = {1: (19, 15), 16: (33, 33), 8: (41, 30), 3: (37, 2)}[chunk]
     prompt = tokens(*lengths)
     ids, mask = prompt["input_ids"], prompt["attention_mask"]
     assert ids.shape[1] % chunk in (0, 1)

@@ -169,8 +169,7 @@ def test_short_prompts(slug, length):
 # -- bytes ---------------------------------------------------------------------------------------------------
 
 
-@ALL
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@each(METHODS, name=["llama", "gemma3"])
 def test_nbytes_is_what_is_allocated(slug, name):
     prompt = tokens(70, 33)
     ids, mask = prompt["input_ids"], prompt["attention_mask"]
@@ -260,8 +259,7 @@ def test_no_state_outside_the_cache(slug):
     assert torch.equal(used, fresh)
 
 
-@ALL
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@each(METHODS, name=["llama", "gemma3"])
 def test_save_and_load(slug, name, tmp_path):
     prompt = tokens(40, 30)
     model, cache = make(slug, name)
@@ -285,8 +283,7 @@ def test_save_and_load(slug, name, tmp_path):
     assert loaded.get_seq_length() == cache.get_seq_length()
 
 
-@ALL
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@each(METHODS, name=["llama", "gemma3"])
 def test_a_fork_is_independent(slug, name):
     prompt = tokens(40, 30)
     mask = grow(prompt["attention_mask"])
@@ -306,8 +303,7 @@ def test_a_fork_is_independent(slug, name):
         assert [c.kept() for c in branch.paged] == [c.kept() for c in separate.paged]
 
 
-@ALL
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3-next"])
+@each(METHODS, name=["llama", "gemma3", "qwen3-next"])
 def test_a_tentative_pass_leaves_no_trace(slug, name):
     prompt = tokens(40, 30)
     mask = grow(prompt["attention_mask"], 3)
