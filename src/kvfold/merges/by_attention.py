@@ -29,7 +29,7 @@ def fold_by_attention(
     """
     home, cosine = nearest(view.valid & ~kept, kept, view.keys)
     home = torch.where(cosine >= threshold, home, at_home(home))
-    weight = (attention / queries).clamp(min=UNSEEN)
+    weight = (attention / queries.clamp(min=1.0)).clamp(min=UNSEEN)
     total, takes = over_set(weight, home), home == at_home(home)
     mass = log_mass(view) + torch.where(takes, (total / weight).log(), 0.0)
     amend = absorb(view, home, takes.float(), weight / total)

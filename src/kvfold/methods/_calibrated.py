@@ -36,12 +36,16 @@ def filled(method: M, model: Any, names: dict[str, str]) -> M:
     if not empty:
         return method
     path = getattr(method, "calibration", None)
-    found = artefacts.find(method.info.slug, model, path)
-    missing = [names[option] for option in empty if names[option] not in found.data]
-    if missing:
-        raise ValueError(f"the calibration of {method.info.slug} for {found.model.get('name')!r} lacks {missing[0]!r}")
-    tables = {option: rows(found.data[names[option]]) for option in empty}
+    tables = {option: measured(method.info.slug, model, names[option], path) for option in empty}
     return replace(method, **tables, calibration=None)  # type: ignore[type-var]
+
+
+def measured(slug: str, model: Any, table: str, path: str | None = None) -> Any:
+    """A table of a method's artefact. Raises ValueError where there is no artefact, or not with this table."""
+    found = artefacts.find(slug, model, path)
+    if table not in found.data:
+        raise ValueError(f"the calibration of {slug} for {found.model.get('name')!r} lacks {table!r}")
+    return rows(found.data[table])
 
 
 def rows(numbers: Sequence[Any]) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -90,10 +91,10 @@ class Shares:
     beta: float
 
     def __call__(self, each: float) -> Table:
-        importance = over_groups(self.table, self.heads).double()
-        if float(importance.sum()) <= 0.0:
-            importance = torch.ones_like(importance)
+        importance = over_groups(self.table, self.heads).numpy().astype(np.float64)
+        if importance.sum() <= 0.0:
+            importance = np.ones_like(importance)
         base = max(0.0, each - self.window)
         pooled = base // self.beta
-        share = importance / importance.sum() * (pooled * importance.numel()) + (each - pooled)
+        share = importance / importance.sum() * (pooled * importance.size) + (each - pooled)
         return tuple(tuple(row) for row in share.tolist())

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from kvfold import artefacts
 from kvfold.budgets import Budget, check_budget
-from kvfold.decisions import Decision, Keep
+from kvfold.decisions import Amend, Keep
 from kvfold.merges import fold_by_attention
-from kvfold.methods._calibrated import Table, check_table, query_heads, rows, table_of
+from kvfold.methods._calibrated import Table, check_table, measured, query_heads, table_of
 from kvfold.methods._repeated import repeated
 from kvfold.methods.base import Decisions, Method, PromptView, method
 from kvfold.methods.headkv import Shares, by_heads
@@ -24,7 +24,8 @@ from kvfold.scores.reach import reach
 from kvfold.scores.smoothed import smoothed
 from kvfold.views import LayerView, faded
 
-SCORE, WORTH = "kvfold_score", "kvfold_worth"
+SCORE, QUERIES, WORTH, AGAIN = "kvfold_score", "kvfold_queries", "kvfold_worth", "kvfold_again"
+"""Columns: the attention that a token got, of how many queries; for `quality="best"` worth, and what it got then."""
 POOL = 1.5
 """The part of the budget that heads share by their scores is 1 / POOL, HeadKV's `beta`."""
 REPEATED, QUOTED = 2000, 8
@@ -70,9 +71,10 @@ class KVFold(Method):
     stays, and the log of the ratio of weights is added to its logits (the column `log_mass`), so that it gets the
     attention of all that it holds. Heads that retrieve get more of the budget (as in HeadKV, arXiv:2410.19258), where
     the model has been calibrated. Acts at the end of a prompt (of every chunk, if it is read in chunks); generated
-    tokens are appended. On a further turn earlier sums fade and new ones are added. Query heads of a group add up
-    their attention. `quality="best"` also asks the model to repeat the prompt (as KVzip does, arXiv:2505.23416), and
-    adds the attention of that reading as a third share: about twice the prefill.
+    tokens are appended, and their queries don't count. On a further turn earlier sums fade and new ones are added.
+    Query heads of a group add up their attention. `quality="best"` also asks the model to repeat the prompt (as KVzip
+    does, arXiv:2505.23416), and adds the attention of that reading as a third share: about twice the prefill, and two
+    columns more.
     This is the library's own method; docs/methods/kvfold.md has the ablations.
     """
 
@@ -102,7 +104,7 @@ class KVFold(Method):
         if isinstance(self.heads, str):
             check_choice("heads", self.heads, ("calibrated", "even"))
         else:
-            check_table("heads", self.heads)
+            check_table("heads", self.heads or ())
         check_choice("quality", self.quality, ("fast", "best"))
 
     def bind(self, model: Any) -> "KVFold":
@@ -110,7 +112,7 @@ class KVFold(Method):
             return self
         if not artefacts.has("headkv", model):
             return replace(self, heads="even")
-        return replace(self, heads=rows(artefacts.find("headkv", model).data["reason"]))
+        return replace(self, heads=measured("headkv", model, "reason"))
 
     @property
     def asks(self) -> frozenset[str]:  # type: ignore[override]
@@ -128,39 +130,47 @@ class KVFold(Method):
     def after_prefill(self, view: LayerView) -> Decisions:
         if isinstance(self.budget, float) and self.budget == 1.0:
             return None
-        attention = self.attention(view)
+        attention, queries = self.attention(view)
         worth = self.worth(view, attention)
         if self.quality == "best":  # nothing goes before it was read again
-            return Keep(view.valid, {SCORE: attention, WORTH: worth})
-        return self.folded(view, attention, worth)
+            return Keep(view.valid, {SCORE: attention, QUERIES: queries, WORTH: worth})
+        return self.folded(view, attention, queries, worth)
 
     def after_prompt(self, prompt: PromptView) -> Mapping[int, Decisions]:
         if isinstance(self.budget, float) and self.budget == 1.0:
             return {}
         views = [prompt[ordinal] for ordinal in range(len(prompt))]
         again = repeated(prompt, views, lambda view, _: view.column_sums(), REPEATED, QUOTED)
-        found = {}
+        found: dict[int, Decisions] = {}
         for ordinal, (view, sums) in enumerate(zip(views, again, strict=True)):
+            sums += view.columns.get(AGAIN, torch.zeros_like(sums))  # of earlier prompts
             worth = view.columns[WORTH] + share(sums * self.weight(view), view.valid & ~self.always(view))
-            found[ordinal] = self.folded(view, view.columns[SCORE], worth)
+            amend, keep = self.folded(view, view.columns[SCORE], view.columns[QUERIES], worth)
+            found[ordinal] = [amend, replace(keep, columns={**keep.columns, AGAIN: sums})]
         return found
 
     def folded(
-        self, view: LayerView, attention: Float[Tensor, "B H T"], worth: Float[Tensor, "B H T"]
-    ) -> list[Decision]:
+        self,
+        view: LayerView,
+        attention: Float[Tensor, "B H T"],
+        queries: Float[Tensor, "B H T"],
+        worth: Float[Tensor, "B H T"],
+    ) -> tuple[Amend, Keep]:
         """What is written and kept when `worth` ranks the tokens."""
         kept = keep_top(view, worth, self.counts(view), self.always(view)).mask
-        amend, total, mass = fold_by_attention(view, kept, attention, reach(view, self.far), self.threshold)
-        return [amend, Keep(kept, {SCORE: total, **mass})]
+        amend, total, mass = fold_by_attention(view, kept, attention, queries, self.threshold)
+        return amend, Keep(kept, {SCORE: total, QUERIES: queries, **mass})
 
-    def attention(self, view: LayerView) -> Float[Tensor, "B H T"]:
-        """What each token got so far, of queries that fade."""
-        new = view.column_sums(self.far)
+    def attention(self, view: LayerView) -> tuple[Float[Tensor, "B H T"], Float[Tensor, "B H T"]]:
+        """What each token got of the queries of all prompts so far, and how many those are; both fade."""
+        new, queries = view.column_sums(self.far), reach(view, self.far)
         if SCORE not in view.columns:
-            return new
+            return new, queries
+        scored = view.earlier & (view.columns[QUERIES] > 0)  # generated tokens ask nothing that counts
+        last = view.positions.masked_fill(~scored, -1).amax((1, 2))
         seen = view.place.seen.to(new.device)
-        past = torch.exp(-view.queries.valid.sum(1) / (self.far * seen))
-        return new + view.columns[SCORE].masked_fill(~view.earlier, 0.0) * past[:, None, None]
+        past = torch.exp((last + 1 - seen) / (self.far * seen))[:, None, None] * scored
+        return new + view.columns[SCORE] * past, queries + view.columns[QUERIES] * past
 
     def worth(self, view: LayerView, attention: Float[Tensor, "B H T"]) -> Float[Tensor, "B H T"]:
         """What the answers would lose with a token."""
