@@ -1,12 +1,13 @@
 """Agreement with the full cache over real documents: mean KL and equal greedy tokens, for methods x budgets.
 
     python benchmarks/agreement.py --model smollm2-135m-instruct --data ../shared/data --docs 24 \
-        --out benchmarks/results/agreement-smollm2.json
+        --out benchmarks/results/agreement-smollm2-135m-instruct.json
 
 Protocol: a document's first 1,024, 1,536 or 2,048 tokens (in turn) are read and compressed, without a question; its
 next 64 tokens are then fed, appended to what is kept, and every next-token distribution is compared with the
 full cache's. One exact prefill serves all methods and budgets of a document. Intervals: bootstrap over documents.
 What `--out` holds already is not run again: an interrupted run goes on, and a further method is added to the table.
+The file lists every command that it comes from; its summary, like the table, is over the documents of the last run.
 """
 
 import argparse
@@ -82,6 +83,7 @@ def main() -> None:
         if ids.shape[1] < context + args.tokens:
             continue
         done += 1
+        kept.docs.append(name)
         missing = [cell for cell in cells if not kept.has(name, *cell)]
         if not missing:
             continue
@@ -99,34 +101,41 @@ def main() -> None:
             kept.add(m, b, {"doc": name, "context": context, "kl": found.kl, "top1": found.top1, "bytes": held})
         kept.save()
         print(f"{done}/{args.docs} {name} ({time.perf_counter() - started:.0f} s)", file=sys.stderr)
+    report(args.model, kept, methods, budgets)
     kept.save()
-    report(args.model, kept, methods, budgets, done)
 
 
 class Results:
-    """What was measured, in `--out` after every document."""
+    """What was measured, in `--out` after every document; `docs` are the documents of this run so far."""
 
     def __init__(self, args: argparse.Namespace):
         self.path: Path | None = args.out
         self.found: dict[str, list[dict[str, Any]]] = {}
-        self.about = {
+        self.docs: list[str] = []
+        self.commands: list[str] = []
+        self.about: dict[str, Any] = {
             "model": args.model, "tokens": args.tokens, "contexts": list(CONTEXTS), "device": args.device,
-            "versions": {name: version(name) for name in ("torch", "transformers")},
+            "versions": {name: version(name) for name in ("torch", "transformers")} | {"kvfold": kvfold.__version__},
         }  # fmt: skip
         if self.path is not None and self.path.exists():
             before = json.loads(self.path.read_text())
+            if "kvfold" not in before["versions"]:  # of an earlier script: nobody knows which kvfold it was
+                del self.about["versions"]["kvfold"]
             differs = [key for key, value in self.about.items() if before[key] != value]
             if differs:
                 raise SystemExit(f"--out={self.path} holds results of another {', '.join(differs)}; name another file")
             self.found = before["results"]
+            self.commands = before.get("commands") or [before["command"]]
+        command = " ".join(["python", *sys.argv])
+        self.commands = [*(one for one in self.commands if one != command), command]
 
-    def of(self, method: str, budget: float) -> list[dict[str, Any]]:
-        """The documents of a method at a budget."""
-        return self.found.get(f"{method}@{budget}", [])
+    def of(self, cell: str) -> list[dict[str, Any]]:
+        """The documents of this run that a cell ("method@budget") has."""
+        return [one for one in self.found.get(cell, []) if one["doc"] in self.docs]
 
     def has(self, doc: str, method: str, budget: float) -> bool:
-        """Whether a document was measured."""
-        return any(one["doc"] == doc for one in self.of(method, budget))
+        """Whether a document was measured, in this run or before."""
+        return any(one["doc"] == doc for one in self.found.get(f"{method}@{budget}", []))
 
     def add(self, method: str, budget: float, one: dict[str, Any]) -> None:
         """Take in a document."""
@@ -136,9 +145,9 @@ class Results:
         """Write the file whole."""
         if self.path is None:
             return
-        summary = {cell: summed(found) for cell, found in sorted(self.found.items())}
-        command = " ".join(["python", *sys.argv])
-        content = json.dumps({"command": command, **self.about, "summary": summary, "results": self.found}, indent=1)
+        summary = {cell: summed(found) for cell in sorted(self.found) if (found := self.of(cell))}
+        written = {"commands": self.commands, **self.about, "summary": summary, "results": self.found}
+        content = json.dumps(written, indent=1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(content)
@@ -155,15 +164,17 @@ def summed(found: list[dict[str, Any]]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def report(model: str, kept: Results, methods: list[str], budgets: list[float], docs: int) -> None:
-    """The table on standard output."""
-    print(f"\n{model}, {docs} documents, mean KL [95 %] / equal greedy tokens / KV bytes of full\n")
+def report(model: str, kept: Results, methods: list[str], budgets: list[float]) -> None:
+    """The table of this run's documents on standard output. Raises SystemExit where there are none."""
+    if not kept.docs:
+        raise SystemExit("nothing was measured: --docs is 0, or no document of --data is as long as the first context")
+    print(f"\n{model}, {len(kept.docs)} documents, mean KL [95 %] / equal greedy tokens / KV bytes of full\n")
     print("| method | " + " | ".join(f"{b:.0%}" for b in budgets) + " |")
     print("| --- |" + " --- |" * len(budgets))
     for m in methods:
         row = []
         for b in budgets:
-            one = summed(kept.of(m, b))
+            one = summed(kept.of(f"{m}@{b}"))
             interval = f"{one['kl']:.3f} [{one['kl_low']:.3f}, {one['kl_high']:.3f}]"
             row.append(f"{interval} / {one['top1']:.3f} / {one['bytes_of_full']:.3f}")
         print(f"| {m} | " + " | ".join(row) + " |")

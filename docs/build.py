@@ -132,7 +132,7 @@ def ablations(info: MethodInfo) -> Iterator[str]:
                 for name, row in cells.items()
             ],
         )  # fmt: skip
-        yield f"```sh\n{found['command']}\n```"
+        yield f"```sh\n{(found.get('commands') or [found['command']])[-1]}\n```"
 
 
 def arxiv(info: MethodInfo) -> str:

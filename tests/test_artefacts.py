@@ -57,6 +57,15 @@ def test_other_weights_have_the_same_fingerprint(monkeypatch):
     assert artefacts.fingerprint(build("llama", seed=5)) == artefacts.fingerprint(subject("llama"))
 
 
+def test_has_is_whether_find_would_find(folder):
+    llama, yarn = subject("llama"), subject("yarn")
+    assert not artefacts.has("duoattention", llama)
+    artefacts.save(made(llama), artefacts.user_folder() / "duoattention/a.json")
+    artefacts.save(made(llama, "headkv", retrieval=[[1.0, 2.0]] * 3), artefacts.user_folder() / "duoattention/b.json")
+    assert artefacts.has("duoattention", llama) and not artefacts.has("duoattention", yarn)
+    assert not artefacts.has("headkv", llama)  # one that lies in another method's folder
+
+
 def test_nothing_found_names_the_command(folder):
     with pytest.raises(ValueError, match=r"headkv has no calibration for .*kvfold calibrate headkv --model"):
         kvfold.Cache(subject("llama"), "headkv")

@@ -11,6 +11,7 @@ import kvfold
 from kvfold import ops
 from kvfold.formats import LOG_MASS, POSITION, Chunk, Depth, DepthSegment, Format, Segment, depth
 from kvfold.hf.rope import find_rope
+from kvfold.pages import PageTable
 from kvfold.rotation import Compact
 from models import feed, follow, subject, tokens
 
@@ -109,6 +110,26 @@ def test_attention_is_that_of_what_is_restored(lengths, queries, extra, block, m
     assert_close(lse.reshape(B, H, -1), norm, atol=1e-5, rtol=1e-5)
 
 
+def test_attention_reads_every_plane_once_and_a_block_at_a_time(monkeypatch):
+    monkeypatch.setattr(depth, "BLOCK_ELEMENTS", 20 * B * H * D)
+    given = chunk([63, 40])
+    segment = lone(given.but(given.valid, {**given.columns, LOG_MASS: torch.rand(given.valid.shape)}))
+    assert not segment.table.regular
+    found: dict[str, list[int]] = {}
+    dense = PageTable.dense
+
+    def watched(table, name, *slots):
+        plane = dense(table, name, *slots)
+        found.setdefault(name, []).append(plane.shape[1])
+        return plane
+
+    monkeypatch.setattr(PageTable, "dense", watched)
+    rope = find_rope(subject("llama"), subject("llama").model.layers[0].self_attn, "full_attention")
+    segment.attend(torch.randn(B, H, G, 1, D), 1.0, compact=Compact(rope))
+    names = {"keys", "values", POSITION, *map(segment.own, (depth.KEY_NORM, depth.VALUE_NORM, LOG_MASS))}
+    assert found == {name: [20, 20, 20, 3] for name in names}
+
+
 def test_nothing_is_read_of_nothing():
     segment = Depth(0).segment(chunk([4, 4]))
     out, lse, _ = segment.attend(torch.randn(B, H, G, 1, D), 1.0)
@@ -157,7 +178,6 @@ def test_rows_forks_and_crops_stay_shared():
     for segment in (one, two):
         segment.truncate(counts)
     assert one.twin(two)
-    short = lower.valid & (lower.positions < 9)
     assert_close(one.dense().keys[2][:, :9], lower.keys[0][:, :9], atol=1e-5, rtol=0)
     more = [Chunk(*(x[rows] for x in (c.keys, c.values, c.valid)), {n: x[rows] for n, x in c.columns.items()})
             for c in (chunk([3, 3], seed=5), chunk([3, 3], seed=6))]  # fmt: skip
@@ -167,7 +187,7 @@ def test_rows_forks_and_crops_stay_shared():
     same(above, upper, between(lower.keys, upper.keys), between(lower.values, upper.values))
     for segment in (below, above):
         segment.clear()
-    assert below.longest == 0 and below.state is None and int(short.sum()) > 0
+    assert below.longest == 0 and below.state is None and not below.upto.any()
     assert one.counts().tolist() == (counts + np.array([3, 2, 3])).tolist()
 
 

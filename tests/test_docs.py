@@ -1,7 +1,9 @@
 """docs/methods says what the registry says, and its links lead somewhere."""
 
+import json
 import re
 import runpy
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,24 @@ def test_curves_are_read_from_a_result_folder(tmp_path):
     assert list(h2o) == [0.1, 0.25, 0.5, 512] and "full" not in {point.method for point in found}
     assert h2o[0.25].ratio == pytest.approx(0.25) and h2o[0.25].low <= h2o[0.25].kl <= h2o[0.25].high
     assert h2o[0.25].top1 == pytest.approx(1 - h2o[0.25].kl / 2) and BUILD["measured"](tmp_path) == []
+
+
+@pytest.mark.parametrize("said", [{"command": "last"}, {"commands": ["first", "last"]}])
+def test_ablations_end_with_the_last_command(said, tmp_path, monkeypatch):
+    one = {"documents": 2, "kl": 0.1, "kl_low": 0.0, "kl_high": 0.2, "top1": 0.9}
+    text = json.dumps({**said, "model": "tiny", "summary": {"h2o@0.5": one}})
+    (tmp_path / "ablation-h2o-tiny.json").write_text(text)
+    monkeypatch.setitem(BUILD["ablations"].__globals__, "ABLATIONS", tmp_path)
+    (info,) = (info for info in BUILD["methods"]() if info.slug == "h2o")
+    parts = list(BUILD["ablations"](info))
+    assert parts[-1] == "```sh\nlast\n```" and "| `h2o` | 0.1000 [0.0000, 0.2000] / 0.900 |" in parts[-2]
+
+
+def test_the_length_of_the_curves_is_the_suites():
+    suite = tomllib.loads((ROOT / "src/kvfold/evaluation/suites/curves.toml").read_text(encoding="utf-8"))
+    words = f"{suite['lengths'][0]:,} tokens"
+    (found,) = re.findall(r"`curves` \((.*?)\)", (ROOT / "docs/evaluation.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert words in " ".join(found.split()) and words in BUILD["pages"](points())["h2o.md"].replace("\n", " ")
 
 
 def test_docstrings_as_markdown():

@@ -171,4 +171,4 @@ class Segments(RuleBasedStateMachine):
 
 
 TestSegments = pytest.mark.slow(Segments.TestCase)
-TestSegments.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestSegments.settings = settings(max_examples=12, stateful_step_count=25, deadline=None)

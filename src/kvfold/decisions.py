@@ -75,7 +75,7 @@ class Pair:
     """The same slots; only where `valid` do they hold the same tokens."""
     valid: Bool[Tensor, "B H T"]
     prompt: Bool[Tensor, "B H T"]
-    """Those of them that a prompt brought since the last time."""
+    """Those of them that a prompt has just brought."""
     state: Float[Tensor, "B N"] | None
     """What was given back the last time; None: nothing yet."""
 

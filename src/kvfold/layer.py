@@ -123,7 +123,7 @@ class KVLayer:
         narrow = this.narrow if this.narrow is not None and self.layer > this.narrow.after else None
         chunk, positions = self._chunk(k, v, mask, ones, narrow)
         counts = np.full(self.batch, q.shape[2]) if ones else mask.sum(1).cpu().numpy()
-        first = self.width == 0
+        first, this.before = self.width == 0, self.seen
         self.seen = self.seen + (counts if narrow is None else narrow.counts)
         self.width += q.shape[2] if narrow is None else narrow.width
         if this.prefill:

@@ -133,19 +133,19 @@ class PageTable:
             valid[self._index(rows), self._index(self.holes[rows, slots])] = False
         return valid
 
-    def dense(self, name: str, start: int = 0) -> Tensor:
-        """A plane as (R, T, ...), from slot `start` to the longest row.
+    def dense(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """A plane as (R, T, ...), from slot `start` to `stop`, or to the longest row's end.
 
         A view where pages lie side by side, else a gather.
         """
-        longest, size = self.longest, self.pool.page_size
+        stop, size = self.longest if stop is None else min(stop, self.longest), self.pool.page_size
         if self.regular:
-            return self.block(name)[:, start:longest]
+            return self.block(name)[:, start:stop]
         plane, first = self.pool.planes[name], start // size
-        held = np.maximum(self.table[:, first : -(-longest // size)], 0)
+        held = np.maximum(self.table[:, first : -(-stop // size)], 0)
         ids = torch.from_numpy(held.reshape(-1)).to(plane.device)
         wide = plane.index_select(0, ids).reshape(self.rows, held.shape[1] * size, *plane.shape[2:])
-        return wide[:, start - first * size : longest - first * size]
+        return wide[:, start - first * size : stop - first * size]
 
     def block(self, name: str) -> Tensor:
         """A plane of a regular table as (R, M * P, ...), to read or to write in place."""

@@ -43,6 +43,8 @@ class Pass:
     """Whether they wait for `settle` (assisted decoding: a crop is still to come)."""
     turn: bool = False
     """Whether what looks like a draft is a further prompt, if no crop comes."""
+    before: np.ndarray | int = 0
+    """Tokens that each row (B,) had read before it."""
     step: dict[str, Any] = field(default_factory=dict)
     token_ids: Int[Tensor, "B Q"] | None = None
     images: Images | None = None

@@ -10,28 +10,25 @@ from kvfold.formats import Chunk, Depth, DepthSegment
 from kvfold.stored import Stored
 
 
-def share(lower: Stored, upper: Stored, wish: Share, prefill: bool, seen: np.ndarray) -> None:
+def share(lower: Stored, upper: Stored, wish: Share, seen: np.ndarray, prompt: np.ndarray | int | None) -> None:
     """Move the tokens that `wish` chooses from the open segments of both layers to pages that both hold.
 
-    `seen` (B,): tokens that each row has read. A row is asked about after a prompt, and every `wish.every` tokens.
-    Where one layer has meanwhile dropped or changed what the other still holds, the pages are no longer shared: then
-    everything is taken apart and chosen anew.
+    `seen` (B,): tokens that each row has read. `prompt` (B,): where the prompt begins that the pass read, None where it
+    read generated tokens. A row is asked about after a prompt, and every `wish.every` tokens. Where one layer has
+    meanwhile dropped or changed what the other still holds, the pages are no longer shared: then everything is taken
+    apart and chosen anew.
     """
     below, above = _segment(lower, 0), _segment(upper, 1)
-    done = np.minimum(below.upto, seen)  # a crop may have taken tokens back
-    due = seen - done >= (1 if prefill else wish.every)
+    due = seen - below.upto >= (wish.every if prompt is None else 1)
     if not due.any():
-        below.upto = done
         return
     if not below.twin(above):
-        state = below.state
         lower.unfold()
         upper.unfold()
-        below, above = _segment(lower, 0), _segment(upper, 1)
-        below.state = state
-    below.upto = np.where(due, seen, done)
+    below.upto = np.where(due, seen, below.upto)
     if lower.open.longest and upper.open.longest:
-        _move(lower, upper, below, above, wish, torch.from_numpy(due), torch.from_numpy(done) if prefill else None)
+        begins = None if prompt is None else torch.from_numpy(np.broadcast_to(prompt, seen.shape).copy())
+        _move(lower, upper, below, above, wish, torch.from_numpy(due), begins)
 
 
 def _segment(stored: Stored, side: int) -> DepthSegment:
@@ -47,13 +44,13 @@ def _segment(stored: Stored, side: int) -> DepthSegment:
 
 def _move(
     lower: Stored, upper: Stored, below: DepthSegment, above: DepthSegment, wish: Share,
-    due: Bool[Tensor, " B"], done: Int[Tensor, " B"] | None,
+    due: Bool[Tensor, " B"], begins: Int[Tensor, " B"] | None,
 ) -> None:  # fmt: skip
     mine, theirs = lower.open.dense(), upper.open.dense()
     there, both = matched(mine, theirs)
     device = both.device
     both &= due.to(device)[:, None, None]
-    new = torch.zeros_like(both) if done is None else both & (mine.positions >= done.to(device)[:, None, None])
+    new = torch.zeros_like(both) if begins is None else both & (mine.positions >= begins.to(device)[:, None, None])
     other = theirs if there is None else theirs.take(there)
     chosen = wish.choose(Pair(mine, other, both, new, below.state))
     below.state = chosen.state

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvfold import ops
-from kvfold.formats import Chunk, DenseSegment, Format, PagedSegment, Segment, join
+from kvfold.formats import Chunk, DenseSegment, DepthSegment, Format, PagedSegment, Segment, join
 from kvfold.rotation import Compact
 from kvfold.views import LayerView
 
@@ -46,7 +46,7 @@ class Stored:
 
     def lengths(self) -> np.ndarray:
         """Slots of each (row, head) in what `tokens` gives, (B, H): of several segments it has no holes."""
-        lone = len(self.segments) == 1
+        lone = not any(segment.longest for _, segment in self.segments[1:])
         return self.open.table.lengths.reshape(-1, self.open.heads) if lone else self.counts()
 
     def tokens(self) -> tuple[Chunk, Int[Tensor, "B H T"] | None]:
@@ -101,7 +101,7 @@ class Stored:
             columns = {name: column.clone() for name, column in tokens.columns.items()}
             tokens = Chunk(tokens.keys.clone(), tokens.values.clone(), tokens.valid, columns)
         # What is not stored yet, or in a format that is not written token by token, is written with the rest.
-        in_place = new is None and len(self.segments) == 1
+        in_place = new is None and not any(segment.longest for _, segment in self.segments[1:])
         if view.rewritten or (view.amended and not in_place):
             self._replace(tokens, staying)
         else:
@@ -121,9 +121,10 @@ class Stored:
 
     def _replace(self, tokens: Chunk, staying: Tensor) -> None:
         tokens = Chunk(tokens.keys, tokens.values, staying, tokens.columns)  # looked at before it is cleared
+        shared = [(form, segment) for form, segment in self.segments if isinstance(segment, DepthSegment)]
         for _, segment in self.segments:
-            segment.clear()
-        self.segments = self.segments[:1]
+            segment.drop_tokens() if isinstance(segment, DepthSegment) else segment.clear()
+        self.segments = [self.segments[0], *shared]  # what was gone through for tokens to share, and what it told
         self.open.append(tokens)
 
     def _keep(self, view: LayerView, staying: Tensor, slack: bool) -> None:
@@ -145,6 +146,8 @@ class Stored:
     def drop_from(self, limit: Int[Tensor, "B 1 1"]) -> None:
         """Drop the tokens whose text position is `limit` or later."""
         for _, segment in self.segments:
+            if isinstance(segment, DepthSegment):
+                segment.upto = np.minimum(segment.upto, limit.flatten().cpu().numpy())
             if segment.longest:
                 stored = segment.dense()
                 stays = stored.valid & (stored.positions < limit)

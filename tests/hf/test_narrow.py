@@ -60,6 +60,12 @@ class Slow:
             )  # fmt: skip
         return self.model.lm_head(body.norm(states))[:, -1]
 
+    def crop(self, end):
+        for index, layer in enumerate(self.cache.layers):
+            left = self.stored[index] < end
+            layer.keys, layer.values = layer.keys[:, :, left], layer.values[:, :, left]
+            self.stored[index] = self.stored[index][left]
+
 
 @pytest.mark.parametrize("name", PAGED)
 def test_layers_behind_see_some_tokens(name):
@@ -80,6 +86,70 @@ def test_layers_behind_see_some_tokens(name):
             assert cache.kept(core.layer)[row][0] == slow.stored[core.layer].tolist()
     assert cache.get_seq_length() == 45 and {core.width for core in cache.paged} == {45}
     assert [core.seen.tolist() for core in cache.paged] == [[45, 36]] * len(cache.paged)
+
+
+@pytest.mark.parametrize("drops", [(1,), (2,), (1, 2), (3, 1)])
+@pytest.mark.parametrize("generated", [0, 1])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_crop_is_by_place_in_the_text(name, generated, drops):
+    """Of what is taken back a window behind the narrowing may hold some tokens, in each row others."""
+    prompt, first = tokens(6, 5), torch.full((2, generated), 7)
+    model, cache, mask = subject(name), kvfold.Cache(subject(name), narrowing(1)), prompt["attention_mask"]
+    feed(model, cache, *prompt.values())
+    if generated:
+        feed(model, cache, first, grow(mask))
+    for drop in drops:
+        cache.crop(-drop)
+    left = 6 + generated - sum(drops)
+    assert cache.get_seq_length() == left
+    again, mask = torch.arange(11, 33).view(2, 11), grow(mask)[:, :left]
+    ours = [feed(model, cache, again[:, :1], mask := grow(mask))]
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([2, 1, 0, 3]))
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    ours += [feed(model, cache, again[:, i : i + 1], mask := grow(mask)) for i in range(1, 11)]
+    for row, length in enumerate((6, 5)):
+        slow, end = Slow(reference(name), 1), left - 6 + length
+        slow.feed(prompt["input_ids"][row : row + 1, -length:], 0)
+        if generated:
+            slow.feed(first[row : row + 1], length)
+        slow.crop(end)
+        theirs = [slow.feed(again[row : row + 1, i : i + 1], end + i) for i in range(11)]
+        torch.testing.assert_close(torch.cat(ours, 1)[row], torch.cat(theirs), atol=1e-4, rtol=0)
+        for core in cache.paged:
+            assert cache.kept(core.layer)[row][0] == slow.stored[core.layer].tolist()
+
+
+@torch.no_grad()
+def test_crop_equals_never_having_had_them():
+    model, ids, more = subject("gemma3"), tokens(6)["input_ids"], tokens(3, seed=3)["input_ids"]
+    for method in ("full", "fastkv(budget=1.0, propagated=1.0)"):
+        cropped, without = kvfold.Cache(model, method), kvfold.Cache(model, method)
+        model(ids, past_key_values=cropped)
+        cropped.crop(-2)
+        model(ids[:, :4], past_key_values=without)
+        expected = model(more, past_key_values=without).logits
+        torch.testing.assert_close(model(more, past_key_values=cropped).logits, expected)
+        assert cropped.nbytes == without.nbytes
+
+
+@torch.no_grad()
+def test_a_crop_of_what_the_window_let_go_of_is_refused():
+    model, cache = subject("gemma3"), kvfold.Cache(subject("gemma3"), narrowing(1))
+    model(**tokens(30), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="sliding window size was already reached"):
+        cache.layers[2].crop(-1)
+
+
+@torch.no_grad()
+def test_a_window_behind_counts_no_padding_though_the_callers_positions_do():
+    model, prompt = subject("gemma3"), tokens(30, 21)
+    caches = [kvfold.Cache(model, narrowing(1)) for _ in range(2)]
+    mask = prompt["attention_mask"]
+    for ids in (prompt["input_ids"], *STEPS.split(1, 1)):
+        mask = mask if ids.shape[1] > 1 else grow(mask)
+        plain = model(ids, attention_mask=mask, past_key_values=caches[0]).logits[:, -1]
+        torch.testing.assert_close(plain, feed(model, caches[1], ids, mask)[:, -1], atol=1e-4, rtol=0)
 
 
 def test_logits_are_those_of_the_tokens_that_go_on():

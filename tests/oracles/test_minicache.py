@@ -310,9 +310,14 @@ def test_compositions_share_again_after_each_prompt(text):
     assert twins(cache) and held(cache.paged[1])[0].longest
     feed(model, cache, ids[:, 30:], mask)
     assert twins(cache) and held(cache.paged[1])[0].longest
+    again = []
     for step in range(7):
         mask = grow(mask)
         assert feed(model, cache, STEPS[:, step : step + 1], mask).isfinite().all()
+        if (held(cache.paged[1])[0].upto == cache.paged[1].seen).any():
+            assert twins(cache) and held(cache.paged[1])[0].counts().all()
+            again.append(step)
+    assert again == [2, 5]
     counted: set[int] = set()
     assert cache.nbytes == sum(core.bytes_beside(counted) for core in cache.paged)
 
@@ -320,12 +325,15 @@ def test_compositions_share_again_after_each_prompt(text):
 def test_assisted_decoding_merges_what_was_accepted():
     model, prompt = subject("llama"), tokens(30)
     cache, plain = (kvfold.Cache(model, "minicache", residual=4) for _ in range(2))
-    options = {"max_new_tokens": 24, "do_sample": False}
+    options = {"max_new_tokens": 14, "do_sample": False}
     expected = model.generate(**prompt, past_key_values=plain, **options)
     got = model.generate(**prompt, past_key_values=cache, prompt_lookup_num_tokens=3, **options)
     assert got.shape == expected.shape
     cache.settle_pending()
     assert held(cache.paged[1])[0].longest > 30 and twins(cache)
+    whole = kvfold.Cache(model, "minicache", gamma=1.0, residual=4)  # asked as often, and nothing is merged
+    got = model.generate(**prompt, past_key_values=whole, prompt_lookup_num_tokens=3, **options)
+    assert torch.equal(got, model.generate(**prompt, **options))
 
 
 def test_a_crop_beams_and_a_fork():
@@ -339,9 +347,9 @@ def test_a_crop_beams_and_a_fork():
     assert fork.kept(2) == [[list(range(49))] * 2, [list(range(39))] * 2]
     cache.reorder_cache(torch.tensor([1, 0]))
     assert twins(cache) and cache.kept(1) == [[list(range(19))] * 2, [list(range(29))] * 2]
-    got = follow(model, cache, STEPS[:, :1], grow(mask, 9)[[1, 0]][:, :30], STEPS[:, 1:12])
+    got = follow(model, cache, STEPS[:, :1], grow(mask, 9)[[1, 0]][:, :30], STEPS[:, 1:11])
     assert got.isfinite().all() and twins(cache) and twins(fork)
-    assert ((cache.paged[1].seen - held(cache.paged[1])[0].upto) == 3).all()  # of 12, and 4 at a time
+    assert ((cache.paged[1].seen - held(cache.paged[1])[0].upto) == 3).all()  # of 11, and 4 at a time
 
 
 def test_a_plan_of_it_is_refused():

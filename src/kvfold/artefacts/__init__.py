@@ -150,9 +150,7 @@ def find(method: str, model: Any, path: str | os.PathLike[str] | None = None) ->
 
 def has(method: str, model: Any) -> bool:
     """Whether something was measured for `method` on `model`."""
-    key = fingerprint(model)
-    files = (_read(str(place), place.stat().st_mtime_ns) for place in _candidates(method))
-    return any(found.method == method and found.model["fingerprint"] == key for found in files)
+    return next(_measured(method, fingerprint(model)), None) is not None
 
 
 def locate(method: str, model: Any, path: str | os.PathLike[str] | None = None) -> tuple[str, Artefact]:
@@ -168,10 +166,8 @@ def locate(method: str, model: Any, path: str | os.PathLike[str] | None = None) 
                 f"{found.model['fingerprint']}); this model is {name!r} ({key}): {command(method, name)}"
             )
         return os.fspath(path), found
-    for place in _candidates(method):
-        found = _read(str(place), place.stat().st_mtime_ns)
-        if found.method == method and found.model["fingerprint"] == key:
-            return f"{SHIPPED}{place.stem}" if place in shipped() else str(place), found
+    for place, found in _measured(method, key):
+        return f"{SHIPPED}{place.stem}" if place in shipped() else str(place), found
     raise ValueError(
         f"{method} has no calibration for {name!r} (fingerprint {key}); make one: {command(method, name)}, "
         "or name a file: calibration='path.json'"
@@ -198,6 +194,14 @@ def _read(path: str, written: int) -> Artefact:
     return load(path)
 
 
+def _measured(method: str, key: str) -> Iterator[tuple[Path, Artefact]]:
+    """What was measured for a method on models of one fingerprint, and where it lies: the user's, then what ships."""
+    for place in _candidates(method):
+        found = _read(str(place), place.stat().st_mtime_ns)
+        if found.method == method and found.model["fingerprint"] == key:
+            yield place, found
+
+
 def _candidates(method: str) -> Iterator[Path]:
     yield from sorted(path for path in (user_folder() / method).glob("*") if path.suffix in (TABLES, TENSORS))
     yield from (path for path in shipped() if path.parent.name == method)
@@ -214,6 +218,7 @@ __all__ = [
     "command",
     "find",
     "fingerprint",
+    "has",
     "load",
     "locate",
     "name_of",

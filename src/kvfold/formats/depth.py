@@ -64,8 +64,8 @@ class DepthSegment(PagedSegment):
         """The name that a column of this side's has on the pages."""
         return name if name == POSITION else f"{name}.{self.side}"
 
-    def _plane(self, name: str) -> Tensor:
-        return self._rows(self.table.dense(self.own(name)))
+    def _plane(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._rows(self.table.dense(name, start, stop))
 
     def attend(
         self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None,
@@ -74,28 +74,31 @@ class DepthSegment(PagedSegment):
         """A key's length multiplies its logit, a value's its weight: nothing is restored."""
         (b, h, g, n, d), size = q.shape, self.longest
         block, seen = q.reshape(b, h, g * n, d).float(), self._rows(self.table.valid())
-        directions, values = self._rows(self.table.dense("keys")), self._rows(self.table.dense("values"))
-        if compact is not None and size:
-            directions = compact.rotate_keys(directions, self._plane(POSITION), seen.cumsum(-1) - 1)
+        ranks = None if compact is None else seen.cumsum(-1) - 1
         seen = seen if read is None else seen & read
-        out = block.new_zeros(b, h, g * n, values.shape[-1])
+        out = block.new_zeros(b, h, g * n, self.pool.planes["values"].shape[-1])
         lse = block.new_full((b, h, g * n), -torch.inf)
         step = max(16, BLOCK_ELEMENTS // max(1, b * h * max(g * n, d)))
         for i in range(0, size, step):
-            here = slice(i, i + step)
-            key_norm, value_norm = (self._plane(name)[:, :, None, here] for name in (KEY_NORM, VALUE_NORM))
-            logits = block @ directions[:, :, here].float().mT * (key_norm * scale)
+            stop = i + step
+            directions, values = (self._plane(name, i, stop) for name in ("keys", "values"))
+            key_norm, value_norm = (self._plane(self.own(name), i, stop) for name in (KEY_NORM, VALUE_NORM))
+            if compact is not None and ranks is not None:
+                turn, places = compact.of(i, stop), self._plane(POSITION, i, stop)
+                directions = turn.rotate_keys(directions, places, ranks[..., i:stop])
+            logits = block @ directions.float().mT * (key_norm * scale)[:, :, None]
             if self.own(LOG_MASS) in self.pool.planes:
-                logits = logits + self._plane(LOG_MASS)[:, :, None, here]
-            logits = logits.masked_fill(~seen[:, :, None, here], -torch.inf)
+                logits = logits + self._plane(self.own(LOG_MASS), i, stop)[:, :, None]
+            logits = logits.masked_fill(~seen[:, :, None, i:stop], -torch.inf)
             sums = logits.logsumexp(-1)
             share = torch.exp(logits - sums.masked_fill(sums == -torch.inf, 0.0)[..., None])
-            out, lse = ops.merge([(out, lse), ((share * value_norm) @ values[:, :, here].float(), sums)])
+            out, lse = ops.merge([(out, lse), ((share * value_norm[:, :, None]) @ values.float(), sums)])
         return out.view(b, h, g, n, -1).to(q.dtype), lse.view(b, h, g, n), None
 
     def dense(self) -> Chunk:
         names = [name.removesuffix(f".{self.side}") for name in self.pool.planes if name.endswith(f".{self.side}")]
-        columns = {name: self._plane(name) for name in (POSITION, *names) if name not in (KEY_NORM, VALUE_NORM)}
+        names = [POSITION, *(name for name in names if name not in (KEY_NORM, VALUE_NORM))]
+        columns = {name: self._plane(self.own(name)) for name in names}
         valid = self._rows(self.table.valid())
         return LateChunk(
             lambda: self._restored("keys", KEY_NORM), lambda: self._restored("values", VALUE_NORM), valid, columns
@@ -103,8 +106,8 @@ class DepthSegment(PagedSegment):
 
     def _restored(self, directions: str, norm: str) -> Tensor:
         if not self.longest:
-            return self._rows(self.table.dense(directions)).to(self.compute)
-        return (self._rows(self.table.dense(directions)) * self._plane(norm)[..., None]).to(self.compute)
+            return self._plane(directions).to(self.compute)
+        return (self._plane(directions) * self._plane(self.own(norm))[..., None]).to(self.compute)
 
     def append(self, chunk: Chunk, *, even: bool = False) -> None:
         """Tokens of this layer alone, by their own directions."""
@@ -161,6 +164,10 @@ class DepthSegment(PagedSegment):
         upto = self.upto[np.asarray(rows)]
         return DepthSegment(self._table_of(rows), self.heads, self.compute, self.side, upto, state)
 
-    def clear(self) -> None:
+    def drop_tokens(self) -> None:
+        """Drop the tokens, but not what is remembered of the text."""
         super().clear()
+
+    def clear(self) -> None:
+        self.drop_tokens()
         self.upto, self.state = np.zeros_like(self.upto), None

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from kvfold.hf.begun import Begun
 from kvfold.hf.hooks import use_kvfold, watch
 from kvfold.hf.late import Done, Prompt, carry_out, greedy_of
-from kvfold.hf.layers import PagedLayer, WindowLayer, held_bytes, storage_bytes
+from kvfold.hf.layers import PagedLayer, WindowLayer, crop_layers, held_bytes, storage_bytes
 from kvfold.hf.reading import Reading
 from kvfold.hf.report import Report, layer_report
 from kvfold.hf.rope import find_rope
@@ -285,7 +285,7 @@ class Cache(HFCache):
         if self.reading is not None:
             count = -count if count <= 0 else max(0, self.get_seq_length() - count)
             self.reading, count = self.reading.drop(count), -count
-        self._settle(lambda: super(Cache, self).crop(count))
+        self._settle(lambda: crop_layers(self.layers, count))
 
     def settle_pending(self) -> None:
         """Run the events that still wait for a crop: assisted decoding is over, what came last was a further turn."""

@@ -170,13 +170,13 @@ class Prompt(Done):
 
 def carry_out(layers: Sequence[KVLayer], ordinal: int, decisions: Decisions, this: Pass) -> None:
     """What a late event decided about one layer; then what it decided about that layer and another one."""
-    made, core = decided(decisions), layers[ordinal]
+    made, core, prompt = decided(decisions), layers[ordinal], this.before if this.prefill else None
     alone = [decision for decision in made if not isinstance(decision, Share)]
     if alone:
         core.decide(alone, this)
     for decision in made:
         if isinstance(decision, Share) and core.alike(layers[decision.other]):
-            share(layers[decision.other].stored, core.stored, decision, this.prefill, core.seen)
+            share(layers[decision.other].stored, core.stored, decision, core.seen, prompt)
 
 
 def greedy_of(output: Any, this: Pass) -> Int[Tensor, "B K"] | None:

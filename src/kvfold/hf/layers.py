@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
@@ -130,6 +132,26 @@ class WindowLayer(DynamicSlidingWindowLayer):
     places: Tensor | None = None
     """Text positions of what is held, (B, n), -1 for padding, where a method narrowed the prompt on its way here."""
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` columns; of a narrowed text nothing yet: `crop_layers` knows its end.
+
+        Raises RuntimeError where the window has let go of tokens that would be in it again.
+        """
+        super().crop(tokens_to_remove if self.places is None else max(0, tokens_to_remove))
+
+    def end_at(self, ends: Int[Tensor, "B"]) -> None:
+        """Forget what stands in a narrowed text at `ends` and behind it; rows with less left are padded on the left."""
+        if self.places is None or not self.is_initialized:
+            return
+        places = self.places.masked_fill(self.places >= ends.to(self.places.device)[:, None], -1)
+        left = int((places >= 0).sum(1).max())
+        columns = torch.argsort((places >= 0).byte(), dim=1, stable=True)[:, places.shape[1] - left :]
+        self.places = places.gather(1, columns)
+        wide = columns.to(self.keys.device)[:, None, :, None]
+        wide = wide.expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
+        self.keys, self.values = self.keys.gather(2, wide), self.values.gather(2, wide)
+        self.cumulative_length = left
+
     def _select(self, rows: Tensor) -> None:
         self.places = None if self.places is None else self.places[rows.to(self.places.device)]
 
@@ -150,6 +172,17 @@ class WindowLayer(DynamicSlidingWindowLayer):
         if not self.record_past and self.keys.untyped_storage().nbytes() > 1.1 * self.keys.nbytes:
             self.keys, self.values = self.keys.clone(), self.values.clone()
         return keys, values
+
+
+def crop_layers(layers: Sequence[Any], tokens_to_remove: int) -> None:
+    """Take back the last `-tokens_to_remove` tokens of the text in every layer, those that narrowing skipped too."""
+    for layer in layers:
+        layer.crop(tokens_to_remove)
+    ends = next((torch.from_numpy(layer.core.seen) for layer in layers if isinstance(layer, PagedLayer)), None)
+    if tokens_to_remove and ends is not None:
+        for layer in layers:
+            if isinstance(layer, WindowLayer):
+                layer.end_at(ends)
 
 
 def tensors(layer: Any) -> list[Tensor]:
@@ -181,4 +214,4 @@ def held_bytes(layers: Sequence[Any]) -> list[int]:
     ]
 
 
-__all__ = ["Owner", "PagedLayer", "WindowLayer", "held_bytes", "storage_bytes", "tensors"]
+__all__ = ["Owner", "PagedLayer", "WindowLayer", "crop_layers", "held_bytes", "storage_bytes", "tensors"]

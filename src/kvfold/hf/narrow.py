@@ -64,7 +64,8 @@ def _window_mask(
         here = narrow.positions.long().masked_fill(~narrow.valid, -1).to(states.device)
     else:
         here = kwargs["position_ids"].expand(cache.batch_size, -1).to(states.device)
-        here = here if padding is None else here.masked_fill(~padding[:, -new:], -1)
+        if padding is not None:  # the caller's positions may count padding
+            here = (padding.cumsum(1) - 1).masked_fill(~padding, -1)[:, -new:]
     held = layer.keys.shape[-2] if layer.is_initialized else 0
     before = layer.places
     if before is None:

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from kvfold.hf.images import check_images
 from kvfold.hf.rope import has_grid_positions, text_decoder
 from kvfold.methods.base import Method
 
@@ -39,6 +40,8 @@ def check_model(model: Any, method: Method | None = None) -> None:
     reads_on = method is not None and (method.listens("read_order") or method.listens("after_prompt"))
     if reads_on and has_grid_positions(model):
         raise ValueError(f"method={method} reads text on at its own positions, and {name} gives images others (M-RoPE)")
+    if method is not None:
+        check_images(model, method)
     for layer in DynamicCache(config=config).layers:
         if not (isinstance(layer, CacheLayerMixin) or hasattr(layer, "conv_states")):
             raise ValueError(f"{name} has cache layers of type {type(layer).__name__}, which kvfold does not know")

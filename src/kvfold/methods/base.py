@@ -272,6 +272,12 @@ class Pipeline(Method):
             raise ValueError(f"method={self} has two stages with compact positions; at most one is possible")
         if sum(stage.listens("read_order") for stage in self.stages) > 1:
             raise ValueError(f"method={self} has two stages that choose what the model reads; at most one is possible")
+        late = [str(stage) for stage in self.stages if stage.listens("after_prompt")]
+        if late and self.shares_layers:
+            raise ValueError(
+                f"method={self} lets layers share tokens that {late[0]} would drop afterwards: it decides when a "
+                "prompt has been read once more"
+            )
 
     @property
     def compact(self) -> bool:  # type: ignore[override]

@@ -9,6 +9,7 @@ from torch import Tensor
 from kvfold.budgets import Budget, check_budget
 from kvfold.decisions import Decision, Keep
 from kvfold.merges import absorb, at_home, counted, nearest, over_set
+from kvfold.methods._elastic import MASSES
 from kvfold.methods.base import Method, method
 from kvfold.methods.scored import recent
 from kvfold.options import check_choice, check_int, check_number
@@ -71,7 +72,7 @@ class LookM(Method):
         check_choice("text_prior", self.text_prior, (True, False))
         check_int("sinks", self.sinks, 0)
         check_choice("overrun", self.overrun, (True, False))
-        check_choice("mass", self.mass, ("convex", "counted"))
+        check_choice("mass", self.mass, MASSES)
 
     def after_prefill(self, view: LayerView) -> list[Decision] | None:
         images = view.images

@@ -41,7 +41,8 @@ class MiniCache(Method):
 
     No token is dropped, and there is no budget. The prompt is attended exactly and merged when its pass is over (with
     `prefill_chunk` after each chunk). Only tokens that both layers hold are merged, so it goes behind any method that
-    evicts; what one layer drops later no longer shares memory with the other, until the next merge.
+    evicts; what one layer drops or rewrites later no longer shares memory with the other, until the next merge. Methods
+    that read a prompt twice before they decide (kvzip, speckv, kvfold with `quality="best"`) can't be composed with it.
     Differs from the paper: the printed retention rule selects the outliers only if d is a similarity; it is mirrored
     here. d is a mean over the KV heads that hold a token, and retention is of whole tokens: an outlier in keys or in
     values stays as it is in both layers (reconstructed). Generated tokens go by the range of the prompts, which
