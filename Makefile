@@ -7,7 +7,7 @@ PYTEST_FLAGS ?=
 DEMO_DOC ?= examples/documents/blue-carbuncle.txt
 DEMO_QUESTION ?= What was the name of the hotel?
 DEMO_MODEL ?= smollm2-135m-instruct
-DEMO_METHODS ?= full,kvmerger,h2o,snapkv,tova,streamingllm
+DEMO_METHODS ?= full,kvfold,kvmerger,h2o,snapkv,tova,streamingllm
 DEMO_BUDGET ?= 0.35,0.5,0.2
 
 VENV = .venv

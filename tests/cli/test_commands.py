@@ -117,7 +117,7 @@ def test_methods_and_models_as_json() -> None:
         (["--budget", "lots"], "budget='lots'"),
         (["--method", "full", "--budget", "0.5"], "full has no option budget=0.5"),
         (["-o", "window"], "option='window' must be of the form name=value"),
-        (["-o", "windw=3"], "kvmerger has no option windw=3"),
+        (["-o", "windw=3"], "kvfold has no option windw=3"),
         (["--file", "missing.txt"], "file='missing.txt' is not a file"),
         (["--max-new-tokens", "400"], "the model's context is 512"),
     ],

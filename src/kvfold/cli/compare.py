@@ -19,7 +19,7 @@ def compare_command(
     file: common.File,
     methods: Annotated[
         str, typer.Option("--methods", help="Slugs, separated by commas; all: every method.")
-    ] = "full,kvmerger,h2o,snapkv",
+    ] = "full,kvfold,h2o,snapkv",
     budget: Annotated[str, typer.Option("--budget", help="One or several; the first is timed.")] = "0.35",
     model: common.Model = "smollm2-135m-instruct",
     ask: common.Ask = None,

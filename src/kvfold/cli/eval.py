@@ -79,7 +79,7 @@ def _sweep(path: Path | None, suite: str | None, given: dict[str, Any]) -> "Swee
     elif suite is not None:
         found = sweeps.suite(suite)
     elif "tasks" in given:
-        found = {"models": ["smollm2-135m-instruct"], "methods": ["kvmerger", "h2o", "snapkv"], "budgets": [0.5, 0.25]}
+        found = {"models": ["smollm2-135m-instruct"], "methods": ["kvfold", "h2o", "snapkv"], "budgets": [0.5, 0.25]}
         found["lengths"] = [1024]
     else:
         raise ValueError("name a sweep file, --suite, or --tasks; --list shows what there is")

@@ -14,7 +14,7 @@ def run(
     model: common.Model = "smollm2-135m-instruct",
     method: Annotated[
         str, typer.Option("--method", help="A slug, or a composition such as 'a(x=1) | b'.")
-    ] = "kvmerger",
+    ] = "kvfold",
     budget: Annotated[str | None, typer.Option("--budget", help="Fraction of the prompt, or tokens per head.")] = None,
     option: Annotated[list[str], typer.Option("--option", "-o", help="Method option name=value.")] = [],  # noqa: B006
     ask: common.Ask = None,
