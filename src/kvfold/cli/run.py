@@ -12,9 +12,7 @@ from kvfold.cli import common
 def run(
     file: common.File,
     model: common.Model = "smollm2-135m-instruct",
-    method: Annotated[
-        str, typer.Option("--method", help="A slug, or a composition such as 'a(x=1) | b'.")
-    ] = "kvfold",
+    method: Annotated[str, typer.Option("--method", help="A slug, or a composition such as 'a(x=1) | b'.")] = "kvfold",
     budget: Annotated[str | None, typer.Option("--budget", help="Fraction of the prompt, or tokens per head.")] = None,
     option: Annotated[list[str], typer.Option("--option", "-o", help="Method option name=value.")] = [],  # noqa: B006
     ask: common.Ask = None,
