@@ -1,6 +1,7 @@
 """Every method that is registered, on a bundled model, from the command line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ def test_every_method_reads_and_answers_within_its_budget() -> None:
     """A prompt of 800 tokens: no error, and bytes of a quarter and what pages, columns and tables take."""
     words = ["--methods", "all", "--budget", "0.25", "--context", "800", "--max-new-tokens", "2", "--json"]
     command = [sys.executable, "-m", "kvfold", "compare", "--file", str(STORY), "--ask", "Who stole the stone?", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests run beside: a second thread would wait for its core
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = {row["method"]: row for row in json.loads(done.stdout)["rows"]}
     infos = kvfold.list_methods()
