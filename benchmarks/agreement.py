@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import re
+import shlex
 import sys
 import time
 from importlib.metadata import version
@@ -126,7 +127,7 @@ class Results:
                 raise SystemExit(f"--out={self.path} holds results of another {', '.join(differs)}; name another file")
             self.found = before["results"]
             self.commands = before.get("commands") or [before["command"]]
-        command = " ".join(["python", *sys.argv])
+        command = shlex.join(["python", *sys.argv])
         self.commands = [*(one for one in self.commands if one != command), command]
 
     def of(self, cell: str) -> list[dict[str, Any]]:

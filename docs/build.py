@@ -129,7 +129,7 @@ def ablations(info: MethodInfo) -> Iterator[str]:
             [
                 [f"`{cell(name)}`", *(f"{x['kl']:.4f} [{x['kl_low']:.4f}, {x['kl_high']:.4f}] / {x['top1']:.3f}"
                                       for x in (row[budget] for budget in budgets))]
-                for name, row in cells.items()
+                for name, row in sorted(cells.items(), key=lambda pair: ("(" in pair[0], pair[0]))
             ],
         )  # fmt: skip
         yield f"```sh\n{(found.get('commands') or [found['command']])[-1]}\n```"
