@@ -206,7 +206,8 @@ def test_nbytes_falls_as_promised(slug):
             assert pool.used <= pool.pages
             assert pool.pages <= 1.02 * needed  # memory is given back
     # Columns, tables and half-empty last pages are all that comes on top.
-    assert sizes[0.5] < 0.59 * sizes[1.0] and sizes[0.25] < 0.33 * sizes[1.0]
+    half = 0.59 if slug == "kvfold" else 0.58  # kvfold has four columns beside heads of 32
+    assert sizes[0.5] < half * sizes[1.0] and sizes[0.25] < 0.33 * sizes[1.0]
 
 
 # -- quality -------------------------------------------------------------------------------------------------
