@@ -56,6 +56,17 @@ class Queries:
             positions=self.positions[:, which],
         )
 
+    def last(self, count: int) -> "Queries":
+        """The last `count` of each row, padding before them; the first of a row that has fewer are not valid."""
+        slots = torch.argsort(self.valid.byte(), dim=1, stable=True)[:, max(0, self.valid.shape[1] - count) :]
+        wide = slots[:, None].expand(-1, self.states.shape[1], -1)
+        return Queries(
+            self.states.gather(2, wide[..., None].expand(*wide.shape, self.states.shape[-1])),
+            self.valid.gather(1, slots),
+            self.lse.gather(2, wide),
+            self.positions.gather(1, slots),
+        )
+
 
 @dataclass(frozen=True)
 class Images:
@@ -261,16 +272,14 @@ class LayerView:
         w = min(window, self.new)
         if w == self.new and ATTENTION in self.memo:
             return self.memo[ATTENTION]
-        order = torch.argsort(self.queries.valid.byte(), dim=1, stable=True)  # the valid ones last
-        return self._attention_of(order[:, self.new - w :])
+        return self.attention_of(self.queries.last(w))
 
-    def _attention_of(self, order: Int[Tensor, "B W"]) -> Float[Tensor, "B H G W T"]:
-        """Attention probabilities of the queries that `order` names, over all tokens that they see."""
-        (b, hq, _, d), h, w = self.queries.states.shape, self.heads, order.shape[1]
-        chosen = self.queries.states.gather(2, order[:, None, :, None].expand(b, hq, w, d))
-        asked_at = self.queries.positions.gather(1, order).masked_fill(~self.queries.valid.gather(1, order), -1)
+    def attention_of(self, queries: Queries) -> Float[Tensor, "B H G W T"]:
+        """Attention probabilities of these queries over all tokens that they see, float32; zeros if not valid."""
+        (b, hq, w, d), h = queries.states.shape, self.heads
+        asked_at = queries.positions.masked_fill(~queries.valid, -1)
         seen = (self.positions[:, :, None] <= asked_at[:, None, :, None]) & self.valid[:, :, None]
-        grouped = chosen.view(b, h, hq // h, w, d)
+        grouped = queries.states.view(b, h, hq // h, w, d)
         return ops.window_attention(grouped, self.keys, self.place.scale, seen, self.columns.get(LOG_MASS))
 
     def column_sums(self, fade: float = math.inf) -> Float[Tensor, "B H T"]:
@@ -297,11 +306,11 @@ class LayerView:
         fading = (seen - 1 - self.queries.positions) / (fade * seen)  # B Q
         if self.rewritten or self.amended or self.place.compact:
             # The pass's log-sum-exp is not that of these keys as they stand: work out each block's own softmax.
-            slots = torch.arange(self.new, device=self.valid.device).expand(self.keys.shape[0], -1)
+            slots = torch.arange(self.new, device=self.valid.device)
             shares = torch.exp(-fading)[:, None, None, :, None]
             total = torch.zeros(self.valid.shape, device=self.valid.device)
-            for block in torch.split(slots, 64, dim=1):
-                total += (self._attention_of(block) * shares[..., block[0], :]).sum((2, 3))
+            for block in torch.split(slots, 64):
+                total += (self.attention_of(self.queries.pick(block)) * shares[..., block, :]).sum((2, 3))
             return total
         lse = self.queries.lse.masked_fill(~self.queries.valid[:, None], torch.inf)
         start = self.queries.start

@@ -1,5 +1,6 @@
 """The library's own method: a slow loop, exactness where tokens are alike, fading queries."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import kvfold
 from kvfold import artefacts
 from kvfold.decisions import Keep
 from kvfold.formats import LOG_MASS
+from kvfold.hf.copying import random_words
 from kvfold.methods.kvfold import AGAIN, QUERIES, SCORE, KVFold
 from kvfold.scores.reach import reach
 from models import feed, follow, subject, tokens
@@ -31,7 +33,7 @@ def answers(view, decisions, queries):
 @pytest.mark.parametrize(("norm", "window"), [("square", 3), ("norm", 0), ("none", 3)])
 def test_against_a_slow_loop(fade, norm, window):
     view = random_view(B=2, H=2, G=2, T=24, D=4, left_pad=(0, 5), seed=3)
-    options = {"recent": 0.5, "sinks": 1, "window": window, "kernel": 3, "votes": 2.0}
+    options = {"recent": 0.5, "sinks": 1, "window": window, "kernel": 3, "votes": 2.0, "refit": 0}
     method = KVFold(budget=8, fade=fade, norm=norm, threshold=0.4, **options)
     after = view
     for decision in method.after_prefill(view):
@@ -94,7 +96,7 @@ def test_twins_fold_without_loss():
             return torch.isin(view.positions, torch.tensor(first)).float()
 
     def error(threshold):
-        method = Firsts(budget=40, recent=0.0, sinks=0, threshold=threshold)
+        method = Firsts(budget=40, recent=0.0, sinks=0, threshold=threshold, refit=0)
         return float((answers(view, method.after_prefill(view), later) - truth).norm())
 
     assert error(0.99) < 0.2 * error(2.0)
@@ -117,7 +119,7 @@ def test_the_kernel_leaves_what_the_view_works_out():
 def test_old_scores_fade_on_a_further_turn(generated):
     """By all of the text that came since, generated or not, though only prompts' queries are counted."""
     model, ids = subject("llama"), tokens(60 + generated)["input_ids"]
-    cache, scores = kvfold.Cache(model, "kvfold(budget=0.9, fade=0.25, threshold=2.0)"), []
+    cache, scores = kvfold.Cache(model, "kvfold(budget=0.9, fade=0.25, threshold=2.0, heads='even', refit=0)"), []
     mask = torch.ones_like(ids)
     feed(model, cache, ids[:, :40], mask[:, :40])
     old = {name: by_position(cache, name) for name in (SCORE, QUERIES)}
@@ -210,13 +212,69 @@ def test_heads_share_the_budget_by_their_scores():
 def test_calibrated_heads_are_found(tmp_path, monkeypatch):
     model = subject("llama")
     monkeypatch.setenv("KVFOLD_ARTEFACTS", str(tmp_path))
-    assert kvfold.Cache(model, "kvfold").method.heads == "even"
+    with pytest.raises(ValueError, match="kvfold calibrate headkv"):
+        kvfold.Cache(model, "kvfold(heads='calibrated')")
     scores = [[float(layer + head) for head in range(4)] for layer in range(model.config.num_hidden_layers)]
     about = {"fingerprint": artefacts.fingerprint(model), "name": "tiny"}
     artefacts.save(artefacts.Artefact("headkv", about, {"reason": scores}, {}))
-    found = kvfold.Cache(model, "kvfold").method
+    found = kvfold.Cache(model, "kvfold(heads='calibrated')").method
     assert found.heads == tuple(map(tuple, scores)) and kvfold.parse(str(found)) == found
     assert kvfold.Cache(model, "kvfold(heads='even')").method.heads == "even"
+
+
+def test_values_are_fitted_to_what_the_last_queries_read():
+    """Against ridge regression as a least-squares problem with rows for the price; sinks and recent tokens stay."""
+    view, options = random_view(B=2, H=2, G=2, T=24, D=4, left_pad=(0, 17), seed=3), {"recent": 0.25, "sinks": 1}
+    plain, fitted = (
+        after_all(view, KVFold(budget=8, threshold=0.4, kernel=3, refit=refit, heads="even", **options))
+        for refit in (0, 5)
+    )
+    assert torch.equal(plain.valid, fitted.valid) and torch.equal(plain.keys, fitted.keys)
+    asked = view.queries.last(5)
+    truth = view.attention_of(asked) @ view.values[:, :, None]
+    weights = plain.attention_of(asked)
+    for row, head in ((0, 0), (0, 1)):
+        kept = plain.valid[row, head].nonzero()[:, 0]
+        free = kept[1:-2]
+        a = weights[row, head].flatten(0, 1)
+        missing = truth[row, head].flatten(0, 1) - a @ plain.values[row, head]
+        price = a[:, free].square().sum(-1).mean().sqrt()
+        rows = torch.cat([a[:, free], price * torch.eye(len(free))])
+        change = torch.linalg.lstsq(rows, torch.cat([missing, torch.zeros(len(free), 4)])).solution
+        expected = plain.values[row, head].clone()
+        expected[free] += change
+        torch.testing.assert_close(fitted.values[row, head][kept], expected[kept], atol=1e-4, rtol=1e-3)
+    assert torch.equal(fitted.values[1], plain.values[1])  # seven tokens: nothing went
+
+
+def after_all(view, method):
+    """The view after what the method decides."""
+    for decision in method.after_prefill(view):
+        view = view.apply(decision)
+    return view
+
+
+def test_copying_heads_are_probed_once(monkeypatch):
+    """By a forward pass over a random text that repeats: here of the attention that transformers works out."""
+    model, passes = copy.deepcopy(subject("llama")), []
+    model.train()
+    model.register_forward_hook(lambda *_: passes.append(model.training))
+    first, again = (kvfold.Cache(model, "kvfold").method.heads for _ in range(2))
+    assert passes == [False] and model.training and again is first
+    assert not kvfold.Cache(model, "kvfold(heads='even')").method.listens("admit") and len(passes) == 1
+    config = model.config
+    words = random_words(model, 127, 0, config.vocab_size, (0, 1))  # of 512 positions at most, four times and one more
+    assert not {0, 1} & set(words.tolist())
+    plain = copy.deepcopy(subject("llama")).eval()
+    plain.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = plain(torch.cat([torch.tensor([1]), words.repeat(4)])[None], output_attentions=True).attentions
+    for weights, found in zip(attentions, first, strict=True):
+        total = torch.zeros(len(found))
+        for back in (127, 254, 381):
+            asking = torch.arange(1 + back, 509)
+            total += sum(weights[0, :, asking, asking - back + behind].sum(-1) for behind in (0, 1))
+        torch.testing.assert_close(torch.tensor(found), total / (3 * 127), rtol=1e-3, atol=1e-6)
 
 
 def test_nothing_folds_above_the_threshold():
@@ -241,7 +299,7 @@ def test_options(unchecked):
         ({"fade": 0.0}, "fade=0.0"), ({"threshold": 3.0}, "threshold=3.0"), ({"norm": "max"}, "norm='max'"),
         ({"window": -1}, "window=-1"), ({"kernel": 4}, "kernel=4"), ({"votes": -1.0}, "votes=-1.0"),
         ({"heads": "all"}, "heads='all'"), ({"heads": ((),)}, "heads="), ({"heads": None}, "heads="),
-        ({"quality": "good"}, "quality='good'"),
+        ({"quality": "good"}, "quality='good'"), ({"refit": -1}, "refit=-1"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             KVFold(**options)

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvfold.calibration.razor import stripes
 from kvfold.formats import LOG_MASS, Chunk
 from kvfold.methods.razorattention import RazorAttention, retrieval_heads
+from kvfold.scores.stripes import stripes
 from views import asked_view, kept, random_view, run
 
 ONE = {"induction": ((0.9, 0.1),), "echo": ((0.2, 0.1),), "induction_ratio": 0.5, "echo_ratio": 0.0}

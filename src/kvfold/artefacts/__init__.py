@@ -6,7 +6,8 @@
 Tables are JSON. Weights are tensors: a safetensors file, `data` its tensors and the rest its header "kvfold".
 
 `find` looks at the path it is given, else in the user's folder (`$KVFOLD_ARTEFACTS`, else `artefacts` in the user's
-data folder), else among those that ship, for the method and the model's fingerprint.
+data folder), else among those that ship, for the method and the model's fingerprint. What a short look at the model
+tells is not kept in a file: `probe`.
 """
 
 import hashlib
@@ -14,12 +15,13 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import platformdirs
 
@@ -31,6 +33,9 @@ FIELDS = (
     "partial_rotary_factor",
 )  # fmt: skip
 """Fields of a text config that decide which heads there are and how they tell positions apart."""
+PROBES: dict[str, Callable[[Any], Any]] = {}
+"""Measurements that take a short prompt; the room that runs models (`hf`) puts them here."""
+_probed: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,14 @@ def find(method: str, model: Any, path: str | os.PathLike[str] | None = None) ->
 def has(method: str, model: Any) -> bool:
     """Whether something was measured for `method` on `model`."""
     return next(_measured(method, fingerprint(model)), None) is not None
+
+
+def probe(name: str, model: Any) -> Any:
+    """What the measurement `name` of `PROBES` finds on `model`: made once for each model that is loaded."""
+    found = _probed.setdefault(model, {})
+    if name not in found:
+        found[name] = PROBES[name](model)
+    return found[name]
 
 
 def locate(method: str, model: Any, path: str | os.PathLike[str] | None = None) -> tuple[str, Artefact]:

@@ -16,6 +16,7 @@ from kvfold.merges.absorb import (
 from kvfold.merges.by_attention import fold_by_attention
 from kvfold.merges.chain import chain_links, sets_of
 from kvfold.merges.fold import Folded, fold_sets
+from kvfold.merges.refit import refit
 from kvfold.merges.route import nearest, nearest_place, soft_match
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "nearest",
     "nearest_place",
     "over_set",
+    "refit",
     "rope_for",
     "sets_of",
     "soft_match",

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvfold import artefacts
 from kvfold.budgets import Budget, check_budget
 from kvfold.decisions import Amend, Keep
-from kvfold.merges import fold_by_attention
+from kvfold.merges import fold_by_attention, refit
 from kvfold.methods._calibrated import Table, check_table, measured, query_heads, table_of
 from kvfold.methods._repeated import repeated
 from kvfold.methods.base import Decisions, Method, PromptView, method
@@ -22,12 +22,14 @@ from kvfold.options import check_choice, check_int, check_number
 from kvfold.scores import keep_top
 from kvfold.scores.reach import reach
 from kvfold.scores.smoothed import smoothed
-from kvfold.views import LayerView, faded
+from kvfold.views import LayerView, Queries, faded
 
 SCORE, QUERIES, WORTH, AGAIN = "kvfold_score", "kvfold_queries", "kvfold_worth", "kvfold_again"
 """Columns: the attention that a token got, of how many queries; for `quality="best"` worth, and what it got then."""
 POOL = 1.5
 """The part of the budget that heads share by their scores is 1 / POOL, HeadKV's `beta`."""
+LAST = "kvfold_last"
+"""In the context of a pass: each layer's last queries, for a decision after the prompt."""
 REPEATED, QUOTED = 2000, 8
 """Of a second reading: tokens that are repeated at a time, and those before them that are quoted."""
 
@@ -43,6 +45,7 @@ REPEATED, QUOTED = 2000, 8
         w_t = \frac{a_t}{\sum_{i \ge t} e^{-(T-1-i)/(fT)}}, \quad
             v_c \leftarrow \frac{\sum_{t \to c} w_t v_t}{\sum_{t \to c} w_t}, \quad
             \ln m_c \leftarrow \ln m_c + \ln \frac{\sum_{t \to c} w_t}{w_c}
+        V_C \leftarrow V_C + A_C^\top (A_C A_C^\top + \lambda I)^{-1} (A V - A_C V_C)
     """,
     options={
         "recent": "share of a head's tokens for the most recent ones",
@@ -54,9 +57,11 @@ REPEATED, QUOTED = 2000, 8
         "threshold": "the cosine of two keys from which one token folds into the other; above 1: none does",
         "norm": 'what a value adds to its token\'s score: "square" of its norm, "norm", or "none"',
         "heads": (
-            'scores of the query heads, a row a layer, by which KV heads share two thirds of the budget; "calibrated": '
-            'those of `kvfold calibrate headkv`, where they are; "even": all alike'
+            'scores of the query heads, a row a layer, by which KV heads share two thirds of the budget; "probed": '
+            "how much each attends to copies in a random text of 513 tokens, which the model reads once; "
+            '"calibrated": those of `kvfold calibrate headkv`; "even": all alike'
         ),
+        "refit": "last queries whose outputs the values are fitted to once tokens went; 0: none",
         "quality": '"best" reads the prompt a second time, and counts what is looked at meanwhile',
     },
 )  # fmt: skip
@@ -67,14 +72,16 @@ class KVFold(Method):
     Two scores of a token are added, each as a share of its head: the attention that it got, queries near the end of the
     text counting more; and the highest that it or its neighbours got of the last `window` queries, which hold a
     question. Both times the squared norm of the value. What goes folds into the kept token of its head with the most
-    similar key: that one's value becomes the mean of both, weighted by the mean attention that each got, its key
-    stays, and the log of the ratio of weights is added to its logits (the column `log_mass`), so that it gets the
-    attention of all that it holds. Heads that retrieve get more of the budget (as in HeadKV, arXiv:2410.19258), where
-    the model has been calibrated. Acts at the end of a prompt (of every chunk, if it is read in chunks); generated
-    tokens are appended, and their queries don't count. On a further turn earlier sums fade and new ones are added.
-    Query heads of a group add up their attention. `quality="best"` also asks the model to repeat the prompt (as KVzip
-    does, arXiv:2505.23416), and adds the attention of that reading as a third share: about twice the prefill, and two
-    columns more.
+    similar key: that one's value becomes the mean of both, weighted by the mean attention that each got, its key stays,
+    and the log of the ratio of weights is added to its logits (the column `log_mass`), so that it gets the attention of
+    all that it holds. Then the values of what is neither sink nor recent are fitted, by ridge regression, to what the
+    last `refit` queries read before (as in Attention Matching, arXiv:2602.16284). Heads that copy get more of the
+    budget (as retrieval heads do in HeadKV, arXiv:2410.19258, or RazorAttention, arXiv:2407.15891): the first cache of
+    a model has it read a random text that repeats, and remembers what each head looked at. Acts at the end of a prompt
+    (of every chunk, if it is read in chunks); generated tokens are appended, and their queries don't count. On a
+    further turn earlier sums fade and new ones are added. Query heads of a group add up their attention.
+    `quality="best"` also asks the model to repeat the prompt (as KVzip does, arXiv:2505.23416), and adds the attention
+    of that reading as a third share: about twice the prefill, and two columns more.
     This is the library's own method; docs/methods/kvfold.md has the ablations.
     """
 
@@ -87,7 +94,8 @@ class KVFold(Method):
     votes: float = 1.0
     threshold: float = 0.6
     norm: str = "square"
-    heads: Table | str = "calibrated"
+    heads: Table | str = "probed"
+    refit: int = 64
     quality: str = "fast"
 
     def __post_init__(self) -> None:
@@ -102,17 +110,16 @@ class KVFold(Method):
         check_number("threshold", self.threshold, -1.0, 2.0)
         check_choice("norm", self.norm, ("square", "norm", "none"))
         if isinstance(self.heads, str):
-            check_choice("heads", self.heads, ("calibrated", "even"))
+            check_choice("heads", self.heads, ("probed", "calibrated", "even"))
         else:
             check_table("heads", self.heads or ())
+        check_int("refit", self.refit, 0)
         check_choice("quality", self.quality, ("fast", "best"))
 
     def bind(self, model: Any) -> "KVFold":
-        if self.heads != "calibrated":
-            return self
-        if not artefacts.has("headkv", model):
-            return replace(self, heads="even")
-        return replace(self, heads=measured("headkv", model, "reason"))
+        if self.heads == "probed":
+            return replace(self, heads=artefacts.probe("copying", model))
+        return replace(self, heads=measured("headkv", model, "reason")) if self.heads == "calibrated" else self
 
     @property
     def asks(self) -> frozenset[str]:  # type: ignore[override]
@@ -131,10 +138,11 @@ class KVFold(Method):
         if isinstance(self.budget, float) and self.budget == 1.0:
             return None
         attention, queries = self.attention(view)
-        worth = self.worth(view, attention)
+        worth, asked = self.worth(view, attention), view.queries.last(self.refit)
         if self.quality == "best":  # nothing goes before it was read again
+            view.place.step.setdefault(LAST, {})[view.place.ordinal] = asked
             return Keep(view.valid, {SCORE: attention, QUERIES: queries, WORTH: worth})
-        return self.folded(view, attention, queries, worth)
+        return self.folded(view, attention, queries, worth, asked)
 
     def after_prompt(self, prompt: PromptView) -> Mapping[int, Decisions]:
         if isinstance(self.budget, float) and self.budget == 1.0:
@@ -142,11 +150,12 @@ class KVFold(Method):
         views = [prompt[ordinal] for ordinal in range(len(prompt))]
         again = repeated(prompt, views, lambda view, _: view.column_sums(), REPEATED, QUOTED)
         found: dict[int, Decisions] = {}
+        asked = prompt.step[LAST]
         for ordinal, (view, sums) in enumerate(zip(views, again, strict=True)):
             sums += view.columns.get(AGAIN, torch.zeros_like(sums))  # of earlier prompts
             worth = view.columns[WORTH] + share(sums * self.weight(view), view.valid & ~self.always(view))
-            amend, keep = self.folded(view, view.columns[SCORE], view.columns[QUERIES], worth)
-            found[ordinal] = [amend, replace(keep, columns={**keep.columns, AGAIN: sums})]
+            *amends, keep = self.folded(view, view.columns[SCORE], view.columns[QUERIES], worth, asked[ordinal])
+            found[ordinal] = [*amends, replace(keep, columns={**keep.columns, AGAIN: sums})]
         return found
 
     def folded(
@@ -155,11 +164,16 @@ class KVFold(Method):
         attention: Float[Tensor, "B H T"],
         queries: Float[Tensor, "B H T"],
         worth: Float[Tensor, "B H T"],
-    ) -> tuple[Amend, Keep]:
+        asked: Queries,
+    ) -> tuple[*tuple[Amend, ...], Keep]:
         """What is written and kept when `worth` ranks the tokens."""
-        kept = keep_top(view, worth, self.counts(view), self.always(view)).mask
+        always = self.always(view)
+        kept = keep_top(view, worth, self.counts(view), always).mask
         amend, total, mass = fold_by_attention(view, kept, attention, queries, self.threshold)
-        return amend, Keep(kept, {SCORE: total, QUERIES: queries, **mass})
+        keep = Keep(kept, {SCORE: total, QUERIES: queries, **mass})
+        if not self.refit:
+            return amend, keep
+        return amend, refit(view, view.apply(amend).apply(keep), asked, kept & ~always), keep
 
     def attention(self, view: LayerView) -> tuple[Float[Tensor, "B H T"], Float[Tensor, "B H T"]]:
         """What each token got of the queries of all prompts so far, and how many those are; both fade."""
