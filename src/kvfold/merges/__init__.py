@@ -13,7 +13,7 @@ from kvfold.merges.absorb import (
     rope_for,
     take,
 )
-from kvfold.merges.by_attention import fold_by_attention
+from kvfold.merges.by_attention import UNSEEN, fold_by_attention
 from kvfold.merges.chain import chain_links, sets_of
 from kvfold.merges.fold import Folded, fold_sets
 from kvfold.merges.refit import refit
@@ -21,6 +21,7 @@ from kvfold.merges.route import nearest, nearest_place, soft_match
 
 __all__ = [
     "FRAMES",
+    "UNSEEN",
     "Folded",
     "absorb",
     "at_home",

@@ -38,14 +38,14 @@ def fold_sets(
     sets: Int[Tensor, "B H T"],
     importance: Float[Tensor, "B H T"],
     mass: Float[Tensor, "B H T"],
-    *,
     bandwidth: str | float = "mean_distance",
+    by_mass: bool = False,
 ) -> Folded:
     """Merge every set: weights g_i = exp(-|k_p - k_i|^2 / 2 sigma^2) times the mass of the member, scaled to sum 1.
 
     `bandwidth` is sigma: a number, `mean_distance` (mean_i |k_p - k_i| / sqrt 2, for each set), or `literal` (the
     fixed point of the printed formula, mean_i g_i / sqrt 2). Members that stand for several tokens (`mass` over 1)
-    weigh as many. Sums are float32; tokens alone come back bit for bit.
+    weigh as many; `by_mass`: values by that alone. Sums are float32; tokens alone come back bit for bit.
     """
     pivot = pivots(sets, importance)
     slots = torch.arange(sets.shape[-1], device=sets.device).expand_as(sets)
@@ -53,7 +53,10 @@ def fold_sets(
     distance = (keys.float() - take(keys, home).float()).norm(dim=-1)
     weight = _gaussian(distance, sets, bandwidth).masked_fill(pivot, 1.0) * mass
     weight = weight / over_set(weight, sets)
-    return Folded(mixed(keys, home, weight), mixed(values, home, weight), pivot, over_set(mass, sets), weight)
+    size = over_set(mass, sets)
+    return Folded(
+        mixed(keys, home, weight), mixed(values, home, mass / size if by_mass else weight), pivot, size, weight
+    )
 
 
 def _gaussian(distance: Tensor, sets: Tensor, bandwidth: str | float) -> Tensor:

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
 from kvfold.budgets.allocate import exempt_layers
-from kvfold.decisions import Rewrite
+from kvfold.decisions import Keep, Rewrite
 from kvfold.formats import LOG_MASS, Chunk
-from kvfold.merges import chain_links, fold_sets, sets_of
+from kvfold.merges import FRAMES, UNSEEN, chain_links, fold_sets, log_mass, rope_for, sets_of
 from kvfold.merges.chain import neighbour_cosine
 from kvfold.methods.base import Method, method
 from kvfold.options import check_choice, check_ints, check_number
 from kvfold.scores import top_mask
+from kvfold.scores.reach import reach
 from kvfold.views import LayerView
 
 SHARES = ((0.0, 0.2, 0.35, 0.5, 1.0), (0.0, 0.068, 0.08, 0.17, 0.34), (0.0, 0.048, 0.02, 0.12, 0.24))
@@ -43,7 +44,13 @@ parts of the budget as at 50 % (reconstructed: the paper goes no lower)."""
         "recent": "share of the prompt at its end that stays bit for bit; None: as the paper sets it for the budget",
         "heavy": "share of the prompt with the most attention that stays bit for bit; None: as the paper sets it",
         "bandwidth": 'sigma of the Gaussian weights: "mean_distance", "literal" as printed, or a number',
-        "mass": 'what tells a query how many tokens a slot stands for: "counted" (ours), "paper" or "convex" (nothing)',
+        "mass": (
+            'what tells a query how much a slot stands for: "counted" (ours), "attended" (ours: by the mean attention '
+            'that its tokens got, which weighs their values, too), "paper" or "convex" (nothing)'
+        ),
+        "frame": 'keys are compared and folded as they are ("rotated"), or as they were before RoPE ("unrotated")',
+        "heads": 'links compete in each head ("even"), or over a layer\'s heads with a fifth safe ("adaptive")',
+        "evict": "share of what must go that is dropped, the least attended tokens, before runs are folded",
         "skip": "layers that are left whole as long as the budget allows; -1 is the last",
     },
 )  # fmt: skip
@@ -59,7 +66,7 @@ class KVMerger(Method):
     important, runs do not cross from what was stored into what is new, and merged tokens merge again by their mass
     ("paper" and "convex" keep none: there a merged token counts as one).
     `mass`: "counted" adds the log of a slot's token count to its logits (ours), "paper" multiplies its value,
-    "convex" does neither.
+    "convex" does neither. `frame`, `heads`, `evict` and `mass="attended"` are ours, to see what each is good for.
     Differs from the paper: no public code. `bandwidth="mean_distance"` is how its sigma must be meant
     (reconstructed); "literal" is as printed. Neighbours are tokens side by side in what is left of the text: after an
     evicting stage runs can span gaps. `skip` layers count towards the budget, and keep all as long as the
@@ -73,12 +80,18 @@ class KVMerger(Method):
     bandwidth: str | float = "mean_distance"
     mass: str = "counted"
     skip: tuple[int, ...] = (0, 1, -1)
+    frame: str = "rotated"
+    heads: str = "even"
+    evict: float = 0.0
 
     asks = frozenset({"column_sums"})
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        check_choice("mass", self.mass, ("counted", "paper", "convex"))
+        check_choice("mass", self.mass, ("counted", "attended", "paper", "convex"))
+        check_choice("frame", self.frame, FRAMES)
+        check_choice("heads", self.heads, ("even", "adaptive"))
+        check_number("evict", self.evict, 0.0, 1.0)
         for name, high in (("threshold", 1.0), ("recent", 1.0), ("heavy", 1.0)):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), -1.0 if name == "threshold" else 0.0, high)
@@ -96,19 +109,47 @@ class KVMerger(Method):
         if threshold is None and not need.any():
             return None
         importance = view.column_sums()
-        mass = view.columns[LOG_MASS].exp() if LOG_MASS in view.columns else torch.ones_like(importance)
         free = view.valid & ~self.protected(view, importance, budget)
+        if self.evict:
+            least = (-importance).masked_fill(~free, -torch.inf)
+            gone = top_mask(least, torch.minimum((need * self.evict).long(), free.sum(-1)))
+            view, need, free = view.apply(Keep(~gone)), need - gone.sum(-1), free & ~gone
+        mass = view.columns[LOG_MASS].exp() if LOG_MASS in view.columns else torch.ones_like(importance)
+        weight = (importance / reach(view).clamp(min=1.0)).clamp(min=UNSEEN) if self.mass == "attended" else mass
         # Neighbours are tokens side by side in what is left of the text, whatever empty slots lie between them.
-        keys, values, importance, mass = map(view.pack, (view.keys, view.values, importance, mass))
-        link = chain_links(self._cosine(view, keys), view.pack(free), need, threshold)
-        folded = fold_sets(keys, values, sets_of(link), importance, mass, bandwidth=self.bandwidth)
-        values, columns = folded.values, dict(view.columns)
+        rope, places = rope_for(view, self.frame), view.pack(view.positions)
+        stored, values, importance, weight = map(view.pack, (view.keys, view.values, importance, weight))
+        keys = stored if rope is None else rope.shift(stored.float(), -places)
+        link = self.links(self._cosine(view, keys), view.pack(free), need, view.count - budget // 5, threshold)
+        by_weight = self.mass == "attended"
+        folded = fold_sets(keys, values, sets_of(link), importance, weight, self.bandwidth, by_weight)
+        keys, values, columns = folded.keys, folded.values, dict(view.columns)
+        if rope is not None:  # a token alone stays bit for bit
+            keys = torch.where((folded.weight == 1.0)[..., None], stored, rope.shift(keys, places).to(stored.dtype))
         if self.mass == "counted":
             columns[LOG_MASS] = view.unpack(folded.size.log())
+        elif self.mass == "attended":
+            columns[LOG_MASS] = log_mass(view) + view.unpack((folded.size / weight).log())
         elif self.mass == "paper":
             values = (values.float() * folded.size[..., None]).to(values.dtype)
         slots = view.valid & view.unpack(folded.pivot) & (budget > 0)[..., None]
-        return Rewrite(Chunk(view.unpack(folded.keys), view.unpack(values), slots, columns))
+        return Rewrite(Chunk(view.unpack(keys), view.unpack(values), slots, columns))
+
+    def links(
+        self,
+        cosine: Float[Tensor, "B H T"],
+        free: Bool[Tensor, "B H T"],
+        need: Int[Tensor, "B H"],
+        most: Int[Tensor, "B H"],
+        threshold: float | None,
+    ) -> Bool[Tensor, "B H T"]:
+        """Which tokens join the next one: `need` links a head, or as many in all heads together, `most` in any."""
+        if self.heads == "even":
+            return chain_links(cosine, free, need, threshold)
+        able = chain_links(cosine, free, torch.maximum(need, most))
+        rivals = cosine.masked_fill(~able, -torch.inf).flatten(1)[:, None]
+        link = top_mask(rivals, need.sum(1, keepdim=True)).view(able.shape)
+        return link if threshold is None else link | chain_links(cosine, free, torch.zeros_like(need), threshold)
 
     @staticmethod
     def _cosine(view: LayerView, keys: Float[Tensor, "B H T D"]) -> Float[Tensor, "B H T"]:
