@@ -88,7 +88,7 @@ class KVFold(Method):
     budget: Budget = 0.25
     recent: float = 0.25
     sinks: int = 4
-    fade: float | None = 0.1
+    fade: float | None = 0.5
     window: int = 16
     kernel: int = 15
     votes: float = 1.0
