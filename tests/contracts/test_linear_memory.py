@@ -1,0 +1,47 @@
+"""What a method makes at the end of a prompt grows as the prompt does: no tensor is tokens by tokens."""
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import kvfold
+from calibrated import SMALL
+from families import LIMITED, each
+from kvfold.merges import route
+from kvfold.methods.base import decided
+from views import random_view
+
+AFTER = [
+    info.slug
+    for info in kvfold.list_methods()
+    if info.slug in LIMITED and info.cls().listens("after_prefill") and "calibration" not in info.options
+]
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the bytes of the largest tensor that any operation made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        found = [leaf.untyped_storage().nbytes() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.most = max([self.most, *found])
+        return out
+
+
+@each(AFTER)
+def test_no_tensor_is_tokens_by_tokens(slug, monkeypatch):
+    monkeypatch.setattr(route, "BLOCK_ELEMENTS", 1 << 14)
+    most = []
+    for total in (512, 2048):
+        view = random_view(B=1, H=2, G=2, T=total, D=8, seed=1)
+        method = kvfold.parse(slug, **SMALL.get(slug, {}))
+        with Largest() as seen:
+            for decision in decided(method.after_prefill(view)):
+                view = view.apply(decision)
+            view.keys, view.values  # noqa: B018  (made when somebody looks)
+        most.append(seen.most)
+    assert most[1] <= 4.5 * most[0], most
