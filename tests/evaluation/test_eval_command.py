@@ -52,7 +52,7 @@ def test_the_list_has_tasks_and_suites():
         ((), "name a sweep file, --suite, or --tasks"),
         (("x.yaml", "--suite", "smoke"), "name one of them"),
         (("--tasks", "niah", "--lengths", "1k"), "lengths='1k' must be whole numbers"),
-        (("--suite", "smok"), "suite='smok' is unknown; there are curves, leaderboard, needles, smoke"),
+        (("--suite", "smok"), "suite='smok' is unknown; there are curves, leaderboard, needles, retrieval, smoke"),
         (("--tasks", "niah", "--budgets", "2.0"), "budget=2.0 must be a fraction"),
     ],
 )
