@@ -34,7 +34,7 @@ class Largest(TorchDispatchMode):
 
 @each(AFTER)
 def test_no_tensor_is_tokens_by_tokens(slug, monkeypatch):
-    monkeypatch.setattr(route, "BLOCK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(route, "CPU_ELEMENTS", 1 << 14)
     most = []
     for total in (512, 2048):
         view = random_view(B=1, H=2, G=2, T=total, D=8, seed=1)

@@ -92,7 +92,7 @@ def test_twins_fold_without_loss():
     truth, first = answers(view, None, later), (times.cumsum(0) - times).tolist()
 
     class Firsts(KVFold):  # the first of each set of equal tokens stays
-        def worth(self, view, attention):
+        def worth(self, view, attention, last):
             return torch.isin(view.positions, torch.tensor(first)).float()
 
     def error(threshold):
@@ -177,7 +177,9 @@ def test_the_best_quality_reads_the_prompt_again():
         norms = first.values.norm(dim=-1)[0].square()
         again = both.attention(80)[0, :, :, 40:, :40].sum((1, 2)) * norms
         compete = range(4, 37)  # four sinks and a quarter of 12 stay anyway
-        worth = method.worth(first, first.column_sums(0.5))[0] + again / again[:, 4:37].sum(-1, keepdim=True)
+        worth = method.worth(first, first.column_sums(0.5), first.attention(64))[0] + again / again[:, 4:37].sum(
+            -1, keepdim=True
+        )
         for head, kept in enumerate(core.kept()[0]):
             best = sorted(compete, key=lambda t, own=worth[head]: -own[t])[:5]
             assert kept == sorted({0, 1, 2, 3, 37, 38, 39, *best})

@@ -1,33 +1,35 @@
 """Values are fitted again to what the last queries read before tokens went."""
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvfold.decisions import Amend
-from kvfold.merges.absorb import few, take
+from kvfold.merges.absorb import few
 from kvfold.views import LayerView, Queries
 
 
-def refit(view: LayerView, after: LayerView, asked: Queries, free: Bool[Tensor, "B H T"], ridge: float = 1.0) -> Amend:
+def refit(
+    view: LayerView, after: LayerView, asked: Queries, read: Float[Tensor, "B H N Dv"], free: Bool[Tensor, "B H T"],
+    ridge: float = 1.0,
+) -> Amend:  # fmt: skip
     """New values for `free` tokens, so that `asked` reads of `after` what it read of `view`, as nearly as may be.
 
-    Ridge regression of each head: the smallest change of the values, `ridge` times the mean squared length of the
-    queries' attention being the price of it. Attention Matching (arXiv:2602.16284, section 3) solves for the values by
-    least squares; here they start from what is there, and nothing of a head changes that lost no token.
+    `read` is that: of each KV head's N = group x queries, a query head's side by side. Ridge regression of each head:
+    the smallest change of the values, `ridge` times the mean squared length of the queries' attention being the price
+    of it. Attention Matching (arXiv:2602.16284) solves for the values by least squares; here they start from what is
+    there, and nothing of a head changes that lost no token.
     """
     slots, here = few(after.valid)
     left = after.tokens.take(slots)
     left = left.but(here)
-    read = view.attention_of(asked).flatten(2, 3) @ view.values.float()  # B H GW Dv
     weights = LayerView(left, after.queries, after.place).attention_of(asked).flatten(2, 3)
     missing = read - weights @ left.values.float()
-    open_ = here & free.gather(-1, slots) & (view.valid & ~after.valid).any(-1, keepdim=True)
-    weights = weights.masked_fill(~open_[:, :, None], 0.0)
+    able = here & free.gather(-1, slots) & (view.valid & ~after.valid).any(-1, keepdim=True)
+    weights = weights.masked_fill(~able[:, :, None], 0.0)
     gram = weights @ weights.mT
     real = asked.valid.sum(1)[:, None] * (weights.shape[2] // asked.valid.shape[1])
     price = ridge * gram.diagonal(dim1=-2, dim2=-1).sum(-1) / real.clamp(min=1)
     gram.diagonal(dim1=-2, dim2=-1).add_(price.clamp(min=torch.finfo(gram.dtype).eps)[..., None])
     change = weights.mT @ torch.linalg.solve_ex(gram, missing).result
-    values = take(after.values, slots)
-    return Amend(torch.where(open_, slots, -1), None, (values.float() + change).to(values.dtype))
+    return Amend(torch.where(able, slots, -1), None, (left.values.float() + change).to(left.values.dtype))

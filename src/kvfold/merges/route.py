@@ -1,5 +1,8 @@
 """Where a dropped token goes: to the most similar one that stays, the nearest in the text, or a match in its chunk."""
 
+from collections.abc import Sequence
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -8,8 +11,10 @@ from torch import Tensor
 from kvfold.merges.absorb import at_home, few, take
 from kvfold.scores import top_mask
 
-BLOCK_ELEMENTS = 1 << 22
-"""Similarities held at once."""
+BLOCK_ELEMENTS, CPU_ELEMENTS = 1 << 22, 1 << 18
+"""Similarities held at once; on the CPU as many as stay in a core's own cache."""
+UNEVEN = 1.5
+"""How much more work heads of one length may be than heads as they are, before each goes by itself."""
 
 Route = tuple[Int[Tensor, "B H T"], Float[Tensor, "B H T"]]
 """The slot where each token would go (its own for those that have nowhere to), and how similar that is (-inf)."""
@@ -21,10 +26,13 @@ def nearest(giving: Bool[Tensor, "B H T"], taking: Bool[Tensor, "B H T"], *state
     Similar is the cosine of the states, or of several kinds the product of cosines, each negative one counted as 0.
     Memory is for a block of those that give at a time.
     """
+    many, room = giving.sum(-1), taking.sum(-1)
+    if many.numel() * int(many.max()) * int(room.max()) > UNEVEN * int((many * room).sum()) > 0:
+        return _head_by_head(giving, taking, states)
     givers, gives = few(giving)
     near = states
     takers, takes = at_home(taking), taking
-    if 2 * int(taking.sum(-1).max()) < taking.shape[-1]:  # else most of them are
+    if 2 * int(room.max()) < taking.shape[-1] or len(many.flatten()) == 1:  # else most of them are
         takers, takes = few(taking)
         near = tuple(take(x, takers) for x in states)
     (b, h, n), m = givers.shape, takers.shape[2]
@@ -32,22 +40,31 @@ def nearest(giving: Bool[Tensor, "B H T"], taking: Bool[Tensor, "B H T"], *state
     similarity = torch.full(giving.shape, -torch.inf, device=giving.device)
     if not n or not m:
         return home, similarity
-    norms = [x.float().norm(dim=-1).clamp(min=1e-12)[:, :, None] for x in near]
-    place, none = torch.arange(m, device=giving.device), torch.tensor(-torch.inf, device=giving.device)
-    size = max(1, BLOCK_ELEMENTS // max(1, b * h * m))
-    for some, real in zip(torch.split(givers, size, 2), torch.split(gives, size, 2), strict=True):
+    units = [F.normalize(x.float(), dim=-1).mT for x in near]
+    given, padded = [F.normalize(take(x, givers).float(), dim=-1) for x in states], not bool(takes.all())
+    size = max(1, (CPU_ELEMENTS if giving.device.type == "cpu" else BLOCK_ELEMENTS) // (b * h * m))
+    found = []
+    for at in range(0, n, size):
         alike = None
-        for x, there, norm in zip(states, near, norms, strict=True):
-            cosine = (F.normalize(take(x, some).float(), dim=-1) @ there.float().mT) / norm  # B H N M
+        for x, unit in zip(given, units, strict=True):
+            cosine = x[:, :, at : at + size] @ unit  # B H N M
             alike = cosine if alike is None else alike.clamp(min=0) * cosine.clamp(min=0)
         assert alike is not None
-        alike = alike.masked_fill(~takes[:, :, None], -torch.inf)
-        best = alike.amax(-1)
-        first = torch.where(alike == best[..., None], place, m - 1).amin(-1)
-        found = real & takes.any(-1, keepdim=True)
-        # Those that fill up a short head write what is there already: all of them differ.
-        home.scatter_(2, some, torch.where(found, takers.gather(2, first), home.gather(2, some)))
-        similarity.scatter_(2, some, torch.where(found, best, none))
+        found.append((alike.masked_fill(~takes[:, :, None], -torch.inf) if padded else alike).max(-1))
+    best, first = (torch.cat(each, -1) for each in zip(*found, strict=True))
+    # Those that fill up a short head write what is there already: all of them differ.
+    goes, none = gives & takes.any(-1, keepdim=True), torch.tensor(-torch.inf, device=giving.device)
+    home.scatter_(2, givers, torch.where(goes, takers.gather(2, first), home.gather(2, givers)))
+    similarity.scatter_(2, givers, torch.where(goes, best, none))
+    return home, similarity
+
+
+def _head_by_head(giving: Bool[Tensor, "B H T"], taking: Bool[Tensor, "B H T"], states: Sequence[Tensor]) -> Route:
+    """`nearest` where heads keep so different numbers that padding them to the largest would be most of the work."""
+    home, similarity = at_home(giving), torch.full(giving.shape, -torch.inf, device=giving.device)
+    for one in product(*(zip(range(n), range(1, n + 1), strict=True) for n in giving.shape[:2])):
+        here = tuple(slice(*ends) for ends in one)
+        home[here], similarity[here] = nearest(giving[here], taking[here], *(x[here] for x in states))
     return home, similarity
 
 

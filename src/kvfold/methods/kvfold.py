@@ -138,11 +138,13 @@ class KVFold(Method):
         if isinstance(self.budget, float) and self.budget == 1.0:
             return None
         attention, queries = self.attention(view)
-        worth, asked = self.worth(view, attention), view.queries.last(self.refit)
+        last = view.attention(max(self.window, self.refit))
+        worth, asked = self.worth(view, attention, last), view.queries.last(self.refit)
+        read = last[..., max(0, last.shape[3] - self.refit) :, :].flatten(2, 3) @ view.values.float()
         if self.quality == "best":  # nothing goes before it was read again
-            view.place.step.setdefault(LAST, {})[view.place.ordinal] = asked
+            view.place.step.setdefault(LAST, {})[view.place.ordinal] = asked, read
             return Keep(view.valid, {SCORE: attention, QUERIES: queries, WORTH: worth})
-        return self.folded(view, attention, queries, worth, asked)
+        return self.folded(view, attention, queries, worth, asked, read)
 
     def after_prompt(self, prompt: PromptView) -> Mapping[int, Decisions]:
         if isinstance(self.budget, float) and self.budget == 1.0:
@@ -150,11 +152,12 @@ class KVFold(Method):
         views = [prompt[ordinal] for ordinal in range(len(prompt))]
         again = repeated(prompt, views, lambda view, _: view.column_sums(), REPEATED, QUOTED)
         found: dict[int, Decisions] = {}
-        asked = prompt.step[LAST]
         for ordinal, (view, sums) in enumerate(zip(views, again, strict=True)):
             sums += view.columns.get(AGAIN, torch.zeros_like(sums))  # of earlier prompts
             worth = view.columns[WORTH] + share(sums * self.weight(view), view.valid & ~self.always(view))
-            *amends, keep = self.folded(view, view.columns[SCORE], view.columns[QUERIES], worth, asked[ordinal])
+            *amends, keep = self.folded(
+                view, view.columns[SCORE], view.columns[QUERIES], worth, *prompt.step[LAST][ordinal]
+            )
             found[ordinal] = [*amends, replace(keep, columns={**keep.columns, AGAIN: sums})]
         return found
 
@@ -165,15 +168,16 @@ class KVFold(Method):
         queries: Float[Tensor, "B H T"],
         worth: Float[Tensor, "B H T"],
         asked: Queries,
+        read: Float[Tensor, "B H N Dv"],
     ) -> tuple[*tuple[Amend, ...], Keep]:
-        """What is written and kept when `worth` ranks the tokens."""
+        """What is written and kept when `worth` ranks the tokens; `read` is what the last queries, `asked`, read."""
         always = self.always(view)
         kept = keep_top(view, worth, self.counts(view), always).mask
         amend, total, mass = fold_by_attention(view, kept, attention, queries, self.threshold)
         keep = Keep(kept, {SCORE: total, QUERIES: queries, **mass})
         if not self.refit:
             return amend, keep
-        return amend, refit(view, view.apply(amend).apply(keep), asked, kept & ~always), keep
+        return amend, refit(view, view.apply(amend).apply(keep), asked, read, kept & ~always), keep
 
     def attention(self, view: LayerView) -> tuple[Float[Tensor, "B H T"], Float[Tensor, "B H T"]]:
         """What each token got of the queries of all prompts so far, and how many those are; both fade."""
@@ -186,12 +190,14 @@ class KVFold(Method):
         past = torch.exp((last + 1 - seen) / (self.far * seen))[:, None, None] * scored
         return new + view.columns[SCORE] * past, queries + view.columns[QUERIES] * past
 
-    def worth(self, view: LayerView, attention: Float[Tensor, "B H T"]) -> Float[Tensor, "B H T"]:
-        """What the answers would lose with a token."""
+    def worth(
+        self, view: LayerView, attention: Float[Tensor, "B H T"], last: Float[Tensor, "B H G W T"]
+    ) -> Float[Tensor, "B H T"]:
+        """What the answers would lose with a token; `last` is the attention of the last queries."""
         always, weight = self.always(view), self.weight(view)
         worth = share(attention * weight, view.valid & ~always)
         if self.window and self.votes:
-            most = view.attention(self.window).amax((2, 3)) * weight
+            most = last[..., max(0, last.shape[3] - self.window) :, :].amax((2, 3)) * weight
             most = smoothed(view, most, always | view.last(self.window), self.kernel, "max")
             worth = worth + self.votes * share(most, view.valid)
         return worth
