@@ -43,6 +43,7 @@ def test_against_a_slow_loop(fade, norm, window):
         n = 24 - pad
         for head in range(2):
             k, v = view.keys[row, head, pad:], view.values[row, head, pad:]
+            apart = k - k.mean(0)
             a = torch.zeros(n)
             reach = torch.zeros(n)
             for i in range(n):
@@ -67,7 +68,7 @@ def test_against_a_slow_loop(fade, norm, window):
             for e in range(n):
                 if e in kept:
                     continue
-                cosines = [float(torch.cosine_similarity(k[e], k[c], dim=0)) for c in kept]
+                cosines = [float(torch.cosine_similarity(apart[e], apart[c], dim=0)) for c in kept]
                 best = max(range(8), key=lambda i: (cosines[i], -i))
                 if cosines[best] >= 0.4:
                     sets[kept[best]].append(e)

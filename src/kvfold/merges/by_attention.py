@@ -23,11 +23,14 @@ def fold_by_attention(
 ) -> tuple[Amend, Float[Tensor, "B H T"], dict[str, Tensor]]:
     """What is written, the attention that each token stands for now, and the column of masses.
 
-    A token that does not stay goes to the kept one with the most similar key, from a cosine of `threshold` on. That one
-    keeps its key; its value becomes the mean weighted by `attention / queries`, and the log of the ratio of the whole
-    weight to its own is added to its logits.
+    A token that does not stay goes to the kept one with the most similar key, from a cosine of `threshold` on; what all
+    keys of a head have in common is taken off first, since a softmax does not see it. That one keeps its key; its value
+    becomes the mean weighted by `attention / queries`, and the log of the ratio of the whole weight to its own is added
+    to its logits.
     """
-    home, cosine = nearest(view.valid & ~kept, kept, view.keys)
+    keys = view.keys.float().masked_fill(~view.valid[..., None], 0.0)
+    keys = keys - keys.sum(2, keepdim=True) / view.count.clamp(min=1)[..., None, None]
+    home, cosine = nearest(view.valid & ~kept, kept, keys)
     home = torch.where(cosine >= threshold, home, at_home(home))
     weight = (attention / queries.clamp(min=1.0)).clamp(min=UNSEEN)
     total, takes = over_set(weight, home), home == at_home(home)

@@ -41,7 +41,7 @@ REPEATED, QUOTED = 2000, 8
             p_{h,t} = \max_{|u-t| \le k/2} \max_{g,\, i \ge T-w} A_{h,g,i,u} \lVert v_{h,u} \rVert^2
         s_{h,t} = \frac{a_{h,t} \lVert v_{h,t} \rVert^2}{\sum_u a_{h,u} \lVert v_{h,u} \rVert^2}
             + c \frac{p_{h,t}}{\sum_u p_{h,u}}
-        e \to c = \mathrm{argmax}_{c \in C} \cos(k_e, k_c) \Leftrightarrow \cos(k_e, k_c) \ge \tau
+        e \to c = \mathrm{argmax}_{c \in C} \cos(k_e - \bar k, k_c - \bar k) \Leftrightarrow \cos \ge \tau
         w_t = \frac{a_t}{\sum_{i \ge t} e^{-(T-1-i)/(fT)}}, \quad
             v_c \leftarrow \frac{\sum_{t \to c} w_t v_t}{\sum_{t \to c} w_t}, \quad
             \ln m_c \leftarrow \ln m_c + \ln \frac{\sum_{t \to c} w_t}{w_c}
@@ -54,7 +54,7 @@ REPEATED, QUOTED = 2000, 8
         "window": "last queries whose highest attention counts once more (w); 0: none",
         "kernel": "width over which that is spread along the text, odd (k)",
         "votes": "how much that counts beside the sum over all queries (c)",
-        "threshold": "the cosine of two keys from which one token folds into the other; above 1: none does",
+        "threshold": "the cosine of two keys, less the mean key, from which one folds into the other; above 1: none",
         "norm": 'what a value adds to its token\'s score: "square" of its norm, "norm", or "none"',
         "heads": (
             'scores of the query heads, a row a layer, by which KV heads share two thirds of the budget; "probed": '
@@ -92,7 +92,7 @@ class KVFold(Method):
     window: int = 16
     kernel: int = 15
     votes: float = 1.0
-    threshold: float = 0.6
+    threshold: float = 0.4
     norm: str = "square"
     heads: Table | str = "probed"
     refit: int = 64
