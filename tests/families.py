@@ -22,9 +22,8 @@ CORE = {"adakv", "cake", "full", "h2o", "kvmerger", "kvzip", "mpcache", "snapkv"
 """One for each mechanism; the fast tests run for these, all tests for all."""
 FREE = {"tova", "expected-attention", "epicache"}
 """By their papers the newest token competes like the others."""
-ANYWHERE = {"kvzip", "epicache", "kvfold"}
-"""One threshold for all heads of a layer, or of all layers, or shares by a probe of the model as it is: a rounding may
-move a token from one head to another."""
+ANYWHERE = {"kvzip", "epicache"}
+"""One threshold for all heads of a layer, or of all layers: a rounding may move a token from one to another."""
 
 
 def each(slugs: Iterable[str], cases: int = 1, **axes: Sequence[Any]) -> pytest.MarkDecorator:

@@ -325,7 +325,9 @@ class KVLayer:
 
     def _decide(self, view: LayerView, this: Pass) -> LayerView:
         event = self.method.after_prefill if this.prefill else self.method.after_decode
-        for decision in decided(event(view)):
+        with torch.autocast(view.positions.device.type, enabled=False):
+            made = decided(event(view))
+        for decision in made:
             view = view.apply(decision)
             if isinstance(decision, Propagate) and not this.defer:
                 if this.narrow is not None:

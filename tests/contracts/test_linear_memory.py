@@ -1,4 +1,7 @@
-"""What a method makes at the end of a prompt grows as the prompt does: no tensor is tokens by tokens."""
+"""What a method makes at the end of a prompt, layer by layer, grows as the prompt does: no tensor is tokens by tokens.
+
+Tensors of torch are seen; buffers inside the Numba kernels are not.
+"""
 
 from typing import Any
 
@@ -34,7 +37,7 @@ class Largest(TorchDispatchMode):
 
 @each(AFTER)
 def test_no_tensor_is_tokens_by_tokens(slug, monkeypatch):
-    monkeypatch.setattr(route, "CPU_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(route, "BLOCK_ELEMENTS", 1 << 14)
     most = []
     for total in (512, 2048):
         view = random_view(B=1, H=2, G=2, T=total, D=8, seed=1)

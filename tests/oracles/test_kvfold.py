@@ -2,6 +2,7 @@
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from kvfold.hf.copying import random_words
 from kvfold.methods.kvfold import AGAIN, QUERIES, SCORE, KVFold
 from kvfold.scores.reach import reach
 from models import feed, follow, subject, tokens
-from views import prompt_view, random_view
+from views import prompt_view, random_view, row_of
 
 
 def answers(view, decisions, queries):
@@ -93,7 +94,7 @@ def test_twins_fold_without_loss():
     truth, first = answers(view, None, later), (times.cumsum(0) - times).tolist()
 
     class Firsts(KVFold):  # the first of each set of equal tokens stays
-        def worth(self, view, attention, last):
+        def worth(self, view, attention, most):
             return torch.isin(view.positions, torch.tensor(first)).float()
 
     def error(threshold):
@@ -178,9 +179,9 @@ def test_the_best_quality_reads_the_prompt_again():
         norms = first.values.norm(dim=-1)[0].square()
         again = both.attention(80)[0, :, :, 40:, :40].sum((1, 2)) * norms
         compete = range(4, 37)  # four sinks and a quarter of 12 stay anyway
-        worth = method.worth(first, first.column_sums(0.5), first.attention(64))[0] + again / again[:, 4:37].sum(
-            -1, keepdim=True
-        )
+        worth = method.worth(first, first.column_sums(0.5), first.attention(16).amax((2, 3)))[0] + again / again[
+            :, 4:37
+        ].sum(-1, keepdim=True)
         for head, kept in enumerate(core.kept()[0]):
             best = sorted(compete, key=lambda t, own=worth[head]: -own[t])[:5]
             assert kept == sorted({0, 1, 2, 3, 37, 38, 39, *best})
@@ -250,6 +251,40 @@ def test_values_are_fitted_to_what_the_last_queries_read():
     assert torch.equal(fitted.values[1], plain.values[1])  # seven tokens: nothing went
 
 
+def test_padding_changes_nothing_whatever_it_holds():
+    """A row that is shorter than the window of the fit, beside a longer one."""
+    view = random_view(B=2, H=2, G=2, T=40, D=4, left_pad=(0, 17), seed=3)
+    holes = ~view.valid[..., None]
+    poisoned = replace(view.tokens, values=view.values.masked_fill(holes, torch.nan))
+    method = KVFold(budget=8, heads="even", refit=30)
+    both, alone = after_all(replace(view, tokens=poisoned), method), after_all(row_of(view, 1), method)
+    assert both.values[both.valid].isfinite().all() and not torch.equal(both.values[0, :, -1], both.values[0, :, -2])
+    for head in range(2):
+        here, there = both.valid[1, head], alone.valid[0, head]
+        assert torch.equal(both.positions[1, head][here], alone.positions[0, head][there])
+        torch.testing.assert_close(both.values[1, head][here], alone.values[0, head][there], atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_under_autocast():
+    model, prompt = subject("llama"), tokens(50, 31)
+    found = []
+    for enabled in (False, True):
+        cache = kvfold.Cache(model, "kvfold(budget=12)")
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(follow(model, cache, *prompt.values(), torch.arange(5, 13).view(2, 4)).float())
+    assert (found[1] - found[0]).abs().mean() < 0.1 * found[0].std()
+
+
+def test_a_model_that_cannot_be_probed():
+    model = copy.deepcopy(subject("llama"))
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight.fill_(torch.inf)
+    with pytest.raises(ValueError, match="not finite: say heads='even'"):
+        kvfold.Cache(model, "kvfold")
+    with pytest.raises(ValueError, match="'meta': say heads='even'"):
+        kvfold.Cache(model.to("meta"), "kvfold")
+
+
 def after_all(view, method):
     """The view after what the method decides."""
     for decision in method.after_prefill(view):
@@ -261,10 +296,17 @@ def test_copying_heads_are_probed_once(monkeypatch):
     """By a forward pass over a random text that repeats: here of the attention that transformers works out."""
     model, passes = copy.deepcopy(subject("llama")), []
     model.train()
-    model.register_forward_hook(lambda *_: passes.append(model.training))
-    first, again = (kvfold.Cache(model, "kvfold").method.heads for _ in range(2))
-    assert passes == [False] and model.training and again is first
-    assert not kvfold.Cache(model, "kvfold(heads='even')").method.listens("admit") and len(passes) == 1
+    frozen = model.model.layers[0].eval()
+    model.register_forward_hook(lambda *_: passes.append([module.training for module in model.modules()]))
+    with ThreadPoolExecutor(4) as pool:
+        first, *again = pool.map(lambda _: kvfold.Cache(model, "kvfold").method.heads, range(4))
+    assert len(passes) == 1 and not any(passes[0]) and all(heads is first for heads in again)
+    assert [module.training for module in model.modules()] == [
+        module not in set(frozen.modules()) for module in model.modules()
+    ]
+    for other in ("kvfold(heads='even')", "kvfold(budget=1.0)"):
+        kvfold.Cache(copy.deepcopy(model), other)  # which has the hook, too
+    assert len(passes) == 1
     config = model.config
     words = random_words(model, 127, 0, config.vocab_size, (0, 1))  # of 512 positions at most, four times and one more
     assert not {0, 1} & set(words.tolist())

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,6 +37,7 @@ FIELDS = (
 PROBES: dict[str, Callable[[Any], Any]] = {}
 """Measurements that take a short prompt; the room that runs models (`hf`) puts them here."""
 _probed: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+_probing = RLock()
 
 
 @dataclass(frozen=True)
@@ -159,11 +161,15 @@ def has(method: str, model: Any) -> bool:
 
 
 def probe(name: str, model: Any) -> Any:
-    """What the measurement `name` of `PROBES` finds on `model`: made once for each model that is loaded."""
-    found = _probed.setdefault(model, {})
-    if name not in found:
-        found[name] = PROBES[name](model)
-    return found[name]
+    """What the measurement `name` of `PROBES` finds on `model`: made once for each model that is loaded.
+
+    Weights that change in place are not noticed; a copy of the model is measured anew.
+    """
+    with _probing:
+        found = _probed.setdefault(model, {})
+        if name not in found:
+            found[name] = PROBES[name](model)
+        return found[name]
 
 
 def locate(method: str, model: Any, path: str | os.PathLike[str] | None = None) -> tuple[str, Artefact]:

@@ -38,6 +38,7 @@ def fold_sets(
     sets: Int[Tensor, "B H T"],
     importance: Float[Tensor, "B H T"],
     mass: Float[Tensor, "B H T"],
+    *,
     bandwidth: str | float = "mean_distance",
     by_mass: bool = False,
 ) -> Folded:

@@ -22,9 +22,9 @@ def refit(
     """
     slots, here = few(after.valid)
     left = after.tokens.take(slots)
-    left = left.but(here)
-    weights = LayerView(left, after.queries, after.place).attention_of(asked).flatten(2, 3)
-    missing = read - weights @ left.values.float()
+    weights = LayerView(left.but(here), after.queries, after.place).attention_of(asked).flatten(2, 3)
+    values = left.values.float().masked_fill(~here[..., None], 0.0)  # padding may hold anything
+    missing = read - weights @ values
     able = here & free.gather(-1, slots) & (view.valid & ~after.valid).any(-1, keepdim=True)
     weights = weights.masked_fill(~able[:, :, None], 0.0)
     gram = weights @ weights.mT
@@ -32,4 +32,4 @@ def refit(
     price = ridge * gram.diagonal(dim1=-2, dim2=-1).sum(-1) / real.clamp(min=1)
     gram.diagonal(dim1=-2, dim2=-1).add_(price.clamp(min=torch.finfo(gram.dtype).eps)[..., None])
     change = weights.mT @ torch.linalg.solve_ex(gram, missing).result
-    return Amend(torch.where(able, slots, -1), None, (left.values.float() + change).to(left.values.dtype))
+    return Amend(torch.where(able, slots, -1), None, (values + change).to(left.values.dtype))

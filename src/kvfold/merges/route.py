@@ -11,8 +11,8 @@ from torch import Tensor
 from kvfold.merges.absorb import at_home, few, take
 from kvfold.scores import top_mask
 
-BLOCK_ELEMENTS, CPU_ELEMENTS = 1 << 22, 1 << 18
-"""Similarities held at once; on the CPU as many as stay in a core's own cache."""
+BLOCK_ELEMENTS, CPU_ELEMENTS, LEAST_ROWS = 1 << 22, 1 << 18, 64
+"""Similarities held at once; on the CPU, of a head, as many as stay in a core's own cache, or of so many tokens."""
 UNEVEN = 1.5
 """How much more work heads of one length may be than heads as they are, before each goes by itself."""
 
@@ -42,7 +42,9 @@ def nearest(giving: Bool[Tensor, "B H T"], taking: Bool[Tensor, "B H T"], *state
         return home, similarity
     units = [F.normalize(x.float(), dim=-1).mT for x in near]
     given, padded = [F.normalize(take(x, givers).float(), dim=-1) for x in states], not bool(takes.all())
-    size = max(1, (CPU_ELEMENTS if giving.device.type == "cpu" else BLOCK_ELEMENTS) // (b * h * m))
+    size = max(1, BLOCK_ELEMENTS // (b * h * m))
+    if giving.device.type == "cpu":
+        size = min(size, max(LEAST_ROWS, CPU_ELEMENTS // m))
     found = []
     for at in range(0, n, size):
         alike = None

@@ -45,7 +45,8 @@ REPEATED, QUOTED = 2000, 8
         w_t = \frac{a_t}{\sum_{i \ge t} e^{-(T-1-i)/(fT)}}, \quad
             v_c \leftarrow \frac{\sum_{t \to c} w_t v_t}{\sum_{t \to c} w_t}, \quad
             \ln m_c \leftarrow \ln m_c + \ln \frac{\sum_{t \to c} w_t}{w_c}
-        V_C \leftarrow V_C + A_C^\top (A_C A_C^\top + \lambda I)^{-1} (A V - A_C V_C)
+        V_F \leftarrow V_F + A_F^\top (A_F A_F^\top + \lambda I)^{-1} (A V - A_C V_C),
+            \quad F \subset C, \quad \lambda = \mathrm{tr}(A_F A_F^\top) / w
     """,
     options={
         "recent": "share of a head's tokens for the most recent ones",
@@ -117,6 +118,8 @@ class KVFold(Method):
         check_choice("quality", self.quality, ("fast", "best"))
 
     def bind(self, model: Any) -> "KVFold":
+        if isinstance(self.budget, float) and self.budget == 1.0:
+            return self  # nothing is shared
         if self.heads == "probed":
             return replace(self, heads=artefacts.probe("copying", model))
         return replace(self, heads=measured("headkv", model, "reason")) if self.heads == "calibrated" else self
@@ -138,9 +141,8 @@ class KVFold(Method):
         if isinstance(self.budget, float) and self.budget == 1.0:
             return None
         attention, queries = self.attention(view)
-        last = view.attention(max(self.window, self.refit))
-        worth, asked = self.worth(view, attention, last), view.queries.last(self.refit)
-        read = last[..., max(0, last.shape[3] - self.refit) :, :].flatten(2, 3) @ view.values.float()
+        most, asked, read = self.last(view)
+        worth = self.worth(view, attention, most)
         if self.quality == "best":  # nothing goes before it was read again
             view.place.step.setdefault(LAST, {})[view.place.ordinal] = asked, read
             return Keep(view.valid, {SCORE: attention, QUERIES: queries, WORTH: worth})
@@ -190,15 +192,22 @@ class KVFold(Method):
         past = torch.exp((last + 1 - seen) / (self.far * seen))[:, None, None] * scored
         return new + view.columns[SCORE] * past, queries + view.columns[QUERIES] * past
 
+    def last(self, view: LayerView) -> tuple[Float[Tensor, "B H T"], Queries, Float[Tensor, "B H N Dv"]]:
+        """The highest attention of the last `window` queries; the last `refit` ones and what those read."""
+        weights = view.attention(max(self.window, self.refit, 1))
+        votes, reading = (weights[..., max(0, weights.shape[3] - n) :, :] for n in (self.window, self.refit))
+        values = view.values.float().masked_fill(~view.valid[..., None], 0.0)  # padding may hold anything
+        most = votes.amax((2, 3)) if self.window else torch.zeros_like(weights[:, :, 0, 0])
+        return most, view.queries.last(self.refit), reading.flatten(2, 3) @ values
+
     def worth(
-        self, view: LayerView, attention: Float[Tensor, "B H T"], last: Float[Tensor, "B H G W T"]
+        self, view: LayerView, attention: Float[Tensor, "B H T"], most: Float[Tensor, "B H T"]
     ) -> Float[Tensor, "B H T"]:
-        """What the answers would lose with a token; `last` is the attention of the last queries."""
+        """What the answers would lose with a token; `most` is the highest attention of the last queries."""
         always, weight = self.always(view), self.weight(view)
         worth = share(attention * weight, view.valid & ~always)
         if self.window and self.votes:
-            most = last[..., max(0, last.shape[3] - self.window) :, :].amax((2, 3)) * weight
-            most = smoothed(view, most, always | view.last(self.window), self.kernel, "max")
+            most = smoothed(view, most * weight, always | view.last(self.window), self.kernel, "max")
             worth = worth + self.votes * share(most, view.valid)
         return worth
 

@@ -122,7 +122,7 @@ class KVMerger(Method):
         keys = stored if rope is None else rope.shift(stored.float(), -places)
         link = self.links(self._cosine(view, keys), view.pack(free), need, view.count - budget // 5, threshold)
         by_weight = self.mass == "attended"
-        folded = fold_sets(keys, values, sets_of(link), importance, weight, self.bandwidth, by_weight)
+        folded = fold_sets(keys, values, sets_of(link), importance, weight, bandwidth=self.bandwidth, by_mass=by_weight)
         keys, values, columns = folded.keys, folded.values, dict(view.columns)
         if rope is not None:  # a token alone stays bit for bit
             keys = torch.where((folded.weight == 1.0)[..., None], stored, rope.shift(keys, places).to(stored.dtype))

@@ -20,7 +20,6 @@ def stripes(view: LayerView, period: int, start: int) -> Float[Tensor, "two H G"
     for back in range(period, total - start, period):
         at = torch.arange(start + back, total, device=q.device)
         for which in (0, 1):
-            seen = at[at - back + which <= at]
-            logits = torch.einsum("hgtd,htd->hgt", q[:, :, seen], k[:, seen - back + which])
-            sums[which] += (logits - lse[:, :, seen]).exp().sum(-1)
+            logits = torch.einsum("hgtd,htd->hgt", q[:, :, at], k[:, at - back + which])
+            sums[which] += (logits - lse[:, :, at]).exp().sum(-1)
     return sums
