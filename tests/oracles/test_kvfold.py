@@ -71,7 +71,7 @@ def test_against_a_slow_loop(fade, norm, window):
                     continue
                 cosines = [float(torch.cosine_similarity(apart[e], apart[c], dim=0)) for c in kept]
                 best = max(range(8), key=lambda i: (cosines[i], -i))
-                if cosines[best] >= 0.4:
+                if cosines[best] >= 0.4 and (w[kept[best]] >= w[e] or cosines[best] >= 0.95):
                     sets[kept[best]].append(e)
             assert any(len(members) > 1 for members in sets.values())
             for c, members in sets.items():
