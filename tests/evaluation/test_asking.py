@@ -14,6 +14,7 @@ from kvfold.evaluation.metrics.base import metrics
 from kvfold.evaluation.prompting import Prompter
 from kvfold.hf.cache import Cache
 
+pytestmark = pytest.mark.slow
 CONTEXT = "The code of the red door is 4711. The code of the blue door is 1138. Nothing else is written here. " * 2
 RED = Query("\nWhich code has the red door?", ("4711",), prefix="It is", max_new_tokens=6)
 BLUE = Query("\nAnd the blue one, which is further away?", ("1138",), prefix="It is", max_new_tokens=9)

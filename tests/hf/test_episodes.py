@@ -15,6 +15,7 @@ from kvfold.hf.episodes import Episodes
 from kvfold.hf.segments import Cluster, OwnStates, cluster, embed, encoder_of, segments
 from models import VOCAB, subject
 
+pytestmark = pytest.mark.slow
 TOPICS = ("sea", "hill", "cake")
 TURNS = [("Ann" if i % 2 else "Bob", f"About the {TOPICS[i // 4 % 3]} I say number {i}.") for i in range(24)]
 

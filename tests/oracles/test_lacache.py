@@ -154,7 +154,10 @@ def test_a_second_turn_goes_on_where_the_first_stood():
             assert streamed(SMALL, 4, sum(feeds), layer, feeds) == slow_lacache(SMALL, 4, layer, 16, feeds)
 
 
-@pytest.mark.parametrize("feeds", [[50], [50, *[1] * 9], [53, 1, 1, 1], [150, *[1] * 30]])
+LONG = pytest.param([150, *[1] * 30], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("feeds", [[50], [50, *[1] * 9], [53, 1, 1, 1], LONG])
 @pytest.mark.parametrize("budget", [0.31, 0.33, 0.507])
 def test_layers_interlock_where_a_fraction_gives_some_one_token_more(budget, feeds):
     """What a layer holds over the others does not move its ladders: beside it, it is a cache of the floor."""
