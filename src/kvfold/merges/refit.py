@@ -31,5 +31,6 @@ def refit(
     real = asked.valid.sum(1)[:, None] * (weights.shape[2] // asked.valid.shape[1])
     price = ridge * gram.diagonal(dim1=-2, dim2=-1).sum(-1) / real.clamp(min=1)
     gram.diagonal(dim1=-2, dim2=-1).add_(price.clamp(min=torch.finfo(gram.dtype).eps)[..., None])
-    change = weights.mT @ torch.linalg.solve_ex(gram, missing).result
+    factor = torch.linalg.cholesky_ex(gram).L  # MKL's threaded LU failed on a batch with heads that lost nothing
+    change = weights.mT @ torch.cholesky_solve(missing, factor)
     return Amend(torch.where(able, slots, -1), None, (values + change).to(left.values.dtype))
