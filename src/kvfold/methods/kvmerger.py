@@ -114,14 +114,13 @@ class KVMerger(Method):
             least = (-importance).masked_fill(~free, -torch.inf)
             gone = top_mask(least, torch.minimum((need * self.evict).long(), free.sum(-1)))
             view, need, free = view.apply(Keep(~gone)), need - gone.sum(-1), free & ~gone
-        mass = view.columns[LOG_MASS].exp() if LOG_MASS in view.columns else torch.ones_like(importance)
-        weight = (importance / reach(view).clamp(min=1.0)).clamp(min=UNSEEN) if self.mass == "attended" else mass
+        by_weight = self.mass == "attended"
+        weight = (importance / reach(view).clamp(min=1.0)).clamp(min=UNSEEN) if by_weight else log_mass(view).exp()
         # Neighbours are tokens side by side in what is left of the text, whatever empty slots lie between them.
         rope, places = rope_for(view, self.frame), view.pack(view.positions)
         stored, values, importance, weight = map(view.pack, (view.keys, view.values, importance, weight))
         keys = stored if rope is None else rope.shift(stored.float(), -places)
         link = self.links(self._cosine(view, keys), view.pack(free), need, view.count - budget // 5, threshold)
-        by_weight = self.mass == "attended"
         folded = fold_sets(keys, values, sets_of(link), importance, weight, bandwidth=self.bandwidth, by_mass=by_weight)
         keys, values, columns = folded.keys, folded.values, dict(view.columns)
         if rope is not None:  # a token alone stays bit for bit
