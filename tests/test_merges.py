@@ -9,8 +9,10 @@ from torch.testing import assert_close
 
 from kvfold.decisions import Amend, Keep, Rewrite, Store
 from kvfold.formats import LOG_MASS, Chunk, Dense
-from kvfold.merges import absorb, counted, log_over_set, nearest, nearest_place, over_set, rope_for, route, soft_match
+from kvfold.merges import absorb, counted, log_over_set, nearest, nearest_place, over_set, rope_for, soft_match
 from kvfold.methods.base import Method
+from kvfold.ops import dispatch
+from kvfold.ops.alike import naive
 from kvfold.passes import Pass
 from views import prompt_view, random_view, run
 
@@ -30,25 +32,32 @@ def slow_nearest(giving, taking, *states):
 
 @pytest.mark.parametrize("block", [1, 1 << 22])
 @pytest.mark.parametrize("both", [False, True])
-def test_nearest_against_a_loop(block, both, monkeypatch):
-    monkeypatch.setattr(route, "BLOCK_ELEMENTS", block)
+@pytest.mark.parametrize("version", ["naive", "cpu"])
+def test_nearest_against_a_loop(version, block, both, monkeypatch):
+    monkeypatch.setattr(naive, "BLOCK_ELEMENTS", block)
     view = random_view(B=2, H=3, T=29, left_pad=(0, 11), seed=4)
     taking = (torch.rand(2, 3, 29, generator=torch.Generator().manual_seed(1)) < 0.4) & view.valid
     taking[0, 1] = False  # a head that keeps nothing
     giving = view.valid & ~taking
     giving[1, 2] = False
     states = (view.keys, view.values) if both else (view.keys,)
-    home, alike = nearest(giving, taking, *states)
+    with dispatch.use(version):
+        home, alike = nearest(giving, taking, *states)
     expected = slow_nearest(giving, taking, *states)
     assert torch.equal(home[alike > 0], expected[0][alike > 0])
     assert_close(alike, expected[1], atol=1e-5, rtol=1e-5)
     assert (home[0, 1] == torch.arange(29)).all() and alike[0, 1].isneginf().all()
 
 
-def test_ties_go_to_the_earlier():
+@pytest.mark.parametrize("version", ["naive", "cpu"])
+def test_ties_go_to_the_earlier(version):
     keys = torch.tensor([[[[1.0, 0], [0, 1], [2, 0], [3, 0], [1, 0]]]])
     taking = torch.tensor([[[False, True, True, True, False]]])
-    assert nearest(~taking, taking, keys)[0].tolist() == [[[2, 1, 2, 3, 2]]]
+    with dispatch.use(version):
+        assert nearest(~taking, taking, keys)[0].tolist() == [[[2, 1, 2, 3, 2]]]
+        many = keys[:, :, [1, 2, 3, 0]].repeat(1, 1, 200, 1)  # ties further apart than the kernel looks at once
+        taking = torch.arange(800)[None, None] > 0
+        assert nearest(~taking, taking, many)[0][0, 0, 0] == 4
 
 
 def test_the_nearest_place_against_a_loop():

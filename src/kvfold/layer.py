@@ -144,7 +144,7 @@ class KVLayer:
             out, lse, left = self._attend_token(asking, this, ATTENTION in asked)
         memo = {} if left is None else {ATTENTION if appended or fade is None else faded(fade): left}
         waits = this.defer and this.listen and any(map(self.method.listens, DEFERRED))
-        queries, new = Queries(q, mask, lse, positions), None if appended else chunk
+        queries, new = Queries(q, mask, lse, positions, read=out), None if appended else chunk
         decides = listening and not waits
         if decides or this.observe is not None:
             view = self._view(queries, self._place(this), new, memo)

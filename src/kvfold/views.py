@@ -45,6 +45,8 @@ class Queries:
     positions: Int[Tensor, "B Q"]
     start: Int[Tensor, "B H"] | None = None
     """Slot of the first query's own token, the others' follow; None: the view's last Q slots."""
+    read: Float[Tensor, "B Hq Q Dv"] | None = None
+    """What the pass gave each of them, before the output projection; None: nobody kept it."""
 
     def pick(self, which: Int[Tensor, " N"]) -> "Queries":
         """Some of them, the same in every row."""
@@ -54,17 +56,17 @@ class Queries:
             valid=self.valid[:, which],
             lse=self.lse[:, :, which],
             positions=self.positions[:, which],
+            read=None if self.read is None else self.read[:, :, which],
         )
 
     def last(self, count: int) -> "Queries":
         """The last `count` of each row, padding before them; the first of a row that has fewer are not valid."""
         slots = torch.argsort(self.valid.byte(), dim=1, stable=True)[:, max(0, self.valid.shape[1] - count) :]
         wide = slots[:, None].expand(-1, self.states.shape[1], -1)
+        states, read = (None if x is None else x.gather(2, _wide(wide, x)) for x in (self.states, self.read))
+        assert states is not None
         return Queries(
-            self.states.gather(2, wide[..., None].expand(*wide.shape, self.states.shape[-1])),
-            self.valid.gather(1, slots),
-            self.lse.gather(2, wide),
-            self.positions.gather(1, slots),
+            states, self.valid.gather(1, slots), self.lse.gather(2, wide), self.positions.gather(1, slots), read=read
         )
 
 
@@ -282,6 +284,15 @@ class LayerView:
         grouped = queries.states.view(b, h, hq // h, w, d)
         return ops.window_attention(grouped, self.keys, self.place.scale, seen, self.columns.get(LOG_MASS))
 
+    def read_by(self, queries: Queries) -> Float[Tensor, "B H G W Dv"]:
+        """What these queries read, float32; zeros if not valid."""
+        if queries.read is None:
+            values = self.values.float().masked_fill(~self.valid[..., None], 0.0)  # padding may hold anything
+            return self.attention_of(queries) @ values[:, :, None]
+        (b, hq, w, dv), h = queries.read.shape, self.heads
+        real = queries.valid[:, None, None, :, None]
+        return queries.read.float().view(b, h, hq // h, w, dv).masked_fill(~real, 0.0)
+
     def column_sums(self, fade: float = math.inf) -> Float[Tensor, "B H T"]:
         """The attention that each token got from all queries of this pass and group, summed; float32, 0 where empty.
 
@@ -364,4 +375,5 @@ class LayerView:
 
 
 def _wide(slots: Int[Tensor, "B H T"], like: Tensor) -> Tensor:
-    return slots.view(*slots.shape, *[1] * (like.dim() - 3)).expand(like.shape)
+    """An index for `gather` or `scatter` along the third axis of `like`."""
+    return slots.view(*slots.shape, *[1] * (like.dim() - 3)).expand(*slots.shape, *like.shape[3:])

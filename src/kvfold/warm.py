@@ -29,7 +29,9 @@ def _work(dtype: torch.dtype) -> None:
     q, one = states[:, :, :1], states[:, :, :1]
     _, lse, _ = ops.causal(states, states, states, 1.0, sums=True)
     sums = ops.column_sums(states, states, lse, 1.0, torch.zeros(1, 2, dtype=torch.int64))
-    ops.top_mask(sums, torch.ones(1, 2, dtype=torch.int64))
+    one_each = torch.ones(1, 2, dtype=torch.int64)
+    ops.top_mask(sums, one_each)
+    ops.most_alike([states], [states], one_each, one_each)
     valid = torch.arange(40) < torch.tensor([40, 9])[None, :, None]
     columns = {POSITION: torch.zeros(1, 2, 40, dtype=torch.int32), "score": torch.zeros(1, 2, 40)}
     segment = Dense().segment(Chunk(states, states, valid, columns))

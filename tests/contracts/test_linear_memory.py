@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import kvfold
 from calibrated import SMALL
 from families import LIMITED, each
-from kvfold.merges import route
+from kvfold.ops.alike import naive
 from kvfold.methods.base import decided
 from views import random_view
 
@@ -37,7 +37,7 @@ class Largest(TorchDispatchMode):
 
 @each(AFTER)
 def test_no_tensor_is_tokens_by_tokens(slug, monkeypatch):
-    monkeypatch.setattr(route, "BLOCK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(naive, "BLOCK_ELEMENTS", 1 << 14)
     most = []
     for total in (512, 2048):
         view = random_view(B=1, H=2, G=2, T=total, D=8, seed=1)

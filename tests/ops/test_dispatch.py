@@ -51,7 +51,8 @@ def test_names_that_do_not_exist(toy):
 
 
 def test_every_operation_has_its_definition_last():
-    for op in ("attend", "causal", "column_sums", "window_attention", "attend_pages", "append_pages", "keep_pages"):
+    pages = ("attend_pages", "append_pages", "keep_pages")
+    for op in ("attend", "causal", "column_sums", "window_attention", "most_alike", *pages):
         assert dispatch.versions(op)[-1] == "naive"
 
 

@@ -13,6 +13,7 @@ from kvfold import artefacts
 from kvfold.decisions import Keep
 from kvfold.formats import LOG_MASS
 from kvfold.hf.copying import random_words
+from kvfold.merges import refit
 from kvfold.methods.kvfold import AGAIN, QUERIES, SCORE, KVFold
 from kvfold.scores.reach import reach
 from models import feed, follow, subject, tokens
@@ -115,6 +116,23 @@ def test_the_kernel_leaves_what_the_view_works_out():
         found.append([view.column_sums(0.3) for view in views])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_what_the_pass_left_of_its_answers_is_what_the_view_works_out():
+    """For a padded batch and on a further turn, where what is stored is folded and stands for more than itself."""
+    model, prompt = subject("llama"), tokens(70, 43)
+    cache, views = kvfold.Cache(model, "kvfold(budget=20)"), []
+    ids, mask = prompt["input_ids"], prompt["attention_mask"]
+    with cache.observed(views.append):
+        feed(model, cache, ids, mask)
+        feed(model, cache, tokens(9, 9, seed=2)["input_ids"], torch.cat([mask, mask.new_ones(2, 9)], 1))
+    assert len(views) == 2 * len(cache.paged) and bool((views[-1].columns[LOG_MASS] > 0).any())
+    for view in views:
+        asked = view.queries.last(50)
+        assert asked.read is not None
+        worked_out = view.read_by(replace(asked, read=None))
+        assert worked_out.shape[3] == min(50, view.new)
+        torch.testing.assert_close(view.read_by(asked), worked_out, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("generated", [0, 10])
@@ -249,6 +267,25 @@ def test_values_are_fitted_to_what_the_last_queries_read():
         expected[free] += change
         torch.testing.assert_close(fitted.values[row, head][kept], expected[kept], atol=1e-4, rtol=1e-3)
     assert torch.equal(fitted.values[1], plain.values[1])  # seven tokens: nothing went
+
+
+def test_the_fit_on_two_threads_of_heads_that_lost_nothing():
+    """The threaded LU of MKL fails on a batch with them: their systems are tiny multiples of the identity."""
+    rng = torch.Generator().manual_seed(0)
+    view = random_view(B=1, H=3, G=3, T=400, D=64, seed=3)
+    kept = (torch.rand(1, 3, 400, generator=rng) < 0.2) | (view.rank >= 380)
+    kept[0, 1] = True
+    asked = view.queries.last(64)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            amend = refit(view, view.apply(Keep(kept)), asked, view.read_by(asked).flatten(2, 3), kept)
+        finally:
+            torch.set_num_threads(1)
+        found.append(view.apply(amend).values)
+    assert torch.equal(found[1][0, 1], view.values[0, 1]) and not torch.equal(found[1][0, 0], view.values[0, 0])
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
 
 
 def test_padding_changes_nothing_whatever_it_holds():

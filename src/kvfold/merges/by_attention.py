@@ -39,5 +39,5 @@ def fold_by_attention(
     home = torch.where(goes, home, at_home(home))
     total, takes = over_set(weight, home), home == at_home(home)
     mass = log_mass(view) + torch.where(takes, (total / weight).log(), 0.0)
-    amend = absorb(view, home, takes.float(), weight / total)
+    amend = absorb(view, home, None, weight / total)
     return amend, torch.where(takes, total * queries, attention), {LOG_MASS: mass}

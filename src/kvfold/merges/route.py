@@ -1,20 +1,13 @@
 """Where a dropped token goes: to the most similar one that stays, the nearest in the text, or a match in its chunk."""
 
-from collections.abc import Sequence
-from itertools import product
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.merges.absorb import at_home, few, take
+from kvfold.ops import most_alike
 from kvfold.scores import top_mask
-
-BLOCK_ELEMENTS, CPU_ELEMENTS, LEAST_ROWS = 1 << 22, 1 << 18, 64
-"""Similarities held at once; on the CPU, of a head, as many as stay in a core's own cache, or of so many tokens."""
-UNEVEN = 1.5
-"""How much more work heads of one length may be than heads as they are, before each goes by itself."""
 
 Route = tuple[Int[Tensor, "B H T"], Float[Tensor, "B H T"]]
 """The slot where each token would go (its own for those that have nowhere to), and how similar that is (-inf)."""
@@ -24,49 +17,19 @@ def nearest(giving: Bool[Tensor, "B H T"], taking: Bool[Tensor, "B H T"], *state
     """For each slot of `giving` the most similar of `taking`, the earlier where they tie; padding is in neither.
 
     Similar is the cosine of the states, or of several kinds the product of cosines, each negative one counted as 0.
-    Memory is for a block of those that give at a time.
     """
-    many, room = giving.sum(-1), taking.sum(-1)
-    if many.numel() * int(many.max()) * int(room.max()) > UNEVEN * int((many * room).sum()) > 0:
-        return _head_by_head(giving, taking, states)
     givers, gives = few(giving)
-    near = states
-    takers, takes = at_home(taking), taking
-    if 2 * int(room.max()) < taking.shape[-1] or len(many.flatten()) == 1:  # else most of them are
-        takers, takes = few(taking)
-        near = tuple(take(x, takers) for x in states)
-    (b, h, n), m = givers.shape, takers.shape[2]
+    takers, takes = few(taking)
     home = at_home(giving)
     similarity = torch.full(giving.shape, -torch.inf, device=giving.device)
-    if not n or not m:
+    if not givers.shape[2] or not takers.shape[2]:
         return home, similarity
-    units = [F.normalize(x.float(), dim=-1).mT for x in near]
-    given, padded = [F.normalize(take(x, givers).float(), dim=-1) for x in states], not bool(takes.all())
-    size = max(1, BLOCK_ELEMENTS // (b * h * m))
-    if giving.device.type == "cpu":
-        size = min(size, max(LEAST_ROWS, CPU_ELEMENTS // m))
-    found = []
-    for at in range(0, n, size):
-        alike = None
-        for x, unit in zip(given, units, strict=True):
-            cosine = x[:, :, at : at + size] @ unit  # B H N M
-            alike = cosine if alike is None else alike.clamp(min=0) * cosine.clamp(min=0)
-        assert alike is not None
-        found.append((alike.masked_fill(~takes[:, :, None], -torch.inf) if padded else alike).max(-1))
-    best, first = (torch.cat(each, -1) for each in zip(*found, strict=True))
+    given, near = ([F.normalize(take(x, slots).float(), dim=-1) for x in states] for slots in (givers, takers))
+    best, first = most_alike(given, near, gives.sum(-1), takes.sum(-1))
     # Those that fill up a short head write what is there already: all of them differ.
-    goes, none = gives & takes.any(-1, keepdim=True), torch.tensor(-torch.inf, device=giving.device)
+    goes = gives & takes.any(-1, keepdim=True)
     home.scatter_(2, givers, torch.where(goes, takers.gather(2, first), home.gather(2, givers)))
-    similarity.scatter_(2, givers, torch.where(goes, best, none))
-    return home, similarity
-
-
-def _head_by_head(giving: Bool[Tensor, "B H T"], taking: Bool[Tensor, "B H T"], states: Sequence[Tensor]) -> Route:
-    """`nearest` where heads keep so different numbers that padding them to the largest would be most of the work."""
-    home, similarity = at_home(giving), torch.full(giving.shape, -torch.inf, device=giving.device)
-    for one in product(*(zip(range(n), range(1, n + 1), strict=True) for n in giving.shape[:2])):
-        here = tuple(slice(*ends) for ends in one)
-        home[here], similarity[here] = nearest(giving[here], taking[here], *(x[here] for x in states))
+    similarity.scatter_(2, givers, torch.where(goes, best, -torch.inf))
     return home, similarity
 
 

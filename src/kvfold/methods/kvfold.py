@@ -195,11 +195,9 @@ class KVFold(Method):
 
     def last(self, view: LayerView) -> tuple[Float[Tensor, "B H T"], Queries, Float[Tensor, "B H N Dv"]]:
         """The highest attention of the last `window` queries; the last `refit` ones and what those read."""
-        weights = view.attention(max(self.window, self.refit, 1))
-        votes, reading = (weights[..., max(0, weights.shape[3] - n) :, :] for n in (self.window, self.refit))
-        values = view.values.float().masked_fill(~view.valid[..., None], 0.0)  # padding may hold anything
-        most = votes.amax((2, 3)) if self.window else torch.zeros_like(weights[:, :, 0, 0])
-        return most, view.queries.last(self.refit), reading.flatten(2, 3) @ values
+        asked = view.queries.last(self.refit)
+        most = view.attention(self.window).amax((2, 3)) if self.window else torch.zeros_like(view.keys[..., 0]).float()
+        return most, asked, view.read_by(asked).flatten(2, 3)
 
     def worth(
         self, view: LayerView, attention: Float[Tensor, "B H T"], most: Float[Tensor, "B H T"]

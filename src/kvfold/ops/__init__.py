@@ -1,5 +1,6 @@
 """Operations: each folder has `naive.py` (the definition, in float32) and faster versions, chosen by `dispatch`."""
 
+from kvfold.ops.alike import most_alike
 from kvfold.ops.attend import attend, merge
 from kvfold.ops.choose import top_mask
 from kvfold.ops.paged import append_pages, attend_pages, keep_pages, step_pages
@@ -16,6 +17,7 @@ __all__ = [
     "column_sums",
     "keep_pages",
     "merge",
+    "most_alike",
     "step_pages",
     "top_mask",
     "window_attention",

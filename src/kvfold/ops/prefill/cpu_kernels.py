@@ -20,7 +20,7 @@ CHUNK = 256
 
 @njit(nogil=True, cache=True)
 @no_type_check
-def _copy_rows(source, scale, target, d):
+def copy_rows(source, scale, target, d):
     for r in range(source.shape[0]):
         for i in range(d):
             target[r * d + i] = source[r, i] * scale
@@ -28,7 +28,7 @@ def _copy_rows(source, scale, target, d):
 
 @njit(nogil=True, cache=True, fastmath=FAST)
 @no_type_check
-def _scores(queries, keys, panel, logits, rows, width, stop, d):
+def products(queries, keys, panel, logits, rows, width, stop, d):
     """logits (rows, width) of a tile over keys 0 to `stop`; `keys` in panels of STRIP, (panels, D, STRIP)."""
     far = (stop + STRIP - 1) // STRIP * STRIP
     for r in range(rows):
@@ -81,8 +81,8 @@ def causal(q, keys, values, scale, tile, shares, out, lse, sums):
             h, start = index % g, (index // g) * tile
             stop = min(t, start + tile)
             rows = stop - start
-            _copy_rows(q[here, h, start:stop], scale, queries, d)
-            _scores(queries, keys, here * width * d, logits, rows, width, stop, d)
+            copy_rows(q[here, h, start:stop], scale, queries, d)
+            products(queries, keys, here * width * d, logits, rows, width, stop, d)
             for r in range(rows):
                 line = logits[r * width : (r + 1) * width]
                 seen = start + r + 1
@@ -129,8 +129,8 @@ def column_sums(q, keys, lse, bias, first, scale, tile, sums):
             h, start = index % g, (index // g) * tile
             stop = min(count, start + tile)
             rows, far = stop - start, min(t, first[here] + stop)
-            _copy_rows(q[here, h, start:stop], scale, queries, d)
-            _scores(queries, keys, here * width * d, logits, rows, width, far, d)
+            copy_rows(q[here, h, start:stop], scale, queries, d)
+            products(queries, keys, here * width * d, logits, rows, width, far, d)
             for r in range(rows):
                 line = logits[r * width : (r + 1) * width]
                 seen = min(t, first[here] + start + r + 1)
