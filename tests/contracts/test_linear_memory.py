@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 import kvfold
 from calibrated import SMALL
 from families import LIMITED, each
-from kvfold.ops.alike import naive
 from kvfold.methods.base import decided
+from kvfold.ops.alike import naive
 from views import random_view
 
 AFTER = [

@@ -1,4 +1,4 @@
-"""The most similar vector: the kernel against its definition, awkward sizes, heads of any length, NaN where nobody is."""
+"""The most similar vector: the kernel against its definition, awkward sizes, ragged heads, NaN where nobody is."""
 
 import pytest
 import torch
