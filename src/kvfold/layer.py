@@ -159,7 +159,7 @@ class KVLayer:
         if waits:
             # By then the new tokens are stored without padding, behind those of their row and head.
             here = mask[0].nonzero()[:, 0] if self.batch == 1 else torch.arange(q.shape[2], device=q.device)
-            self._waiting = (queries.pick(here), this)
+            self._waiting = (replace(queries, read=None).pick(here), this)
         return out
 
     def _plain(self, this: Pass) -> bool:

@@ -285,8 +285,12 @@ class LayerView:
         return ops.window_attention(grouped, self.keys, self.place.scale, seen, self.columns.get(LOG_MASS))
 
     def read_by(self, queries: Queries) -> Float[Tensor, "B H G W Dv"]:
-        """What these queries read, float32; zeros if not valid."""
-        if queries.read is None:
+        """What these queries read, float32; zeros if not valid.
+
+        Of all that their pass attended to, tokens that an earlier stage of a composition dropped too, if the pass left
+        it and read these keys as they stand; else of this view.
+        """
+        if queries.read is None or self.rewritten or self.amended or self.place.compact:
             values = self.values.float().masked_fill(~self.valid[..., None], 0.0)  # padding may hold anything
             return self.attention_of(queries) @ values[:, :, None]
         (b, hq, w, dv), h = queries.read.shape, self.heads

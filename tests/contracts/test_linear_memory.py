@@ -13,7 +13,9 @@ import kvfold
 from calibrated import SMALL
 from families import LIMITED, each
 from kvfold.methods.base import decided
+from kvfold.ops import dispatch
 from kvfold.ops.alike import naive
+from kvfold.views import fade_of
 from views import random_view
 
 AFTER = [
@@ -36,12 +38,26 @@ class Largest(TorchDispatchMode):
 
 
 @each(AFTER)
-def test_no_tensor_is_tokens_by_tokens(slug, monkeypatch):
+def test_no_tensor_is_tokens_by_tokens(slug):
+    assert_linear(slug)
+
+
+@each([info.slug for info in kvfold.list_methods() if info.slug in AFTER and info.kind == "merge"])
+def test_nor_without_the_kernels_of_the_cpu(slug, monkeypatch):
     monkeypatch.setattr(naive, "BLOCK_ELEMENTS", 1 << 14)
+    with dispatch.use("naive"):
+        assert_linear(slug)
+
+
+def assert_linear(slug: str) -> None:
     most = []
     for total in (512, 2048):
         view = random_view(B=1, H=2, G=2, T=total, D=8, seed=1)
         method = kvfold.parse(slug, **SMALL.get(slug, {}))
+        fade = fade_of(method.asks)
+        if fade is not None:
+            with dispatch.use("cpu"):  # the pass leaves them; their definition is tokens by tokens
+                view.column_sums(fade)
         with Largest() as seen:
             for decision in decided(method.after_prefill(view)):
                 view = view.apply(decision)

@@ -68,3 +68,11 @@ def test_any_number_of_threads_and_narrow_types_that_fit_the_kernel(threads, mon
     assert torch.equal(which, first)
     assert_close(got, best, atol=1e-5, rtol=1e-5)
     assert_close(rough, best, atol=0.2, rtol=0.05)
+
+
+@pytest.mark.parametrize("version", ["naive", "cpu"])
+def test_no_rows(version):
+    none, counts = [torch.zeros(0, 2, 3, 4)], torch.zeros(0, 2, dtype=torch.int64)
+    with dispatch.use(version):
+        best, first = ops.most_alike(none, none, counts, counts)
+    assert best.shape == first.shape == (0, 2, 3)

@@ -191,6 +191,16 @@ def test_large_logits_do_not_overflow():
     assert after.columns[LOG_MASS].isfinite().all() and after.columns[SCORE].isfinite().all()
 
 
+def test_padding_may_hold_anything():
+    """Also where a row is shorter than the window, so that some of its queries are none."""
+    view = random_view(B=2, H=2, G=2, T=30, D=4, left_pad=(0, 22), seed=3)
+    holes, nobody = ~view.valid[..., None], ~view.queries.valid[:, None, :, None]
+    queries = replace(view.queries, states=view.queries.states.masked_fill(nobody, torch.nan))
+    poisoned = replace(view, tokens=replace(view.tokens, keys=view.keys.masked_fill(holes, torch.nan)), queries=queries)
+    for ours, clean in zip(log_exponents(poisoned, 16, 0.5), log_exponents(view, 16, 0.5), strict=True):
+        assert torch.equal(ours[view.valid], clean[view.valid]) and bool(ours[view.valid].isfinite().all())
+
+
 def test_acts_when_the_method_that_selects_does():
     assert KeepKV().listens("after_decode") and not KeepKV(score="snapkv").listens("after_decode")
     assert KeepKV(score="snapkv(window=8)", budget=9).inner.window == 8

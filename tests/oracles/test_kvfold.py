@@ -10,7 +10,7 @@ import torch
 
 import kvfold
 from kvfold import artefacts
-from kvfold.decisions import Keep
+from kvfold.decisions import Amend, Keep
 from kvfold.formats import LOG_MASS
 from kvfold.hf.copying import random_words
 from kvfold.merges import refit
@@ -133,6 +133,28 @@ def test_what_the_pass_left_of_its_answers_is_what_the_view_works_out():
         worked_out = view.read_by(replace(asked, read=None))
         assert worked_out.shape[3] == min(50, view.new)
         torch.testing.assert_close(view.read_by(asked), worked_out, atol=1e-5, rtol=1e-4)
+        poisoned = asked.read.masked_fill(~asked.valid[:, None, :, None], torch.nan)
+        torch.testing.assert_close(view.read_by(replace(asked, read=poisoned)), worked_out, atol=1e-5, rtol=1e-4)
+
+
+def test_a_pass_that_read_keys_at_compact_positions_tells_the_fit_nothing():
+    """Nor does one before keys were rewritten: scores are taken of the keys as they stand, at text positions."""
+    model, ids = subject("llama"), tokens(60)["input_ids"]
+    cache = kvfold.Cache(model, "streamingllm(budget=20, positions='compact') | kvfold(budget=12, heads='even')")
+    views, mask = [], torch.ones_like(ids)
+    feed(model, cache, ids[:, :40], mask[:, :40])
+    with cache.observed(views.append):
+        feed(model, cache, ids[:, 40:], mask)
+    for view in views:
+        asked = view.queries.last(8)
+        there = view.attention_of(asked) @ view.values[:, :, None]
+        assert asked.read is not None and (asked.read.flatten() - there.flatten()).abs().max() > 1e-3
+        assert torch.equal(view.read_by(asked), there)
+        as_text = replace(view, place=replace(view.place, compact=False))
+        assert not torch.equal(as_text.read_by(asked), there)
+        double = Amend(torch.arange(3).expand(1, view.heads, 3), None, 2 * view.values[:, :, :3])
+        changed = as_text.apply(double)
+        assert torch.equal(changed.read_by(asked), changed.attention_of(asked) @ changed.values[:, :, None])
 
 
 @pytest.mark.parametrize("generated", [0, 10])

@@ -40,7 +40,7 @@ def take(states: Float[Tensor, "B H T D"], slots: Int[Tensor, "B H N"]) -> Float
 def into_rows(
     total: Float[Tensor, "B H N D"], rows: Int[Tensor, "B H M"], states: Float[Tensor, "B H M D"]
 ) -> Float[Tensor, "B H N D"]:
-    """Add each of the states to the row of `total`, contiguous, that `rows` names, in order; gives `total`."""
+    """Add each of the states to the row of `total`, contiguous, that `rows` names; gives `total`."""
     (b, h, n, d), device = total.shape, total.device
     flat = rows + torch.arange(b * h, device=device).view(b, h, 1) * n  # torch is faster along the first axis
     total.view(-1, d).scatter_add_(0, flat.view(-1, 1).expand(-1, d), states.reshape(-1, d))

@@ -33,7 +33,7 @@ def fold_by_attention(
     """
     keys = view.keys.float().masked_fill(~view.valid[..., None], 0.0)
     keys = keys - keys.sum(2, keepdim=True) / view.count.clamp(min=1)[..., None, None]
-    home, cosine = nearest(view.valid & ~kept, kept, keys)
+    home, cosine = nearest(view.valid & ~kept if threshold <= 1.0 else torch.zeros_like(kept), kept, keys)
     weight = (attention / queries.clamp(min=1.0)).clamp(min=UNSEEN)
     goes = (cosine >= threshold) & ((weight.gather(-1, home) >= weight) | (cosine >= TWINS))
     home = torch.where(goes, home, at_home(home))

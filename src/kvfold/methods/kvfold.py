@@ -41,7 +41,8 @@ REPEATED, QUOTED = 2000, 8
             p_{h,t} = \max_{|u-t| \le k/2} \max_{g,\, i \ge T-w} A_{h,g,i,u} \lVert v_{h,u} \rVert^2
         s_{h,t} = \frac{a_{h,t} \lVert v_{h,t} \rVert^2}{\sum_u a_{h,u} \lVert v_{h,u} \rVert^2}
             + c \frac{p_{h,t}}{\sum_u p_{h,u}}
-        e \to c = \mathrm{argmax}_{c \in C} \cos(k_e - \bar k, k_c - \bar k) \Leftrightarrow \cos \ge \tau, w_c \ge w_e
+        e \to c = \mathrm{argmax}_{c \in C} \cos(k_e - \bar k, k_c - \bar k) \Leftrightarrow
+            \cos \ge \tau \wedge (w_c \ge w_e \vee \cos \ge 0.95)
         w_t = \frac{a_t}{\sum_{i \ge t} e^{-(T-1-i)/(fT)}}, \quad
             v_c \leftarrow \frac{\sum_{t \to c} w_t v_t}{\sum_{t \to c} w_t}, \quad
             \ln m_c \leftarrow \ln m_c + \ln \frac{\sum_{t \to c} w_t}{w_c}
@@ -73,17 +74,17 @@ class KVFold(Method):
     Two scores of a token are added, each as a share of its head: the attention that it got, queries near the end of the
     text counting more; and the highest that it or its neighbours got of the last `window` queries, which hold a
     question. Both times the squared norm of the value. What goes folds into the kept token of its head with the most
-    similar key, if that one got as much attention (else it is dropped): its value becomes the mean of both, weighted by
-    the mean attention that each got, its key stays, and the log of the ratio of weights is added to its logits (the
-    column `log_mass`), so that it gets the attention of all that it holds. Then the values of what is neither sink nor
-    recent are fitted, by ridge regression, to what the last `refit` queries read before (as in Attention Matching,
-    arXiv:2602.16284). Heads that copy get more of the budget (as retrieval heads do in HeadKV, arXiv:2410.19258, or
-    RazorAttention, arXiv:2407.15891): the first cache of a model has it read a random text that repeats, and remembers
-    what each head looked at. Acts at the end of a prompt (of every chunk, if it is read in chunks); generated tokens
-    are appended, and their queries don't count. On a further turn earlier sums fade and new ones are added. Query heads
-    of a group add up their attention. `quality="best"` also asks the model to repeat the prompt (as KVzip does,
-    arXiv:2505.23416), and adds the attention of that reading as a third share: about twice the prefill, and two columns
-    more.
+    similar key, if that is similar enough (`threshold`) and the token got as much attention, or is a twin (a cosine of
+    0.95); else it is dropped. The taker's value becomes the mean of both, weighted by the mean attention that each got,
+    its key stays, and the log of the ratio of weights is added to its logits (the column `log_mass`), so that it gets
+    the attention of all that it holds. Then the values of what is neither sink nor recent are fitted, by ridge
+    regression, to what the last `refit` queries read before (as in Attention Matching, arXiv:2602.16284). Heads that
+    copy get more of the budget (as retrieval heads do in HeadKV, arXiv:2410.19258, or RazorAttention,
+    arXiv:2407.15891): the first cache of a model has it read a random text that repeats, and remembers what each head
+    looked at. Acts at the end of a prompt (of every chunk, if it is read in chunks); generated tokens are appended, and
+    their queries don't count. On a further turn earlier sums fade and new ones are added. Query heads of a group add up
+    their attention. `quality="best"` also asks the model to repeat the prompt (as KVzip does, arXiv:2505.23416), and
+    adds the attention of that reading as a third share: about twice the prefill, and two columns more.
     This is the library's own method; docs/methods/kvfold.md has the ablations.
     """
 

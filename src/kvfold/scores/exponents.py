@@ -28,6 +28,7 @@ def log_exponents(view: LayerView, window: int, decay: float) -> tuple[Float[Ten
     ages = torch.arange(w - 1, -1, -1, device=found.device, dtype=torch.float32)
     weight = torch.pow(torch.tensor(float(decay), device=found.device), ages)[:, None].log()  # 0^0 = 1
     weight = weight.expand_as(found).masked_fill(~seen, -torch.inf)
+    found = torch.where(seen, found, 0.0)  # padding may hold anything
     mean = (found + weight).logsumexp(2) - weight.logsumexp(2)
     times = seen.sum(2)
     return mean.masked_fill(weight.isinf().all(2), 0.0), times

@@ -21,6 +21,7 @@ def most_alike(
 
     Similar is the dot product; of several kinds of vectors the product of theirs, each negative one counted as 0.
     The earlier where they tie; -inf and 0 for those that don't ask or get no answer. Float32, memory linear in N + M.
+    Vectors that take part must be finite.
     """
     found: tuple[Tensor, Tensor] = select("most_alike", asking[0])(asking, others, asks, there)
     return found

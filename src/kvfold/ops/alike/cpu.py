@@ -17,7 +17,7 @@ def most_alike(
     asking: Sequence[Tensor], others: Sequence[Tensor], asks: Tensor, there: Tensor
 ) -> tuple[Tensor, Tensor]:
     (b, h, n), m = asking[0].shape[:3], others[0].shape[2]
-    if len(asking) > 2 or not all(map(fits, (*asking, *others))) or not n or not m:
+    if len(asking) > 2 or not all(map(fits, (*asking, *others))) or not b * h * n * m:
         return naive.most_alike(asking, others, asks, there)
     from kvfold.ops.alike import cpu_kernels
 
