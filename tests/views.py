@@ -104,6 +104,13 @@ def kept(method: Method, view: LayerView, event: str = "after_prefill") -> list[
     ]
 
 
+def after_all(view: LayerView, method: Method) -> LayerView:
+    """The view after what the method decides at the end of a prompt."""
+    for decision in decided(method.after_prefill(view)):
+        view = view.apply(decision)
+    return view
+
+
 def run(
     method: Method, q: Tensor, k: Tensor, v: Tensor, chunks: Iterable[int], mask: Tensor | None = None, **layer: Any
 ) -> tuple[KVLayer, list[Tensor]]:
