@@ -9,7 +9,7 @@ Text comes from each method's docstrings, formula and options from its `@method(
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from inspect import getdoc
 from pathlib import Path
@@ -27,8 +27,8 @@ from kvfold.methods import MethodInfo, list_methods
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs/methods"
-ABLATIONS = ROOT / "benchmarks/results"
-CURVES, LEADERBOARD = ROOT / "benchmarks/results/curves", ROOT / "benchmarks/leaderboard.md"
+RESULTS, MERGING = ROOT / "benchmarks/results", ROOT / "benchmarks/merging.md"
+CURVES, LEADERBOARD = RESULTS / "curves", ROOT / "benchmarks/leaderboard.md"
 DIFFERS = re.compile(r"\bDiffers from the (paper|code):\s")
 SPELLED = {
     "{": "lbrace ", "}": "rbrace ", ",": "thinspace ", ":": "medspace ", ";": "thickspace ", "!": "negthinspace ",
@@ -45,6 +45,13 @@ INDEX = """# Methods
 Made by `python docs/build.py`, with the pages behind the names. `kvfold methods` prints the same list.
 
 """
+MERGING_HEAD = """# Merging, and what it is measured against
+
+A document's first 1,024, 1,536 or 2,048 tokens (in turn; WikiText-2 and L-Eval inputs) are read and compressed. Its
+next 64 are fed in one pass, and every next-token distribution is compared with the full cache's: so methods act on the
+prompt alone here, and `cam`, which merges only while it decodes, is StreamingLLM. `minicache` has no budget. The lowest
+KL comes first. Bytes count columns and page tables, and the 64 tokens too; Gemma's sliding windows, which no method
+touches, are in both. `python docs/build.py` makes the tables of `benchmarks/results/merging-*.json`."""
 
 
 @dataclass(frozen=True)
@@ -112,27 +119,49 @@ def page(info: MethodInfo, points: Sequence[Point], rows: Sequence[Mapping[str, 
 
 def ablations(info: MethodInfo) -> Iterator[str]:
     """A method's options, one changed at a time: what `benchmarks/agreement.py` measured of them."""
-    for path in sorted(ABLATIONS.glob(f"ablation-{info.slug}-*.json")):
+    for path in sorted(RESULTS.glob(f"ablation-{info.slug}-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        cells: dict[str, dict[str, Any]] = {}
-        for name, one in found["summary"].items():
-            cells.setdefault(name.rpartition("@")[0], {})[name.rpartition("@")[2]] = one
-        budgets = sorted({budget for row in cells.values() for budget in row}, key=float, reverse=True)
-        documents = max(one["documents"] for one in found["summary"].values())
         yield f"## What its options do: {found['model']}"
-        yield wrapped(
-            f"Mean KL from the full cache [95 % bootstrap interval] / equal greedy tokens over {documents} documents, "
-            "without a question in the text:"
-        )
-        yield table(
-            ["method", *(budget_name(float(budget)) for budget in budgets)],
-            [
-                [f"`{cell(name)}`", *(f"{x['kl']:.4f} [{x['kl_low']:.4f}, {x['kl_high']:.4f}] / {x['top1']:.3f}"
-                                      for x in (row[budget] for budget in budgets))]
-                for name, row in sorted(cells.items(), key=lambda pair: ("(" in pair[0], pair[0]))
-            ],
-        )  # fmt: skip
-        yield f"```sh\n{(found.get('commands') or [found['command']])[-1]}\n```"
+        yield from agreement(found, lambda pair: ("(" in pair[0], pair[0]))
+
+
+def merging() -> str:
+    """The page of all merging methods and what they are measured against."""
+    parts = [MERGING_HEAD]
+    for path in sorted(RESULTS.glob("merging-*.json"), reverse=True):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        parts += [f"## {found['model']}"]
+        parts += agreement(found, lambda pair: sum(one["kl"] for one in pair[1].values()), bytes_too=True)
+    return "\n\n".join(parts) + "\n"
+
+
+def agreement(
+    found: Mapping[str, Any], order: Callable[[tuple[str, dict[str, Any]]], Any], bytes_too: bool = False
+) -> Iterator[str]:
+    """What `benchmarks/agreement.py` wrote, as a table, and its command."""
+    cells: dict[str, dict[str, Any]] = {}
+    for name, one in found["summary"].items():
+        cells.setdefault(name.rpartition("@")[0], {})[name.rpartition("@")[2]] = one
+    budgets = sorted({budget for row in cells.values() for budget in row}, key=float, reverse=True)
+    documents = max(one["documents"] for one in found["summary"].values())
+
+    def shown(one: Mapping[str, Any]) -> str:
+        share = f" / {one['bytes_of_full']:.3f}" if bytes_too else ""
+        return f"{one['kl']:.4f} [{one['kl_low']:.4f}, {one['kl_high']:.4f}] / {one['top1']:.3f}{share}"
+
+    also = " / bytes of a dense cache" if bytes_too else ""
+    yield wrapped(
+        f"Mean KL from the full cache [95 % bootstrap interval] / equal greedy tokens{also} over {documents} "
+        "documents, without a question in the text:"
+    )
+    yield table(
+        ["method", *(budget_name(float(budget)) for budget in budgets)],
+        [
+            [f"`{cell(name)}`", *(shown(row[budget]) for budget in budgets)]
+            for name, row in sorted(cells.items(), key=order)
+        ],
+    )
+    yield f"```sh\n{(found.get('commands') or [found['command']])[-1]}\n```"
 
 
 def arxiv(info: MethodInfo) -> str:
@@ -311,6 +340,7 @@ def main() -> None:
             old.unlink()
     for name, text in made.items():
         write_whole(PAGES / name, text.encode())
+    write_whole(MERGING, merging().encode())
     drawn = draw(points, [name.removesuffix(".md") for name in made]) if points else 0
     print(f"{len(made)} pages, {drawn} charts in {PAGES.relative_to(ROOT)}")
 

@@ -32,6 +32,7 @@ def test_pages_are_up_to_date():
     assert sorted(made) == sorted(path.name for path in PAGES.glob("*.md")), "run: python docs/build.py"
     old = [name for name, text in made.items() if (PAGES / name).read_text(encoding="utf-8") != text]
     assert not old, f"{old} are not what the registry says; run: python docs/build.py"
+    assert BUILD["MERGING"].read_text(encoding="utf-8") == BUILD["merging"](), "run: python docs/build.py"
 
 
 def test_every_method_has_a_page_and_links_lead_somewhere():
@@ -78,7 +79,7 @@ def test_ablations_end_with_the_last_command(said, tmp_path, monkeypatch):
     one = {"documents": 2, "kl": 0.1, "kl_low": 0.0, "kl_high": 0.2, "top1": 0.9}
     text = json.dumps({**said, "model": "tiny", "summary": {"h2o@0.5": one}})
     (tmp_path / "ablation-h2o-tiny.json").write_text(text)
-    monkeypatch.setitem(BUILD["ablations"].__globals__, "ABLATIONS", tmp_path)
+    monkeypatch.setitem(BUILD["ablations"].__globals__, "RESULTS", tmp_path)
     (info,) = (info for info in BUILD["methods"]() if info.slug == "h2o")
     parts = list(BUILD["ablations"](info))
     assert parts[-1] == "```sh\nlast\n```" and "| `h2o` | 0.1000 [0.0000, 0.2000] / 0.900 |" in parts[-2]
