@@ -1,7 +1,7 @@
 """Agreement with the full cache over real documents: mean KL and equal greedy tokens, for methods x budgets.
 
-    python benchmarks/agreement.py --model smollm2-135m-instruct --data ../shared/data --docs 24 \
-        --out build/agreement.json
+    python benchmarks/agreement.py --model smollm2-135m-instruct --data ../shared/data --docs 40 \
+        --out benchmarks/results/merging-smollm2-135m-instruct.json
 
 Protocol: a document's first 1,024, 1,536 or 2,048 tokens (in turn) are read and compressed, without a question; its
 next 64 tokens are then fed, appended to what is kept, and every next-token distribution is compared with the
