@@ -63,10 +63,12 @@ class Queries:
         """The last `count` of each row, padding before them; the first of a row that has fewer are not valid."""
         slots = torch.argsort(self.valid.byte(), dim=1, stable=True)[:, max(0, self.valid.shape[1] - count) :]
         wide = slots[:, None].expand(-1, self.states.shape[1], -1)
-        states, read = (None if x is None else x.gather(2, _wide(wide, x)) for x in (self.states, self.read))
-        assert states is not None
         return Queries(
-            states, self.valid.gather(1, slots), self.lse.gather(2, wide), self.positions.gather(1, slots), read=read
+            self.states.gather(2, _wide(wide, self.states)),
+            self.valid.gather(1, slots),
+            self.lse.gather(2, wide),
+            self.positions.gather(1, slots),
+            read=None if self.read is None else self.read.gather(2, _wide(wide, self.read)),
         )
 
 
@@ -224,6 +226,11 @@ class LayerView:
         first = self.queries.positions.masked_fill(~self.queries.valid, never).amin(1)
         return self.valid & (self.positions < first[:, None, None])
 
+    @property
+    def _differs(self) -> bool:
+        """Whether the pass's log-sum-exps and answers are not those of the keys and values as they stand here."""
+        return self.rewritten or bool(self.amended) or self.place.compact
+
     @cached_property
     def _packed(self) -> Int[Tensor, "B H T"]:
         return torch.argsort((~self.valid).byte(), dim=-1, stable=True)
@@ -290,7 +297,7 @@ class LayerView:
         Of all that their pass attended to, tokens that an earlier stage of a composition dropped too, if the pass left
         it and read these keys as they stand; else of this view.
         """
-        if queries.read is None or self.rewritten or self.amended or self.place.compact:
+        if queries.read is None or self._differs:
             values = self.values.float().masked_fill(~self.valid[..., None], 0.0)  # padding may hold anything
             return self.attention_of(queries) @ values[:, :, None]
         (b, hq, w, dv), h = queries.read.shape, self.heads
@@ -319,8 +326,7 @@ class LayerView:
     def _column_sums(self, fade: float) -> Float[Tensor, "B H T"]:
         seen = self.place.seen.to(self.valid.device)[:, None]
         fading = (seen - 1 - self.queries.positions) / (fade * seen)  # B Q
-        if self.rewritten or self.amended or self.place.compact:
-            # The pass's log-sum-exp is not that of these keys as they stand: work out each block's own softmax.
+        if self._differs:  # work out each block's own softmax
             slots = torch.arange(self.new, device=self.valid.device)
             shares = torch.exp(-fading)[:, None, None, :, None]
             total = torch.zeros(self.valid.shape, device=self.valid.device)

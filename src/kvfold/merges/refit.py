@@ -16,10 +16,9 @@ def refit(
     """New values for `free` tokens, so that `asked` reads of `after` what it read of `view`, as nearly as may be.
 
     `read` is that, or what they read of more (`LayerView.read_by`): of each KV head's N = group x queries, a query
-    head's side by side. Ridge regression of each head:
-    the smallest change of the values, `ridge` times the mean squared length of the queries' attention being the price
-    of it. Attention Matching (arXiv:2602.16284) solves for the values by least squares; here they start from what is
-    there, and nothing of a head changes that lost no token.
+    head's side by side. Ridge regression of each head: the smallest change of the values, `ridge` times the mean
+    squared length of the queries' attention being the price of it. Attention Matching (arXiv:2602.16284) solves for the
+    values by least squares; here they start from what is there, and nothing of a head changes that lost no token.
     """
     slots, here = few(after.valid)
     left = after.tokens.take(slots)

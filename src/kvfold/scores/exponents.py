@@ -15,13 +15,11 @@ def log_exponents(view: LayerView, window: int, decay: float) -> tuple[Float[Ten
     Query heads of a group are averaged, in the same domain. The newest query weighs 1, the one before it `decay`, and
     so on. 0 where nobody looks.
     """
-    (b, hq, n, d), h = view.queries.states.shape, view.heads
-    w = min(window, n)
-    order = torch.argsort(view.queries.valid.byte(), dim=1, stable=True)[:, n - w :]  # the valid ones last
-    states = view.queries.states.gather(2, order[:, None, :, None].expand(b, hq, w, d)).float()
-    logits = (states.view(b, h, hq // h * w, d) * view.place.scale) @ view.keys.float().mT
+    asked = view.queries.last(window)
+    (b, hq, w, d), h = asked.states.shape, view.heads
+    logits = (asked.states.float().view(b, h, hq // h * w, d) * view.place.scale) @ view.keys.float().mT
     found = logits.view(b, h, hq // h, w, -1).logsumexp(2) - math.log(hq // h)  # B H W T
-    asked_at = view.queries.positions.gather(1, order).masked_fill(~view.queries.valid.gather(1, order), -1)
+    asked_at = asked.positions.masked_fill(~asked.valid, -1)
     seen = (view.positions[:, :, None] <= asked_at[:, None, :, None]) & view.valid[:, :, None]
     if w == 1:
         return found[:, :, 0].masked_fill(~seen[:, :, 0], 0.0), seen[:, :, 0].long()
