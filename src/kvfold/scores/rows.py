@@ -23,23 +23,20 @@ def logit_rows(view: LayerView, window: int | None = None) -> Iterator[Rows]:
     """
     (b, hq, n, d), h, t = view.queries.states.shape, view.heads, view.keys.shape[2]
     w = n if window is None else min(window, n)
-    order = torch.arange(n, device=view.valid.device).expand(b, n)
-    if w < n:
-        order = torch.argsort(view.queries.valid.byte(), dim=1, stable=True)[:, n - w :]  # the valid ones last
+    asked = view.queries.last(w) if w < n else view.queries
     in_place = w == n and view.queries.start is None  # query i's own token is in slot t - n + i
     keys, bias = None, view.columns.get(LOG_MASS)
     size = max(1, min(64, BLOCK_ELEMENTS // max(1, b * hq * t)))
     for start in range(0, w, size):
-        block = order[:, start : start + size]
-        k = t - n + start + block.shape[1] if in_place else t
-        asked_at = view.queries.positions.gather(1, block).masked_fill(~view.queries.valid.gather(1, block), -1)
+        block = slice(start, min(start + size, w))
+        k = t - n + block.stop if in_place else t
+        asked_at = asked.positions[:, block].masked_fill(~asked.valid[:, block], -1)
         seen = (view.positions[:, :, None, :k] <= asked_at[:, None, :, None]) & view.valid[:, :, None, :k]
         if n == 1:
             logits = view.attention(1).clamp(min=torch.finfo(torch.float32).tiny).log()  # the step's kernel left it
         else:
             keys = view.keys.float() if keys is None else keys
-            states = view.queries.states.gather(2, block[:, None, :, None].expand(b, hq, block.shape[1], d))
-            grouped = states.float().view(b, h, hq // h, -1, d) * view.place.scale
+            grouped = asked.states[:, :, block].float().reshape(b, h, hq // h, -1, d) * view.place.scale
             logits = (grouped.flatten(2, 3) @ keys[:, :, :k].mT).view(b, h, hq // h, -1, k)
             logits = logits if bias is None else logits + bias[:, :, None, None, :k]
         yield asked_at, seen, logits.masked_fill(~seen[:, :, None], -torch.inf)
