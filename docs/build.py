@@ -1,4 +1,4 @@
-"""docs/methods: a page for each method, of what the registry says and of what was measured.
+"""docs/methods: a page for each method, of what the registry says and of what was measured; tables of agreement.
 
     python docs/build.py
 
@@ -28,6 +28,7 @@ from kvfold.methods import MethodInfo, list_methods
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs/methods"
 RESULTS, MERGING = ROOT / "benchmarks/results", ROOT / "benchmarks/merging.md"
+README, ROW = ROOT / "README.md", re.compile(r"^\| `([^`]+)` \|(?: \d\.\d+ / \d\.\d+ \|)+$", re.MULTILINE)
 CURVES, LEADERBOARD = RESULTS / "curves", ROOT / "benchmarks/leaderboard.md"
 DIFFERS = re.compile(r"\bDiffers from the (paper|code):\s")
 SPELLED = {
@@ -133,6 +134,19 @@ def merging() -> str:
         parts += [f"## {found['model']}"]
         parts += agreement(found, lambda pair: sum(one["kl"] for one in pair[1].values()), bytes_too=True)
     return "\n\n".join(parts) + "\n"
+
+
+def readme() -> str:
+    """README.md, the numbers in its table of methods as measured: one model's columns after the other's."""
+    found = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("merging-*.json"), reverse=True)
+    ]
+
+    def row(line: re.Match[str]) -> str:
+        cells = [one["summary"][f"{line[1]}@{budget}"] for one in found for budget in (0.5, 0.35, 0.2, 0.1)]
+        return f"| `{line[1]}` | " + " | ".join(f"{cell['kl']:.3f} / {cell['top1']:.2f}" for cell in cells) + " |"
+
+    return ROW.sub(row, README.read_text(encoding="utf-8"))
 
 
 def agreement(
@@ -341,6 +355,7 @@ def main() -> None:
     for name, text in made.items():
         write_whole(PAGES / name, text.encode())
     write_whole(MERGING, merging().encode())
+    write_whole(README, readme().encode())
     drawn = draw(points, [name.removesuffix(".md") for name in made]) if points else 0
     print(f"{len(made)} pages, {drawn} charts in {PAGES.relative_to(ROOT)}")
 

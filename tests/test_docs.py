@@ -33,6 +33,9 @@ def test_pages_are_up_to_date():
     old = [name for name, text in made.items() if (PAGES / name).read_text(encoding="utf-8") != text]
     assert not old, f"{old} are not what the registry says; run: python docs/build.py"
     assert BUILD["MERGING"].read_text(encoding="utf-8") == BUILD["merging"](), "run: python docs/build.py"
+    said = BUILD["README"].read_text(encoding="utf-8")
+    assert said == BUILD["readme"](), "run: python docs/build.py"
+    assert len(BUILD["ROW"].findall(said)) > 10
 
 
 def test_every_method_has_a_page_and_links_lead_somewhere():

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,6 @@ import kvfold
 from kvfold import artefacts
 from kvfold.decisions import Keep
 from kvfold.formats import LOG_MASS
-from kvfold.hf.copying import random_words
 from kvfold.methods.kvfold import AGAIN, QUERIES, SCORE, KVFold
 from kvfold.scores.reach import reach
 from models import feed, follow, subject, tokens
@@ -198,14 +196,14 @@ def test_a_second_prompt_competes_with_what_was_read_twice_before():
 
 
 def test_heads_share_the_budget_by_their_scores():
-    """Two thirds go by scores, one third to all alike: with a budget of 12 a head, 4 and the rest of 2 x 2 x 8."""
+    """Four fifths go by scores, a fifth to all alike: with a budget of 20 a head, 4 and the rest of 2 x 2 x 16."""
     model, prompt = subject("llama"), tokens(60, 50)
     layers, group = model.config.num_hidden_layers, model.config.num_attention_heads // 2
     table = ((3.0,) * group + (1.0,) * group,) * layers
-    cache = kvfold.Cache(model, KVFold(budget=12, heads=table))
+    cache = kvfold.Cache(model, KVFold(budget=20, heads=table))
     feed(model, cache, *prompt.values())
     for core in cache.paged:
-        assert core.counts().tolist() == [[16, 8], [16, 8]]
+        assert core.counts().tolist() == [[28, 12], [28, 12]]
         assert all(
             set(range(4)) | {end} <= set(head) for row, end in zip(core.kept(), (59, 49), strict=True) for head in row
         )
@@ -258,36 +256,6 @@ def test_a_model_that_cannot_be_probed():
         kvfold.Cache(model, "kvfold")
     with pytest.raises(ValueError, match="'meta': say heads='even'"):
         kvfold.Cache(model.to("meta"), "kvfold")
-
-
-def test_copying_heads_are_probed_once(monkeypatch):
-    """By a forward pass over a random text that repeats: here of the attention that transformers works out."""
-    model, passes = copy.deepcopy(subject("llama")), []
-    model.train()
-    frozen = model.model.layers[0].eval()
-    model.register_forward_hook(lambda *_: passes.append([module.training for module in model.modules()]))
-    with ThreadPoolExecutor(4) as pool:
-        first, *again = pool.map(lambda _: kvfold.Cache(model, "kvfold").method.heads, range(4))
-    assert len(passes) == 1 and not any(passes[0]) and all(heads is first for heads in again)
-    assert [module.training for module in model.modules()] == [
-        module not in set(frozen.modules()) for module in model.modules()
-    ]
-    for other in ("kvfold(heads='even')", "kvfold(budget=1.0)"):
-        kvfold.Cache(copy.deepcopy(model), other)  # which has the hook, too
-    assert len(passes) == 1
-    config = model.config
-    words = random_words(model, 127, 0, config.vocab_size, (0, 1))  # of 512 positions at most, four times and one more
-    assert not {0, 1} & set(words.tolist())
-    plain = copy.deepcopy(subject("llama")).eval()
-    plain.set_attn_implementation("eager")
-    with torch.no_grad():
-        attentions = plain(torch.cat([torch.tensor([1]), words.repeat(4)])[None], output_attentions=True).attentions
-    for weights, found in zip(attentions, first, strict=True):
-        total = torch.zeros(len(found))
-        for back in (127, 254, 381):
-            asking = torch.arange(1 + back, 509)
-            total += sum(weights[0, :, asking, asking - back + behind].sum(-1) for behind in (0, 1))
-        torch.testing.assert_close(torch.tensor(found), total / (3 * 127), rtol=1e-3, atol=1e-6)
 
 
 def test_nothing_folds_above_the_threshold():

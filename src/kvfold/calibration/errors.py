@@ -10,6 +10,7 @@ from torch import Tensor
 from kvfold.calibration.heads import answered, mean_scores, semantic_score
 from kvfold.calibration.questions import Question, questions
 from kvfold.calibration.run import Run
+from kvfold.hf.support import projected
 from kvfold.methods._calibrated import rows
 from kvfold.methods.compresskv import CompressKV
 from kvfold.views import LayerView
@@ -59,5 +60,4 @@ def _output(view: LayerView, count: int, mask: Bool[Tensor, "B H T"]) -> Float[T
     rows = view.attention(count) * mask[:, :, None, None]  # B H G N T
     rows = rows / rows.sum(-1, keepdim=True).clamp(min=1e-12)
     out = torch.einsum("bhgnt,bhtd->bnhgd", rows, view.values.float()).flatten(2)
-    project = getattr(view.place.module, "o_proj", None)
-    return out if project is None else project(out.to(project.weight.dtype)).float()
+    return projected(view.place.module, out.to(view.values.dtype)).float()

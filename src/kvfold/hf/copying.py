@@ -1,27 +1,36 @@
-"""Which heads copy: what each attends to in a random text that repeats. Needs no data, and one short prompt."""
+"""Which heads copy: what each reads in a random text that repeats, and what that is to its layer. Needs no data."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold import artefacts
 from kvfold.hf.images import image_ids
+from kvfold.hf.support import attention_modules, projected
 from kvfold.scores.stripes import stripes
 from kvfold.views import LayerView
 
 PERIOD, REPEATS = 128, 4
 """Of the text that `copying_heads` reads: so many random tokens, so many times."""
+ASKED = 64
+"""Queries of that text, evenly spaced, whose outputs are worked out again without copies."""
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def copying_heads(model: Any) -> tuple[tuple[float, ...], ...]:
-    """How much each query head attends to copies of its token and to what followed them: scores[paged layer][head].
+    """How much of what a layer makes of a text is lost without a head's copies: scores[paged layer][query head].
 
-    The mean over the queries of a text of 128 random tokens that repeats four times: echo and induction heads, as
-    RazorAttention finds them (arXiv:2407.15891), added up. The same for every call; the model reads 513 tokens.
+    The text: 128 random tokens that repeat four times. Copies of a query's token, and the tokens behind those, are
+    what echo and induction heads read (RazorAttention, arXiv:2407.15891). A score is a product of two means. Over 64
+    queries, |W_o (o - o')| / |W_o o|: o' is what the heads of a group read where they see no copies (a gate between
+    heads and W_o is left out). Over all queries that have copies, |x - x'| / |x|: x' is what the layer passes on
+    without its attention. Query heads of a group have the same.
+    The same for every call; the model reads 513 tokens, in two rows.
     Raises ValueError for a model without weights, and for one whose attention is not finite.
     """
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate brings the weights
@@ -33,12 +42,96 @@ def copying_heads(model: Any) -> tuple[tuple[float, ...], ...]:
     ids = [getattr(config, name, None) for name in SPECIAL]
     special = [one for each in ids for one in (each if isinstance(each, list) else [each]) if one is not None]
     words = random_words(model, period, 0, config.vocab_size, special)
-    sums = attention_to_copies(model, words, special[0] if special else 0, REPEATS).sum(0)
-    table = (sums / (period * (REPEATS - 1))).flatten(1)
+    text = repeated_text(words, special[0] if special else 0, REPEATS)
+    lost: dict[int, Tensor] = {}
+
+    def look(view: LayerView) -> None:
+        lost[view.place.layer] = lost_without_copies(view, period).cpu()
+
+    with torch.no_grad(), _without_attention(model, lost, 1 + period) as shares:
+        read_with(model, text.expand(2, -1), look)
+    table = torch.stack([lost[layer] * shares[layer] for layer in lost])
     if not table.isfinite().all():
         name = type(model).__name__
         raise ValueError(f"heads='probed': the attention of {name} to random tokens is not finite: say heads='even'")
     return tuple(tuple(row) for row in table.tolist())
+
+
+def lost_without_copies(view: LayerView, period: int) -> Float[Tensor, " Hq"]:
+    """The share of a layer's output that is lost where the heads of a group see no copies; of row 0.
+
+    Its text is one token, and then one of `period` tokens that repeats.
+    """
+    _, heads, total, d = view.keys.shape
+    asked = torch.linspace(1 + period, total - 1, min(ASKED, total - 1 - period), device=view.keys.device).long()
+    q = view.queries.states[0, :, asked].view(heads, -1, len(asked), d).float() * view.place.scale
+    logits = q @ view.keys[0, :, None].float().mT  # H G N T
+    at, copies = torch.arange(total, device=asked.device), _copies(asked, total, period)
+    read, left = (
+        logits.masked_fill(~seen, -torch.inf).softmax(-1) @ view.values[0, :, None].float()
+        for seen in (at <= asked[:, None], (at <= asked[:, None]) & ~copies)
+    )
+
+    def said(outputs: Float[Tensor, "H G N Dv"]) -> Float[Tensor, "N E"]:
+        rows = outputs.movedim(2, 0).flatten(1).to(view.values.dtype)
+        return projected(view.place.module, rows).float()
+
+    bias, change = said(torch.zeros_like(read)), read - left
+    whole = said(read) - bias
+    heads_alone = (change.where(torch.arange(heads, device=q.device).view(-1, 1, 1, 1) == h, 0.0) for h in range(heads))
+    share = torch.stack([_share(said(alone) - bias, whole) for alone in heads_alone])
+    return share.repeat_interleave(q.shape[1])
+
+
+def _share(change: Float[Tensor, "N E"], whole: Float[Tensor, "N E"]) -> Float[Tensor, ""]:
+    """How long a change is, of what it changes; the mean over queries. Where there was nothing, nothing is lost."""
+    lost: Tensor = change.norm(dim=-1) / whole.norm(dim=-1).clamp(min=torch.finfo(whole.dtype).tiny)
+    return lost.mean()
+
+
+def _copies(asked: Int[Tensor, " N"], total: int, period: int) -> Bool[Tensor, "N T"]:
+    """Which tokens are copies of each query's own, or follow one."""
+    back = asked[:, None] - torch.arange(total, device=asked.device)
+    copies = (back > 0) & (back % period == 0)
+    copies[:, 0] = False  # the first token is not of the words
+    return copies | copies.roll(1, dims=1)
+
+
+@contextmanager
+def _without_attention(model: Any, of: dict[int, Any], start: int) -> Iterator[dict[int, Tensor]]:
+    """Within the block, row 1 of what a layer passes on is made without its attention, compared, and then row 0's.
+
+    Yields what a pass fills, layer by layer: how far that is from row 0, as a share of it, from column `start` on; of
+    the layers that are in `of` when they end. What other threads read meanwhile is left alone.
+    """
+    found: dict[int, Tensor] = {}
+    here = get_ident()
+    names = {module: name for name, module in model.named_modules()}
+
+    def silence(_: Any, args: Any, output: Any) -> Any:
+        states, rest = _parts(output)
+        return rest(torch.stack([states[0], torch.zeros_like(states[0])])) if get_ident() == here else None
+
+    def compare(index: int) -> Callable[..., Any]:
+        def hook(_: Any, args: Any, output: Any) -> Any:
+            if get_ident() != here:
+                return None
+            states, rest = _parts(output)
+            if index in of:
+                whole, less = states[:, start:].float()
+                found[index] = _share(whole - less, whole).cpu()
+            return rest(states[:1].repeat(2, 1, 1))
+
+        return hook
+
+    with ExitStack() as hooks:
+        for index, module in attention_modules(model).items():
+            path = names[module].split(".")
+            place = max(at for at, part in enumerate(path) if part.isdigit())  # in the list of layers
+            layer = model.get_submodule(".".join(path[: place + 1]))
+            hooks.enter_context(_removed(module.register_forward_hook(silence)))
+            hooks.enter_context(_removed(layer.register_forward_hook(compare(index))))
+        yield found
 
 
 def random_words(
@@ -58,16 +151,26 @@ def attention_to_copies(
 ) -> Float[Tensor, "two L H G"]:
     """Each head's attention to earlier copies of a query's token (0) and to the tokens behind those (1), summed.
 
-    The text is `first`, then `words` so many times. Read in eval mode; every module gets back the mode that it had.
+    The text is `first`, then `words` so many times.
     """
-    from kvfold.hf.cache import Cache  # which asks for `copying_heads` itself
-
-    ids = torch.cat([torch.tensor([first], device="cpu"), words.repeat(repeats)])[None]
     found: list[Tensor] = []
 
     def look(view: LayerView) -> None:
         tick(f"layer {view.place.ordinal + 1} of {view.place.layers}")
         found.append(stripes(view, len(words), start=1).cpu())
+
+    read_with(model, repeated_text(words, first, repeats), look)
+    return torch.stack(found, 1)
+
+
+def repeated_text(words: Int[Tensor, " N"], first: int, repeats: int) -> Int[Tensor, "1 T"]:
+    """`first`, and then `words` so many times."""
+    return torch.cat([torch.tensor([first], device="cpu"), words.repeat(repeats)])[None]
+
+
+def read_with(model: Any, ids: Int[Tensor, "B T"], look: Callable[[LayerView], None]) -> None:
+    """Have the model read a text whose layers `look` sees, in eval mode; every module gets back the mode it had."""
+    from kvfold.hf.cache import Cache  # which asks for `copying_heads` itself
 
     cache, training = Cache(model, "full"), [module for module in model.modules() if module.training]
     model.eval()
@@ -77,7 +180,22 @@ def attention_to_copies(
     finally:
         for module in training:
             module.training = True
-    return torch.stack(found, 1)
+
+
+def _parts(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The states that a module gives, and what makes its output of others."""
+    if isinstance(output, tuple):
+        return output[0], lambda states: (states, *output[1:])
+    return output, lambda states: states
+
+
+@contextmanager
+def _removed(handle: Any) -> Iterator[None]:
+    """A hook, for a block."""
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 artefacts.PROBES["copying"] = copying_heads

@@ -26,7 +26,7 @@ from kvfold.views import LayerView, Queries, faded
 
 SCORE, QUERIES, WORTH, AGAIN = "kvfold_score", "kvfold_queries", "kvfold_worth", "kvfold_again"
 """Columns: the attention that a token got, of how many queries; for `quality="best"` worth, and what it got then."""
-POOL = 1.5
+POOL = 1.25
 """The part of the budget that heads share by their scores is 1 / POOL, HeadKV's `beta`."""
 LAST = "kvfold_last"
 """In the context of a pass: each layer's last queries, for a decision after the prompt."""
@@ -59,8 +59,8 @@ REPEATED, QUOTED = 2000, 8
         "threshold": "the cosine of two keys, less the mean key, from which one folds into the other; above 1: none",
         "norm": 'what a value adds to its token\'s score: "square" of its norm, "norm", or "none"',
         "heads": (
-            'scores of the query heads, a row a layer, by which KV heads share two thirds of the budget; "probed": '
-            "how much each attends to copies in a random text of 513 tokens, which the model reads once; "
+            'scores of the query heads, a row a layer, by which KV heads share four fifths of the budget; "probed": '
+            "how much of its layer is lost without what it reads at copies, in a random text of 513 tokens; "
             '"calibrated": those of `kvfold calibrate headkv`; "even": all alike'
         ),
         "refit": "last queries whose outputs the values are fitted to once tokens went; 0: none",
@@ -80,11 +80,12 @@ class KVFold(Method):
     the attention of all that it holds. Then the values of what is neither sink nor recent are fitted, by ridge
     regression, to what the last `refit` queries read before (as in Attention Matching, arXiv:2602.16284). Heads that
     copy get more of the budget (as retrieval heads do in HeadKV, arXiv:2410.19258, or RazorAttention,
-    arXiv:2407.15891): the first cache of a model has it read a random text that repeats, and remembers what each head
-    looked at. Acts at the end of a prompt (of every chunk, if it is read in chunks); generated tokens are appended, and
-    their queries don't count. On a further turn earlier sums fade and new ones are added. Query heads of a group add up
-    their attention. `quality="best"` also asks the model to repeat the prompt (as KVzip does, arXiv:2505.23416), and
-    adds the attention of that reading as a third share: about twice the prefill, and two columns more.
+    arXiv:2407.15891): the first cache of a model has it read a random text that repeats, and remembers how much of what
+    each layer passes on is lost without the copies that a head reads. Acts at the end of a prompt (of every chunk, if
+    it is read in chunks); generated tokens are appended, and their queries don't count. On a further turn earlier sums
+    fade and new ones are added. Query heads of a group add up their attention. `quality="best"` also asks the model to
+    repeat the prompt (as KVzip does, arXiv:2505.23416), and adds the attention of that reading as a third share: about
+    twice the prefill, and two columns more.
     This is the library's own method; docs/methods/kvfold.md has the ablations.
     """
 
