@@ -20,7 +20,7 @@ PERIOD, REPEATS = 128, 4
 ASKED = 64
 """Queries of that text, evenly spaced, whose outputs are worked out again without copies."""
 POWER = 0.75
-"""Of what is lost, as a score: shares of a budget differ less than losses do, or most heads would be left with nothing."""
+"""Of what is lost, to make a score of it: heads that copy little are not to have next to nothing of a small budget."""
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
