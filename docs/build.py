@@ -28,7 +28,8 @@ from kvfold.methods import MethodInfo, list_methods
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs/methods"
 RESULTS, MERGING = ROOT / "benchmarks/results", ROOT / "benchmarks/merging.md"
-README, ROW = ROOT / "README.md", re.compile(r"^\| `([^`]+)` \|(?: \d\.\d+ / \d\.\d+ \|)+$", re.MULTILINE)
+AGREED = [RESULTS / f"merging-{model}.json" for model in ("smollm2-135m-instruct", "gemma3-270m")]
+README, ROW = ROOT / "README.md", re.compile(r"^\| `([^`]+)` \|(?: \d+\.\d+ / \d\.\d+ \|)+$", re.MULTILINE)
 CURVES, LEADERBOARD = RESULTS / "curves", ROOT / "benchmarks/leaderboard.md"
 DIFFERS = re.compile(r"\bDiffers from the (paper|code):\s")
 SPELLED = {
@@ -129,7 +130,7 @@ def ablations(info: MethodInfo) -> Iterator[str]:
 def merging() -> str:
     """The page of all merging methods and what they are measured against."""
     parts = [MERGING_HEAD]
-    for path in sorted(RESULTS.glob("merging-*.json"), reverse=True):
+    for path in AGREED:
         found = json.loads(path.read_text(encoding="utf-8"))
         parts += [f"## {found['model']}"]
         parts += agreement(found, lambda pair: sum(one["kl"] for one in pair[1].values()), bytes_too=True)
@@ -138,9 +139,7 @@ def merging() -> str:
 
 def readme() -> str:
     """README.md, the numbers in its table of methods as measured: one model's columns after the other's."""
-    found = [
-        json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("merging-*.json"), reverse=True)
-    ]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in AGREED]
 
     def row(line: re.Match[str]) -> str:
         cells = [one["summary"][f"{line[1]}@{budget}"] for one in found for budget in (0.5, 0.35, 0.2, 0.1)]

@@ -5,11 +5,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import DbrxConfig, DbrxForCausalLM
+from transformers import (
+    DbrxConfig,
+    DbrxForCausalLM,
+    HrmTextConfig,
+    HrmTextForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+)
 
 import kvfold
 from kvfold.hf.copying import copying_heads, lost_without_copies, random_words, read_with, repeated_text
-from models import PAGED, subject
+from models import COMMON, PAGED, subject
 
 PERIOD = 127  # of 512 positions at most, four times and one more
 
@@ -116,6 +125,52 @@ def test_attention_that_lies_deeper_in_its_layer():
     table = torch.tensor(copying_heads(model))
     assert len(entered) == 3 and all(torch.equal(*states) for states in entered)
     assert all(not torch.equal(*states) for states in left) and (table > 0).all()
+
+
+def test_a_head_that_classifies_has_no_part_in_it():
+    """Without a padding token it takes one row only."""
+    plain = copy.deepcopy(subject("llama"))
+    plain.config.pad_token_id = None
+    model = LlamaForSequenceClassification(LlamaConfig(**{**COMMON, "pad_token_id": None}))
+    model.model.load_state_dict(plain.model.state_dict())
+    assert copying_heads(model) == copying_heads(plain)
+
+
+def test_a_language_model_head_that_is_called_a_decoder():
+    sizes = {name: COMMON[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "pad_token_id")}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 3, "sep_token_id": 4}
+    config = ModernBertDecoderConfig(**sizes, **special, num_hidden_layers=4, num_attention_heads=4)
+    table = torch.tensor(copying_heads(ModernBertDecoderForCausalLM(config).eval()))
+    assert table.shape == (config.layer_types.count("full_attention"), 4) and (table > 0).all()
+
+
+def test_layers_that_run_more_than_once():
+    model = HrmTextForCausalLM(HrmTextConfig(**COMMON)).eval()
+    with pytest.raises(ValueError, match="HrmTextForCausalLM does not run each of its attention modules once"):
+        copying_heads(model)
+
+
+def test_positions_without_room():
+    model = copy.deepcopy(subject("llama"))
+    model.config.max_position_embeddings = 4
+    with pytest.raises(ValueError, match="4 positions have no room: say heads='even'"):
+        copying_heads(model)
+
+
+def test_nothing_stays_of_a_reading_that_fails():
+    model = copy.deepcopy(subject("llama")).train()
+    kvfold.Cache(model, "full")
+    hooks, handle = hooks_of(model), model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        copying_heads(model)
+    handle.remove()
+    assert hooks_of(model) == hooks and all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights(dtype):
+    found, exact = (torch.tensor(copying_heads(copy.deepcopy(subject("qwen3")).to(t))) for t in (dtype, torch.float32))
+    torch.testing.assert_close(found, exact, rtol=0.1, atol=0.0)
 
 
 def test_a_bias_of_the_projection_is_nobodys():

@@ -2,10 +2,16 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import kvfold
-from models import build, feed, grow, subject, tokens
+from models import COMMON, build, feed, grow, subject, tokens
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -135,6 +141,13 @@ def test_the_last_layer_ignores_the_interface():
         past_key_values.update(hidden_states[:, None], hidden_states[:, None], 0)[1][:, 0], None
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="layer 0 of LlamaForCausalLM updated the cache"):
+        feed(model, kvfold.Cache(model), *tokens(8).values())
+
+
+def test_attention_with_the_keys_of_one_update_twice():
+    config = DiffLlamaConfig(**COMMON)
+    model = DiffLlamaForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="DiffLlamaAttention attends twice with the keys of one update"):
         feed(model, kvfold.Cache(model), *tokens(8).values())
 
 

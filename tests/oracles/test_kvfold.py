@@ -196,7 +196,7 @@ def test_a_second_prompt_competes_with_what_was_read_twice_before():
 
 
 def test_heads_share_the_budget_by_their_scores():
-    """Four fifths go by scores, a fifth to all alike: with a budget of 20 a head, 4 and the rest of 2 x 2 x 16."""
+    """Four fifths go by scores, a fifth to all alike: of 20 a head, 4 and its share of a layer's 2 x 16."""
     model, prompt = subject("llama"), tokens(60, 50)
     layers, group = model.config.num_hidden_layers, model.config.num_attention_heads // 2
     table = ((3.0,) * group + (1.0,) * group,) * layers

@@ -25,15 +25,16 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def copying_heads(model: Any) -> tuple[tuple[float, ...], ...]:
-    """How much of what a layer makes of a text is lost without a head's copies: scores[paged layer][query head].
+    """An estimate of what a layer would lose without the copies that a head reads: scores[paged layer][query head].
 
     The text: 128 random tokens that repeat four times. Copies of a query's token, and the tokens behind those, are
     what echo and induction heads read (RazorAttention, arXiv:2407.15891). A score is a product of two means, to the
     power of 3/4. Over 64 queries, |W_o (o - o')| / |W_o o|: o' is what the heads of a group read where they see no
-    copies (a gate between heads and W_o is left out). Over all queries that have copies, |x - x'| / |x|: x' is what the
-    layer passes on without its attention. Query heads of a group have the same.
-    The same for every call; the model reads 513 tokens, in two rows.
-    Raises ValueError for a model without weights, and for one whose attention is not finite.
+    copies (what a model has between heads and W_o, a gate or a norm, is left out). Over all queries that have copies,
+    |x - x'| / |x|: x' is what the layer passes on without its attention. Query heads of a group have the same.
+    The same for every call; the model reads 513 tokens, in two rows, or fewer where its positions end before.
+    Raises ValueError for a model without weights, one whose attention is not finite, one that runs a layer more than
+    once, and one with fewer than five positions.
     """
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate brings the weights
     if model.device.type == "meta" and not offloaded:
@@ -41,6 +42,10 @@ def copying_heads(model: Any) -> tuple[tuple[float, ...], ...]:
     config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None) or PERIOD * REPEATS + 1
     period = min(PERIOD, (limit - 1) // REPEATS)
+    if period < 1:
+        raise ValueError(
+            f"heads='probed' reads a text that repeats, and {limit} positions have no room: say heads='even'"
+        )
     ids = [getattr(config, name, None) for name in SPECIAL]
     special = [one for each in ids for one in (each if isinstance(each, list) else [each]) if one is not None]
     words = random_words(model, period, 0, config.vocab_size, special)
@@ -52,9 +57,11 @@ def copying_heads(model: Any) -> tuple[tuple[float, ...], ...]:
 
     with torch.no_grad(), _without_attention(model, lost, 1 + period) as shares:
         read_with(model, text.expand(2, -1), look)
+    name = type(model).__name__
+    if shares.keys() != lost.keys():
+        raise ValueError(f"heads='probed': {name} does not run each of its attention modules once: say heads='even'")
     table = torch.stack([lost[layer] * shares[layer] for layer in lost]).pow(POWER)
     if not table.isfinite().all():
-        name = type(model).__name__
         raise ValueError(f"heads='probed': the attention of {name} to random tokens is not finite: say heads='even'")
     return tuple(tuple(row) for row in table.tolist())
 
@@ -174,11 +181,14 @@ def read_with(model: Any, ids: Int[Tensor, "B T"], look: Callable[[LayerView], N
     """Have the model read a text whose layers `look` sees, in eval mode; every module gets back the mode it had."""
     from kvfold.hf.cache import Cache  # which asks for `copying_heads` itself
 
-    cache, training = Cache(model, "full"), [module for module in model.modules() if module.training]
+    reader = model if model.can_generate() else model.base_model  # heads that classify want a padding token
+    cache, training = Cache(reader, "full"), [module for module in model.modules() if module.training]
     model.eval()
     try:
         with cache.observed(look):
-            model(ids if model.device.type == "meta" else ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+            reader(
+                ids if model.device.type == "meta" else ids.to(model.device), past_key_values=cache, logits_to_keep=1
+            )
     finally:
         for module in training:
             module.training = True

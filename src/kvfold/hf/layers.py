@@ -20,7 +20,7 @@ class Owner(Protocol):
     """What a paged layer asks of the cache that it belongs to."""
 
     recording: bool
-    unread: Any
+    unread: "PagedLayer | None"
     """The layer that got keys which no attention function has seen yet."""
 
     def enter(self, ordinal: int, tokens: int) -> Pass:
@@ -71,6 +71,11 @@ class PagedLayer(CacheLayerMixin):
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float) -> Tensor:
         """Called by the attention function: (B, Hq, Q, D) over new and stored tokens."""
         owner = self.owner
+        if owner.unread is not self:
+            raise ValueError(
+                f"{type(module).__name__} attends twice with the keys of one update, as differential attention does, "
+                "which a kvfold cache does not support"
+            )
         owner.unread, hidden, self.entering = None, self.entering, None
         if q.requires_grad or k.requires_grad or v.requires_grad:
             q, k, v = q.detach(), k.detach(), v.detach()  # caches are for inference

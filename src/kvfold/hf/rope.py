@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def text_decoder(model: nn.Module) -> nn.Module:
     """The part that reads text: a vision tower has a rotary embedding of its own."""
     inner: Any = getattr(model, "get_decoder", None)
     found = inner() if callable(inner) else None
-    return found if isinstance(found, nn.Module) else model
+    return found if isinstance(found, PreTrainedModel) else model  # ModernBERT's "decoder" is its language model head
 
 
 def has_grid_positions(model: Any) -> bool:

@@ -60,7 +60,8 @@ REPEATED, QUOTED = 2000, 8
         "norm": 'what a value adds to its token\'s score: "square" of its norm, "norm", or "none"',
         "heads": (
             'scores of the query heads, a row a layer, by which KV heads share four fifths of the budget; "probed": '
-            "how much of its layer is lost without what it reads at copies, in a random text of 513 tokens; "
+            "what a layer's attention loses without the copies that a KV head reads, times what the layer loses "
+            "without attention, to the power of 3/4, in a random text of 513 tokens; "
             '"calibrated": those of `kvfold calibrate headkv`; "even": all alike'
         ),
         "refit": "last queries whose outputs the values are fitted to once tokens went; 0: none",
@@ -80,9 +81,9 @@ class KVFold(Method):
     the attention of all that it holds. Then the values of what is neither sink nor recent are fitted, by ridge
     regression, to what the last `refit` queries read before (as in Attention Matching, arXiv:2602.16284). Heads that
     copy get more of the budget (as retrieval heads do in HeadKV, arXiv:2410.19258, or RazorAttention,
-    arXiv:2407.15891): the first cache of a model has it read a random text that repeats, and remembers how much of what
-    each layer passes on is lost without the copies that a head reads. Acts at the end of a prompt (of every chunk, if
-    it is read in chunks); generated tokens are appended, and their queries don't count. On a further turn earlier sums
+    arXiv:2407.15891): the first cache of a model has it read a random text that repeats, and remembers an estimate of
+    what each layer would lose without the copies that a head reads. Acts at the end of a prompt (of every chunk, if it
+    is read in chunks); generated tokens are appended, and their queries don't count. On a further turn earlier sums
     fade and new ones are added. Query heads of a group add up their attention. `quality="best"` also asks the model to
     repeat the prompt (as KVzip does, arXiv:2505.23416), and adds the attention of that reading as a third share: about
     twice the prefill, and two columns more.
