@@ -39,8 +39,10 @@ $(STAMP): pyproject.toml constraints.txt
 test: $(STAMP) ## all tests, the slow ones too
 	@$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
 
-test-fast: $(STAMP) ## the tests that load no bundled model
-	@$(PY) -m pytest -n 2 --dist loadfile -m 'not slow' $(PYTEST_FLAGS)
+# No shape checks at calls, and few examples of a property: they take more than half of the time, and `make test` has them.
+test-fast: $(STAMP) ## the quick tests, without shape checks at calls
+	@$(PY) -m pytest -n 2 --dist loadfile -m 'not slow' --hypothesis-profile=quick \
+		-o addopts='--strict-markers --strict-config' $(PYTEST_FLAGS)
 
 lint: $(STAMP) ## ruff: lint rules and format
 	@$(PY) -m ruff check .

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `import models`
 
 # Models are slow and shared machines slower: no deadline, few examples, the same ones on every run.
 settings.register_profile("kvfold", deadline=None, max_examples=6, derandomize=True, print_blob=False)
+settings.register_profile("quick", settings.get_profile("kvfold"), max_examples=2)  # `make test-fast`
 settings.load_profile("kvfold")
 
 

@@ -29,8 +29,9 @@ ANYWHERE = {"kvzip", "epicache"}
 def each(slugs: Iterable[str], cases: int = 1, **axes: Sequence[Any]) -> pytest.MarkDecorator:
     """Parametrise a test by `slug` and by the names of `axes`.
 
-    For CORE all combinations. For the others `cases` of them, slow: an axis' values by turns, so that over the
-    methods, or over the cases, each comes up.
+    `cases` combinations of a method are its turn: an axis' values one after the other, so that over the methods, or
+    over the cases, each comes up. CORE has all combinations, its turns fast and the others slow; all others have
+    their turns, slow.
     """
     params = []
     for i, slug in enumerate(slugs):
@@ -38,7 +39,7 @@ def each(slugs: Iterable[str], cases: int = 1, **axes: Sequence[Any]) -> pytest.
             tuple(axis[(case + i * step) % len(axis)] for step, axis in enumerate(axes.values(), 1))
             for case in range(cases)
         ]
-        marks = () if slug in CORE else (pytest.mark.slow,)
         for point in product(*axes.values()) if slug in CORE else turns:
+            marks = () if slug in CORE and point in turns else (pytest.mark.slow,)
             params.append(pytest.param(slug, *point, marks=marks, id="-".join(map(str, (slug, *point)))))
     return pytest.mark.parametrize(("slug", *axes), params)

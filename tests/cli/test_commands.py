@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import kvfold
 from kvfold.cli import main
 from kvfold.cli.app import app
-from kvfold.cli.compare import table_of
+from kvfold.cli.compare import tables_of
 from kvfold.evaluation.compare import Row, method_names
 
 runner = CliRunner()
@@ -151,8 +151,27 @@ def test_answers_are_not_markup() -> None:
     row = Row("h2o", 0.5, "[bold] see [/INST]", 5.0, 50, 100, 100, 1.0, 2.0, 0.9, 0.1)
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(table_of([row], "title"))
+        console.print(tables_of([row], "title"))
     assert "[bold] see [/INST]" in capture.get()
+
+
+def test_numbers_fit_eighty_columns_and_equal_answers_are_said_once() -> None:
+    answer = "The name of the hotel was the Hotel Cosmopolitan. " * 3
+    rows = [
+        Row("full", None, answer, 6328.0, 294_550_000, 294_550_000, 294_550_000, 20.4, 10.9, 1.0, 0.0),
+        Row("streamingllm", 0.35, answer, 2215.0, 103_700_000, 294_550_000, 294_550_000, 118.8, 113.1, 0.95, 0.031),
+        Row("kvfold", 0.35, "No.", 2215.0, 103_700_000, 294_550_000, 294_550_000, None, None, 0.95, 0.031),
+    ]
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(tables_of(rows, "title"))
+    lines = capture.get().splitlines()
+    numbers = next(line.split() for line in lines if line.startswith(" streamingllm"))
+    assert numbers == ["streamingllm", "0.35", "2215", "98.9", "MiB", "0.352", "118.8", "s", "113.1", "0.95", "0.031"]
+    assert " ".join(" ".join(lines).split()).count("The name of") == 3
+    whose = [line.partition("  ")[0] for line in lines if line.startswith(("full ", "streamingllm ", "kvfold "))]
+    assert whose == ["full", "streamingllm 0.35", "kvfold 0.35"]
+    assert " ".join(" ".join(lines).split()).endswith("kvfold 0.35 No.")
 
 
 def test_an_empty_document_is_refused_on_standard_input(

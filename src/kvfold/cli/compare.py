@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
+from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -62,26 +64,35 @@ def compare_command(
         }  # fmt: skip
         common.print_json({**about, "versions": common.versions(), "rows": [row.to_dict() for row in rows]})
     else:
-        common.stdout.print(table_of(rows, title))
+        common.stdout.print(tables_of(rows, title))
     if chart is not None:
         save_chart(memory_against_agreement(rows, title), chart)
         common.stderr.print(f"chart: {chart}")
 
 
-def table_of(rows: Sequence["Row"], title: str) -> Table:
-    """The rows for a rich console; answers are text, whatever brackets they hold."""
-    table = Table(title=title)
-    for name, where in (
-        ("method", "left"), ("budget", "right"), ("kept/head", "right"), ("KV cache", "right"), ("of full", "right"),
-        ("prefill s", "right"), ("tokens/s", "right"), ("top-1", "right"), ("KL", "right"), ("answer", "left"),
-    ):  # fmt: skip
-        table.add_column(name, justify=where, overflow="fold", max_width=48 if name == "answer" else None)  # type: ignore[arg-type]
+def tables_of(rows: Sequence["Row"], title: str) -> Group:
+    """The rows for a rich console of 80 columns: what was measured, and below it what was answered.
+
+    Answers are text, whatever brackets they hold; what several rows answer is said once.
+    """
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("method", overflow="fold", min_width=12)
+    for name in ("budget", "kept", "KV cache", "of full", "prefill", "tokens/s", "top-1", "KL"):
+        table.add_column(name, justify="right", no_wrap=True)
+    answered: dict[str, dict[str, list[str]]] = {}  # by whom, with which budgets
     for row in rows:
-        seconds = "-" if row.prefill_seconds is None else f"{row.prefill_seconds:.1f}"
+        seconds = "-" if row.prefill_seconds is None else f"{row.prefill_seconds:.1f} s"
         rate = "-" if row.decode_tokens_per_second is None else f"{row.decode_tokens_per_second:.1f}"
+        budget = "" if row.budget is None else str(row.budget)
         table.add_row(
-            row.method, "-" if row.budget is None else str(row.budget), f"{row.kept_tokens:.0f}",
-            common.size(row.nbytes), f"{row.ratio:.3f}", seconds, rate, f"{row.top1:.2f}", f"{row.kl:.3f}",
-            Text(" ".join(row.answer.split())),
+            row.method, budget or "-", f"{row.kept_tokens:.0f}", common.size(row.nbytes), f"{row.ratio:.3f}", seconds,
+            rate, f"{row.top1:.2f}", f"{row.kl:.3f}",
         )  # fmt: skip
-    return table
+        answered.setdefault(" ".join(row.answer.split()), {}).setdefault(row.method, []).append(budget)
+    answers = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 1, 0))
+    answers.add_column(overflow="fold", max_width=32)
+    answers.add_column(overflow="fold")
+    for answer, whose in answered.items():
+        names = [" ".join([method, *budgets]).strip() for method, budgets in whose.items()]
+        answers.add_row(Text("\n".join(names)), Text(answer))
+    return Group(table, answers)
