@@ -67,7 +67,7 @@ def copying_heads(model: Any) -> tuple[tuple[float, ...], ...]:
 
 
 def lost_without_copies(view: LayerView, period: int) -> Float[Tensor, " Hq"]:
-    """The share of a layer's output that is lost where the heads of a group see no copies; of row 0.
+    """The share of what a layer's attention says that is lost where the heads of a group see no copies; of row 0.
 
     Its text is one token, and then one of `period` tokens that repeats.
     """
