@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvfold import artefacts
+from kvfold import artefacts, ops
 from kvfold.hf.images import image_ids
 from kvfold.hf.support import attention_modules, projected
 from kvfold.scores.stripes import stripes
@@ -73,12 +73,12 @@ def lost_without_copies(view: LayerView, period: int) -> Float[Tensor, " Hq"]:
     """
     _, heads, total, d = view.keys.shape
     asked = torch.linspace(1 + period, total - 1, min(ASKED, total - 1 - period), device=view.keys.device).long()
-    q = view.queries.states[0, :, asked].view(heads, -1, len(asked), d).float() * view.place.scale
-    logits = q @ view.keys[0, :, None].float().mT  # H G N T
-    at, copies = torch.arange(total, device=asked.device), _copies(asked, total, period)
+    q = view.queries.states[:1, :, asked].view(1, heads, -1, len(asked), d)
+    keys, values = view.keys[:1], view.values[:1, :, None].float()
+    seen = torch.arange(total, device=asked.device) <= asked[:, None]
     read, left = (
-        logits.masked_fill(~seen, -torch.inf).softmax(-1) @ view.values[0, :, None].float()
-        for seen in (at <= asked[:, None], (at <= asked[:, None]) & ~copies)
+        (ops.window_attention(q, keys, view.place.scale, some.expand(1, heads, -1, -1)) @ values)[0]  # H G N Dv
+        for some in (seen, seen & ~_copies(asked, total, period))
     )
 
     def said(outputs: Float[Tensor, "H G N Dv"]) -> Float[Tensor, "N E"]:
@@ -89,7 +89,7 @@ def lost_without_copies(view: LayerView, period: int) -> Float[Tensor, " Hq"]:
     whole = said(read) - bias
     heads_alone = (change.where(torch.arange(heads, device=q.device).view(-1, 1, 1, 1) == h, 0.0) for h in range(heads))
     share = torch.stack([_share(said(alone) - bias, whole) for alone in heads_alone])
-    return share.repeat_interleave(q.shape[1])
+    return share.repeat_interleave(q.shape[2])
 
 
 def _share(change: Float[Tensor, "N E"], whole: Float[Tensor, "N E"]) -> Float[Tensor, ""]:
@@ -138,8 +138,8 @@ def _without_attention(model: Any, of: dict[int, Any], start: int) -> Iterator[d
             path = names[module].split(".")
             place = max(at for at, part in enumerate(path) if part.isdigit())  # in the list of layers
             layer = model.get_submodule(".".join(path[: place + 1]))
-            hooks.enter_context(_removed(module.register_forward_hook(silence)))
-            hooks.enter_context(_removed(layer.register_forward_hook(compare(index))))
+            hooks.callback(module.register_forward_hook(silence).remove)
+            hooks.callback(layer.register_forward_hook(compare(index)).remove)
         yield found
 
 
@@ -199,15 +199,6 @@ def _parts(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     if isinstance(output, tuple):
         return output[0], lambda states: (states, *output[1:])
     return output, lambda states: states
-
-
-@contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    """A hook, for a block."""
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 artefacts.PROBES["copying"] = copying_heads
