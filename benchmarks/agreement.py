@@ -27,7 +27,7 @@ import torch
 import kvfold
 from kvfold.evaluation.agreement import agreement
 from kvfold.evaluation.compare import split_names, with_budget
-from kvfold.hf.fanout import prefill_many
+from kvfold.hf.shared_prefill import prefill_many
 
 METHODS = "kvmerger,h2o,snapkv,tova,streamingllm"
 CONTEXTS = (1024, 1536, 2048)

@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/epicache.py --length 7500 --budget 1024 --block 512
 
 The conversation is made (`kvfold eval`'s task `conversation`): two persons, several sessions, facts among small talk.
-All contenders read it through `kvfold.hf.episodes.Episodes`, the others as a single episode.
+All contenders read it through `kvfold.conversations.episodes.Episodes`, the others as a single episode.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 import kvfold
+from kvfold.conversations.episodes import Episodes
+from kvfold.conversations.topics import Turn
 from kvfold.evaluation.examples import Example
 from kvfold.evaluation.metrics.base import get_metric
 from kvfold.evaluation.tasks.base import Setting
 from kvfold.evaluation.tasks.conversation_made import conversation
-from kvfold.hf.episodes import Episodes
-from kvfold.hf.segments import Turn
 
 
 def turns_of(context: str) -> tuple[str, list[Turn]]:

@@ -63,12 +63,12 @@ def test_a_method_is_its_file_and_its_oracle(slug: str, path: Path):
 # -- rooms: imports go one way (docs/architecture.md) --------------------------------------------------------
 
 ROOMS = sorted(path for path in (ROOT / "src/kvfold").rglob("*.py"))
-ONLY = {"ops": {"ops"}, "budgets": {"budgets"}, "options": {"options"}, "pages": {"pool"}, "pool": set()}
+ONLY = {"ops": {"ops"}, "budgets": {"budgets"}, "options": {"options"}, "pages": {"pages"}}
 """Rooms that know nothing of kvfold but what stands here."""
-LATER = {"hf", "calibration", "cli", "evaluation", "layer", "pages", "pool", "stored", "Cache", "load"}
+LATER = {"hf", "models", "probes", "calibration", "cli", "evaluation", "layer", "pages", "Cache", "load"}
 NEVER = {room: LATER for room in ("methods", "scores", "merges")}
 """Rooms that may not know those; `kvfold.Cache` and `kvfold.load` are parts of hf."""
-WITH_TRANSFORMERS = {"hf", "calibration", "cli", "evaluation", "bench"}
+WITH_TRANSFORMERS = {"hf", "models", "conversations", "calibration", "cli", "evaluation", "bench"}
 
 
 def imported(source: str, package: str = "kvfold") -> set[str]:

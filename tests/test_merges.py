@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from kvfold.decisions import Amend, Keep, Rewrite, Store
 from kvfold.formats import LOG_MASS, Chunk, Dense
+from kvfold.layer.plan import Pass
 from kvfold.merges import absorb, counted, log_over_set, nearest, nearest_place, over_set, rope_for, soft_match
 from kvfold.methods.base import Method
 from kvfold.ops import dispatch
 from kvfold.ops.alike import naive
-from kvfold.passes import Pass
+from kvfold.views.decisions import Amend, Keep, Rewrite, Store
 from views import prompt_view, random_view, run
 
 

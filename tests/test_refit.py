@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 
 import kvfold
-from kvfold.decisions import Amend, Keep
 from kvfold.formats import LOG_MASS
 from kvfold.merges import refit
 from kvfold.methods.kvfold import KVFold
+from kvfold.views.decisions import Amend, Keep
 from models import feed, subject, tokens
 from views import after_all, random_view
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kvfold.decisions import Keep
 from kvfold.scores import keep_top, smooth, top_mask
+from kvfold.views.decisions import Keep
 from views import random_view
 
 VOTES = [6.0, 1, 2, 0, 5, 3, 0, 0]

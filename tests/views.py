@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from kvfold import ops
-from kvfold.decisions import Keep
 from kvfold.formats import POSITION, Chunk
-from kvfold.layer import KVLayer, Pass
+from kvfold.layer.layer import KVLayer
+from kvfold.layer.plan import Pass
 from kvfold.methods import Method
 from kvfold.methods.base import decided
 from kvfold.views import LayerView, Place, Queries
+from kvfold.views.decisions import Keep
 
 
 def place(prompt: Tensor, seen: Tensor | None = None, **options: Any) -> Place:

@@ -21,7 +21,7 @@ import torch
 
 import kvfold
 from kvfold.evaluation.compare import with_budget
-from kvfold.hf.fanout import prefill_many
+from kvfold.hf.shared_prefill import prefill_many
 from kvfold.methods.base import Method
 from kvfold.methods.registry import parse
 

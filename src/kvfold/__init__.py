@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from kvfold.decisions import Keep, Read, Rewrite, Store
 from kvfold.formats import Dense
 from kvfold.methods import Method, MethodInfo, Pipeline, list_methods, method, parse
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep, Read, Rewrite, Store
 
 if TYPE_CHECKING:
     from kvfold.hf.cache import Cache
-    from kvfold.hf.models import load
+    from kvfold.models.load import load
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
 
         return Cache
     if name == "load":
-        from kvfold.hf.models import load
+        from kvfold.models.load import load
 
         return load
     raise AttributeError(f"module 'kvfold' has no attribute {name!r}")

@@ -14,12 +14,12 @@ from transformers.models.auto import CONFIG_MAPPING
 from kvfold.bench import DEVICES, Device, ModelShape, Plan, find_device, make_plan, shape_of
 from kvfold.bench.devices import quantity
 from kvfold.bench.plan import stored
-from kvfold.decisions import Store
 from kvfold.evaluation.compare import with_budget
 from kvfold.formats import Dense
 from kvfold.hf.cache import Cache
 from kvfold.methods import Method, parse
 from kvfold.views import LayerView
+from kvfold.views.decisions import Store
 from models import COMMON, FAMILIES, build, feed, subject, tokens
 
 METHODS = ["full", "snapkv", "streamingllm", "h2o", "tova", "kvmerger"]

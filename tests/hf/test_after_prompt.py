@@ -7,9 +7,9 @@ import torch
 
 import kvfold
 from kvfold import Keep, Method
-from kvfold.hf.fanout import prefill_many
-from kvfold.hf.late import Prompt
-from kvfold.passes import Pass
+from kvfold.hf.prompt import Prompt
+from kvfold.hf.shared_prefill import prefill_many
+from kvfold.layer.plan import Pass
 from models import build, feed, follow, subject, tokens
 
 pytestmark = pytest.mark.usefixtures("scratch_methods")
@@ -136,7 +136,7 @@ def test_a_template_gives_the_way_to_the_answer(monkeypatch):
         def apply_chat_template(self, turn, tokenize, add_generation_prompt):
             return f"<{turn[0]['content']}>:"
 
-    monkeypatch.setattr("kvfold.hf.late.tokenizer_of", lambda place: Words())
+    monkeypatch.setattr("kvfold.hf.prompt.tokenizer_of", lambda place: Words())
     prompt = Prompt(
         kvfold.Cache(build("llama"), "full"), Pass(prefill=True, token_ids=torch.ones(1, 1, dtype=torch.long))
     )

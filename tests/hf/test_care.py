@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kvfold
-from kvfold.hf.fanout import prefill_many
+from kvfold.hf.shared_prefill import prefill_many
 from kvfold.views import LayerView
 from models import build, follow, tokens
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kvfold
-from kvfold.hf.chunks import chunk_ends
+from kvfold.hf.call.chunks import chunk_ends
 from models import dynamic, feed, follow, reference, subject, tokens
 
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import kvfold
-from kvfold.hf.copying import copying_heads, lost_without_copies, random_words, read_with, repeated_text
+from kvfold.probes.copying import copying_heads, lost_without_copies, random_words, read_with, repeated_text
 from models import COMMON, PAGED, subject
 
 PERIOD = 127  # of 512 positions at most, four times and one more

@@ -8,9 +8,10 @@ import torch
 import kvfold
 from drafters import drafter_folder
 from kvfold import Keep, Method
-from kvfold.hf.draft import drafter, end_tokens, go_on, look_ahead
-from kvfold.hf.fanout import prefill_many
-from kvfold.hf.reading import Raw
+from kvfold.hf.call.rewriting import Raw
+from kvfold.hf.draft import drafter, look_ahead
+from kvfold.hf.greedy import end_tokens, go_on
+from kvfold.hf.shared_prefill import prefill_many
 from models import VOCAB, build, dynamic, feed, greedy, grow, positions, reference, subject, tokens
 
 

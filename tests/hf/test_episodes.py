@@ -11,8 +11,8 @@ import torch
 from torch.testing import assert_close
 
 import kvfold
-from kvfold.hf.episodes import Episodes
-from kvfold.hf.segments import Cluster, OwnStates, cluster, embed, encoder_of, segments
+from kvfold.conversations.episodes import Episodes
+from kvfold.conversations.topics import Cluster, OwnStates, cluster, embed, encoder_of, segments
 from models import VOCAB, subject
 
 pytestmark = pytest.mark.slow

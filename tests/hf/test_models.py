@@ -14,10 +14,11 @@ import torch
 from transformers import Gemma3TextConfig
 
 from gguf_files import VOCABULARY, write_gemma, write_llama
-from kvfold.hf import bundled, models
-from kvfold.hf.bundled import BUNDLED, Bundled, FetchError, Part, available
-from kvfold.hf.convert import header, mend_config, silent
-from kvfold.hf.models import load
+from kvfold.models import bundled
+from kvfold.models import load as models
+from kvfold.models.bundled import BUNDLED, Bundled, FetchError, Part, available
+from kvfold.models.gguf import header, mend_config, silent
+from kvfold.models.load import load
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +161,7 @@ def test_two_at_once_convert_once(store):
 def test_two_processes_convert_at_once(tmp_path, store, monkeypatch):
     monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "cache"))
     write_llama(tmp_path / "tiny.gguf")
-    code = "import sys; from kvfold.hf.models import load; print(load(sys.argv[1])[0].dtype)"
+    code = "import sys; from kvfold.models.load import load; print(load(sys.argv[1])[0].dtype)"
     command = [sys.executable, "-c", code, str(tmp_path / "tiny.gguf")]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
     for run in runs:

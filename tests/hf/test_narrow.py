@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 import kvfold
 from kvfold import Keep, Method
-from kvfold.decisions import Propagate
+from kvfold.views.decisions import Propagate
 from models import PAGED, build, feed, follow, grow, positions, reference, subject, tokens
 
 pytestmark = pytest.mark.usefixtures("scratch_methods")

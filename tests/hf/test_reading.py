@@ -8,7 +8,7 @@ import torch
 
 import kvfold
 from kvfold import Keep, Method
-from kvfold.hf.fanout import prefill_many
+from kvfold.hf.shared_prefill import prefill_many
 from models import PAGED, build, dynamic, feed, follow, grow, reference, subject, tokens
 
 pytestmark = pytest.mark.usefixtures("scratch_methods")

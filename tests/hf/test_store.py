@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import kvfold
-from kvfold.hf import store
+from kvfold.hf.saving import file as store
 from kvfold.methods.base import method
 from models import FAMILIES, build, feed, greedy, grow, subject, tokens
 

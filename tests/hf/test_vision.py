@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import kvfold
-from kvfold.hf.fanout import prefill_many
-from kvfold.hf.support import attention_modules
+from kvfold.hf.anatomy import attention_modules
+from kvfold.hf.shared_prefill import prefill_many
 from models import IMAGE, VISION, build, dynamic, pictured, positions, reference, subject
 
 ROWS = {"one": ((5, 9),), "padded": ((6, 3, 4), (2, 7), (8,))}

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvfold.decisions import Keep
 from kvfold.methods.adakv import AdaKV, round_to
 from kvfold.methods.snapkv import SnapKV
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 from views import asked_view, full_probabilities, kept, random_view, row_of, top
 
 A, B = [0.9, 0.8, 0.7, 0.1], [0.6, 0.2, 0.1, 0.05]

@@ -12,7 +12,8 @@ import kvfold
 from kvfold import artefacts, ops
 from kvfold.artefacts import Artefact
 from kvfold.calibration import gate as training
-from kvfold.layer import KVLayer, Pass
+from kvfold.layer.layer import KVLayer
+from kvfold.layer.plan import Pass
 from kvfold.methods.attention_gate import AttentionGate, Gate
 from kvfold.methods.base import Method
 from kvfold.ops import dispatch

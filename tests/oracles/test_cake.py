@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from kvfold.budgets.allocate import allocate, round_shares
 from kvfold.budgets.layers import share_out
-from kvfold.decisions import Keep
 from kvfold.methods.cake import CAKE
 from kvfold.methods.snapkv import SnapKV
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 from stack import Stack
 from views import asked_view, full_probabilities, kept, random_view, row_of, step_view, top
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfold.decisions import Keep
 from kvfold.methods.compresskv import CompressKV, layer_budgets
+from kvfold.views.decisions import Keep
 from views import full_probabilities, kept, random_view, row_of, top
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from kvfold.budgets.allocate import allocate
-from kvfold.decisions import Amend
 from kvfold.formats import LOG_MASS
 from kvfold.methods.base import decided
 from kvfold.methods.d2o import APART, D2O, SCORE, THRESHOLD, spread
 from kvfold.methods.full import Full
 from kvfold.views import LayerView
+from kvfold.views.decisions import Amend
 from stack import Stack, positions
 from views import full_probabilities, place, prompt_view, random_view, row_of, run, top
 

@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kvfold.decisions import Keep
 from kvfold.formats import LOG_MASS
 from kvfold.merges import at_home, nearest_place, over_set
 from kvfold.methods._elastic import into_buckets
 from kvfold.methods.elastic_cache_vlm import SCORE, ElasticCache
 from kvfold.methods.full import Full
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 from views import full_probabilities, kept, prompt_view, random_view, row_of, run, top
 
 

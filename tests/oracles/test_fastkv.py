@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import kvfold
-from kvfold.decisions import Keep, Propagate
 from kvfold.methods.base import decided
 from kvfold.methods.fastkv import FastKV
 from kvfold.scores import smooth
+from kvfold.views.decisions import Keep, Propagate
 from models import build, feed, follow, subject, tokens
 from views import asked_view, random_view
 

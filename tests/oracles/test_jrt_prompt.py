@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import kvfold
-from kvfold.hf.reading import Raw
+from kvfold.hf.call.rewriting import Raw
 from kvfold.methods.jrt_prompt import JRTPrompt, begin
 from models import build, dynamic, feed, follow, grow, reference, subject, tokens
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from kvfold import ops
-from kvfold.decisions import Keep
 from kvfold.formats import LOG_MASS
 from kvfold.merges import nearest
 from kvfold.methods.base import decided
@@ -20,6 +19,7 @@ from kvfold.methods.h2o import H2O
 from kvfold.methods.keepkv import SCORE, KeepKV
 from kvfold.scores.exponents import log_exponents
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 from views import kept, prompt_view, random_view, run
 
 NOW = {"window": 1, "alpha": 0.0}

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfold.decisions import Keep
 from kvfold.methods import parse
 from kvfold.methods.kvcrush import ANCHORS, KVCrush, representatives
 from kvfold.scores import top_mask
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 from views import kept, random_view, row_of, run, top
 
 FOUR = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]]).bool().T[None]  # A, B, C, D: 1 H P

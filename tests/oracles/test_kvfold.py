@@ -9,10 +9,10 @@ import torch
 
 import kvfold
 from kvfold import artefacts
-from kvfold.decisions import Keep
 from kvfold.formats import LOG_MASS
 from kvfold.methods.kvfold import AGAIN, QUERIES, SCORE, KVFold
 from kvfold.scores.reach import reach
+from kvfold.views.decisions import Keep
 from models import feed, follow, subject, tokens
 from views import after_all, prompt_view, random_view, row_of
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfold.layer import KVLayer, Pass
+from kvfold.layer.layer import KVLayer
+from kvfold.layer.plan import Pass
 from kvfold.methods.lacache import LaCache
 from views import kept, random_view
 

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kvfold.decisions import Keep
 from kvfold.formats import LOG_MASS
-from kvfold.layer import KVLayer
+from kvfold.layer.layer import KVLayer
+from kvfold.layer.plan import Pass
 from kvfold.merges import absorb
 from kvfold.methods.full import Full
 from kvfold.methods.look_m import SCORE, LookM, text_first
-from kvfold.passes import Pass
 from kvfold.views import IMAGE, Images, LayerView
+from kvfold.views.decisions import Keep
 from views import full_probabilities, prompt_view, random_view, row_of, top
 
 

@@ -10,13 +10,13 @@ from torch.testing import assert_close
 
 import kvfold
 from kvfold.bench.plan import stored as sized
-from kvfold.decisions import Pair
 from kvfold.formats import POSITION, Chunk, DepthSegment
-from kvfold.hf.late import Done, carry_out
 from kvfold.hf.rope import find_rope
-from kvfold.layer import KVLayer
+from kvfold.layer.late import Done, carry_out
+from kvfold.layer.layer import KVLayer
+from kvfold.layer.plan import Pass
 from kvfold.methods.minicache import MiniCache, distance, slerp
-from kvfold.passes import Pass
+from kvfold.views.decisions import Pair
 from models import dynamic, feed, follow, grow, reference, subject, tokens
 
 STEPS = torch.arange(5, 45).view(2, 20)

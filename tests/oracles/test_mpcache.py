@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kvfold.decisions import Keep
 from kvfold.methods.mpcache import MPCache
 from kvfold.scores.peaks import peaks
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 from views import asked_view, full_probabilities, kept, random_view, row_of, run, step_view, top
 
 

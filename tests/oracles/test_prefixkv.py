@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from kvfold.budgets.allocate import allocate
-from kvfold.decisions import Keep
 from kvfold.formats import LOG_MASS
 from kvfold.methods.prefixkv import PrefixKV
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 from stack import Stack
 from views import asked_view, full_probabilities, kept, random_view, row_of, step_view, top
 

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kvfold.decisions import Keep
 from kvfold.methods.base import decided
 from kvfold.methods.snapkv import SnapKV
 from kvfold.methods.tova import TOVA
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 from views import asked_view, full_probabilities, kept, plant, prompt_view, random_view, row_of, run, top
 
 VOTES = [6.0, 1, 2, 0, 5, 3, 0, 0]

@@ -74,7 +74,7 @@ def test_oracle_without_a_draft_it_is_snapkv():
 
 @pytest.mark.parametrize("budget", [1.0, 40, 60])
 def test_oracle_a_prompt_that_fits_is_the_full_cache(budget, monkeypatch):
-    monkeypatch.setattr("kvfold.hf.late.Prompt.look_ahead", lambda *_: pytest.fail("nobody needs a draft"))
+    monkeypatch.setattr("kvfold.hf.prompt.Prompt.look_ahead", lambda *_: pytest.fail("nobody needs a draft"))
     prompt, model = tokens(40, 25), subject("llama")
     got = follow(model, kvfold.Cache(model, "speckv", budget=budget), *prompt.values(), STEPS)
     assert torch.equal(got, follow(model, kvfold.Cache(model, "full"), *prompt.values(), STEPS))

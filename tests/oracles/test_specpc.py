@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 import kvfold
 from drafters import drafter_folder
-from kvfold.hf.reading import Raw
+from kvfold.hf.call.rewriting import Raw
 from kvfold.methods.specpc import SpecPC
 from models import build, dynamic, feed, follow, reference, subject, tokens
 from views import random_view

@@ -14,8 +14,8 @@ from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 from kvfold.evaluation.decoding import sync
 from kvfold.hf.attention import NAME
 from kvfold.hf.cache import Cache
-from kvfold.hf.fanout import end_adoption
 from kvfold.hf.layers import PagedLayer, tensors
+from kvfold.hf.shared_prefill import end_adoption
 from kvfold.methods import Method
 from kvfold.methods.full import Full
 from kvfold.views import LayerView

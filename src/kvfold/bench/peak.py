@@ -74,7 +74,7 @@ def _main(wanted: dict[str, Any]) -> dict[str, Any]:
     from kvfold.bench import contenders as c
     from kvfold.evaluation.compare import with_budget
     from kvfold.evaluation.memory import resident_bytes
-    from kvfold.hf.models import load
+    from kvfold.models.load import load
 
     torch.set_num_threads(wanted["threads"])
     model, _ = load(wanted["model"], dtype=wanted["dtype"], device=wanted["device"], progress=False)

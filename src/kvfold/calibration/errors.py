@@ -10,7 +10,7 @@ from torch import Tensor
 from kvfold.calibration.heads import answered, mean_scores, semantic_score
 from kvfold.calibration.questions import Question, questions
 from kvfold.calibration.run import Run
-from kvfold.hf.support import projected
+from kvfold.hf.anatomy import projected
 from kvfold.methods._calibrated import rows
 from kvfold.methods.compresskv import CompressKV
 from kvfold.views import LayerView

@@ -14,8 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from kvfold.artefacts import text_config
 from kvfold.calibration.duo import mixing
 from kvfold.calibration.run import Run
+from kvfold.hf.anatomy import attention_modules
 from kvfold.hf.cache import Cache
-from kvfold.hf.support import attention_modules
 from kvfold.methods.attention_gate import Gate
 
 GATE_HEADS, GATE_SIZE = 1, 16

@@ -3,7 +3,7 @@
 from typing import Any
 
 from kvfold.calibration.run import Run
-from kvfold.hf.copying import attention_to_copies, random_words
+from kvfold.probes.copying import attention_to_copies, random_words
 
 REPEATS = 4
 

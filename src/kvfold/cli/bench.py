@@ -89,7 +89,7 @@ def run_command(
     from kvfold.bench import contenders as c
     from kvfold.bench import peers, tables
     from kvfold.bench.endtoend import WARM_STEPS, measure_run
-    from kvfold.hf.models import load
+    from kvfold.models.load import load
 
     on = prepared(device, out, chart)
     script = peers.find_script() if peer_python else None
@@ -154,7 +154,7 @@ def growth_command(
     from kvfold.bench import contenders as c
     from kvfold.bench import tables
     from kvfold.bench.growth import exponents, measure_growth
-    from kvfold.hf.models import load
+    from kvfold.models.load import load
 
     on = prepared(device, out, chart)
     lm, _ = load(model, dtype=kind, device=on)
@@ -202,7 +202,7 @@ def methods_of(text: str, budget: str) -> list[tuple[str, Any]]:
 def prepared(device: str, out: Path | None, chart: Path | None) -> Any:
     """The device as torch has it. Raises ValueError for it, or for a path that can't be written."""
     from kvfold.evaluation.chart import check_chart_path
-    from kvfold.hf.models import checked_device
+    from kvfold.models.load import checked_device
 
     if chart is not None:
         check_chart_path(chart)
@@ -213,8 +213,8 @@ def prepared(device: str, out: Path | None, chart: Path | None) -> Any:
 
 def peer_folder(model: str) -> Path:
     """The folder of a model for a peer, which knows no bundled names. Raises ValueError for a hub id."""
-    from kvfold.hf.bundled import Bundled
-    from kvfold.hf.models import convert_bundled, convert_gguf, find
+    from kvfold.models.bundled import Bundled
+    from kvfold.models.load import convert_bundled, convert_gguf, find
 
     place = find(model)
     if isinstance(place, Bundled):

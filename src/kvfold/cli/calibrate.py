@@ -29,7 +29,7 @@ def calibrate_command(
     from kvfold.calibration import CALIBRATIONS, TRAINED, Run, calibrate
     from kvfold.evaluation.tasks.base import Setting
     from kvfold.evaluation.tasks.texts import documents
-    from kvfold.hf.models import load
+    from kvfold.models.load import load
 
     if method not in CALIBRATIONS:
         raise ValueError(f"method={method!r} needs no calibration; those that do: {', '.join(CALIBRATIONS)}")

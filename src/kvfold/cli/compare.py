@@ -39,7 +39,7 @@ def compare_command(
     from kvfold.evaluation.chart import check_chart_path, memory_against_agreement, save_chart
     from kvfold.evaluation.compare import compare, method_names, with_budget
     from kvfold.evaluation.prompts import build_prompt
-    from kvfold.hf.models import load
+    from kvfold.models.load import load
 
     names = method_names(methods)
     for name in names:

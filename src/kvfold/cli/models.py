@@ -9,7 +9,7 @@ from kvfold.cli import common
 
 def models(json: common.Json = False) -> None:
     """List the bundled models and the GGUF files that have been converted, with their place on disk."""
-    from kvfold.hf.bundled import available
+    from kvfold.models.bundled import available
 
     infos = available()
     if json:

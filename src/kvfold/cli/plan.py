@@ -97,8 +97,8 @@ def read_config(name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    from kvfold.hf.bundled import Bundled
-    from kvfold.hf.models import convert_bundled, find, unknown
+    from kvfold.models.bundled import Bundled
+    from kvfold.models.load import convert_bundled, find, unknown
 
     path = Path(name).expanduser()
     if path.suffix == ".json":

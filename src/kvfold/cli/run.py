@@ -38,7 +38,7 @@ def run(
     from kvfold.evaluation.memory import resident_bytes
     from kvfold.evaluation.prompts import build_prompt
     from kvfold.hf.cache import Cache
-    from kvfold.hf.models import load
+    from kvfold.models.load import load
 
     lm, tokenizer = load(model, dtype=dtype, device=device)
     ids = build_prompt(tokenizer, document, ask, chat=chat, limit=context)["input_ids"]

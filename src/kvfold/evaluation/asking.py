@@ -26,8 +26,8 @@ from kvfold.evaluation.metrics import get_metric
 from kvfold.evaluation.prompting import Prompt, Prompter
 from kvfold.evaluation.rows import Decoded, Rows, decode_rows, force_rows, inputs, pad, read
 from kvfold.hf.cache import Cache
-from kvfold.hf.draft import end_tokens
-from kvfold.hf.fanout import prefill_many
+from kvfold.hf.greedy import end_tokens
+from kvfold.hf.shared_prefill import prefill_many
 
 PROTOCOLS = ("aware", "agnostic", "turns")
 

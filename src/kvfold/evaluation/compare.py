@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from kvfold.evaluation.agreement import Agreement, agreement
 from kvfold.evaluation.decoding import Answer, decode, prefill, teacher_forced
 from kvfold.hf.cache import Cache
-from kvfold.hf.fanout import prefill_many
+from kvfold.hf.shared_prefill import prefill_many
 from kvfold.methods import Method, MethodInfo, list_methods, parse
 
 

@@ -11,7 +11,7 @@ from transformers import Cache as HFCache
 from transformers import PreTrainedModel
 
 from kvfold.hf.cache import Cache
-from kvfold.hf.draft import end_tokens
+from kvfold.hf.greedy import end_tokens
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from kvfold.evaluation.records import KEY, key_of
 from kvfold.evaluation.sweep import Sweep
 from kvfold.evaluation.tasks import Setting, make_examples, parse_task
 from kvfold.hf.cache import Cache
-from kvfold.hf.models import load
+from kvfold.models.load import load
 
 
 @dataclass(frozen=True)

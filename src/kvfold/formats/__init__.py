@@ -3,7 +3,8 @@
 from kvfold.formats.dense import Dense, DenseSegment
 from kvfold.formats.depth import Depth, DepthSegment
 from kvfold.formats.paged import PagedSegment
-from kvfold.formats.segment import LOG_MASS, POSITION, Chunk, Format, LateChunk, Segment, join
+from kvfold.formats.segment import Format, Segment
+from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk, join
 
 __all__ = [
     "LOG_MASS",

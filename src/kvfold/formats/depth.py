@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvfold import ops
 from kvfold.formats.paged import PagedSegment
-from kvfold.formats.segment import LOG_MASS, POSITION, Chunk, LateChunk
+from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk
 from kvfold.pages import PAGE_SIZE, PagePool, PageTable, Plane
 from kvfold.rotation import Compact
 

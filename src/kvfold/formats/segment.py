@@ -1,99 +1,13 @@
 """What every format promises: a segment holds tokens of one layer and answers queries over them."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-POSITION = "position"
-"""Column (int32): a token's place in its row's text, counted without padding. Every segment has it."""
-
-LOG_MASS = "log_mass"
-"""Column (float32): log of how many tokens a slot stands for; added to its logits."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens as dense tensors: keys and values as the model made them, columns by name, and which slots are tokens."""
-
-    keys: Float[Tensor, "B H T D"]
-    values: Float[Tensor, "B H T Dv"]
-    valid: Bool[Tensor, "B H T"]
-    columns: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def positions(self) -> Int[Tensor, "B H T"]:
-        return self.columns[POSITION]
-
-    def since(self, start: int) -> "Chunk":
-        """The slots from `start` on."""
-        columns = {name: column[..., start:] for name, column in self.columns.items()}
-        return Chunk(self.keys[:, :, start:], self.values[:, :, start:], self.valid[..., start:], columns)
-
-    def take(self, slots: Int[Tensor, "B H T"]) -> "Chunk":
-        """Slot i of each (row, head) becomes what slot `slots[..., i]` was."""
-
-        def wide(states: Tensor) -> Tensor:
-            return states.gather(2, slots[..., None].expand(*slots.shape, states.shape[-1]))
-
-        columns = {name: column.gather(-1, slots) for name, column in self.columns.items()}
-        return Chunk(wide(self.keys), wide(self.values), self.valid.gather(-1, slots), columns)
-
-    def but(self, valid: Bool[Tensor, "B H T"], columns: Mapping[str, Tensor] | None = None) -> "Chunk":
-        """The same keys and values with other slots valid, and other columns."""
-        return Chunk(self.keys, self.values, valid, self.columns if columns is None else columns)
-
-
-class LateChunk(Chunk):
-    """Tokens whose keys and values are fetched when somebody looks at them: most decisions need only columns."""
-
-    def __init__(
-        self,
-        keys: Callable[[], Tensor] | Tensor,
-        values: Callable[[], Tensor] | Tensor,
-        valid: Bool[Tensor, "B H T"],
-        columns: Mapping[str, Tensor],
-    ):
-        self.__dict__ |= {"fetch": (keys, values), "valid": valid, "columns": columns}
-
-    @cached_property
-    def keys(self) -> Float[Tensor, "B H T D"]:
-        return _fetched(self.__dict__["fetch"][0])
-
-    @cached_property
-    def values(self) -> Float[Tensor, "B H T Dv"]:
-        return _fetched(self.__dict__["fetch"][1])
-
-    def but(self, valid: Bool[Tensor, "B H T"], columns: Mapping[str, Tensor] | None = None) -> Chunk:
-        return LateChunk(lambda: self.keys, lambda: self.values, valid, self.columns if columns is None else columns)
-
-
-def _fetched(states: Callable[[], Tensor] | Tensor) -> Tensor:
-    return states if isinstance(states, Tensor) else states()
-
-
-def join(chunks: Sequence[Chunk]) -> Chunk:
-    """Chunks one after another; a column that one of them lacks is zero there."""
-    if len(chunks) == 1:
-        return chunks[0]
-    samples = {name: column for chunk in chunks for name, column in chunk.columns.items()}
-
-    def column(chunk: Chunk, name: str) -> Tensor:
-        if name in chunk.columns:
-            return chunk.columns[name]
-        return torch.zeros(chunk.valid.shape, dtype=samples[name].dtype, device=chunk.valid.device)
-
-    return LateChunk(
-        lambda: torch.cat([chunk.keys for chunk in chunks], 2),
-        lambda: torch.cat([chunk.values for chunk in chunks], 2),
-        torch.cat([chunk.valid for chunk in chunks], 2),
-        {name: torch.cat([column(chunk, name) for chunk in chunks], 2) for name in samples},
-    )
+from kvfold.formats.tokens import Chunk
 
 
 @runtime_checkable

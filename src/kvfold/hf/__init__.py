@@ -1,5 +1,1 @@
-"""The only room that knows transformers: the cache, the attention functions, RoPE, models."""
-
-from kvfold.hf import copying
-
-__all__ = ["copying"]
+"""The only room that knows transformers' caches: the cache, its layers, the attention functions."""

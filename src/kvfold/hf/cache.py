@@ -13,19 +13,21 @@ from transformers import Cache as HFCache
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from kvfold.hf.begun import Begun
-from kvfold.hf.hooks import use_kvfold, watch
-from kvfold.hf.late import Done, Prompt, carry_out, greedy_of
+from kvfold.hf.anatomy import attention_modules
+from kvfold.hf.call.call import Begun, greedy_of
+from kvfold.hf.call.hooks import use_kvfold, watch
+from kvfold.hf.call.rewriting import Reading
 from kvfold.hf.layers import PagedLayer, WindowLayer, crop_layers, held_bytes, storage_bytes
-from kvfold.hf.reading import Reading
+from kvfold.hf.prompt import Prompt
 from kvfold.hf.report import Report, layer_report
 from kvfold.hf.rope import find_rope
-from kvfold.hf.support import attention_modules, check_model
-from kvfold.layer import KVLayer
+from kvfold.hf.support import check_model
+from kvfold.layer.late import Done, carry_out
+from kvfold.layer.layer import KVLayer
+from kvfold.layer.plan import Pass
 from kvfold.methods.base import Decisions, Method
 from kvfold.methods.registry import parse
 from kvfold.options import check_int
-from kvfold.passes import Pass
 from kvfold.views import Images, LayerView
 
 
@@ -385,14 +387,14 @@ class Cache(HFCache):
         return forked
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the cache to a safetensors file, by a temporary name first. See kvfold.hf.store."""
-        from kvfold.hf.store import save
+        """Write the cache to a safetensors file, by a temporary name first. See kvfold.hf.saving.file."""
+        from kvfold.hf.saving.file import save
 
         save(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: PreTrainedModel) -> "Cache":
         """Read a cache that `save` wrote for this model. Raises ValueError where it does not fit the model."""
-        from kvfold.hf.store import load
+        from kvfold.hf.saving.file import load
 
         return load(path, model)

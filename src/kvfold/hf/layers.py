@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from kvfold.hf.attention import PagedLength, attach_handle
-from kvfold.layer import KVLayer
-from kvfold.passes import Pass
+from kvfold.layer.layer import KVLayer
+from kvfold.layer.plan import Pass
 
 
 @runtime_checkable

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+
+from kvfold.hf.anatomy import has_grid_positions, text_decoder
 
 
 @dataclass(frozen=True)
@@ -30,23 +31,6 @@ class ModelRope:
     def _scaling(self) -> float:
         name = "attention_scaling" if self.layer_type is None else f"{self.layer_type}_attention_scaling"
         return float(getattr(self.rotary, name, 1.0))
-
-
-def text_decoder(model: nn.Module) -> nn.Module:
-    """The part that reads text: a vision tower has a rotary embedding of its own."""
-    inner: Any = getattr(model, "get_decoder", None)
-    found = inner() if callable(inner) else None
-    return found if isinstance(found, PreTrainedModel) else model  # ModernBERT's "decoder" is its language model head
-
-
-def has_grid_positions(model: Any) -> bool:
-    """Whether the parts of an image have places in a grid (M-RoPE): RoPE's positions are then not those of the text.
-
-    In a text model alone all axes count the same, and they are.
-    """
-    config = model.config.get_text_config(decoder=True)
-    kinds = getattr(config, "rope_parameters", None) or {}
-    return config is not model.config and isinstance(kinds, dict) and "mrope_section" in kinds
 
 
 def find_rope(model: nn.Module, attention: nn.Module | None, layer_type: str) -> ModelRope | None:

@@ -2,37 +2,12 @@
 
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from kvfold.hf.anatomy import attention_modules, has_grid_positions
 from kvfold.hf.images import check_images
-from kvfold.hf.rope import has_grid_positions, text_decoder
 from kvfold.methods.base import Method
-
-PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
-"""What models call the projection behind the heads of their attention."""
-
-
-def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Attention modules by layer index; those of a vision tower hold nothing that is cached."""
-    found: dict[int, nn.Module] = {}
-    for module in text_decoder(model).modules():
-        index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and type(module).__name__.endswith("Attention"):
-            found.setdefault(index, module)
-    return found
-
-
-def projected(module: Any, outputs: Float[Tensor, "*R W"]) -> Float[Tensor, "*R E"]:
-    """What an attention module makes of its heads' outputs, side by side; the same where it has no projection."""
-    for name in PROJECTIONS:
-        project = getattr(module, name, None)
-        if isinstance(project, nn.Module) and getattr(project, "in_features", outputs.shape[-1]) == outputs.shape[-1]:
-            made: Tensor = project(outputs)
-            return made
-    return outputs
 
 
 def check_model(model: Any, method: Method | None = None) -> None:

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvfold.decisions import Amend
 from kvfold.formats import LOG_MASS
 from kvfold.rotation import Rope
 from kvfold.views import LayerView
+from kvfold.views.decisions import Amend
 
 
 def at_home(like: Tensor) -> Int[Tensor, "B H T"]:

@@ -4,11 +4,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvfold.decisions import Amend
 from kvfold.formats import LOG_MASS
 from kvfold.merges.absorb import absorb, at_home, log_mass, over_set
 from kvfold.merges.route import nearest
 from kvfold.views import LayerView
+from kvfold.views.decisions import Amend
 
 UNSEEN = 1e-9
 """The mean attention of a token that nobody looked at: what folds into one would else outweigh all others."""

@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvfold.decisions import Amend
 from kvfold.merges.absorb import few
 from kvfold.views import LayerView, Queries
+from kvfold.views.decisions import Amend
 
 
 def refit(

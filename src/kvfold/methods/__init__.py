@@ -1,8 +1,9 @@
 """Methods: one file per paper."""
 
-from kvfold.methods.base import CacheView, Method, MethodInfo, Pipeline, method
+from kvfold.methods.base import Method, MethodInfo, Pipeline, method
 from kvfold.methods.registry import get_method, list_methods, parse
 from kvfold.methods.scored import Scored, Wrapper
+from kvfold.views import CacheView
 
 __all__ = [
     "CacheView",

@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from kvfold.budgets.layers import share_out, tokens_each
-from kvfold.decisions import Keep
-from kvfold.methods.base import CacheView, Decisions
+from kvfold.methods.base import Decisions
 from kvfold.methods.scored import Scored
 from kvfold.scores import keep_top
-from kvfold.views import LayerView, Place
+from kvfold.views import CacheView, LayerView, Place
+from kvfold.views.decisions import Keep
 
 SHORT = "short_texts"
 

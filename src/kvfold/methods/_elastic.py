@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kvfold.decisions import Decision, Keep
 from kvfold.merges import absorb, counted, log_mass, nearest_place, over_set
 from kvfold.views import LayerView
+from kvfold.views.decisions import Decision, Keep
 
 MASSES = ("convex", "counted")
 """What tells a query how many tokens a bucket stands for: nothing, or the log of their number at its logit."""

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
-from kvfold.decisions import Keep
 from kvfold.methods.base import Decisions, Method, Pipeline, decided
 from kvfold.methods.registry import parse
 from kvfold.methods.scored import EVENTS, without_budget
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 
 SELECTING = ("evict", "pattern", "budget")
 """Kinds of methods that say what stays, and change nothing of it."""

@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvfold.methods.base import PromptView
-from kvfold.views import LayerView
+from kvfold.views import LayerView, PromptView
 
 ASK = "\n\nRepeat the previous context exactly."
 ASK_ON = "\n\nRepeat the part of the previous context exactly, starting with "

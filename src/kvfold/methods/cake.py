@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from kvfold.decisions import Keep
 from kvfold.methods._cascade import Cascade
 from kvfold.methods.base import method
 from kvfold.methods.scored import recent
@@ -14,6 +13,7 @@ from kvfold.options import check_int, check_number
 from kvfold.scores import keep_top
 from kvfold.scores.smoothed import smoothed
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 
 
 @method(

@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvfold.decisions import Amend, Decision, Keep
 from kvfold.merges import few, take
 from kvfold.methods._merging import Merging
 from kvfold.methods.base import Decisions, method
 from kvfold.options import check_choice, check_int
 from kvfold.scores.noise import hashed
 from kvfold.views import LayerView
+from kvfold.views.decisions import Amend, Decision, Keep
 
 SCORE = "cam_attention"
 

@@ -7,12 +7,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
-from kvfold.decisions import Decision, Keep
 from kvfold.merges import FRAMES, absorb, at_home, counted, log_mass, mixed, over_set, rope_for, soft_match
 from kvfold.methods.base import Method, method
 from kvfold.methods.scored import recent
 from kvfold.options import check_choice, check_int
 from kvfold.views import LayerView
+from kvfold.views.decisions import Decision, Keep
 
 
 @method(

@@ -11,13 +11,13 @@ from torch import Tensor
 from kvfold.budgets import Budget, check_budget
 from kvfold.budgets.allocate import exempt_layers
 from kvfold.budgets.layers import tokens_each
-from kvfold.decisions import Decision, Keep
 from kvfold.merges import absorb, at_home, counted, log_mass, nearest, over_set
-from kvfold.methods.base import CacheView, Method, method
+from kvfold.methods.base import Method, method
 from kvfold.methods.scored import recent
 from kvfold.options import check_choice, check_int, check_ints, check_number
 from kvfold.scores import keep_top
-from kvfold.views import LayerView, Place
+from kvfold.views import CacheView, LayerView, Place
+from kvfold.views.decisions import Decision, Keep
 
 SCORE, THRESHOLD = "d2o_score", "d2o_threshold"
 APART = 2.0

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvfold.decisions import Keep
 from kvfold.methods._calibrated import Table, check_table, filled, table_of
 from kvfold.methods.base import Method, method
 from kvfold.options import check_int, check_number
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 
 ROLES = "duoattention_roles"
 

@@ -6,13 +6,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
-from kvfold.decisions import Decision, Keep
 from kvfold.methods._elastic import MASSES, at_fixed_place, ends, into_buckets
 from kvfold.methods.base import Method, method
 from kvfold.options import check_choice, check_int
 from kvfold.scores import keep_top
 from kvfold.scores.pooled import common
 from kvfold.views import LayerView
+from kvfold.views.decisions import Decision, Keep
 
 SCORE = "elastic_cache_score"
 

@@ -8,13 +8,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
-from kvfold.decisions import Decision, Keep
 from kvfold.merges import FRAMES, absorb, at_home, counted, nearest, over_set, rope_for
 from kvfold.methods.base import Method, method
 from kvfold.methods.scored import recent
 from kvfold.options import check_choice, check_int, check_number
 from kvfold.scores import keep_top
 from kvfold.views import LayerView
+from kvfold.views.decisions import Decision, Keep
 
 GLOBAL, LOCAL = "ems_global", "ems_local"
 

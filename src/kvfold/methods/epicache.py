@@ -11,13 +11,13 @@ from torch import Tensor
 from kvfold import artefacts
 from kvfold.budgets import Budget, check_budget
 from kvfold.budgets.sensitive import by_sensitivity
-from kvfold.decisions import Keep
 from kvfold.methods._calibrated import check_table, filled
-from kvfold.methods.base import Method, PromptView, method
+from kvfold.methods.base import Method, method
 from kvfold.options import check_choice, check_int, check_number
 from kvfold.scores import top_mask
 from kvfold.scores.peaks import peaks
-from kvfold.views import LayerView
+from kvfold.views import LayerView, PromptView
+from kvfold.views.decisions import Keep
 
 ASK = (
     "\n\nWrite down what matters in this part of the conversation: who speaks and what they are like, what happened "
@@ -51,7 +51,8 @@ class EpiCache(Method):
     `level="pair"`: the heads of a layer compete for its budget; "pair-uniform": each has the same. Nothing is protected
     but the first `sinks` tokens. A layer's budget is in proportion to `sensitivity` to the `power` (0: all the same),
     1 - the cosine of its keys with and without a view of earlier blocks, from `kvfold calibrate epicache`; that is 0
-    for the first layer, so give a `floor` beside a power. `kvfold.hf.episodes` has a cache for each part of a chat.
+    for the first layer, so give a `floor` beside a power. `kvfold.conversations.episodes` has a cache for each part of
+    a chat.
     Differs from the paper: the instruction is in our words; the patched prompt follows the block (the official code
     starts it at the position of the block's last token); scores are float32; `floor` is paid for by the other layers
     (the official code's 0.25 exceeds the budget). Without a tokenizer beside the weights the last 64 tokens of the

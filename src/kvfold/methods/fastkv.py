@@ -8,13 +8,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
-from kvfold.decisions import Decision, Propagate
 from kvfold.methods.base import method
 from kvfold.methods.scored import Scored, recent
 from kvfold.ops import top_mask
 from kvfold.options import check_choice, check_int
 from kvfold.scores import keep_top, smooth
 from kvfold.views import LayerView
+from kvfold.views.decisions import Decision, Propagate
 
 
 @method(

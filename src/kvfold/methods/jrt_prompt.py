@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kvfold.methods.base import Method, RawPrompt, method
+from kvfold.methods.base import Method, method
 from kvfold.options import check_int
+from kvfold.views import RawPrompt
 
 
 @method(

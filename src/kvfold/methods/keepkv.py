@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvfold.decisions import Decision, Keep
 from kvfold.formats import LOG_MASS
 from kvfold.merges import absorb, at_home, log_mass, log_over_set, nearest, over_set
 from kvfold.methods._merging import Merging
@@ -15,6 +14,7 @@ from kvfold.methods.base import method
 from kvfold.options import check_choice, check_int, check_number
 from kvfold.scores.exponents import log_exponents
 from kvfold.views import LayerView
+from kvfold.views.decisions import Decision, Keep
 
 SCORE = "keepkv_log_score"
 

@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvfold.decisions import Keep
 from kvfold.methods.base import method
 from kvfold.methods.scored import Wrapper
 from kvfold.options import check_choice, check_int, check_number
 from kvfold.scores import keep_top, top_mask
 from kvfold.scores.noise import hashed
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 
 ANCHORS = ("random", "zeros", "ones", "alternating")
 

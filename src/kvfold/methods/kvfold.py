@@ -11,18 +11,18 @@ from torch import Tensor
 
 from kvfold import artefacts
 from kvfold.budgets import Budget, check_budget
-from kvfold.decisions import Amend, Keep
 from kvfold.merges import fold_by_attention, refit
 from kvfold.methods._calibrated import Table, check_table, measured, query_heads, table_of
 from kvfold.methods._repeated import repeated
-from kvfold.methods.base import Decisions, Method, PromptView, method
+from kvfold.methods.base import Decisions, Method, method
 from kvfold.methods.headkv import Shares, by_heads
 from kvfold.methods.scored import recent
 from kvfold.options import check_choice, check_int, check_number
 from kvfold.scores import keep_top
 from kvfold.scores.reach import reach
 from kvfold.scores.smoothed import smoothed
-from kvfold.views import LayerView, Queries, faded
+from kvfold.views import LayerView, PromptView, Queries, faded
+from kvfold.views.decisions import Amend, Keep
 
 SCORE, QUERIES, WORTH, AGAIN = "kvfold_score", "kvfold_queries", "kvfold_worth", "kvfold_again"
 """Columns: the attention that a token got, of how many queries; for `quality="best"` worth, and what it got then."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
 from kvfold.budgets.allocate import exempt_layers
-from kvfold.decisions import Keep, Rewrite
 from kvfold.formats import LOG_MASS, Chunk
 from kvfold.merges import FRAMES, UNSEEN, chain_links, fold_sets, log_mass, rope_for, sets_of
 from kvfold.merges.chain import neighbour_cosine
@@ -19,6 +18,7 @@ from kvfold.options import check_choice, check_ints, check_number
 from kvfold.scores import top_mask
 from kvfold.scores.reach import reach
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep, Rewrite
 
 SHARES = ((0.0, 0.2, 0.35, 0.5, 1.0), (0.0, 0.068, 0.08, 0.17, 0.34), (0.0, 0.048, 0.02, 0.12, 0.24))
 """Budget, recent share, heavy share, straight lines between: the paper's at 35 % and 50 %; below 35 % ours, the same

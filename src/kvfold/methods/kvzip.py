@@ -8,14 +8,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
-from kvfold.decisions import Keep
 from kvfold.methods._repeated import repeated
-from kvfold.methods.base import Method, PromptView, method
+from kvfold.methods.base import Method, method
 from kvfold.methods.scored import recent
 from kvfold.options import check_choice, check_int
 from kvfold.scores import top_mask
 from kvfold.scores.peaks import peaks
-from kvfold.views import LayerView
+from kvfold.views import LayerView, PromptView
+from kvfold.views.decisions import Keep
 
 SCORE = "kvzip_score"
 TINY, UNKNOWN = 1e-30, 1.0

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
 from kvfold.budgets.layers import tokens_each
-from kvfold.decisions import Keep
 from kvfold.methods.base import Method, method
 from kvfold.methods.scored import recent
 from kvfold.options import check_choice, check_int
 from kvfold.scores import keep_top
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 
 DONE = "lacache_done"
 """Column: 1 for tokens that lie before the cursor, that is, in ladders that were thinned already; `OVER` for one

@@ -7,7 +7,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
-from kvfold.decisions import Decision, Keep
 from kvfold.merges import absorb, at_home, counted, nearest, over_set
 from kvfold.methods._elastic import MASSES
 from kvfold.methods.base import Method, method
@@ -15,6 +14,7 @@ from kvfold.methods.scored import recent
 from kvfold.options import check_choice, check_int, check_number
 from kvfold.scores import keep_top
 from kvfold.views import IMAGE, LayerView
+from kvfold.views.decisions import Decision, Keep
 
 SCORE = "look_m_score"
 

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kvfold.decisions import Pair, Share, Shared
-from kvfold.methods.base import CacheView, Method, method
+from kvfold.methods.base import Method, method
 from kvfold.options import check_int, check_number
+from kvfold.views import CacheView
+from kvfold.views.decisions import Pair, Share, Shared
 
 EDGE = 1 - 1e-6
 """Cosines beyond it are those of the same, or of opposite, directions."""

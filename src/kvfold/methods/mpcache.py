@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvfold.decisions import Read
 from kvfold.methods.base import method
 from kvfold.methods.scored import Scored, recent
 from kvfold.options import check_int, check_number
 from kvfold.scores import top_mask
 from kvfold.scores.peaks import peaks
 from kvfold.views import LayerView
+from kvfold.views.decisions import Read
 
 LONG, FEWER = 24_000, 0.5
 """Prompts of more tokens are judged by fewer of their queries: half the share."""

@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from kvfold.decisions import Keep
 from kvfold.methods._cascade import Cascade
 from kvfold.methods._elastic import MASSES, at_fixed_place, ends, into_buckets
 from kvfold.methods.base import Decisions, method
 from kvfold.options import check_choice, check_int
 from kvfold.scores.pooled import common, line_up, split_top
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 
 
 @method(

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from kvfold.decisions import Rewrite
 from kvfold.formats import LOG_MASS, Chunk
 from kvfold.methods._calibrated import Table, check_table, filled, table_of
 from kvfold.methods.base import Method, method
 from kvfold.options import check_int, check_number
 from kvfold.views import LayerView
+from kvfold.views.decisions import Rewrite
 
 
 @method(

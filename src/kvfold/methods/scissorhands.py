@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvfold.decisions import Keep
 from kvfold.methods.base import method
 from kvfold.methods.scored import Scored, recent
 from kvfold.options import check_int, check_number
 from kvfold.scores import top_mask
 from kvfold.scores.rows import logit_rows
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 
 SCORE, TOLERANCE = "scissorhands_score", 1e-5
 

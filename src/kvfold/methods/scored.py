@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
-from kvfold.decisions import Keep
 from kvfold.methods.base import Method
 from kvfold.methods.registry import parse
 from kvfold.scores import keep_top
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 
 EVENTS = ("after_prefill", "after_decode", "before_attend", "after_layer", "after_forward", "after_prompt")
 

@@ -8,14 +8,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
-from kvfold.decisions import Keep
-from kvfold.methods.base import Method, PromptView, method
+from kvfold.methods.base import Method, method
 from kvfold.methods.scored import recent
 from kvfold.options import check_choice, check_int, check_name
 from kvfold.scores import keep_top
 from kvfold.scores.peaks import peaks
 from kvfold.scores.smoothed import smoothed
-from kvfold.views import LayerView
+from kvfold.views import LayerView, PromptView
+from kvfold.views.decisions import Keep
 
 SCORE = "speckv_score"
 

@@ -8,9 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
-from kvfold.methods.base import Method, RawPrompt, method
+from kvfold.methods.base import Method, method
 from kvfold.options import check_choice, check_int, check_name
-from kvfold.views import LayerView
+from kvfold.views import LayerView, RawPrompt
 
 
 @method(

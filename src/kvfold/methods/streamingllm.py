@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from kvfold.budgets import Budget, check_budget
-from kvfold.decisions import Keep
 from kvfold.methods.base import Method, method
 from kvfold.options import check_choice, check_int
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 
 
 @method(

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
 from kvfold.budgets.layers import line, tokens_each
-from kvfold.decisions import Keep
 from kvfold.methods.base import Method, method
 from kvfold.methods.scored import recent
 from kvfold.options import check_choice, check_int, check_number
 from kvfold.scores import keep_top
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 
 SUFFIX = {"localization": 32, "aggregation": 16}
 """Tasks, and how many queries at the end of the prompt score the runs."""

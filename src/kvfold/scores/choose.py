@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvfold.decisions import Keep
 from kvfold.ops import top_mask
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 
 
 def smooth(scores: Float[Tensor, "B H T"], kernel: int, pool: str = "avg") -> Float[Tensor, "B H T"]:

@@ -8,14 +8,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvfold.hf import attention
-from kvfold.hf.begun import begin, end, forgive
-from kvfold.hf.chunks import put_together, read_ahead
-from kvfold.hf.images import check_ids, find_images, image_ids, refuse_pixels
+from kvfold.hf.anatomy import attention_modules, text_decoder
+from kvfold.hf.call.call import begin, end, forgive
+from kvfold.hf.call.chunks import put_together, read_ahead
+from kvfold.hf.call.images import check_ids, find_images, refuse_pixels
+from kvfold.hf.call.narrow import before_layer
+from kvfold.hf.call.rewriting import reread
+from kvfold.hf.images import image_ids
 from kvfold.hf.layers import PagedLayer
-from kvfold.hf.narrow import before_layer
-from kvfold.hf.reading import reread
-from kvfold.hf.rope import text_decoder
-from kvfold.hf.support import attention_modules
 from kvfold.methods.base import Method
 from kvfold.warm import warm_up
 

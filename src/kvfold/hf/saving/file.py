@@ -1,6 +1,5 @@
 """Saving a cache and reading it back, bit for bit: one safetensors file, tensors plus a JSON header."""
 
-import hashlib
 import json
 import os
 import tempfile
@@ -11,64 +10,28 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvfold.formats import Chunk, Dense, Depth, DepthSegment
+from kvfold.hf.call.rewriting import Reading
 from kvfold.hf.layers import PagedLayer, WindowLayer
-from kvfold.hf.reading import Reading
-from kvfold.hf.store_depth import load_depth, own_planes, save_depth
-from kvfold.layer import KVLayer
+from kvfold.hf.saving.depth import load_depth, own_planes, save_depth
+from kvfold.hf.saving.fingerprint import fields_of, fingerprint, modules_of
+from kvfold.layer.layer import KVLayer
 
 if TYPE_CHECKING:
     from kvfold.hf.cache import Cache
 
 VERSION = "2"
-CONFIG_FIELDS = (
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "layer_types", "sliding_window", "hidden_act", "rope_parameters",
-    "rope_theta", "rope_scaling", "partial_rotary_factor", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim",
-)  # fmt: skip
-"""Fields of the text config that change what keys and values mean."""
 READING = ("valid", "places", "given")
 """Tensors of a `Reading`."""
-SAMPLES = 256
-"""Numbers of each sampled weight that go into a model's fingerprint."""
-
-
-def fields_of(model: PreTrainedModel) -> dict[str, Any]:
-    """What a cache's model must have in common with the one that reads it, by name, as JSON has it."""
-    config = model.config.get_text_config(decoder=True)
-    found = {name: getattr(config, name, None) for name in CONFIG_FIELDS} | {"dtype": str(model.dtype)}
-    plain: dict[str, Any] = json.loads(json.dumps(found, sort_keys=True, default=str))
-    return plain
-
-
-def fingerprint(model: PreTrainedModel, paged: list[int]) -> str:
-    """SHA-256 of the fields and of a sample of weights, on any device: the input embedding, first and last paged layer.
-
-    Cheap, not a proof: weights that differ elsewhere only are taken for the same.
-    """
-    digest = hashlib.sha256(json.dumps(fields_of(model), sort_keys=True).encode())
-    parts = [model.get_input_embeddings(), *(m for index in paged[:1] + paged[-1:] for m in _modules(model, index))]
-    for part in parts:
-        for name, weight in part.named_parameters():
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            if not weight.is_meta:
-                flat = weight.detach().reshape(-1)
-                sample = flat[:: max(1, len(flat) // SAMPLES)].cpu().contiguous()
-                digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _modules(model: PreTrainedModel, index: int) -> list[nn.Module]:
-    return [module for module in model.modules() if getattr(module, "layer_idx", None) == index]
 
 
 def _device(model: PreTrainedModel, index: int) -> torch.device:
     """Where layer `index` of the model lies: a model may be spread over several devices."""
-    weights = (weight for module in _modules(model, index) for weight in module.parameters())
+    weights = (weight for module in modules_of(model, index) for weight in module.parameters())
     return next((weight.device for weight in weights if not weight.is_meta), model.device)
 
 

@@ -11,10 +11,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvfold.conversations.topics import Cluster, Encoder, Turn, cluster, embed, encoder_of, segments
+from kvfold.hf.anatomy import text_decoder
 from kvfold.hf.cache import Cache
-from kvfold.hf.late import WORDS
-from kvfold.hf.rope import text_decoder
-from kvfold.hf.segments import Cluster, Encoder, Turn, cluster, embed, encoder_of, segments
+from kvfold.hf.words import WORDS
 from kvfold.methods.base import Method
 from kvfold.methods.registry import parse
 from kvfold.options import check_int, check_number

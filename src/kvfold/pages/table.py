@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kvfold.pool import PAGE_SIZE, PagePool, Plane
+from kvfold.pages.pool import PAGE_SIZE, PagePool, Plane
 
 __all__ = ["PAGE_SIZE", "PagePool", "PageTable", "Plane"]
 

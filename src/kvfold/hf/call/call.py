@@ -5,10 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from jaxtyping import Int
+from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from kvfold.hf.call.rewriting import Reading
 from kvfold.hf.layers import PagedLayer, tensors
-from kvfold.hf.reading import Reading
+from kvfold.layer.plan import Pass
 
 if TYPE_CHECKING:
     from kvfold.hf.cache import Cache
@@ -64,3 +67,14 @@ def _mark(layer: Any) -> Any:
     if isinstance(layer, DynamicSlidingWindowLayer):
         return layer.cumulative_length
     return tuple((id(state), state._version) for state in tensors(layer) if not state.is_inference())
+
+
+def greedy_of(output: Any, this: Pass) -> Int[Tensor, "B K"] | None:
+    """What a model would say after the last columns of a pass: of all of them, where the last may not be the text's."""
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        return None
+    padded = this.narrow is None and this.mask is not None and not bool(this.mask[:, -1].all())
+    every = this.defer or padded
+    chosen: Tensor = (logits if every else logits[:, -1:]).detach().argmax(-1)
+    return chosen

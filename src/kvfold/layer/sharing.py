@@ -5,9 +5,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kvfold.decisions import Pair, Share
 from kvfold.formats import Chunk, Depth, DepthSegment
-from kvfold.stored import Stored
+from kvfold.layer.stored import Stored
+from kvfold.views.decisions import Pair, Share
 
 
 def share(lower: Stored, upper: Stored, wish: Share, seen: np.ndarray, prompt: np.ndarray | int | None) -> None:

@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvfold.attending import Asking
-from kvfold.decisions import Propagate
 from kvfold.formats import POSITION, Chunk, Dense, Format, Segment, join
+from kvfold.layer.attending import Asking
+from kvfold.layer.plan import DEFERRED, Mark, Narrow, Pass, narrowed
+from kvfold.layer.stored import Stored, as_stored
 from kvfold.methods.base import Decisions, Method, decided
-from kvfold.passes import DEFERRED, Mark, Narrow, Pass, narrowed
 from kvfold.rotation import Compact, Rope
-from kvfold.stored import Stored, as_stored
 from kvfold.views import ATTENTION, HiddenView, LayerView, Place, Queries, fade_of, faded
+from kvfold.views.decisions import Propagate
 
 
 class KVLayer:

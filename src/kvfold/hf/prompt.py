@@ -1,50 +1,21 @@
 """What a method's late events see: the layers that a pass has done with, and a prompt that can be read again."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from kvfold.decisions import Share
-from kvfold.hf.rope import text_decoder
-from kvfold.layer import KVLayer
-from kvfold.methods.base import Decisions, decided
-from kvfold.passes import Pass
-from kvfold.sharing import share
+from kvfold.hf.anatomy import text_decoder
+from kvfold.hf.words import WORDS, tokenizer_of
+from kvfold.layer.late import Done
+from kvfold.layer.plan import Pass
 from kvfold.views import LayerView
 
 if TYPE_CHECKING:
     from kvfold.hf.cache import Cache
-
-WORDS = "what a user says"
-
-
-class Done:
-    """The layers that a forward pass has done with, as a method's late events see them."""
-
-    def __init__(self, layers: list[KVLayer], this: Pass):
-        self._layers, self._this = layers, this
-
-    @property
-    def prefill(self) -> bool:
-        """Whether the pass read a prompt."""
-        return self._this.prefill
-
-    @property
-    def step(self) -> dict[str, Any]:
-        """The context that the layers of this pass share."""
-        return self._this.step
-
-    def __getitem__(self, ordinal: int) -> LayerView:
-        return self._layers[ordinal].view(self._this)
-
-    def __len__(self) -> int:
-        return len(self._layers)
 
 
 class Prompt(Done):
@@ -111,7 +82,8 @@ class Prompt(Done):
         Said by the model itself, which goes on from all that is stored, without a trace; or by the model `draft` (a
         name or folder), which reads the tokens of this pass anew. Raises ValueError for one of another vocabulary.
         """
-        from kvfold.hf.draft import drafter, go_on, look_ahead  # they need a cache of their own
+        from kvfold.hf.draft import drafter, look_ahead
+        from kvfold.hf.greedy import go_on  # they need a cache of their own
 
         cache, device = self._cache, self.ids.device
         reads = self.valid.any(1, keepdim=True)  # a row may bring nothing
@@ -166,36 +138,3 @@ class Prompt(Done):
                 yield
         finally:
             cache.prefill_chunk, cache.recording = before
-
-
-def carry_out(layers: Sequence[KVLayer], ordinal: int, decisions: Decisions, this: Pass) -> None:
-    """What a late event decided about one layer; then what it decided about that layer and another one."""
-    made, core, prompt = decided(decisions), layers[ordinal], this.before if this.prefill else None
-    alone = [decision for decision in made if not isinstance(decision, Share)]
-    if alone:
-        core.decide(alone, this)
-    for decision in made:
-        if isinstance(decision, Share) and core.alike(layers[decision.other]):
-            share(layers[decision.other].stored, core.stored, decision, core.seen, prompt)
-
-
-def greedy_of(output: Any, this: Pass) -> Int[Tensor, "B K"] | None:
-    """What a model would say after the last columns of a pass: of all of them, where the last may not be the text's."""
-    logits = getattr(output, "logits", None)
-    if logits is None:
-        return None
-    padded = this.narrow is None and this.mask is not None and not bool(this.mask[:, -1].all())
-    every = this.defer or padded
-    chosen: Tensor = (logits if every else logits[:, -1:]).detach().argmax(-1)
-    return chosen
-
-
-@lru_cache(maxsize=8)
-def tokenizer_of(place: str) -> Any:
-    """The tokenizer beside a model's weights, or None; nothing is fetched."""
-    if not place:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError):
-        return None

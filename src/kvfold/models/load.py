@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvfold.hf.bundled import BUNDLED, Bundled, Card, fetch, folder_of, make_once, sha256_of, write_card
-from kvfold.hf.convert import convert, header, silent
+from kvfold.models.bundled import BUNDLED, Bundled, Card, fetch, folder_of, make_once, sha256_of, write_card
+from kvfold.models.gguf import convert, header, silent
 
 DTYPES = {
     "float32": torch.float32,

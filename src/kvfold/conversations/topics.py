@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from kvfold.hf.rope import text_decoder
+from kvfold.hf.anatomy import text_decoder
 
 Turn = tuple[str, str] | str
 """Who speaks, and what; or a line as it stands."""

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from kvfold.hf.layers import WindowLayer
-from kvfold.passes import Narrow
+from kvfold.layer.plan import Narrow
 
 if TYPE_CHECKING:
     from kvfold.hf.cache import Cache

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvfold import artefacts, ops
+from kvfold import ops
+from kvfold.hf.anatomy import attention_modules, projected
 from kvfold.hf.images import image_ids
-from kvfold.hf.support import attention_modules, projected
 from kvfold.scores.stripes import stripes
 from kvfold.views import LayerView
 
@@ -199,6 +199,3 @@ def _parts(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     if isinstance(output, tuple):
         return output[0], lambda states: (states, *output[1:])
     return output, lambda states: states
-
-
-artefacts.PROBES["copying"] = copying_heads

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.hf.images import pixels_in
+from kvfold.hf.call.images import pixels_in
 
 WHOLE = ("output_attentions", "output_hidden_states", "labels")
 """What would need the whole prompt's states at once."""

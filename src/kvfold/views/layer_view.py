@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from kvfold import ops
 from kvfold.budgets import Budget, allocate
-from kvfold.decisions import Amend, Decision, Keep, Propagate, Rewrite, Store
 from kvfold.formats import LOG_MASS, Chunk, Format, LateChunk
-from kvfold.rotation import Rope
+from kvfold.views.decisions import Amend, Decision, Keep, Propagate, Rewrite, Store
+from kvfold.views.place import Place
+from kvfold.views.queries import Queries, wide
 
 COLUMN_SUMS, ATTENTION = "column_sums", "attention"
 """What a method may ask the forward pass to leave (`Method.asks`), as names in a view's memo."""
@@ -32,114 +32,6 @@ def fade_of(asked: Collection[str]) -> float | None:
     """The `fade` of the column sums that are asked for, the first of several; None: of none."""
     found = sorted(name.removeprefix(COLUMN_SUMS) for name in asked if name.startswith(COLUMN_SUMS))
     return float(found[0] or math.inf) if found else None
-
-
-@dataclass(frozen=True)
-class Queries:
-    """The queries of the forward pass in hand, as the model made them (after RoPE and norms)."""
-
-    states: Float[Tensor, "B Hq Q D"]
-    valid: Bool[Tensor, "B Q"]
-    lse: Float[Tensor, "B Hq Q"]
-    """Log-sum-exp of each query's logits over everything that it attended to."""
-    positions: Int[Tensor, "B Q"]
-    start: Int[Tensor, "B H"] | None = None
-    """Slot of the first query's own token, the others' follow; None: the view's last Q slots."""
-    read: Float[Tensor, "B Hq Q Dv"] | None = None
-    """What the pass gave each of them, before the output projection; None: nobody kept it."""
-
-    def pick(self, which: Int[Tensor, " N"]) -> "Queries":
-        """Some of them, the same in every row."""
-        return replace(
-            self,
-            states=self.states[:, :, which],
-            valid=self.valid[:, which],
-            lse=self.lse[:, :, which],
-            positions=self.positions[:, which],
-            read=None if self.read is None else self.read[:, :, which],
-        )
-
-    def last(self, count: int) -> "Queries":
-        """The last `count` of each row, padding before them; the first of a row that has fewer are not valid."""
-        slots = torch.argsort(self.valid.byte(), dim=1, stable=True)[:, max(0, self.valid.shape[1] - count) :]
-        wide = slots[:, None].expand(-1, self.states.shape[1], -1)
-        return Queries(
-            self.states.gather(2, _wide(wide, self.states)),
-            self.valid.gather(1, slots),
-            self.lse.gather(2, wide),
-            self.positions.gather(1, slots),
-            read=None if self.read is None else self.read.gather(2, _wide(wide, self.read)),
-        )
-
-
-@dataclass(frozen=True)
-class Images:
-    """Which tokens of a forward pass stand for a part of an image or a video."""
-
-    start: Int[Tensor, " B"]
-    """Tokens that each row had read before."""
-    flags: Bool[Tensor, "B Q"]
-    """Of each row's n-th new token, padding not counted."""
-
-    def at(self, positions: Int[Tensor, "B H T"]) -> Bool[Tensor, "B H T"]:
-        """The flags by text position; False for what the pass did not bring."""
-        start, flags = self.start.to(positions.device), self.flags.to(positions.device)
-        which = positions.long() - start[:, None, None]
-        wide = flags[:, None].expand(-1, positions.shape[1], -1)
-        found = wide.gather(-1, which.clamp(min=0, max=flags.shape[1] - 1))
-        return found & (which >= 0) & (which < flags.shape[1])
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where in the model and in the text a view stands."""
-
-    layer: int
-    """Index among the model's layers."""
-    ordinal: int
-    """Index among the layers that the cache holds on pages; budgets are split over those."""
-    paged: tuple[int, ...]
-    """Model indices of all layers that are on pages."""
-    depth: int
-    """Layers of the model."""
-    scale: float
-    prompt: Int[Tensor, " B"]
-    """Tokens that each row had read by the end of its last prompt: what a budget is a fraction of."""
-    seen: Int[Tensor, " B"]
-    """Tokens that each row has read, generated ones too."""
-    module: Any = None
-    rope: Rope | None = None
-    compact: bool = False
-    """Whether the pass read keys at compact positions; scores are taken at text positions all the same."""
-    step: dict[str, Any] = field(default_factory=dict)
-    """Shared by the layers of one forward pass, dropped when it ends."""
-    token_ids: Int[Tensor, "B Q"] | None = None
-    images: Images | None = None
-    """None: the model reads no images, or the pass brought no ids."""
-
-    @property
-    def layers(self) -> int:
-        """How many layers share a budget."""
-        return len(self.paged)
-
-    def ordinals(self, layers: Sequence[int]) -> tuple[int, ...]:
-        """Model layers (negative: from the end) as places among the paged ones; those that are not paged fall out."""
-        wanted = {layer % self.depth for layer in layers if -self.depth <= layer < self.depth}
-        return tuple(i for i, layer in enumerate(self.paged) if layer in wanted)
-
-
-@dataclass(frozen=True)
-class HiddenView:
-    """What `Method.admit` sees: a prompt's new tokens as they enter one layer's attention, before it runs."""
-
-    states: Float[Tensor, "B Q C"]
-    """The hidden states that the attention module gets."""
-    valid: Bool[Tensor, "B Q"]
-    """Which of them are not padding."""
-    positions: Int[Tensor, "B Q"]
-    heads: int
-    """KV heads."""
-    place: Place
 
 
 @dataclass(frozen=True)
@@ -237,11 +129,11 @@ class LayerView:
 
     def pack(self, x: Tensor) -> Tensor:
         """A (B, H, T, ...) tensor with the tokens of each (row, head) side by side from 0 on, empty slots behind."""
-        return x.gather(2, _wide(self._packed, x))
+        return x.gather(2, wide(self._packed, x))
 
     def unpack(self, x: Tensor) -> Tensor:
         """What `pack` did, undone."""
-        return torch.empty_like(x).scatter_(2, _wide(self._packed, x), x)
+        return torch.empty_like(x).scatter_(2, wide(self._packed, x), x)
 
     def fraction(self, budget: Budget) -> list[float]:
         """The budget as a fraction of each row's prompt."""
@@ -373,7 +265,7 @@ class LayerView:
             if new is None:
                 return states
             padded = F.pad(states, (0, 0, 0, 1))
-            return padded.scatter_(2, _wide(slots, new), new.to(states.dtype))[:, :, :-1]
+            return padded.scatter_(2, wide(slots, new), new.to(states.dtype))[:, :, :-1]
 
         old = self.tokens
         tokens = LateChunk(
@@ -382,8 +274,3 @@ class LayerView:
         return replace(
             self, tokens=tokens, amended=() if self.rewritten else (*self.amended, decision), formats=(), memo={}
         )
-
-
-def _wide(slots: Int[Tensor, "B H T"], like: Tensor) -> Tensor:
-    """An index for `gather` or `scatter` along the third axis of `like`."""
-    return slots.view(*slots.shape, *[1] * (like.dim() - 3)).expand(*slots.shape, *like.shape[3:])

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold import ops
+from kvfold.layer.stored import Stored
 from kvfold.rotation import Compact
-from kvfold.stored import Stored
 
 
 @dataclass(frozen=True)

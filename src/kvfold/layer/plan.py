@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kvfold.decisions import Propagate
 from kvfold.views import Images, Queries
+from kvfold.views.decisions import Propagate
 
 DEFERRED = ("after_prefill", "after_decode", "after_layer", "after_forward")
 """Events that wait while assisted decoding may still take tokens back."""

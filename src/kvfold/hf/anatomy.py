@@ -1,0 +1,47 @@
+"""Where a transformers model has its parts: text decoder, attention modules, projections."""
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
+"""What models call the projection behind the heads of their attention."""
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Attention modules by layer index; those of a vision tower hold nothing that is cached."""
+    found: dict[int, nn.Module] = {}
+    for module in text_decoder(model).modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and type(module).__name__.endswith("Attention"):
+            found.setdefault(index, module)
+    return found
+
+
+def projected(module: Any, outputs: Float[Tensor, "*R W"]) -> Float[Tensor, "*R E"]:
+    """What an attention module makes of its heads' outputs, side by side; the same where it has no projection."""
+    for name in PROJECTIONS:
+        project = getattr(module, name, None)
+        if isinstance(project, nn.Module) and getattr(project, "in_features", outputs.shape[-1]) == outputs.shape[-1]:
+            made: Tensor = project(outputs)
+            return made
+    return outputs
+
+
+def text_decoder(model: nn.Module) -> nn.Module:
+    """The part that reads text: a vision tower has a rotary embedding of its own."""
+    inner: Any = getattr(model, "get_decoder", None)
+    found = inner() if callable(inner) else None
+    return found if isinstance(found, PreTrainedModel) else model  # ModernBERT's "decoder" is its language model head
+
+
+def has_grid_positions(model: Any) -> bool:
+    """Whether the parts of an image have places in a grid (M-RoPE): RoPE's positions are then not those of the text.
+
+    In a text model alone all axes count the same, and they are.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "rope_parameters", None) or {}
+    return config is not model.config and isinstance(kinds, dict) and "mrope_section" in kinds

@@ -1,0 +1,47 @@
+"""What a model's keys and values mean: the fields and weights by which a file knows its model."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+CONFIG_FIELDS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "layer_types", "sliding_window", "hidden_act", "rope_parameters",
+    "rope_theta", "rope_scaling", "partial_rotary_factor", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim",
+)  # fmt: skip
+"""Fields of the text config that change what keys and values mean."""
+SAMPLES = 256
+"""Numbers of each sampled weight that go into a model's fingerprint."""
+
+
+def fields_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What a cache's model must have in common with the one that reads it, by name, as JSON has it."""
+    config = model.config.get_text_config(decoder=True)
+    found = {name: getattr(config, name, None) for name in CONFIG_FIELDS} | {"dtype": str(model.dtype)}
+    plain: dict[str, Any] = json.loads(json.dumps(found, sort_keys=True, default=str))
+    return plain
+
+
+def fingerprint(model: PreTrainedModel, paged: list[int]) -> str:
+    """SHA-256 of the fields and of a sample of weights, on any device: the input embedding, first and last paged layer.
+
+    Cheap, not a proof: weights that differ elsewhere only are taken for the same.
+    """
+    digest = hashlib.sha256(json.dumps(fields_of(model), sort_keys=True).encode())
+    parts = [model.get_input_embeddings(), *(m for index in paged[:1] + paged[-1:] for m in modules_of(model, index))]
+    for part in parts:
+        for name, weight in part.named_parameters():
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            if not weight.is_meta:
+                flat = weight.detach().reshape(-1)
+                sample = flat[:: max(1, len(flat) // SAMPLES)].cpu().contiguous()
+                digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def modules_of(model: PreTrainedModel, index: int) -> list[nn.Module]:
+    return [module for module in model.modules() if getattr(module, "layer_idx", None) == index]
