@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from kvfold.formats import LOG_MASS, Chunk, Dense
-from kvfold.layer.plan import Pass
+from kvfold.layer.plan import Plan
 from kvfold.merges import absorb, counted, log_over_set, nearest, nearest_place, over_set, rope_for, soft_match
 from kvfold.methods.base import Method
 from kvfold.ops import dispatch
@@ -193,10 +193,10 @@ def test_a_fork_keeps_what_it_had():
     view = random_view(B=1, H=2, T=40, seed=3)
     cache, _ = run(Doubling(False), view.queries.states, view.keys, view.values, [38])
     before = cache.stored.tokens()[0].keys.clone()
-    fork = cache.fork()
+    fork = cache.fork(cache.rows.fork())
     here = slice(38, 39)
     q, k, v = (x[:, :, here] for x in (view.queries.states, view.keys, view.values))
-    fork.attend(q, k, v, None, 0.3, Pass(prefill=False))
+    fork.attend(q, k, v, None, 0.3, Plan(prefill=False))
     assert torch.equal(cache.stored.tokens()[0].keys, before)
     assert not torch.equal(fork.stored.tokens()[0].keys[:, :, :38], before)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from kvfold import ops
 from kvfold.formats import POSITION, Chunk
 from kvfold.layer.layer import KVLayer
-from kvfold.layer.plan import Pass
+from kvfold.layer.plan import Plan
+from kvfold.layer.rows import Rows
 from kvfold.methods import Method
 from kvfold.methods.base import decided
 from kvfold.views import LayerView, Place, Queries
@@ -116,11 +117,11 @@ def run(
     method: Method, q: Tensor, k: Tensor, v: Tensor, chunks: Iterable[int], mask: Tensor | None = None, **layer: Any
 ) -> tuple[KVLayer, list[Tensor]]:
     """A KVLayer fed with q, k, v in chunks (the first is a prompt, and every one of more than one token)."""
-    cache, outs, start = KVLayer(method, 0, **layer), [], 0
+    cache, outs, start = KVLayer(Rows(method), 0, **layer), [], 0
     for size in chunks:
         here = slice(start, start + size)
         valid = None if mask is None else mask[:, here]
-        this = Pass(prefill=size > 1 or start == 0)
+        this = Plan(prefill=size > 1 or start == 0)
         outs.append(cache.attend(q[:, :, here], k[:, :, here], v[:, :, here], valid, q.shape[-1] ** -0.5, this))
         start += size
     return cache, outs

@@ -1,9 +1,9 @@
 """Moving keys and queries along the text by rotating them further (RoPE), for methods with compact positions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -26,23 +26,28 @@ class Compact:
     rope: Rope
     slots: Int[Tensor, "B H T"] | None = None
     """Where each key stands; None: in the order in which they are stored."""
+    rows: Bool[Tensor, " B"] | None = None
+    """The rows of the batch that are read so; None: all. The others' vectors stay as they are."""
 
     def of(self, start: int, stop: int) -> "Compact":
         """For a segment that holds the stored tokens `start` to `stop`."""
-        return self if self.slots is None else Compact(self.rope, self.slots[..., start:stop])
+        return self if self.slots is None else replace(self, slots=self.slots[..., start:stop])
 
     def rotate_keys(
         self, keys: Float[Tensor, "B H T D"], positions: Int[Tensor, "B H T"], ranks: Int[Tensor, "B H T"]
     ) -> Float[Tensor, "B H T D"]:
         """Each key as if it stood at its slot; `ranks`: the how-manieth stored token each is."""
         slots = ranks if self.slots is None else self.slots
-        return self.rope.shift(keys, slots.to(positions.dtype) - positions)
+        return self.rope.shift(keys, self._of_rows(slots.to(positions.dtype) - positions))
 
     def rotate_queries(
         self, q: Float[Tensor, "B H G Q D"], positions: Int[Tensor, "B Q"], first_slot: Int[Tensor, "B H"]
     ) -> Float[Tensor, "B H G Q D"]:
         """Query i of a row as if it stood at `first_slot + i`, behind the row's stored tokens."""
         b, h, g, n, d = q.shape
-        steps = first_slot[:, :, None] - positions[:, None, :1]  # the same for all queries of a row
+        steps = self._of_rows(first_slot[:, :, None] - positions[:, None, :1])  # the same for all queries of a row
         steps = steps[:, :, None].expand(b, h, g, n).reshape(b, h, g * n)
         return self.rope.shift(q.reshape(b, h, g * n, d), steps).view(b, h, g, n, d)
+
+    def _of_rows(self, steps: Int[Tensor, "B H T"]) -> Int[Tensor, "B H T"]:
+        return steps if self.rows is None else steps.masked_fill(~self.rows[:, None, None], 0)

@@ -23,7 +23,7 @@ def allowed(method, cache, budget, length: int) -> int:
     weights = None
     if method.info.slug == "kvmerger":  # its first two and its last layer are kept as far as the others can pay
         share = budget if isinstance(budget, float) else min(1.0, budget / length)
-        weights = exempt_layers(cache.paged[0].paged[:2] + cache.paged[0].paged[-1:], layers, share)
+        weights = exempt_layers(cache.paged[0].site.paged[:2] + cache.paged[0].site.paged[-1:], layers, share)
     shares = allocate(budget, length, length, layers, heads, weights)
     if method.info.slug in ("tova", "elastic-cache-vlm"):  # a layer's heads keep the same tokens: the smallest share
         return sum(min(row) * heads for row in shares)

@@ -311,7 +311,7 @@ def test_a_tentative_pass_leaves_no_trace(slug, name):
     mask = grow(prompt["attention_mask"], 3)
     model, cache = make(slug, name)
     follow(model, cache, *prompt.values(), forced(2, 3))
-    before = [(core.kept(), snapshot(core), core.mark()) for core in cache.paged]
+    before = [(core.kept(), snapshot(core), core.rows.mark()) for core in cache.paged]
     nbytes, seen = cache.nbytes, []
     with cache.tentative(lambda view: seen.append(view.place.ordinal)):
         feed(model, cache, forced(2, 20), grow(mask, 20))

@@ -9,7 +9,7 @@ import kvfold
 from kvfold import Keep, Method
 from kvfold.hf.prompt import Prompt
 from kvfold.hf.shared_prefill import prefill_many
-from kvfold.layer.plan import Pass
+from kvfold.layer.plan import Plan
 from models import build, feed, follow, subject, tokens
 
 pytestmark = pytest.mark.usefixtures("scratch_methods")
@@ -122,7 +122,7 @@ def test_a_composition_hands_it_on():
 
 def test_a_model_without_a_tokenizer_says_nothing():
     cache = kvfold.Cache(build("llama"), "full")
-    prompt = Prompt(cache, Pass(prefill=True, token_ids=torch.ones(1, 1, dtype=torch.long)))
+    prompt = Prompt(cache, Plan(prefill=True, token_ids=torch.ones(1, 1, dtype=torch.long)))
     assert prompt.encode("Once more.") == prompt.answer() == []
 
 
@@ -138,6 +138,6 @@ def test_a_template_gives_the_way_to_the_answer(monkeypatch):
 
     monkeypatch.setattr("kvfold.hf.prompt.tokenizer_of", lambda place: Words())
     prompt = Prompt(
-        kvfold.Cache(build("llama"), "full"), Pass(prefill=True, token_ids=torch.ones(1, 1, dtype=torch.long))
+        kvfold.Cache(build("llama"), "full"), Plan(prefill=True, token_ids=torch.ones(1, 1, dtype=torch.long))
     )
     assert prompt.answer() == [ord(">"), ord(":")] and prompt.encode("a") == [ord("a")]

@@ -67,7 +67,7 @@ def test_nothing_evicted_is_full(name):
 def test_moving_a_key_is_rotating_it_there(name):
     """Shifting a rotated key by p equals rotating it for p, whatever the convention and scaling of the model."""
     _, cache = make(name)
-    rope = cache.paged[0].rope
+    rope = cache.paged[0].site.rope
     keys = torch.randn(1, 2, 5, 16)
     still = rope.shift(keys, torch.zeros(1, 2, 5, dtype=torch.int32))
     torch.testing.assert_close(still, keys)

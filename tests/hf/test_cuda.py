@@ -59,7 +59,7 @@ def test_full_is_the_dynamic_cache(name, lengths):
     model, cache = make("full", name)
     got = follow(model, cache, ids, mask, chosen[:, :-1])
     close(got, truth)
-    assert all(core.device.type == DEVICE for core in cache.paged)
+    assert all(core.stored.spec.device.type == DEVICE for core in cache.paged)
 
 
 @BOTH
@@ -161,7 +161,7 @@ def test_fork_save_and_load(slug, name, tmp_path):
     feed(model, cache, ids, mask)
     cache.save(tmp_path / "cache")
     branch, loaded = cache.fork(), kvfold.Cache.load(tmp_path / "cache", model)
-    assert all(core.device.type == DEVICE for core in loaded.paged)
+    assert all(core.stored.spec.device.type == DEVICE for core in loaded.paged)
     follow(model, branch, forced(2, 1), grow(mask), forced(2, 8))  # must not disturb the others
     mask, step = grow(mask), forced(2, 1)
     for _ in range(5):

@@ -16,7 +16,7 @@ from models import VOCAB, build, dynamic, feed, greedy, grow, positions, referen
 
 
 def raw(prompt, model) -> Raw:
-    return Raw(prompt["input_ids"], prompt["attention_mask"].bool(), model)
+    return Raw(prompt["input_ids"], prompt["attention_mask"].bool(), model, kvfold.Cache)
 
 
 def looking(draft=None, count=6):
@@ -160,7 +160,7 @@ def test_a_row_ends_with_its_end_token():
     model = build("llama")
     expected = true("llama", prompt, 20)
     model.generation_config.eos_token_id = [expected[0][3], 96]
-    ids, valid = look_ahead(model, prompt["input_ids"], prompt["attention_mask"].bool(), 20)
+    ids, valid = look_ahead(kvfold.Cache(model), prompt["input_ids"], prompt["attention_mask"].bool(), 20)
     got = [row[here].tolist() for row, here in zip(ids, valid, strict=True)]
     for row, said in zip(expected, got, strict=True):
         ends = [i for i, token in enumerate(row) if token in (expected[0][3], 96)]
@@ -178,7 +178,7 @@ def test_nobody_asks_in_a_row_that_has_ended(name):
     for rows in ([0, 1], [0]):
         views = []
         ids, mask = prompt["input_ids"][rows], prompt["attention_mask"][rows].bool()
-        look_ahead(model, ids, mask, 12, views.append)
+        look_ahead(kvfold.Cache(model), ids, mask, 12, views.append)
         layers = len(kvfold.Cache(model, "full").paged)
         assert len(views) == layers * (1 + max(ends[row] for row in rows))
         for row in rows:
@@ -196,7 +196,9 @@ def test_the_end_token_of_a_model_that_can_not_generate():
 def test_nothing_and_one_token():
     prompt = tokens(30, 21)
     for count in (0, 1):
-        assert look_ahead(subject("llama"), prompt["input_ids"], prompt["attention_mask"].bool(), count)[0].shape == (
+        assert look_ahead(kvfold.Cache(subject("llama")), prompt["input_ids"], prompt["attention_mask"].bool(), count)[
+            0
+        ].shape == (
             2,
             count,
         )

@@ -1,7 +1,7 @@
 """`read_order`: the model reads other tokens than it is given, and the caller need not know."""
 
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ def test_turns_that_are_read_as_they_stand_and_turns_that_are_not():
     mask = grow(mask, 4)
     feed(model, cache, further[:, :4], mask)  # too short for the method
     rows = ([1, 12], [0, 5, 12])
-    object.__setattr__(cache, "method", reading(rows))
+    cache.rows.groups = (replace(cache.rows.groups[0], method=reading(rows)),)
     mask = grow(mask, 13)
     logits = feed(model, cache, further, mask)[:, -1]
     assert cache.get_seq_length() == 47 and cache.paged[0].width == 6 + 4 + 3

@@ -13,7 +13,8 @@ from kvfold import artefacts, ops
 from kvfold.artefacts import Artefact
 from kvfold.calibration import gate as training
 from kvfold.layer.layer import KVLayer
-from kvfold.layer.plan import Pass
+from kvfold.layer.plan import Plan
+from kvfold.layer.rows import Rows
 from kvfold.methods.attention_gate import AttentionGate, Gate
 from kvfold.methods.base import Method
 from kvfold.ops import dispatch
@@ -197,10 +198,10 @@ def test_oracle_6_decoding_sees_the_flagged_tokens_and_the_new_ones(pad):
     q, k, v = torch.randn(1, 4, 20, 16), torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 16)
     flags = torch.rand(1, 2, 17) < 0.4
     mask = torch.arange(17)[None] >= pad
-    layer = KVLayer(Given(flags), 0)
+    layer = KVLayer(Rows(Given(flags)), 0)
     new = slice(0, 17)
     out = layer.attend(
-        q[:, :, new], k[:, :, new], v[:, :, new], mask, 0.3, Pass(prefill=True), None, torch.zeros(1, 17, 8)
+        q[:, :, new], k[:, :, new], v[:, :, new], mask, 0.3, Plan(prefill=True), None, torch.zeros(1, 17, 8)
     )
     flags = flags & mask[:, None]
     assert layer.counts().tolist() == flags.sum(-1).tolist()
@@ -208,7 +209,7 @@ def test_oracle_6_decoding_sees_the_flagged_tokens_and_the_new_ones(pad):
     assert_close(out[0, :, pad:], slow_attention(q[0], k[0], v[0], seen, 0.3)[:, pad:17], atol=1e-5, rtol=1e-5)
     for i in range(17, 20):
         one = slice(i, i + 1)
-        out = layer.attend(q[:, :, one], k[:, :, one], v[:, :, one], None, 0.3, Pass(prefill=False))
+        out = layer.attend(q[:, :, one], k[:, :, one], v[:, :, one], None, 0.3, Plan(prefill=False))
         assert_close(out[0], slow_attention(q[0], k[0], v[0], seen, 0.3)[:, one], atol=1e-5, rtol=1e-5)
 
 

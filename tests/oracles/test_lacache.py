@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfold.layer.layer import KVLayer
-from kvfold.layer.plan import Pass
+from kvfold.layer.plan import Plan
+from kvfold.layer.rows import Rows
 from kvfold.methods.lacache import LaCache
 from views import kept, random_view
 
@@ -19,10 +20,10 @@ def streamed(
     """What layer `layer` of `layers` holds when a text has been read, token by token unless `chunks` say otherwise."""
     paged = tuple(range(layers))
     q = torch.randn(1, heads, tokens, 4, generator=torch.Generator().manual_seed(0))
-    cache, start = KVLayer(method, layer, paged, layers), 0
+    cache, start = KVLayer(Rows(method), layer, paged, layers), 0
     for size in chunks or [1] * tokens:
         part = q[:, :, start : start + size]
-        cache.attend(part, part, part, None, 0.5, Pass(prefill=size > 1 or start == 0))
+        cache.attend(part, part, part, None, 0.5, Plan(prefill=size > 1 or start == 0))
         start += size
     left = cache.kept()[0]
     assert left[0] == left[-1]  # all heads of a layer keep the same

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 
 from kvfold.formats import LOG_MASS
 from kvfold.layer.layer import KVLayer
-from kvfold.layer.plan import Pass
+from kvfold.layer.plan import Plan
+from kvfold.layer.rows import Rows
 from kvfold.merges import absorb
 from kvfold.methods.full import Full
 from kvfold.methods.look_m import SCORE, LookM, text_first
@@ -88,8 +89,8 @@ def test_oracle_4_and_5_equal_tokens_and_what_comes_after(mass, exact, merge):
     for states in (k, v):
         states[:, :, 2:8] = states[:, :, 2:3]
     method = LookM(budget=6, recent=0.34, merge=merge, mass=mass)
-    layers = [KVLayer(method, 0), KVLayer(Full(), 0)]
-    shown = Pass(prefill=True, images=seen("ttiiiiiittt"))
+    layers = [KVLayer(Rows(method), 0), KVLayer(Rows(Full()), 0)]
+    shown = Plan(prefill=True, images=seen("ttiiiiiittt"))
     for layer in layers:
         layer.attend(q[:, :, :11], k[:, :, :11], v[:, :, :11], None, 0.25, shown)
     tokens = layers[0].stored.tokens()[0]
@@ -102,7 +103,7 @@ def test_oracle_4_and_5_equal_tokens_and_what_comes_after(mass, exact, merge):
     for step in range(11, 15):
         here = slice(step, step + 1)
         mine, theirs = (
-            x.attend(q[:, :, here], k[:, :, here], v[:, :, here], None, 0.25, Pass(prefill=False)) for x in layers
+            x.attend(q[:, :, here], k[:, :, here], v[:, :, here], None, 0.25, Plan(prefill=False)) for x in layers
         )
         assert torch.allclose(mine, theirs, atol=1e-5) == exact
         assert (layers[0].counts() == 6 + step - 10).all()
@@ -191,14 +192,14 @@ def test_the_budget_holds_where_there_is_an_image(length, pad, budget, prior, ov
 def test_a_further_turn_knows_earlier_images_and_scores():
     view = random_view(H=2, G=2, T=30, seed=1)
     q, k, v = view.queries.states, view.keys, view.values
-    layer = KVLayer(LookM(budget=9, recent=0.34), 0)
-    layer.attend(q[:, :, :20], k[:, :, :20], v[:, :, :20], None, 0.3, Pass(prefill=True, images=seen("tt" + "i" * 18)))
+    layer = KVLayer(Rows(LookM(budget=9, recent=0.34)), 0)
+    layer.attend(q[:, :, :20], k[:, :, :20], v[:, :, :20], None, 0.3, Plan(prefill=True, images=seen("tt" + "i" * 18)))
     before = layer.stored.tokens()[0]
     assert (before.columns[IMAGE][before.valid].view(1, 2, 9) > 0).sum(-1).tolist() == [[7, 7]]
     assert (before.columns[SCORE][before.valid] > 0).all()
     assert all(head[:2] == [0, 1] for head in layer.kept()[0])
     nothing = Images(torch.tensor([20]), torch.zeros(1, 10, dtype=torch.bool))
-    layer.attend(q[:, :, 20:], k[:, :, 20:], v[:, :, 20:], None, 0.3, Pass(prefill=True, images=nothing))
+    layer.attend(q[:, :, 20:], k[:, :, 20:], v[:, :, 20:], None, 0.3, Plan(prefill=True, images=nothing))
     assert (layer.counts() == 9).all()
     for head in layer.kept()[0]:  # twelve tokens of text: none is left of the images
         assert set(head) <= {0, 1, *range(20, 30)} and head[-3:] == [27, 28, 29]

@@ -14,7 +14,8 @@ from kvfold.formats import POSITION, Chunk, DepthSegment
 from kvfold.hf.rope import find_rope
 from kvfold.layer.late import Done, carry_out
 from kvfold.layer.layer import KVLayer
-from kvfold.layer.plan import Pass
+from kvfold.layer.plan import Plan
+from kvfold.layer.rows import Rows
 from kvfold.methods.minicache import MiniCache, distance, slerp
 from kvfold.views.decisions import Pair
 from models import dynamic, feed, follow, grow, reference, subject, tokens
@@ -138,12 +139,12 @@ def test_oracle_7_rotating_and_merging_in_either_order():
 def two_layers(d: int, length: int, gamma: float = 0.0, dtype: torch.dtype = torch.bfloat16):
     """Two `KVLayer`s with `length` random tokens each of 2 heads, merged as a cache would."""
     rng, method = torch.Generator().manual_seed(0), MiniCache(start=0, gamma=gamma)
-    layers = [KVLayer(method, i, (0, 1), 2) for i in range(2)]
+    layers = [KVLayer(Rows(method), i, (0, 1), 2) for i in range(2)]
     for layer in layers:
         q, k, v = (torch.randn(1, heads, length, d, generator=rng).to(dtype) for heads in (4, 2, 2))
-        layer.attend(q, k, v, None, d**-0.5, Pass(prefill=True))
-    (share,) = method.after_forward(Done(layers, Pass(prefill=True))).values()
-    carry_out(layers, 1, share, Pass(prefill=True))
+        layer.attend(q, k, v, None, d**-0.5, Plan(prefill=True))
+    (share,) = method.after_forward(Done(layers, Plan(prefill=True))).values()
+    carry_out(layers, 1, share, Plan(prefill=True))
     return layers
 
 

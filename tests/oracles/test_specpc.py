@@ -15,7 +15,7 @@ STEPS = torch.arange(5, 13).view(2, 4)
 
 
 def raw(prompt, model) -> Raw:
-    return Raw(prompt["input_ids"], prompt["attention_mask"].bool(), model)
+    return Raw(prompt["input_ids"], prompt["attention_mask"].bool(), model, kvfold.Cache)
 
 
 def peaked() -> torch.Tensor:
@@ -177,7 +177,7 @@ def test_rows_equal_single_rows_and_another_draft_chooses_otherwise(tmp_path):
         chosen.append(both.tolist())
         for row, length in enumerate((40, 23)):
             own = prompt["input_ids"][row : row + 1, -length:]
-            alone = method.read_order(Raw(own, torch.ones_like(own).bool(), subject("llama")))
+            alone = method.read_order(Raw(own, torch.ones_like(own).bool(), subject("llama"), kvfold.Cache))
             assert (alone + 40 - length).tolist() == both[row : row + 1].tolist()
     assert chosen[0] != chosen[1]
 

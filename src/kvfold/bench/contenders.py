@@ -15,7 +15,6 @@ from kvfold.evaluation.decoding import sync
 from kvfold.hf.attention import NAME
 from kvfold.hf.cache import Cache
 from kvfold.hf.layers import PagedLayer, tensors
-from kvfold.hf.shared_prefill import end_adoption
 from kvfold.methods import Method
 from kvfold.methods.full import Full
 from kvfold.views import LayerView
@@ -181,5 +180,5 @@ def fill_all(model: PreTrainedModel, caches: Sequence[HFCache], ids: Tensor) -> 
             for mine, theirs in zip(cache.layers, base.layers, strict=True)
         ]
         if isinstance(cache, Cache):
-            end_adoption(cache, token)
+            cache.end_adoption(token)
     return token

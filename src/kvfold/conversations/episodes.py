@@ -161,7 +161,7 @@ class Episodes:
             held = [float(core.counts().mean()) for core in cache.paged]
             self.peak_tokens = max(self.peak_tokens, float(np.mean(held)) if held else 0.0)
             self.peak_nbytes = max(self.peak_nbytes, cache.nbytes)
-            if not cache.listening and "input_ids" in kwargs:
+            if not cache.mode.listening and "input_ids" in kwargs:
                 self.patch_tokens = max(self.patch_tokens, kwargs["input_ids"].shape[1])
 
         handle = text_decoder(self.model).register_forward_hook(look, with_kwargs=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvfold import ops
 from kvfold.formats.paged import PagedSegment
+from kvfold.formats.segment import Traits
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk
 from kvfold.pages import PAGE_SIZE, PagePool, PageTable, Plane
 from kvfold.rotation import Compact
@@ -20,6 +21,18 @@ class Dense:
 
     dtype: torch.dtype | None = None
     page_size: int = PAGE_SIZE
+
+    @property
+    def traits(self):
+        return Traits(graphs=True)
+
+    def open(self, spec):
+        k = torch.zeros(spec.rows, spec.heads, 0, spec.key_size, dtype=spec.dtype, device=spec.device)
+        v = torch.zeros(spec.rows, spec.heads, 0, spec.value_size, dtype=spec.dtype, device=spec.device)
+        return self.segment(Chunk(k, v, k[..., 0].bool()))
+
+    def restore(self, spec, said, tensors, twin=None):
+        raise NotImplementedError
 
     def segment(self, chunk: Chunk) -> "DenseSegment":
         dtype = self.dtype or chunk.keys.dtype

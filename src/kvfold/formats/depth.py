@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvfold import ops
 from kvfold.formats.paged import PagedSegment
+from kvfold.formats.segment import Traits
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk
 from kvfold.pages import PAGE_SIZE, PagePool, PageTable, Plane
 from kvfold.rotation import Compact
@@ -29,6 +30,18 @@ class Depth:
 
     side: int
     page_size: int = PAGE_SIZE
+
+    @property
+    def traits(self):
+        return Traits()
+
+    def open(self, spec):
+        k = torch.zeros(spec.rows, spec.heads, 0, spec.key_size, dtype=spec.dtype, device=spec.device)
+        v = torch.zeros(spec.rows, spec.heads, 0, spec.value_size, dtype=spec.dtype, device=spec.device)
+        return self.segment(Chunk(k, v, k[..., 0].bool()))
+
+    def restore(self, spec, said, tensors, twin=None):
+        raise NotImplementedError
 
     def segment(self, chunk: Chunk) -> "DepthSegment":
         planes = {
@@ -163,6 +176,9 @@ class DepthSegment(PagedSegment):
         state = None if self.state is None else self.state[torch.from_numpy(np.asarray(rows)).to(self.state.device)]
         upto = self.upto[np.asarray(rows)]
         return DepthSegment(self._table_of(rows), self.heads, self.compute, self.side, upto, state)
+
+    def cropped(self, limit):
+        self.upto = np.minimum(self.upto, limit)
 
     def drop_tokens(self) -> None:
         """Drop the tokens, but not what is remembered of the text."""

@@ -21,6 +21,52 @@ class PagedSegment:
     def nbytes(self) -> int:
         return self.pool.nbytes + self.table.nbytes
 
+    def bytes_beside(self, counted):
+        pool = 0 if id(self.pool) in counted else self.pool.nbytes
+        counted.add(id(self.pool))
+        return self.nbytes - self.pool.nbytes + pool
+
+    def row_nbytes(self):
+        return self.counts().sum(1)
+
+    def lengths(self):
+        return self.table.lengths.reshape(-1, self.heads)
+
+    def columns(self):
+        d = self.dense()
+        return d.valid, d.columns
+
+    def cropped(self, limit):
+        pass
+
+    def drop_tokens(self):
+        self.clear()
+
+    @property
+    def shared(self):
+        return self.table.shared
+
+    def same_pages(self, other):
+        return False
+
+    def reserve(self):
+        return []
+
+    def replayed(self):
+        self.table.step()
+
+    def join(self, other):
+        raise NotImplementedError
+
+    def amend(self, slots, keys, values):
+        raise NotImplementedError
+
+    def step(self, q, k, v, positions, scale, *, weights):
+        raise NotImplementedError
+
+    def state(self, *, of=None):
+        raise NotImplementedError
+
     @property
     def longest(self) -> int:
         return self.table.longest

@@ -184,6 +184,10 @@ class Segment(Protocol):
         """
         ...
 
+    def replayed(self) -> None:
+        """A captured step ran: count its token in each row here; the device has."""
+        ...
+
     @property
     def shared(self) -> bool:
         """Whether somebody else holds some of its pages."""

@@ -12,7 +12,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 NAME = "kvfold"
-_HANDLE = "_kvfold_handle"
+HANDLE = "_kvfold_handle"
+"""The attribute in which a key tensor carries its layer from `Cache.update` to the attention function."""
 REFUSED = ("softcap", "s_aux", "position_bias")
 """Arguments of attention functions that change the softmax in ways that the paged segments don't know."""
 
@@ -30,12 +31,6 @@ class PagedLength(int):
     """A key length that says: this layer is paged, its mask is the padding mask alone."""
 
 
-def attach_handle(keys: Tensor, handle: Handle) -> Tensor:
-    """Mark a tensor of new keys as belonging to a paged layer."""
-    setattr(keys, _HANDLE, handle)
-    return keys
-
-
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -47,7 +42,7 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function of transformers' interface: (B, Q, Hq, Dv) and no weights."""
-    handle: Handle | None = getattr(key, _HANDLE, None)
+    handle: Handle | None = getattr(key, HANDLE, None)
     if handle is None:
         out: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

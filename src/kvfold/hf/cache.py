@@ -3,35 +3,36 @@
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import Cache as HFCache
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from kvfold.formats import POSITION
 from kvfold.hf.anatomy import attention_modules
-from kvfold.hf.call.call import Begun, greedy_of
+from kvfold.hf.beside import check_join, is_empty, join_layers, row_nbytes, select_rows
 from kvfold.hf.call.hooks import use_kvfold, watch
-from kvfold.hf.call.rewriting import Reading
-from kvfold.hf.layers import PagedLayer, WindowLayer, crop_layers, held_bytes, storage_bytes
+from kvfold.hf.call.host import Host
+from kvfold.hf.layers import PagedLayer, WindowLayer, held_bytes, storage_bytes
 from kvfold.hf.prompt import Prompt
 from kvfold.hf.report import Report, layer_report
 from kvfold.hf.rope import find_rope
+from kvfold.hf.saving.file import load, save
 from kvfold.hf.support import check_model
-from kvfold.layer.late import Done, carry_out
 from kvfold.layer.layer import KVLayer
-from kvfold.layer.plan import Pass
-from kvfold.methods.base import Decisions, Method
+from kvfold.layer.plan import Plan
+from kvfold.layer.rows import Rows
+from kvfold.methods.base import Method
 from kvfold.methods.registry import parse
 from kvfold.options import check_int
-from kvfold.views import Images, LayerView
+from kvfold.views import LayerView
 
 
-class Cache(HFCache):
+class Cache(Host):
     """A transformers cache that holds its tokens on pages and lets a method decide which.
 
     `method` is a slug, a composition as text, or a Method; `options` go to the method. Sets the model's attention
@@ -43,29 +44,19 @@ class Cache(HFCache):
     Raises ValueError for a model that can't work, naming what is missing, and for options that don't fit.
     """
 
-    layers: list[Any]
-
     def __init__(
         self, model: PreTrainedModel, method: str | Method = "full", *, prefill_chunk: int | None = None, **options: Any
     ):
-        self.method = parse(method, **options)
+        chosen = parse(method, **options)
         if prefill_chunk is not None:
             check_int("prefill_chunk", prefill_chunk, 2)
-        check_model(model, self.method)
+        check_model(model, chosen)
+        plan = layers_of(model)
+        paged = any(type(layer) is DynamicLayer for layer in plan)
         self.model, self.prefill_chunk = model, prefill_chunk
-        self.recording, self.parts, self.listening, self._prefilling, self._at = False, False, True, False, -1
-        self._images: Images | None = None  # which tokens of the pass stand for images
-        self.unread: PagedLayer | None = None
-        self._chunks: tuple[nn.Module, list[Tensor]] | None = None  # a call that was split, the outputs so far
-        self._pass: Pass | None = None
-        self._begun: Begun | None = None  # a call of the model that is not over
-        self._token_ids: Tensor | None = None
-        self._mask: Tensor | None = None
-        self.reading: Reading | None = None  # where a method gave the model other tokens to read than the caller did
-        self._unheard: Pass | None = None  # a prompt's pass that is over, and whose `after_prompt` is not
-        self._observe: Callable[[LayerView], None] | None = None
-        super().__init__(layers=self._layers())
-        if not self.paged:
+        self.rows = Rows(chosen.bind(model) if paged else chosen)
+        super().__init__(self._layers(plan))
+        if not paged:
             warnings.warn(
                 f"{type(model).__name__} has no layer with full attention: {self.method} has nothing to do",
                 stacklevel=2,
@@ -73,11 +64,9 @@ class Cache(HFCache):
         use_kvfold(model)
         watch(model, self.method)
 
-    def _layers(self) -> list[Any]:
-        config = self.model.config.get_text_config(decoder=True)
-        plan = DynamicCache(config=config).layers
+    def _layers(self, plan: list[Any]) -> list[Any]:
+        """Our layers in place of transformers' own."""
         paged = tuple(index for index, layer in enumerate(plan) if type(layer) is DynamicLayer)
-        self.method = self.method.bind(self.model) if paged else self.method
         modules = attention_modules(self.model)
         layers: list[Any] = []
         for index, layer in enumerate(plan):
@@ -88,20 +77,17 @@ class Cache(HFCache):
                         f"method={self.method} needs RoPE with fixed angles to move tokens; "
                         f"{type(self.model).__name__} has none that it could use in layer {index}"
                     )
-                core = KVLayer(self.method, index, paged, len(plan), rope)
-                layers.append(PagedLayer(self, core))
+                layers.append(PagedLayer(self, KVLayer(self.rows, index, paged, len(plan), rope)))
             elif type(layer) is DynamicSlidingWindowLayer:
                 layers.append(WindowLayer(sliding_window=layer.sliding_window))
             else:
                 layers.append(layer)
         return layers
 
-    # -- what a user reads -----------------------------------------------------------------------------------
+    def for_model(self, model: Any) -> "Cache":
+        return type(self)(model, "full")
 
-    @property
-    def paged(self) -> list[KVLayer]:
-        """The layers whose tokens are on pages, in order."""
-        return [layer.core for layer in self.layers if isinstance(layer, PagedLayer)]
+    # -- what a user reads -----------------------------------------------------------------------------------
 
     @property
     def nbytes(self) -> int:
@@ -115,6 +101,11 @@ class Cache(HFCache):
             layer.core.dense_bytes(self.text_tokens) if isinstance(layer, PagedLayer) else storage_bytes(layer)
             for layer in self.layers
         )
+
+    @property
+    def text_tokens(self) -> int | None:
+        """Tokens of text given, where the method chose what of it was read."""
+        return None if self.reading is None else int(self.reading.given.sum())
 
     @property
     def kept_tokens(self) -> float:
@@ -142,117 +133,10 @@ class Cache(HFCache):
         self.settle_pending()
         return layer_report(self)
 
-    # -- forward passes --------------------------------------------------------------------------------------
+    # -- prompts of others -----------------------------------------------------------------------------------
 
-    def reads_prompt(self, tokens: int, ordinal: int = 0) -> bool:
-        """Whether a pass over so many tokens would count as a prompt, not as generated ones."""
-        return tokens > 1 or self.paged[ordinal].width == 0 or self._prefilling
-
-    @property
-    def text_tokens(self) -> int | None:
-        """Tokens of text given, where the method chose what of it was read."""
-        return None if self.reading is None else int(self.reading.given.sum())
-
-    def enter(self, ordinal: int, tokens: int) -> Pass:
-        """A paged layer is about to attend: the pass it belongs to, a new one when the layers start over."""
-        if self._pass is None or ordinal <= self._at:
-            self.settle_pending()
-            prefill, later = self.reads_prompt(tokens, ordinal), self.recording and self.paged[ordinal].width > 0
-            self._pass = Pass(
-                prefill=prefill and not later, turn=prefill and later, listen=self.listening, defer=self.recording,
-                observe=self._observe, token_ids=self._token_ids, mask=self._mask, images=self._images,
-            )  # fmt: skip
-        self._at = ordinal
-        return self._pass
-
-    def leave(self, ordinal: int, this: Pass) -> None:
-        """A paged layer has stored its tokens: decisions about it and earlier ones, and after the last about all."""
-        if this.listen and not this.defer:
-            self._late_events(ordinal, this)
-
-    def _late_events(self, ordinal: int, this: Pass) -> None:
-        if not (self.method.listens("after_layer") or self.method.listens("after_forward")):
-            return
-        done = Done(self.paged[: ordinal + 1], this)
-        if self.method.listens("after_layer"):
-            self._carry_out(self.method.after_layer(done, ordinal), this)
-        if ordinal == len(self.paged) - 1 and self.method.listens("after_forward"):
-            self._carry_out(self.method.after_forward(done), this)
-
-    def finish(self, output: Any) -> None:
-        """A forward pass is over: `after_prompt`, unless assisted decoding is to take some of the prompt back."""
-        this, self._token_ids, self._mask, self._images, self._pass = self._pass, None, None, None, None
-        if this is not None and (this.prefill or this.turn) and this.listen and self.method.listens("after_prompt"):
-            this.greedy, self._unheard = greedy_of(output, this), this
-            if not this.defer:
-                self._hear()
-
-    def _hear(self) -> None:
-        this, self._unheard = self._unheard, None
-        if this is not None and this.prefill:  # not a draft, which was cropped
-            self._carry_out(self.method.after_prompt(Prompt(self, this)), this)
-
-    def _carry_out(self, decisions: Mapping[int, Decisions], this: Pass) -> None:
-        for ordinal, made in decisions.items():
-            carry_out(self.paged, ordinal, made, this)
-
-    def check_consumed(self) -> None:
-        """Raise RuntimeError if a layer got keys that no attention function has seen."""
-        layer, self.unread = self.unread, None
-        if layer is not None:
-            raise RuntimeError(
-                f"layer {layer.core.layer} of {type(self.model).__name__} updated the cache, but its attention did "
-                'not call the function registered as "kvfold" with the keys that it got: it ignores '
-                "transformers' AttentionInterface, or changes the keys first"
-            )
-
-    @contextmanager
-    def tentative(self, observe: Callable[[LayerView], None] | None = None) -> Iterator[None]:
-        """Forward passes inside the block leave no trace: no event runs, and what they appended is taken back.
-
-        `observe` gets every layer's view, with the queries of the pass: a draft's look-ahead, a patched prompt.
-        """
-        self.settle_pending()
-        marks = [core.mark() for core in self.paged]
-        others = [None if isinstance(x, PagedLayer) else copy.deepcopy(x) for x in self.layers]
-        self._pass = None
-        try:
-            with self._while(listening=False, _observe=observe, reading=self.reading, _begun=None):
-                yield
-        finally:
-            self._pass = None
-            for core, mark in zip(self.paged, marks, strict=True):
-                core.rewind(mark)
-            self.layers = [old if old is not None else new for old, new in zip(others, self.layers, strict=True)]
-            self.unread = None
-
-    @contextmanager
-    def _while(self, **state: Any) -> Iterator[None]:
-        before = {name: getattr(self, name) for name in state}
-        self.__dict__ |= state
-        try:
-            yield
-        finally:
-            self.__dict__ |= before
-
-    def prefilling(self) -> AbstractContextManager[None]:
-        """Every forward pass inside the block reads a part of the prompt, also one of a single token.
-
-        Outside it one token counts as generated, unless the cache is empty. For prompts that are read in chunks.
-        """
-        return self._while(_prefilling=True)
-
-    def in_parts(self) -> AbstractContextManager[None]:
-        """Forward passes inside the block are parts of one whose arguments are final."""
-        return self._while(parts=True)
-
-    def undecided(self) -> AbstractContextManager[None]:
-        """Forward passes inside the block append, and no event runs: a method that acts in decoding lets it be."""
-        return self._while(listening=False)
-
-    def observed(self, observe: Callable[[LayerView], None]) -> AbstractContextManager[None]:
-        """Within the block `observe` gets every layer's view, before the method decides."""
-        return self._while(_observe=observe)
+    def prompt_of(self, plan: Plan, group: int) -> Prompt:
+        return Prompt(self, plan, group)
 
     @property
     def shares_prefill(self) -> bool:
@@ -266,53 +150,51 @@ class Cache(HFCache):
         """
         if self.method.own_prefill:
             raise ValueError(f"method={self.method} reads a prompt in its own way: it can't adopt another's prefill")
-        core = self.paged[view.place.ordinal]
-        if core.ordinal == 0 or self._pass is None:
-            self._pass = Pass(prefill=True)  # for its step context, which the layers share
-        this = Pass(prefill=True, step=self._pass.step, mask=view.queries.valid)
-        this.token_ids, this.images = view.place.token_ids, view.place.images
-        core.adopt(view, this)
+        core, call = self.paged[view.place.ordinal], self.call
+        if core.ordinal == 0 or call.plan is None:
+            call.plan = Plan(
+                prefill=True, mask=view.queries.valid, token_ids=view.place.token_ids, images=view.place.images
+            )
+        plan, call.at = call.plan, core.ordinal
+        core.adopt(view, plan)
         self.layers[core.layer].is_initialized = True
-        self.leave(core.ordinal, this)
-        if core.ordinal == len(self.paged) - 1 and self.method.listens("after_prompt"):
-            self._unheard, self._pass = this, None
-            if not wait and len(self.paged) == len(self.layers):  # else when the windows are there: `settle_pending`
-                self._hear()
+        self.leave(core.ordinal, plan)
+        if core.ordinal == len(self.paged) - 1:
+            call.plan = None
+            if self.method.listens("after_prompt"):
+                self.pending.unheard = plan
+                if not wait and len(self.paged) == len(self.layers):  # else when windows are there: `settle_pending`
+                    self.settled(None)
+
+    def end_adoption(self, greedy: Tensor | None) -> None:
+        """The prompt that a cache adopted is over, its windows are there: what a method does with all of it.
+
+        `greedy` (B, K): what the model says after the last K columns.
+        """
+        if self.pending.unheard is not None:
+            self.pending.unheard.greedy = greedy
+        self.settle_pending()
 
     # -- the cache operations --------------------------------------------------------------------------------
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the last `-tokens_to_remove` tokens of every row, then run what waited for it."""
         count = int(tokens_to_remove)  # a tensor from transformers before 5.17
+        drop = -count if count <= 0 else max(0, self.get_seq_length() - count)
         if self.reading is not None:
-            count = -count if count <= 0 else max(0, self.get_seq_length() - count)
-            self.reading, count = self.reading.drop(count), -count
-        self._settle(lambda: crop_layers(self.layers, count))
-
-    def settle_pending(self) -> None:
-        """Run the events that still wait for a crop: assisted decoding is over, what came last was a further turn."""
-        if self._unheard is not None or any(core.waiting for core in self.paged):
-            self._settle(self._end_recording)
-
-    def _end_recording(self) -> None:
-        self.recording, turn = False, self._unheard
-        for core in self.paged:
-            core.settle(0, turn=True)
-            core.prompt = core.prompt if turn is None else core.seen.copy()
-        if turn is not None:
-            turn.prefill = True
-
-    def _settle(self, settle: Callable[[], None]) -> None:
-        """Settle the layers, then run the late events of those that waited."""
-        waiting = [core.waiting for core in self.paged]
-        width = self.paged[0].width if self.paged else 0
-        settle()
-        if self._unheard is not None:
-            self._unheard = self._unheard.cropped(width - self.paged[0].width)
-        for core, this in zip(self.paged, waiting, strict=True):
-            if this is not None:
-                self._late_events(core.ordinal, this)
-        self._hear()
+            self.reading = self.reading.drop(drop)
+        width = self.rows.width
+        self.rows.drop(drop)
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                layer.crop(-drop)
+            elif drop:
+                layer.core.drop_from(self.rows.seen)
+        if drop and self.paged:  # windows that hold some of a narrowed text know by its positions where it ends
+            for layer in self.layers:
+                if isinstance(layer, WindowLayer):
+                    layer.end_at(torch.from_numpy(self.rows.seen))
+        self.settled(self.pending.crop(self.paged, width - self.rows.width))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of text given so far, padding counted, as transformers counts them."""
@@ -325,49 +207,151 @@ class Cache(HFCache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
         super().reorder_cache(beam_idx)
-        self.reading = self.reading and self.reading.select(beam_idx)
+        self._rows_are(beam_idx.cpu().numpy())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, side by side."""
         super().batch_repeat_interleave(repeats)
-        self.reading = self.reading and self.reading.select(torch.arange(self.batch_size) // repeats)
+        self._rows_are(np.repeat(np.arange(self.rows.batch), repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows."""
         super().batch_select_indices(indices)
-        self.reading = self.reading and self.reading.select(indices)
+        self._rows_are(np.arange(self.rows.batch)[indices.cpu().numpy()])
+
+    def _rows_are(self, chosen: np.ndarray) -> None:
+        """The layers' rows are now those; so is what they have read."""
+        if self.rows.batch:
+            self.rows.select(chosen)
+        self.reading = self.reading and self.reading.select(torch.from_numpy(chosen))
+
+    # -- rows that join and leave ----------------------------------------------------------------------------
+
+    def join(self, other: "Cache") -> None:
+        """Take the rows of another cache of this model behind ours, with the methods that decide about them.
+
+        From then on a forward pass reads both: columns end at the same place, so the attention mask of a row that has
+        read less has padding in front, and a row's answers are what it would have given alone. `other` is empty
+        afterwards. Raises ValueError, before anything is changed, for a cache of another model, this one itself, and
+        methods whose layers share memory (minicache) or that gave the model other tokens than the caller's (specpc).
+        """
+        if other is self or other.model is not self.model:
+            raise ValueError(f"other={type(other).__name__} must be another cache of this {type(self.model).__name__}")
+        for cache in (self, other):
+            cache.settle_pending()
+            for group in cache.rows.groups:
+                if group.method.shares_layers:
+                    raise ValueError(f"method={group.method} lets layers share memory: its rows can't join others")
+            if cache.reading is not None:
+                raise ValueError(f"method={cache.method} chose what of its text was read: its rows can't join others")
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            if not isinstance(mine, PagedLayer):
+                check_join(mine, theirs)
+        if not other.rows.batch:
+            return
+        fresh = not self.rows.batch
+        for cache in (self, other):
+            cache.name_columns()
+        for index, (mine, theirs) in enumerate(zip(self.layers, other.layers, strict=True)):
+            if isinstance(mine, PagedLayer):
+                mine.core.join(theirs.core)
+                mine.is_initialized = True
+            elif fresh:
+                self.layers[index] = theirs
+            elif not is_empty(mine):
+                join_layers(mine, theirs)
+        self.rows.join(other.rows)
+        for core in self.paged:
+            core.number = self.rows.number
+        for group in self.rows.groups:
+            watch(self.model, group.method)
+        other.reset()
+
+    def retire(self, rows: Sequence[int]) -> None:
+        """Let rows of the batch go; what they alone held is free. The others move up. See `take` to keep them."""
+        gone = self._checked(rows)
+        left = np.setdiff1d(np.arange(self.rows.batch), gone)
+        self.settle_pending()
+        if len(left):
+            self._choose(left)
+        else:
+            self.reset()
+
+    def take(self, rows: Sequence[int]) -> "Cache":
+        """A cache that holds these rows, in this order; pages are shared until one of the two writes them."""
+        chosen = self._checked(rows)
+        other = self.fork()
+        other._choose(chosen)
+        return other
+
+    def _checked(self, rows: Sequence[int]) -> np.ndarray:
+        chosen = np.asarray(rows, dtype=np.int64)
+        batch = self.rows.batch
+        if (
+            chosen.ndim != 1
+            or len(set(chosen.tolist())) != len(chosen)
+            or bool(((chosen < 0) | (chosen >= batch)).any())
+        ):
+            raise ValueError(f"rows={list(rows)!r} must be different rows of the batch, 0 to {batch - 1}")
+        return chosen
+
+    def _choose(self, chosen: np.ndarray) -> None:
+        """Row i becomes what row `chosen[i]` was, in every layer."""
+        for layer in self.layers:
+            if isinstance(layer, PagedLayer):
+                layer.core.select(chosen)
+            else:
+                select_rows(layer, chosen)
+        self._rows_are(chosen)
+
+    def row_nbytes(self) -> list[int]:
+        """Bytes that each row of the batch takes: its pages, its windows, its recurrent states."""
+        batch = self.rows.batch
+        held = [
+            layer.core.stored.row_nbytes() if isinstance(layer, PagedLayer) else row_nbytes(layer, batch)
+            for layer in self.layers
+        ]
+        total: list[int] = np.sum(held, axis=0).tolist() if batch else []
+        return total
+
+    def name_columns(self) -> None:
+        """Note which columns the methods of the rows have set; what other methods set later is not theirs."""
+        if len(self.rows.groups) == 1:
+            found = {name for core in self.paged for _, segment in core.segments for name in segment.columns()[1]}
+            self.rows.remember(0, frozenset(found) - {POSITION})
 
     def activate_past_recording(self) -> None:
         """Assisted decoding will crop after each pass: events wait until it has."""
         super().activate_past_recording()
-        self.recording = True
+        self.pending.recording = True
 
     def reset(self) -> None:
         """Forget everything that was read."""
         # New layers: transformers' own keep the batch size and the past recording of what they have read.
-        self.layers = self._layers()
-        self._pass, self._at, self.recording, self.unread, self._chunks = None, -1, False, None, None
-        self._unheard, self.reading, self._begun = None, None, None
+        self.rows = Rows(self.rows.groups[0].method)
+        self.layers = self._layers(layers_of(self.model))
+        self._begin()
 
     @property
     def batch_size(self) -> int:
         """Rows of the batch, -1 before the first forward pass."""
-        sizes = {core.batch for core in self.paged if core.width}
-        return sizes.pop() if sizes else -1
+        return self.rows.batch or -1
 
     def fork(self) -> "Cache":
         """A second cache with the same content; pages are shared until one of the two writes them.
 
-        Each counts the pages that it shares in its own `nbytes`. `copy.copy` and `copy.deepcopy` do the same.
+        Each counts the pages that it shares in its own `nbytes`. `copy.copy` and `copy.deepcopy` do the same. Blocks
+        such as `undecided()` that hold for this cache do not hold for the other one.
         """
         self.settle_pending()
-        other = object.__new__(type(self))
-        other.__dict__ |= self.__dict__
-        other._pass, other.unread, other._chunks = None, None, None
-        other.layers = [
+        other = type(self).__new__(type(self))
+        other.model, other.prefill_chunk, other.rows = self.model, self.prefill_chunk, self.rows.fork()
+        layers = [
             self._fork_layer(layer, other) if isinstance(layer, PagedLayer) else copy.deepcopy(layer)
             for layer in self.layers
         ]
+        Host.__init__(other, layers)
+        other.reading = self.reading
         return other
 
     def __copy__(self) -> "Cache":
@@ -382,19 +366,22 @@ class Cache(HFCache):
 
     @staticmethod
     def _fork_layer(layer: PagedLayer, owner: "Cache") -> PagedLayer:
-        forked = PagedLayer(owner, layer.core.fork())
+        forked = PagedLayer(owner, layer.core.fork(owner.rows))
         forked.is_initialized = layer.is_initialized or layer.core.width > 0
         return forked
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a safetensors file, by a temporary name first. See kvfold.hf.saving.file."""
-        from kvfold.hf.saving.file import save
-
         save(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: PreTrainedModel) -> "Cache":
         """Read a cache that `save` wrote for this model. Raises ValueError where it does not fit the model."""
-        from kvfold.hf.saving.file import load
+        loaded: Cache = load(path, lambda method, chunk: cls(model, method, prefill_chunk=chunk))
+        return loaded
 
-        return load(path, model)
+
+def layers_of(model: PreTrainedModel) -> list[Any]:
+    """The cache layers that transformers would make for a model."""
+    made: list[Any] = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return made

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvfold.hf.cache import Cache
+from kvfold.hf.call.host import Host
 from kvfold.hf.greedy import Drafted, go_on
 from kvfold.hf.words import tokenizer_of
 from kvfold.models.load import load
@@ -51,19 +51,19 @@ def _words(tokenizer: Any) -> dict[str, int]:
 
 @torch.no_grad()
 def look_ahead(
-    model: PreTrainedModel,
+    cache: Host,
     ids: Int[Tensor, "B Q"],
     valid: Bool[Tensor, "B Q"],
     count: int,
     observe: Callable[[LayerView], None] | None = None,
 ) -> Drafted:
-    """At most `count` tokens that `model` says after each row of `ids`, which it reads in a cache of its own.
+    """At most `count` tokens that the model of an empty `cache` says after each row of `ids`, which it reads there.
 
     `observe` gets every layer's view of every pass: padding of the prompt stands first, and is not stored.
     """
+    model = cache.model
     order = torch.argsort(valid.byte(), dim=1, stable=True)
     ids, mask = ids.gather(1, order).to(model.device), valid.gather(1, order).to(model.device)
-    cache = Cache(model, "full")
     with nullcontext() if observe is None else cache.observed(observe):
         given = {} if bool(mask.all()) else {"attention_mask": mask.long()}
         places = (mask.cumsum(1) - 1).clamp(min=0)

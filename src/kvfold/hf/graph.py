@@ -11,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvfold.hf.cache import Cache
 from kvfold.hf.layers import PagedLayer
+from kvfold.layer.layer import format_of
 
 
 @contextmanager
@@ -49,6 +50,9 @@ class DecodeGraph:
         other = sorted({type(layer).__name__ for layer in cache.layers if not isinstance(layer, PagedLayer)})
         if other:
             raise ValueError(f"{type(model).__name__} has layers that are no pages ({', '.join(other)}): no graph")
+        formats = [str(g.method) for g in cache.rows.groups if not format_of(g.method).traits.graphs]
+        if formats:
+            raise ValueError(f"method={formats[0]} stores tokens in a format whose steps can't be captured: no graph")
         busy = [e for e in ("after_decode", "before_attend", "after_layer", "after_forward") if cache.method.listens(e)]
         if busy or cache.method.compact:
             why = ", ".join(busy) or "compact positions"
@@ -64,11 +68,15 @@ class DecodeGraph:
     def token_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The tokens (B, 1) of a call that the graph can answer, else None."""
         ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
-        if kwargs.get("past_key_values") is not self.cache or self.cache.recording or not isinstance(ids, Tensor):
+        if (
+            kwargs.get("past_key_values") is not self.cache
+            or self.cache.pending.recording
+            or not isinstance(ids, Tensor)
+        ):
             return None
         if ids.shape[1] != 1 or any(core.width == 0 or len(core.segments) != 1 for core in self.cache.paged):
             return None
-        if any(core.segments[0][1].table.shared for core in self.cache.paged) or self.cache._observe is not None:
+        if any(core.stored.open.shared for core in self.cache.paged) or self.cache.mode.observe is not None:
             return None
         return ids if mask is None or mask.shape[1] == self.cache.get_seq_length() + 1 else None
 
@@ -78,13 +86,14 @@ class DecodeGraph:
         cores = self.cache.paged
         if not self._warm:  # a first step outside compiles its kernels
             self._warm = True
-            out: Tensor = self._forward(input_ids=token, position_ids=cores[0].next_positions(), **self._given).logits
+            out: Tensor = self._forward(input_ids=token, position_ids=self._positions(), **self._given).logits
             return out
         where = [tensor for core in cores for tensor in core.reserve_step()]
         same = len(where) == len(self._where) and all(a is b for a, b in zip(where, self._where, strict=True))
         if same:
+            self.cache.rows.replayed()
             for core in cores:
-                core.count_step(replayed=True)
+                core.replayed()
         else:
             self._capture(token)
             self._where = where
@@ -93,10 +102,14 @@ class DecodeGraph:
         self._graph.replay()
         return self._logits.clone()
 
+    def _positions(self) -> Tensor:
+        """Where each row's next token stands in its text, (B, 1), int64."""
+        return self.cache.rows.clock(self.cache.paged[0].stored.spec.device).long()
+
     def _capture(self, token: Tensor) -> None:
         """Record a step. What Python counts counts for the replay that follows; on the device nothing runs yet."""
         self._graph, self._token = torch.cuda.CUDAGraph(), token.clone()
         self.captures += 1
         with torch.cuda.graph(self._graph):
-            positions = self.cache.paged[0].next_positions()
+            positions = self._positions()
             self._logits = self._forward(input_ids=self._token, position_ids=positions, **self._given).logits

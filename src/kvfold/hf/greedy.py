@@ -1,11 +1,11 @@
 """Going on greedily from what a cache holds."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from kvfold.hf.call.host import Host
 
 LOOK = 8
 """Steps between two looks at whether every row has ended: each look waits for the device."""
@@ -22,7 +22,7 @@ def end_tokens(model: PreTrainedModel) -> set[int]:
 
 @torch.no_grad()
 def go_on(
-    model: PreTrainedModel, cache: Any, first: Int[Tensor, "B 1"], mask: Bool[Tensor, "B W"], count: int
+    model: PreTrainedModel, cache: Host, first: Int[Tensor, "B 1"], mask: Bool[Tensor, "B W"], count: int
 ) -> Drafted:
     """`first`, and what `model` says after it: at most `count` tokens. `mask`: which columns read so far are tokens.
 
@@ -30,7 +30,7 @@ def go_on(
     """
     ids, position = [first], mask.sum(1, keepdim=True)
     ends = torch.tensor(sorted(end_tokens(model)), dtype=first.dtype, device=first.device)
-    watched, over = len(ends) > 0 and cache._observe is not None, torch.isin(first, ends)
+    watched, over = len(ends) > 0 and cache.mode.observe is not None, torch.isin(first, ends)
     masked = watched or not bool(mask.all())
     for step in range(1, count):
         if len(ends) and (watched or step % LOOK == 0) and bool(over.all()):

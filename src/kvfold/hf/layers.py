@@ -10,24 +10,23 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from kvfold.hf.attention import PagedLength, attach_handle
+from kvfold.hf.attention import HANDLE, PagedLength
 from kvfold.layer.layer import KVLayer
-from kvfold.layer.plan import Pass
+from kvfold.layer.plan import Plan
 
 
 @runtime_checkable
 class Owner(Protocol):
     """What a paged layer asks of the cache that it belongs to."""
 
-    recording: bool
-    unread: "PagedLayer | None"
-    """The layer that got keys which no attention function has seen yet."""
+    call: Any
+    """The call of the model in hand: `unread` is the layer that got keys which no attention function has seen yet."""
 
-    def enter(self, ordinal: int, tokens: int) -> Pass:
+    def enter(self, ordinal: int, tokens: int) -> Plan:
         """A layer is about to attend `tokens` new tokens."""
         ...
 
-    def leave(self, ordinal: int, this: Pass) -> None:
+    def leave(self, ordinal: int, plan: Plan) -> None:
         """A layer has stored them."""
         ...
 
@@ -37,7 +36,10 @@ class Owner(Protocol):
 
 
 class PagedLayer(CacheLayerMixin):
-    """The transformers side of a KVLayer. `update` only marks the keys; the attention function does the work."""
+    """The transformers side of a KVLayer. `update` only marks the keys; the attention function does the work.
+
+    What belongs to the rows of the batch (`crop`, `reset` and the choice of rows) is the cache's to begin.
+    """
 
     is_croppable = True
     supports_early_init = False
@@ -46,15 +48,8 @@ class PagedLayer(CacheLayerMixin):
     def __init__(self, owner: Owner, core: KVLayer):
         super().__init__()
         self.entering: Tensor | None = None  # what entered the attention that runs, where a method admits tokens
-        self._owner = weakref.ref(owner)  # no cycle: the pages go when the last reference to the cache goes
+        self.owner = weakref.ref(owner)  # no cycle: the pages go when the last reference to the cache goes
         self.core = core
-
-    @property
-    def owner(self) -> Owner:
-        """The cache that this layer belongs to."""
-        owner = self._owner()
-        assert owner is not None, "a layer outlived its cache"
-        return owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the first attention call knows the shapes."""
@@ -62,26 +57,31 @@ class PagedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The same tensors, the keys carrying a handle on this layer."""
-        owner = self.owner
-        owner.check_consumed()
-        owner.unread = self
-        self.is_initialized = True
-        return attach_handle(key_states, self), value_states
+        owner = self.owner()
+        assert owner is not None, "a layer outlived its cache"
+        if owner.call.unread is not None:
+            owner.check_consumed()
+        owner.call.unread, self.is_initialized = self, True
+        setattr(key_states, HANDLE, self)
+        return key_states, value_states
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float) -> Tensor:
         """Called by the attention function: (B, Hq, Q, D) over new and stored tokens."""
-        owner = self.owner
-        if owner.unread is not self:
+        owner, core = self.owner(), self.core
+        assert owner is not None, "a layer outlived its cache"
+        if owner.call.unread is not self:
             raise ValueError(
                 f"{type(module).__name__} attends twice with the keys of one update, as differential attention does, "
                 "which a kvfold cache does not support"
             )
-        owner.unread, hidden, self.entering = None, self.entering, None
+        owner.call.unread, hidden, self.entering = None, self.entering, None
         if q.requires_grad or k.requires_grad or v.requires_grad:
             q, k, v = q.detach(), k.detach(), v.detach()  # caches are for inference
-        this = owner.enter(self.core.ordinal, q.shape[2])
-        out = self.core.attend(q, k, v, valid, scale, this, module, hidden)
-        owner.leave(self.core.ordinal, this)
+        ordinal = core.site.ordinal
+        plan = owner.enter(ordinal, q.shape[2])
+        out = core.attend(q, k, v, valid, scale, plan, module, hidden)
+        if plan.defer or plan.late:
+            owner.leave(ordinal, plan)
         return out
 
     @property
@@ -102,12 +102,11 @@ class PagedLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` columns; a positive number is the length to crop to."""
-        drop = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.core.width - tokens_to_remove)
-        self.core.settle(drop)
+        """What the rows have read no longer goes; `Cache.crop` says how much that is."""
+        self.core.drop_from(self.core.seen)
 
     def _select(self, rows: np.ndarray) -> None:
-        if self.core.width:
+        if self.core.segments:
             self.core.select(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -138,7 +137,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
     """Text positions of what is held, (B, n), -1 for padding, where a method narrowed the prompt on its way here."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` columns; of a narrowed text nothing yet: `crop_layers` knows its end.
+        """Take back the last `-tokens_to_remove` columns; of a narrowed text nothing yet: `end_at` knows where.
 
         Raises RuntimeError where the window has let go of tokens that would be in it again.
         """
@@ -179,17 +178,6 @@ class WindowLayer(DynamicSlidingWindowLayer):
         return keys, values
 
 
-def crop_layers(layers: Sequence[Any], tokens_to_remove: int) -> None:
-    """Take back the last `-tokens_to_remove` tokens of the text in every layer, those that narrowing skipped too."""
-    for layer in layers:
-        layer.crop(tokens_to_remove)
-    ends = next((torch.from_numpy(layer.core.seen) for layer in layers if isinstance(layer, PagedLayer)), None)
-    if tokens_to_remove and ends is not None:
-        for layer in layers:
-            if isinstance(layer, WindowLayer):
-                layer.end_at(ends)
-
-
 def tensors(layer: Any) -> list[Tensor]:
     """All tensors that a cache layer of transformers holds, in dictionaries and lists too."""
     found: list[Tensor] = []
@@ -203,6 +191,15 @@ def tensors(layer: Any) -> list[Tensor]:
         elif isinstance(value, list | tuple):
             todo.extend(value)
     return found
+
+
+def mark_of(layer: Any) -> Any:
+    """How far a layer has read: another mark when it has read on."""
+    if isinstance(layer, PagedLayer):
+        return layer.core.width
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return layer.cumulative_length
+    return tuple((id(state), state._version) for state in tensors(layer) if not state.is_inference())
 
 
 def storage_bytes(layer: Any) -> int:
@@ -219,4 +216,4 @@ def held_bytes(layers: Sequence[Any]) -> list[int]:
     ]
 
 
-__all__ = ["Owner", "PagedLayer", "WindowLayer", "crop_layers", "held_bytes", "storage_bytes", "tensors"]
+__all__ = ["Owner", "PagedLayer", "WindowLayer", "held_bytes", "mark_of", "storage_bytes", "tensors"]

@@ -1,21 +1,19 @@
-"""What a method's late events see: the layers that a pass has done with, and a prompt that can be read again."""
+"""A prompt that can be read again, as `Method.after_prompt` sees it."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from kvfold.hf.anatomy import text_decoder
+from kvfold.hf.call.host import Host
+from kvfold.hf.draft import drafter, look_ahead
+from kvfold.hf.greedy import go_on
 from kvfold.hf.words import WORDS, tokenizer_of
 from kvfold.layer.late import Done
-from kvfold.layer.plan import Pass
+from kvfold.layer.plan import Plan
 from kvfold.views import LayerView
-
-if TYPE_CHECKING:
-    from kvfold.hf.cache import Cache
 
 
 class Prompt(Done):
@@ -24,16 +22,11 @@ class Prompt(Done):
     Raises ValueError where the model was called without the prompt's ids.
     """
 
-    def __init__(self, cache: "Cache", this: Pass):
-        super().__init__(cache.paged, this)
-        if this.token_ids is None:
+    def __init__(self, cache: Host, plan: Plan, group: int = 0):
+        super().__init__(cache.paged, plan, group)
+        if plan.token_ids is None:
             raise ValueError(f"method={cache.method} reads a prompt again: call the model with input_ids")
-        self._cache, self._ids = cache, this.token_ids
-
-    @property
-    def ids(self) -> Int[Tensor, "B Q"]:
-        """The tokens of the pass."""
-        return self._ids
+        self.cache, self.ids = cache, plan.token_ids
 
     @property
     def valid(self) -> Bool[Tensor, "B Q"]:
@@ -42,18 +35,18 @@ class Prompt(Done):
 
     def _mask(self) -> Bool[Tensor, "B W"]:
         """Which of all columns read so far are not padding."""
-        if self._this.mask is not None:
-            return self._this.mask.bool().to(self.ids.device)
-        return torch.ones(len(self.ids), self._layers[0].width, dtype=torch.bool, device=self.ids.device)
+        if self.plan.mask is not None:
+            return self.plan.mask.bool().to(self.ids.device)
+        return torch.ones(len(self.ids), self.cache.rows.width, dtype=torch.bool, device=self.ids.device)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text; none where the model's folder has no tokenizer."""
-        found = tokenizer_of(self._cache.model.name_or_path)
+        found = tokenizer_of(self.cache.model.name_or_path)
         return [] if found is None else list(found(text, add_special_tokens=False).input_ids)
 
     def answer(self) -> list[int]:
         """What the model's chat template puts between a user's words and the answer, as tokens."""
-        found = tokenizer_of(self._cache.model.name_or_path)
+        found = tokenizer_of(self.cache.model.name_or_path)
         if found is None or not found.chat_template:
             return []
         turn = [{"role": "user", "content": WORDS}]
@@ -63,10 +56,11 @@ class Prompt(Done):
     @torch.no_grad()
     def read(self, ids: Int[Tensor, "B N"], valid: Bool[Tensor, "B N"], observe: Callable[[LayerView], None]) -> None:
         """Run `ids` through the model as if they came next; `observe` gets every layer's view, then they are gone."""
-        cache = self._cache
-        seen, mask = torch.from_numpy(self._layers[0].seen).to(ids.device)[:, None], torch.cat([self._mask(), valid], 1)
+        cache = self.cache
+        seen, mask = torch.from_numpy(cache.rows.seen).to(ids.device)[:, None], torch.cat([self._mask(), valid], 1)
         # The body may have no hooks that tell the cache of the padding.
-        with self._aside(observe), cache.prefilling(), cache._while(_mask=mask):
+        with cache.aside(observe), cache.prefilling():
+            cache.call.mask = mask
             text_decoder(cache.model)(
                 input_ids=ids,
                 attention_mask=mask.long(),
@@ -82,27 +76,24 @@ class Prompt(Done):
         Said by the model itself, which goes on from all that is stored, without a trace; or by the model `draft` (a
         name or folder), which reads the tokens of this pass anew. Raises ValueError for one of another vocabulary.
         """
-        from kvfold.hf.draft import drafter, look_ahead
-        from kvfold.hf.greedy import go_on  # they need a cache of their own
-
-        cache, device = self._cache, self.ids.device
+        cache, device = self.cache, self.ids.device
         reads = self.valid.any(1, keepdim=True)  # a row may bring nothing
         if draft is not None:
-            ids, valid = look_ahead(drafter(draft, cache.model), self.ids, self.valid, count)
+            ids, valid = look_ahead(cache.for_model(drafter(draft, cache.model)), self.ids, self.valid, count)
             return ids.to(device), valid.to(device) & reads
         first = self._next()
-        with self._aside():
+        with cache.aside():
             ids, valid = go_on(cache.model, cache, first, self._mask(), count)
         return ids, valid & reads
 
     def _next(self) -> Int[Tensor, "B 1"]:
         """What the model says after each row's last token: as the pass left it, else read again."""
-        size, greedy, valid = self.ids.shape[1], self._this.greedy, self.valid
+        size, greedy, valid = self.ids.shape[1], self.plan.greedy, self.valid
         last = (valid * torch.arange(1, size + 1, device=valid.device)).argmax(1, keepdim=True)
         if greedy is not None:
             end = greedy.shape[1] - 1
             # A row's last token stands in the last of the columns that go on; a row that brings nothing says nothing.
-            ends_there = ~valid.any(1, keepdim=True) if self._this.narrow is None else torch.ones_like(valid[:, :1])
+            ends_there = ~valid.any(1, keepdim=True) if self.plan.narrow is None else torch.ones_like(valid[:, :1])
             at = torch.where(ends_there, end, last + end + 1 - size)
             if bool((at >= 0).all()):
                 return greedy.to(at.device).gather(1, at)
@@ -110,15 +101,14 @@ class Prompt(Done):
 
     def _again(self, last: Int[Tensor, "B 1"]) -> Int[Tensor, "B 1"]:
         """What the model says when it reads each row's last token once more, which stands in these columns."""
-        cache = self._cache
+        cache = self.cache
         if len(cache.paged) < len(cache.layers) or any((c.counts() < c.seen[:, None]).any() for c in cache.paged):
             raise ValueError(
                 f"method={cache.method} looks ahead: call a model with a head, whose output has the logits of every "
                 "row's last token (logits_to_keep=0 for padding behind it)"
             )
         fork = cache.fork()
-        fork.recording = False
-        seen = torch.from_numpy(self._layers[0].seen).to(last.device)[:, None]
+        seen = torch.from_numpy(cache.rows.seen).to(last.device)[:, None]
         mask = torch.cat([self._mask()[:, 1:], torch.ones_like(last, dtype=torch.bool)], 1)
         with fork.undecided():
             fork.crop(-1)
@@ -126,15 +116,3 @@ class Prompt(Done):
             out = cache.model(input_ids=self.ids.gather(1, last), past_key_values=fork, **given)
         found: Tensor = out.logits[:, -1:].argmax(-1)
         return found
-
-    @contextmanager
-    def _aside(self, observe: Callable[[LayerView], None] | None = None) -> Iterator[None]:
-        """Passes that leave no trace, each in one piece, and that nobody crops."""
-        cache = self._cache
-        before = cache.prefill_chunk, cache.recording
-        cache.prefill_chunk, cache.recording = None, False
-        try:
-            with cache.tentative(observe):
-                yield
-        finally:
-            cache.prefill_chunk, cache.recording = before

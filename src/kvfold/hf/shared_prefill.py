@@ -43,15 +43,5 @@ def prefill_many(model: PreTrainedModel, inputs: dict[str, Tensor], caches: Sequ
             mine if isinstance(mine, PagedLayer) else copy.deepcopy(theirs)
             for mine, theirs in zip(cache.layers, base.layers, strict=True)
         ]
-        end_adoption(cache, greedy)
+        cache.end_adoption(greedy)
     return logits
-
-
-def end_adoption(cache: Cache, greedy: Tensor | None) -> None:
-    """The prompt that a cache adopted is over, its windows are there: what a method does with all of it.
-
-    `greedy` (B, K): what the model says after the last K columns.
-    """
-    if cache._unheard is not None:
-        cache._unheard.greedy = greedy
-    cache.settle_pending()

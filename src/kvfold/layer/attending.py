@@ -1,4 +1,4 @@
-"""How the new tokens of a pass attend: over themselves, and over what a layer has stored."""
+"""How the new tokens of a pass attend: over themselves, and over what a layer has stored. Knows no method."""
 
 import math
 from dataclasses import dataclass, replace
@@ -23,32 +23,42 @@ class Asking:
     compact: Compact | None = None
 
     def prompt(
-        self, past: Stored | None, k: Tensor, v: Tensor, mask: Bool[Tensor, "B Q"], ones: bool, fade: float | None,
-        admitted: Bool[Tensor, "B H Q"] | None = None,
+        self, past: Stored | None, k: Tensor, v: Tensor, valid: Bool[Tensor, "B Q"] | None, fade: float | None,
+        admitted: Bool[Tensor, "B H Q"] | None = None, block: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """New tokens see each other causally and all that is stored; the two answers merge. Third: column sums.
+        """New tokens see each other, causally or (`block`) all, and all that is stored; the two answers merge.
 
-        `fade`: of the column sums; None: nobody asks for them. `mask`: those that are not padding (`ones`: all).
-        `admitted`: those that others see; None: all.
+        Third: column sums, if `fade` says which. `valid`: those that are not padding (None: all). `admitted`: those
+        that others see; None: all.
         """
-        sums = fade is not None and past is None and self.compact is None
+        sums = fade is not None and past is None and self.compact is None and not block
         wanted: dict[str, Any] = {"sums": sums, "fade": fade if sums else math.inf}
-        if admitted is not None:
-            own: tuple[Tensor, Tensor, Tensor | None] = (
-                *ops.causal_admitted(self.q, k, v, admitted, self.scale), None
-            )  # fmt: skip
-        elif ones:
+        own: tuple[Tensor, Tensor, Tensor | None]
+        if block:
+            own = *self._among(k, v, valid), None
+        elif admitted is not None:
+            own = *ops.causal_admitted(self.q, k, v, admitted, self.scale), None
+        elif valid is None:
             own = ops.causal(self.q, k, v, self.scale, **wanted)
         else:
-            own = ops.causal_rows(self.q, k, v, mask, self.scale, **wanted)
+            own = ops.causal_rows(self.q, k, v, valid, self.scale, **wanted)
         if past is None:
             return own
         return *ops.merge([self.stored(past, after=True)[:2], own[:2]]), None
 
+    def _among(self, k: Tensor, v: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Every new token sees every other that is not padding."""
+        (b, hq, n, d), h = self.q.shape, k.shape[1]
+        bias = None
+        if valid is not None:
+            bias = torch.zeros(valid.shape, device=k.device).masked_fill(~valid, -torch.inf)[:, None, None]
+        out, lse = ops.attend(self.q.view(b, h, hq // h * n, d), k, v, self.scale, bias)
+        return out.view(b, hq, n, -1), lse.view(b, hq, n)
+
     def stored(
         self, stored: Stored, *, read: Tensor | None = None, after: bool = False, weights: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(out, lse, weights of a lone segment) of the queries over all segments.
+        """(out, lse, weights) of the queries over all segments.
 
         `after`: the queries' own tokens are not stored yet.
         """

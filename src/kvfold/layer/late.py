@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvfold.layer.layer import KVLayer
-from kvfold.layer.plan import Pass
+from kvfold.layer.plan import Plan
 from kvfold.layer.sharing import share
 from kvfold.methods.base import Decisions, decided
 from kvfold.views import LayerView
@@ -12,34 +12,35 @@ from kvfold.views.decisions import Share
 
 
 class Done:
-    """The layers that a forward pass has done with, as a method's late events see them."""
+    """The layers that a forward pass has done with, as the late events of a group's method see them."""
 
-    def __init__(self, layers: list[KVLayer], this: Pass):
-        self._layers, self._this = layers, this
+    def __init__(self, layers: Sequence[KVLayer], plan: Plan, group: int = 0):
+        self.layers, self.plan, self.group = layers, plan, group
 
     @property
     def prefill(self) -> bool:
         """Whether the pass read a prompt."""
-        return self._this.prefill
+        return self.plan.prefill
 
     @property
     def step(self) -> dict[str, Any]:
         """The context that the layers of this pass share."""
-        return self._this.step
+        return self.plan.shared(self.group)
 
     def __getitem__(self, ordinal: int) -> LayerView:
-        return self._layers[ordinal].view(self._this)
+        moment = self.layers[ordinal].moment(self.plan)
+        return moment.of_group(moment.without_queries(), self.group, moment.rows.groups[self.group].rows)
 
     def __len__(self) -> int:
-        return len(self._layers)
+        return len(self.layers)
 
 
-def carry_out(layers: Sequence[KVLayer], ordinal: int, decisions: Decisions, this: Pass) -> None:
+def carry_out(layers: Sequence[KVLayer], ordinal: int, decisions: Decisions, plan: Plan, group: int = 0) -> None:
     """What a late event decided about one layer; then what it decided about that layer and another one."""
-    made, core, prompt = decided(decisions), layers[ordinal], this.before if this.prefill else None
+    made, core, prompt = decided(decisions), layers[ordinal], plan.before if plan.prefill else None
     alone = [decision for decision in made if not isinstance(decision, Share)]
     if alone:
-        core.decide(alone, this)
+        core.moment(plan).carry_out(alone, group)
     for decision in made:
         if isinstance(decision, Share) and core.alike(layers[decision.other]):
             share(layers[decision.other].stored, core.stored, decision, core.seen, prompt)

@@ -1,4 +1,4 @@
-"""One forward pass as a layer sees it, and a point in a layer's life to go back to."""
+"""One forward pass: what its rows read, where that stands in the text, and who decides about which rows."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from kvfold.methods.base import Method
 from kvfold.views import Images, Queries
 from kvfold.views.decisions import Propagate
 
@@ -26,37 +27,83 @@ class Narrow:
     valid: Bool[Tensor, "B N"]
     positions: Int[Tensor, "B N"]
     """Where they stand in the text."""
-    counts: np.ndarray
-    """Tokens of the whole pass in each row, (B,)."""
-    width: int
-    """Columns of the whole pass."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Rows of a batch about which one method decides; `rows` None: all of them."""
+
+    method: Method
+    rows: np.ndarray | None = None
+    names: frozenset[str] = frozenset()
+    """Columns that its method has set: the others on its pages are other groups'."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A group's rows in one pass, and the event that comes for them when a layer has attended."""
+
+    group: int
+    """Its place among the groups."""
+    method: Method
+    rows: np.ndarray | None
+    event: str
 
 
 @dataclass
-class Pass:
-    """One forward pass as a layer sees it."""
+class Plan:
+    """One forward pass. What stands behind `number` is known when the first layer attends (`Rows.begin`)."""
 
     prefill: bool
+    """Whether it reads a prompt (some row does, where `prompts` says which)."""
+    prompts: Bool[np.ndarray, " B"] | None = None
+    """Which rows read a part of a prompt, where they differ; the others read generated tokens."""
     listen: bool = True
     """Whether the method's events run (not during a tentative pass)."""
     defer: bool = False
-    """Whether they wait for `settle` (assisted decoding: a crop is still to come)."""
+    """Whether they wait (assisted decoding: a crop is still to come)."""
     turn: bool = False
     """Whether what looks like a draft is a further prompt, if no crop comes."""
-    before: np.ndarray | int = 0
-    """Tokens that each row (B,) had read before it."""
-    step: dict[str, Any] = field(default_factory=dict)
+    block: bool = False
+    """Whether the new tokens see each other all, later ones too; else causally."""
     token_ids: Int[Tensor, "B Q"] | None = None
     images: Images | None = None
     mask: Tensor | None = None
     """The padding mask (B, W) over all columns read so far; None: no padding."""
+    observe: Any = None
+    """Called with each layer's view, before any decision."""
     greedy: Int[Tensor, "B K"] | None = None
     """What the model would say after each of the pass's last K columns; set when a prompt's pass is over."""
     narrow: Narrow | None = None
-    observe: Any = None
-    """Called with each layer's view, before any decision."""
+    steps: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """What the layers share for the length of the pass, by group."""
+    waiting: dict[int, Queries] = field(default_factory=dict)
+    """Queries of the layers (by ordinal) whose events wait for a crop."""
 
-    def cropped(self, columns: int) -> "Pass":
+    number: int = 0
+    """The how-manieth pass of its rows it is, from 1; 0: no layer has attended yet."""
+    before: np.ndarray | int = 0
+    """Tokens that each row (B,) had read before it."""
+    ones: bool = True
+    """Whether no new token is padding."""
+    valid: Bool[Tensor, "B Q"] | None = None
+    """Which of the new tokens are not padding."""
+    positions: Int[Tensor, "B Q"] | None = None
+    """Where in the text each new token stands."""
+    step: bool = False
+    """Whether each row reads one generated token, nothing is moved, read selectively, observed or put off."""
+    parts: tuple[Part, ...] = ()
+    """Whose events come when a layer has attended."""
+    asks: frozenset[str] = frozenset()
+    """What the attention kernels should leave for them."""
+    late: bool = False
+    """Whether events come when layers are stored (`after_layer`, `after_forward`)."""
+
+    def shared(self, group: int) -> dict[str, Any]:
+        """The context that the layers of the pass share, of one group's method."""
+        return self.steps.setdefault(group, {})
+
+    def cropped(self, columns: int) -> "Plan":
         """The same pass without its last columns."""
         if not columns:
             return self
@@ -71,16 +118,4 @@ def narrowed(wanted: Propagate, queries: Queries, layer: int) -> Narrow:
     mask |= queries.valid & (queries.valid.flip(1).cumsum(1).flip(1) == 1)  # each row's last
     number = max(1, int(mask.sum(1).max()))
     columns = torch.argsort(mask.byte(), dim=1, stable=True)[:, -number:]  # shorter rows are padded on the left
-    valid, positions = mask.gather(1, columns), queries.positions.gather(1, columns)
-    counts = queries.valid.sum(1).cpu().numpy().astype(np.int64)
-    return Narrow(layer, columns, valid, positions, counts, mask.shape[1])
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A point in a layer's life to which it can be rewound."""
-
-    seen: np.ndarray
-    prompt: np.ndarray
-    width: int
-    counts: list[np.ndarray]
+    return Narrow(layer, columns, mask.gather(1, columns), queries.positions.gather(1, columns))

@@ -1,5 +1,7 @@
 """Two layers that hold one direction for each token: what a `Share` does to their segments."""
 
+from typing import cast
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
@@ -32,14 +34,8 @@ def share(lower: Stored, upper: Stored, wish: Share, seen: np.ndarray, prompt: n
 
 
 def _segment(stored: Stored, side: int) -> DepthSegment:
-    """The segment of shared directions, an empty one if there is none."""
-    for _, segment in stored.segments[1:]:
-        if isinstance(segment, DepthSegment) and segment.side == side:
-            return segment
-    form = Depth(side)
-    made = form.segment(stored.open.dense())
-    stored.segments.append((form, made))
-    return made
+    """The segment of shared directions, an empty one if there was none."""
+    return cast(DepthSegment, stored.of(Depth(side)))
 
 
 def _move(
@@ -52,8 +48,8 @@ def _move(
     both &= due.to(device)[:, None, None]
     new = torch.zeros_like(both) if begins is None else both & (mine.positions >= begins.to(device)[:, None, None])
     other = theirs if there is None else theirs.take(there)
-    chosen = wish.choose(Pair(mine, other, both, new, below.state))
-    below.state = chosen.state
+    chosen = wish.choose(Pair(mine, other, both, new, below.memory))
+    below.memory = chosen.state
     moved = chosen.mask & both
     left = theirs.valid & ~(moved if there is None else _back(moved, there, theirs.valid))
     if not bool(moved.any()):

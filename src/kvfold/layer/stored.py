@@ -1,38 +1,62 @@
-"""What a layer stores: its segments, read and written as one row of tokens."""
+"""What a layer stores: its segments, read as one row of tokens. Knows no method."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold import ops
-from kvfold.formats import Chunk, DenseSegment, DepthSegment, Format, PagedSegment, Segment, join
+from kvfold.formats import POSITION, Chunk, Format, Segment, Spec, join
 from kvfold.rotation import Compact
-from kvfold.views import LayerView
+
+Answer = tuple[Float[Tensor, "B H G Q Dv"], Float[Tensor, "B H G Q"], Float[Tensor, "B H G Q T"] | None]
 
 
 class Stored:
-    """The segments of one layer. The first is dense and takes what is appended; `Store` opens others."""
+    """The segments of one layer. New tokens of row b go to segment `opened[b]`; `Store` opens others."""
 
-    def __init__(self, segments: Sequence[tuple[Format, Segment]] = ()):
-        self.segments = list(segments)
+    def __init__(
+        self, spec: Spec, segments: Sequence[tuple[Format, Segment]] = (), opened: np.ndarray | None = None,
+        ordered: bool = True,
+    ):  # fmt: skip
+        self.spec, self.segments = spec, list(segments)
+        self.opened = np.zeros(spec.rows, dtype=np.int64) if opened is None else opened
+        self.ordered = ordered  # whether each segment holds its tokens in the order of the text
+
+    def number(self, form: Format) -> int:
+        """The place of the segment of this format among ours; an empty one is opened where there is none."""
+        for place, (known, _) in enumerate(self.segments):
+            if known == form:
+                return place
+        self.segments.append((form, form.open(replace(self.spec, rows=len(self.opened)))))
+        return len(self.segments) - 1
+
+    def of(self, form: Format) -> Segment:
+        """The segment of this format."""
+        return self.segments[self.number(form)][1]
 
     @property
-    def open(self) -> DenseSegment:
-        """The segment that new tokens go to."""
-        segment = self.segments[0][1]
-        assert isinstance(segment, DenseSegment)
-        return segment
+    def lone_open(self) -> Segment | None:
+        """The segment that all rows' new tokens go to, if it is one."""
+        first = int(self.opened[0]) if len(self.opened) else 0
+        return self.segments[first][1] if bool((self.opened == first).all()) else None
+
+    @property
+    def open(self) -> Segment:
+        """The segment that the first row's new tokens go to."""
+        return self.segments[int(self.opened[0])][1]
 
     def bytes_beside(self, counted: set[int]) -> int:
         """Bytes of all segments, without the pools that are `counted` (by id) already; ours are then, too."""
-        total = sum(segment.nbytes for _, segment in self.segments)
-        pools = [segment.pool for _, segment in self.segments if isinstance(segment, PagedSegment)]
-        total -= sum(pool.nbytes for pool in pools if id(pool) in counted)
-        counted |= {id(pool) for pool in pools}
-        return total
+        return sum(segment.bytes_beside(counted) for _, segment in self.segments) + self.opened.nbytes
+
+    def row_nbytes(self) -> np.ndarray:
+        """Bytes that each sequence's tokens take, (B,)."""
+        total: np.ndarray = sum((segment.row_nbytes() for _, segment in self.segments), np.zeros(len(self.opened)))
+        return total.astype(np.int64)
 
     @property
     def empty(self) -> bool:
@@ -41,20 +65,28 @@ class Stored:
 
     def counts(self) -> np.ndarray:
         """Tokens of each (row, head), (B, H)."""
+        if len(self.segments) == 1:
+            return self.segments[0][1].counts()
         counts: np.ndarray = sum(segment.counts() for _, segment in self.segments)  # type: ignore[assignment]
         return counts
 
     def lengths(self) -> np.ndarray:
-        """Slots of each (row, head) in what `tokens` gives, (B, H): of several segments it has no holes."""
-        lone = not any(segment.longest for _, segment in self.segments[1:])
-        return self.open.table.lengths.reshape(-1, self.open.heads) if lone else self.counts()
+        """Slots of each (row, head) in what `tokens` gives, (B, H): where those are put in order there are no holes."""
+        held = [segment for _, segment in self.segments if segment.longest]
+        return held[0].lengths() if len(held) == 1 and self.ordered else self.counts()
+
+    def bounds(self) -> tuple[int, ...]:
+        """Where each segment's slots end, counted through all."""
+        return tuple(np.cumsum([segment.longest for _, segment in self.segments]).tolist())
 
     def tokens(self) -> tuple[Chunk, Int[Tensor, "B H T"] | None]:
         """All tokens in the order of the text, and where they lie (see `LayerView.order`)."""
         chunks = [segment.dense() for _, segment in self.segments if segment.longest]
-        if len(chunks) < 2:
-            return (chunks[0] if chunks else self.open.dense()), None
+        if not chunks:
+            return self.segments[0][1].dense(), None
         tokens = join(chunks)
+        if len(chunks) == 1 and self.ordered:
+            return tokens, None
         last = torch.iinfo(torch.int32).max
         order = torch.argsort(tokens.positions.masked_fill(~tokens.valid, last), dim=-1, stable=True)
         return tokens.take(order), order
@@ -73,88 +105,69 @@ class Stored:
         return as_stored(torch.arange(order.shape[-1], device=order.device).expand_as(order), order)
 
     def attend(
-        self,
-        q: Float[Tensor, "B H G Q D"],
-        scale: float,
-        compact: Compact | None,
-        read: Tensor | None,
+        self, q: Float[Tensor, "B H G Q D"], scale: float, compact: Compact | None, read: Tensor | None, weights: bool
+    ) -> Answer:
+        """(out, lse) over all segments, merged; `weights` (see `Segment.attend`) of all their slots."""
+        parts, start = [], 0
+        for _, segment in self.segments:
+            stop = start + segment.longest
+            if stop > start or (segment is self.segments[-1][1] and not parts):
+                here = None if read is None else read[..., start:stop]
+                turn = None if compact is None else compact.of(start, stop)
+                parts.append(segment.attend(q, scale, read=here, compact=turn, weights=weights))
+            start = stop
+        return _merged(parts, weights)
+
+    def step(
+        self, q: Float[Tensor, "B H G 1 D"], k: Tensor, v: Tensor, positions: Int[Tensor, "B 1"], scale: float,
         weights: bool,
-    ) -> tuple[Float[Tensor, "B H G Q Dv"], Float[Tensor, "B H G Q"], Float[Tensor, "B H G Q T"] | None]:
-        """(out, lse) over all segments, merged; `weights` (see `Segment.attend`) are those of a lone one."""
-        parts, start, left = [], 0, None
+    ) -> Answer:  # fmt: skip
+        """One generated token a row: stored, and all that is stored attended over."""
+        if len(self.segments) == 1:
+            return self.segments[0][1].step(q, k, v, positions, scale, weights=weights)
+        own, parts = self.lone_open, list[Answer]()
+        if own is None:
+            self.append(new_tokens(k, v, None, positions), even=True)
         for _, segment in self.segments:
-            stop = start + segment.longest
-            here = None if read is None else read[..., start:stop]
-            turn = None if compact is None else compact.of(start, stop)
-            out, lse, left = segment.attend(q, scale, read=here, compact=turn, weights=weights)
-            parts.append((out, lse))
-            start = stop
-        return *ops.merge(parts), left
+            if segment is own:
+                parts.append(segment.step(q, k, v, positions, scale, weights=weights))
+            elif segment.longest:
+                parts.append(segment.attend(q, scale, weights=weights))
+        return _merged(parts, weights)
 
-    def commit(self, view: LayerView, new: Chunk | None, *, slack: bool = False) -> None:
-        """Hold what the view says. `new`: its last slots are not stored yet. `slack`: see `Segment.keep`."""
-        tokens, homes = view.tokens, view.formats
-        staying = tokens.valid.clone() if homes else tokens.valid
-        for _, mask in homes:
-            staying &= ~mask
-        if homes:  # what `keep` is about to overwrite
-            columns = {name: column.clone() for name, column in tokens.columns.items()}
-            tokens = Chunk(tokens.keys.clone(), tokens.values.clone(), tokens.valid, columns)
-        # What is not stored yet, or in a format that is not written token by token, is written with the rest.
-        in_place = new is None and not any(segment.longest for _, segment in self.segments[1:])
-        if view.rewritten or (view.amended and not in_place):
-            self._replace(tokens, staying)
-        else:
-            for amend in view.amended:
-                self.open.amend(amend.slots, amend.keys, amend.values)
-            self._keep(view, staying, slack)
-            if new is not None:
-                start = staying.shape[-1] - new.valid.shape[-1]
-                columns = {name: column[..., start:] for name, column in tokens.columns.items()}
-                self.open.append(new.but(staying[..., start:], columns))
-        for form, mask in homes:
-            home = next((s for f, s in self.segments[1:] if f == form), None)
-            if home is None:
-                home = form.segment(tokens)
-                self.segments.append((form, home))
-            home.append(tokens.but(tokens.valid & mask))
-
-    def _replace(self, tokens: Chunk, staying: Tensor) -> None:
-        tokens = Chunk(tokens.keys, tokens.values, staying, tokens.columns)  # looked at before it is cleared
-        shared = [(form, segment) for form, segment in self.segments if isinstance(segment, DepthSegment)]
-        for _, segment in self.segments:
-            segment.drop_tokens() if isinstance(segment, DepthSegment) else segment.clear()
-        self.segments = [self.segments[0], *shared]  # what was gone through for tokens to share, and what it told
-        self.open.append(tokens)
-
-    def _keep(self, view: LayerView, staying: Tensor, slack: bool) -> None:
-        keep = as_stored(staying, view.order)
-        columns = {name: as_stored(view.columns[name], view.order) for name in view.changed}
-        start = 0
-        for _, segment in self.segments:
-            stop = start + segment.longest
-            if stop > start:
-                here = {name: column[..., start:stop] for name, column in columns.items()}
-                segment.keep(keep[..., start:stop], here, slack=slack)
-            start = stop
+    def append(self, chunk: Chunk, *, even: bool = False) -> None:
+        """Add the chunk's valid tokens to the segments that are open for their rows; `even`: all are valid."""
+        own = self.lone_open
+        if own is not None:
+            own.append(chunk, even=even)
+            return
+        for number in np.unique(self.opened):
+            ours = torch.from_numpy(self.opened == number).to(chunk.valid.device)[:, None, None]
+            self.segments[number][1].append(chunk.but(chunk.valid & ours))
 
     def unfold(self) -> None:
-        """Hold everything in the first segment, as it is read."""
+        """Hold everything in the open segments, as it is read."""
         tokens, _ = self.tokens()
-        self._replace(tokens, tokens.valid)
-
-    def drop_from(self, limit: Int[Tensor, "B 1 1"]) -> None:
-        """Drop the tokens whose text position is `limit` or later."""
+        tokens = Chunk(tokens.keys.clone(), tokens.values.clone(), tokens.valid.clone(), dict(tokens.columns))
         for _, segment in self.segments:
-            if isinstance(segment, DepthSegment):
-                segment.upto = np.minimum(segment.upto, limit.flatten().cpu().numpy())
+            segment.drop_tokens()
+        self.append(tokens)
+        self.ordered = True
+
+    def drop_from(self, limit: np.ndarray) -> None:
+        """Drop the tokens whose text position is `limit` (B,) or later."""
+        for _, segment in self.segments:
+            segment.cropped(limit)
             if segment.longest:
-                stored = segment.dense()
-                stays = stored.valid & (stored.positions < limit)
-                if bool((stays == (stored.valid & (stored.valid.cumsum(-1) <= stays.sum(-1, keepdim=True)))).all()):
+                valid, columns = segment.columns()
+                first = torch.from_numpy(limit).to(valid.device)[:, None, None]
+                stays = valid & (columns[POSITION] < first)
+                if bool((stays == (valid & (valid.cumsum(-1) <= stays.sum(-1, keepdim=True)))).all()):
                     segment.truncate(stays.sum(-1).cpu().numpy(), slack=True)
-                else:  # tokens that `Store` moved here did not come in the order of the text
+                else:  # tokens that were moved here did not come in the order of the text
                     segment.keep(stays, {})
+
+    # -- the cache operations --------------------------------------------------------------------------------
 
     def select(self, rows: np.ndarray) -> None:
         """Row i becomes what row `rows[i]` was; pages are shared until one of the sharers writes."""
@@ -162,16 +175,43 @@ class Stored:
         for (_, old), (_, new) in zip(self.segments, chosen, strict=True):
             old.clear()
             new.compact()
-        self.segments = chosen
+        self.segments, self.opened = chosen, self.opened[rows]
+        self.spec = replace(self.spec, rows=len(rows))
 
-    def fork(self, batch: int) -> "Stored":
+    def join(self, other: "Stored") -> None:
+        """Take the rows of another batch behind ours; `other` is used up. Formats that one of us lacks are opened."""
+        mine, theirs = len(self.opened), len(other.opened)
+        places = [self.number(form) for form, _ in other.segments]
+        for form, _ in self.segments:
+            other.number(form)
+        for form, segment in self.segments:
+            segment.join(other.of(form))
+        self.opened = np.concatenate([self.opened, np.array(places, dtype=np.int64)[other.opened]])
+        self.spec, self.ordered = replace(self.spec, rows=mine + theirs), self.ordered and other.ordered
+
+    def fork(self) -> "Stored":
         """The same over the same pages."""
-        return Stored([(form, segment.select(np.arange(batch))) for form, segment in self.segments])
+        everyone = np.arange(len(self.opened))
+        segments = [(form, segment.select(everyone)) for form, segment in self.segments]
+        return Stored(self.spec, segments, self.opened, self.ordered)
 
     def clear(self) -> None:
         """Drop everything."""
         for _, segment in self.segments:
             segment.clear()
+        self.ordered = True
+
+
+def _merged(parts: list[Answer], weights: bool) -> Answer:
+    """Partial answers as one; weights of all of them, or None where one has none."""
+    if len(parts) == 1:
+        return parts[0]
+    out, lse = ops.merge([part[:2] for part in parts])
+    if not weights or any(part[2] is None for part in parts):
+        return out, lse, None
+    shares = [torch.exp(own - lse).nan_to_num(0.0)[..., None] for _, own, _ in parts]
+    lefts = [left for _, _, left in parts if left is not None]
+    return out, lse, torch.cat([left * share for left, share in zip(lefts, shares, strict=True)], -1)
 
 
 def as_stored(slots: Tensor, order: Tensor | None) -> Tensor:
@@ -180,3 +220,10 @@ def as_stored(slots: Tensor, order: Tensor | None) -> Tensor:
         return slots
     old = slots[..., : order.shape[-1]]
     return torch.cat([torch.empty_like(old).scatter(-1, order, old), slots[..., order.shape[-1] :]], -1)
+
+
+def new_tokens(k: Tensor, v: Tensor, valid: Bool[Tensor, "B Q"] | None, positions: Int[Tensor, "B Q"]) -> Chunk:
+    """Tokens that a pass brings, at these places in the text; `valid`: those that are not padding, None: all."""
+    wide = positions[:, None].expand(-1, k.shape[1], -1)
+    real = torch.ones((), dtype=torch.bool, device=k.device) if valid is None else valid[:, None]
+    return Chunk(k.detach(), v.detach(), real.expand(wide.shape), {POSITION: wide})

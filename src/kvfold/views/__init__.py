@@ -1,7 +1,7 @@
 """What a method sees, and what it may decide."""
 
 from kvfold.views.layer_view import ATTENTION, COLUMN_SUMS, IMAGE, LayerView, fade_of, faded
-from kvfold.views.place import HiddenView, Place
+from kvfold.views.place import HiddenView, Place, Site
 from kvfold.views.prompts import CacheView, PromptView, RawPrompt
 from kvfold.views.queries import Images, Queries
 
@@ -17,6 +17,7 @@ __all__ = [
     "PromptView",
     "Queries",
     "RawPrompt",
+    "Site",
     "fade_of",
     "faded",
 ]

@@ -53,6 +53,10 @@ class LayerView:
     """Columns that a `Keep` set."""
     order: Int[Tensor, "B H S"] | None = None
     """Where the stored tokens lie in the layer's segments, counted through them; None: in this order."""
+    bounds: tuple[int, ...] = ()
+    """Where each segment's slots end, counted so."""
+    held: tuple[Format, ...] = ()
+    """The segments' formats."""
     memo: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     """Attention worked out so far, by the kernels of the pass or when first asked for: `COLUMN_SUMS` (B, H, T) and
     `ATTENTION` (B, H, G, Q, T) of all queries."""
@@ -98,6 +102,15 @@ class LayerView:
     def heads(self) -> int:
         """KV heads."""
         return self.valid.shape[1]
+
+    @cached_property
+    def home(self) -> Int[Tensor, "B H T"]:
+        """Which segment holds each token, a place in `held`; -1: none yet. Slots without a token say nothing."""
+        slots = torch.arange(self.valid.shape[-1], device=self.valid.device).expand(self.valid.shape)
+        if self.order is not None:
+            slots = torch.cat([self.order, slots[..., self.order.shape[-1] :]], -1)
+        ends = torch.tensor(self.bounds or (0,), device=slots.device)
+        return torch.bucketize(slots.contiguous(), ends, right=True).masked_fill(slots >= ends[-1], -1)
 
     @cached_property
     def count(self) -> Int[Tensor, "B H"]:
@@ -231,6 +244,20 @@ class LayerView:
             start = torch.full(self.keys.shape[:2], self.keys.shape[2] - self.new)
         lse = lse + fading[:, None]  # a probability is exp(logit - lse)
         return ops.column_sums(self.queries.states, self.keys, lse, self.place.scale, start, self.columns.get(LOG_MASS))
+
+    def of_rows(self, rows: Int[Tensor, " N"], place: Place, names: Collection[str]) -> "LayerView":
+        """Some rows of the batch, at their `place`, with the columns `names`: what the method sees that decides."""
+        tokens = self.tokens
+        columns = {name: column[rows] for name, column in tokens.columns.items() if name in names}
+        return LayerView(
+            LateChunk(lambda: tokens.keys[rows], lambda: tokens.values[rows], tokens.valid[rows], columns),
+            self.queries.of_rows(rows),
+            place,
+            order=None if self.order is None else self.order[rows],
+            bounds=self.bounds,
+            held=self.held,
+            memo={name: found[rows] for name, found in self.memo.items()},
+        )
 
     def apply(self, decision: Decision) -> "LayerView":
         """The view after a decision; what the next method of a composition sees, and what is stored in the end."""

@@ -12,6 +12,21 @@ from kvfold.views.queries import Images
 
 
 @dataclass(frozen=True)
+class Site:
+    """A layer that is on pages: what stays the same of it as long as its cache lives."""
+
+    layer: int
+    """Index among the model's layers."""
+    ordinal: int
+    """Index among the layers that the cache holds on pages; budgets are split over those."""
+    paged: tuple[int, ...]
+    """Model indices of all layers that are on pages."""
+    depth: int
+    """Layers of the model."""
+    rope: Rope | None = None
+
+
+@dataclass(frozen=True)
 class Place:
     """Where in the model and in the text a view stands."""
 

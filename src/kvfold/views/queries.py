@@ -32,6 +32,11 @@ class Queries:
             read=None if self.read is None else self.read[:, :, which],
         )
 
+    def of_rows(self, rows: Int[Tensor, " N"]) -> "Queries":
+        """Those of some rows of the batch."""
+        start, read = (None if x is None else x[rows] for x in (self.start, self.read))
+        return Queries(self.states[rows], self.valid[rows], self.lse[rows], self.positions[rows], start, read)
+
     def last(self, count: int) -> "Queries":
         """The last `count` of each row, padding before them; the first of a row that has fewer are not valid."""
         slots = torch.argsort(self.valid.byte(), dim=1, stable=True)[:, max(0, self.valid.shape[1] - count) :]
@@ -53,6 +58,10 @@ class Images:
     """Tokens that each row had read before."""
     flags: Bool[Tensor, "B Q"]
     """Of each row's n-th new token, padding not counted."""
+
+    def of_rows(self, rows: Int[Tensor, " N"]) -> "Images":
+        """Those of some rows of the batch."""
+        return Images(self.start[rows], self.flags[rows])
 
     def at(self, positions: Int[Tensor, "B H T"]) -> Bool[Tensor, "B H T"]:
         """The flags by text position; False for what the pass did not bring."""

@@ -1,7 +1,8 @@
 """Forward hooks on a model: its passes tell their cache what they read, in what order, and which tokens go on."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,8 +10,9 @@ from transformers import PreTrainedModel
 
 from kvfold.hf import attention
 from kvfold.hf.anatomy import attention_modules, text_decoder
-from kvfold.hf.call.call import begin, end, forgive
+from kvfold.hf.call.call import greedy_of
 from kvfold.hf.call.chunks import put_together, read_ahead
+from kvfold.hf.call.host import Host
 from kvfold.hf.call.images import check_ids, find_images, refuse_pixels
 from kvfold.hf.call.narrow import before_layer
 from kvfold.hf.call.rewriting import reread
@@ -18,9 +20,6 @@ from kvfold.hf.images import image_ids
 from kvfold.hf.layers import PagedLayer
 from kvfold.methods.base import Method
 from kvfold.warm import warm_up
-
-if TYPE_CHECKING:
-    from kvfold.hf.cache import Cache
 
 
 def use_kvfold(model: PreTrainedModel) -> None:
@@ -73,32 +72,32 @@ def watch_text(model: PreTrainedModel) -> None:
         model._kvfold_text_hooks = (text_decoder(model).register_forward_pre_hook(_before_text, with_kwargs=True),)
 
 
+def _cache_of(kwargs: dict[str, Any]) -> Host | None:
+    cache = kwargs.get("past_key_values")
+    return cache if isinstance(cache, Host) else None
+
+
 def _before_text(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     cache = _cache_of(kwargs)
-    if cache is not None and "images" in cache.method.asks and module is not cache.model:
+    if cache is None or module is cache.model:
+        return
+    if any("images" in group.method.asks for group in cache.rows.groups):
         tokens = kwargs.get("input_ids", args[0] if args else None)
         tokens = kwargs["inputs_embeds"] if tokens is None else tokens
         check_ids(cache, tokens.shape[1])
 
 
-def _before_attention(index: int) -> Any:
+def _before_attention(index: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = _cache_of(kwargs)
-        layer = None if cache is None or not cache.method.listens("admit") else cache.layers[index]
+        layer = None if cache is None or not cache.rows.listens("admit") else cache.layers[index]
         if isinstance(layer, PagedLayer):
             layer.entering = kwargs.get("hidden_states", args[0] if args else None)
 
     return hook
 
 
-def _cache_of(kwargs: dict[str, Any]) -> "Cache | None":
-    from kvfold.hf.cache import Cache  # a cache sets these hooks
-
-    cache = kwargs.get("past_key_values")
-    return cache if isinstance(cache, Cache) else None
-
-
-def _before_layer(index: int) -> Any:
+def _before_layer(index: int) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         cache = _cache_of(kwargs)
         return None if cache is None else before_layer(cache, index, args, kwargs)
@@ -111,54 +110,57 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
     if cache is None or _inner(cache, module):
         return None
     refuse_pixels(cache, kwargs)
-    changed = None
-    if _outermost(cache, module):
-        forgive(cache)
-    if cache._chunks is not None and cache._chunks[0] is module:
-        cache._chunks = None  # of a call that failed
-    if not cache.recording or cache._unheard is not None:
+    changed, own = None, _outermost(cache, module)
+    if own:
+        cache.forgive()
+    if not cache.pending.recording or cache.pending.unheard is not None:
         cache.settle_pending()
-    if _outermost(cache, module):
+    if own:
         other, after = reread(cache, args, kwargs), cache.reading
         if other is not None:
             kwargs, after = other
             args, changed = (), ((), kwargs)
-        cache._begun = begin(cache, after)
-    if cache.prefill_chunk is not None:
-        if cache.recording:
+        cache.begin_call(after)
+    cache.call.chunks = None  # of a call that failed
+    if cache.prefill_chunk is not None and not cache.mode.whole:
+        if cache.pending.recording:
             raise ValueError(f"prefill_chunk={cache.prefill_chunk} can't be combined with assisted decoding")
-        with cache.prefilling(), cache.in_parts():
+        with cache.within(prefilling=True, parts=True):
             ahead = read_ahead(module, args, kwargs, cache.prefill_chunk)
         if ahead is not None:
-            kwargs, cache._chunks = ahead[0], (module, ahead[1])
+            kwargs, cache.call.chunks = ahead[0], (module, ahead[1])
             args, changed = (), ((), kwargs)
             cache.settle_pending()
     ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
     if ids is None and module is not cache.model:
         return changed  # the text decoder of the model that got the ids
-    cache._token_ids, cache._pass = (ids if isinstance(ids, torch.Tensor) else None), None
-    cache._mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-    cache._images = find_images(cache, cache._token_ids, cache._mask)
+    call = cache.call
+    call.token_ids, call.plan = (ids if isinstance(ids, torch.Tensor) else None), None
+    call.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+    call.images = find_images(cache, call.token_ids, call.mask)
     return changed
 
 
 def _after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     cache = _cache_of(kwargs)
-    if cache is not None and not _inner(cache, module):
-        cache.check_consumed()
-        if cache._chunks is not None and cache._chunks[0] is module:
-            kept, cache._chunks = cache._chunks[1], None
-            put_together(output, kept)
-        with end(cache) if _outermost(cache, module) else nullcontext():
-            chosen = isinstance(kwargs.get("logits_to_keep"), torch.Tensor)  # columns in an order that nobody knows
-            cache.finish(None if chosen else output)
+    if cache is None or _inner(cache, module):
+        return
+    cache.check_consumed()
+    call = cache.call
+    if call.chunks is not None and call.chunks[0] is module:
+        (_, kept), call.chunks = call.chunks, None
+        put_together(output, kept)
+    plan, call.plan, call.token_ids, call.mask, call.images = call.plan, None, None, None, None
+    chosen = isinstance(kwargs.get("logits_to_keep"), torch.Tensor)  # columns in an order that nobody knows
+    with cache.ending() if _outermost(cache, module) else nullcontext():
+        cache.finish(plan, lambda read: greedy_of(None if chosen else output, read))
 
 
-def _outermost(cache: "Cache", module: nn.Module) -> bool:
+def _outermost(cache: Host, module: nn.Module) -> bool:
     """Whether a call is the caller's own, not a chunk of one."""
-    return module is cache.model and not cache.parts
+    return module is cache.model and not cache.mode.parts
 
 
-def _inner(cache: "Cache", module: nn.Module) -> bool:
+def _inner(cache: Host, module: nn.Module) -> bool:
     """Whether a call is a part of the model's: of a body that was once given a cache of its own, and so has hooks."""
-    return module is not cache.model and cache._begun is not None
+    return module is not cache.model and cache.call.marks is not None

@@ -1,26 +1,22 @@
 """Layers that see only some of a prompt's tokens: hidden states, positions and masks shrink between two layers."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from kvfold.hf.call.host import Host
 from kvfold.hf.layers import WindowLayer
 from kvfold.layer.plan import Narrow
 
-if TYPE_CHECKING:
-    from kvfold.hf.cache import Cache
-
 
 def before_layer(
-    cache: "Cache", index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    cache: Host, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The arguments of decoder layer `index` for the tokens that get so far; None: as they are."""
-    this = cache._pass
-    narrow = None if this is None or this.narrow is None or index <= this.narrow.after else this.narrow
-    layer = cache.layers[index]
-    window = layer if isinstance(layer, WindowLayer) else None
+    plan, window = cache.call.plan, cache.window(index)
+    narrow = None if plan is None or plan.narrow is None or index <= plan.narrow.after else plan.narrow
     if narrow is None and (window is None or window.places is None):
         return None
     if not args or not isinstance(kwargs.get("position_embeddings"), tuple):
@@ -51,19 +47,19 @@ def _pick(x: Tensor, columns: Int[Tensor, "B N"]) -> Tensor:
 
 
 def _window_mask(
-    cache: "Cache", layer: WindowLayer, states: Tensor, narrow: Narrow | None, kwargs: dict[str, Any]
+    cache: Host, layer: WindowLayer, states: Tensor, narrow: Narrow | None, kwargs: dict[str, Any]
 ) -> Bool[Tensor, "B 1 N K"]:
     """Which of a window's tokens each new one sees, by text position: slots no longer stand side by side in the text.
 
     Also notes the positions of what the layer holds from now on.
     """
-    if cache.recording:
+    if cache.pending.recording:
         raise ValueError(f"method={cache.method} has narrowed a window layer's text: no assisted decoding with it")
-    new, padding = states.shape[1], None if cache._mask is None else cache._mask.bool().to(states.device)
+    new, padding = states.shape[1], None if cache.call.mask is None else cache.call.mask.bool().to(states.device)
     if narrow is not None:
         here = narrow.positions.long().masked_fill(~narrow.valid, -1).to(states.device)
     else:
-        here = kwargs["position_ids"].expand(cache.batch_size, -1).to(states.device)
+        here = kwargs["position_ids"].expand(cache.rows.batch, -1).to(states.device)
         if padding is not None:  # the caller's positions may count padding
             here = (padding.cumsum(1) - 1).masked_fill(~padding, -1)[:, -new:]
     held = layer.keys.shape[-2] if layer.is_initialized else 0

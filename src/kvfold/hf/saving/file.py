@@ -3,8 +3,9 @@
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,17 +13,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from kvfold.formats import Chunk, Dense, Depth, DepthSegment
-from kvfold.hf.call.rewriting import Reading
-from kvfold.hf.layers import PagedLayer, WindowLayer
-from kvfold.hf.saving.depth import load_depth, own_planes, save_depth
+from kvfold.formats import Segment, Spec, format_from, format_to
+from kvfold.hf.beside import is_window, restore, state_of
+from kvfold.hf.call.host import Host
+from kvfold.hf.call.reading import Reading
+from kvfold.hf.layers import PagedLayer
 from kvfold.hf.saving.fingerprint import fields_of, fingerprint, modules_of
 from kvfold.layer.layer import KVLayer
-
-if TYPE_CHECKING:
-    from kvfold.hf.cache import Cache
+from kvfold.layer.plan import Group
+from kvfold.layer.stored import Stored
 
 VERSION = "2"
 READING = ("valid", "places", "given")
@@ -35,30 +35,26 @@ def _device(model: PreTrainedModel, index: int) -> torch.device:
     return next((weight.device for weight in weights if not weight.is_meta), model.device)
 
 
-def save(cache: "Cache", path: str | os.PathLike[str]) -> None:
+def save(cache: Host, path: str | os.PathLike[str]) -> None:
     """Write what the cache holds to `path`, under a temporary name first. ValueError for layers it can't write."""
     cache.settle_pending()  # a decision that waits for assisted decoding's crop would be lost
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
-    written: dict[str, DepthSegment] = {}
+    written: dict[str, Segment] = {}
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, PagedLayer):
             layers.append(_save_paged(layer.core, f"{index}", tensors, written))
-        elif isinstance(layer, DynamicSlidingWindowLayer):
-            if layer.is_initialized:
-                tensors[f"{index}.keys"] = layer.keys.contiguous()
-                tensors[f"{index}.values"] = layer.values.contiguous()
-                if isinstance(layer, WindowLayer) and layer.places is not None:
-                    tensors[f"{index}.places"] = layer.places.contiguous()
-            layers.append({"kind": "window", "length": layer.cumulative_length})
         else:
-            raise ValueError(f"layer {index} is a {type(layer).__name__}; only paged and window layers can be saved")
-    reading = cache.reading
+            said, own = state_of(layer)
+            tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in own.items()}
+            layers.append(said)
+    reading, groups = cache.reading, cache.rows.groups
     if reading is not None:
         tensors |= {f"reading.{name}": getattr(reading, name).contiguous() for name in READING}
     header = {
         "version": VERSION,
-        "method": str(cache.method),
+        "method": str(groups[0].method),
+        "groups": [_said_of(group) for group in groups] if len(groups) > 1 else None,
         "prefill_chunk": cache.prefill_chunk,
         "model": type(cache.model).__name__,
         "fields": fields_of(cache.model),
@@ -77,76 +73,98 @@ def save(cache: "Cache", path: str | os.PathLike[str]) -> None:
         raise
 
 
-def _save_paged(
-    core: KVLayer, prefix: str, tensors: dict[str, Tensor], written: dict[str, DepthSegment]
-) -> dict[str, Any]:
+def _said_of(group: Group) -> dict[str, Any]:
+    assert group.rows is not None
+    return {"method": str(group.method), "rows": group.rows.tolist(), "names": sorted(group.names)}
+
+
+def _save_paged(core: KVLayer, prefix: str, tensors: dict[str, Tensor], written: dict[str, Segment]) -> dict[str, Any]:
     formats = []
     for number, (form, segment) in enumerate(core.segments):
-        if isinstance(form, Depth) and isinstance(segment, DepthSegment):
-            formats.append(save_depth(form, segment, f"{prefix}.{number}", tensors, written))
-            continue
-        if not isinstance(form, Dense):
-            raise ValueError(f"layer {core.layer} holds a segment of format {form!r}, which can't be saved")
-        segment.keep(
-            segment.dense().valid, {}
-        )  # no gaps, so that this cache goes on in the same order as the loaded one
-        tokens = segment.dense()
-        stored = {"keys": tokens.keys, "values": tokens.values, **tokens.columns}
-        for name, plane in stored.items():
-            flat = plane[tokens.valid].contiguous()
-            tensors[f"{prefix}.{number}.{name}"] = (
-                flat.to(form.dtype) if name in ("keys", "values") and form.dtype else flat
-            )
-        counts = segment.counts()
-        formats.append(
-            {
-                "dtype": str(form.dtype).removeprefix("torch.") if form.dtype else None,
-                "page_size": form.page_size,
-                "counts": counts.tolist(),
-            }
-        )
+        name = f"{prefix}.{number}"
+        twin = next((other for other, theirs in written.items() if segment.same_pages(theirs)), None)
+        said, planes = segment.state(of=twin)
+        tensors |= {f"{name}.{plane}": tensor.contiguous() for plane, tensor in planes.items()}
+        written[name] = segment
+        formats.append({**format_to(form), **said, "of": twin})
     return {
         "kind": "paged",
         "seen": core.seen.tolist(),
         "prompt": core.prompt.tolist(),
         "width": core.width,
         "shape": core.shape,
-        "dtype": str(core.dtype).removeprefix("torch."),
+        "dtype": str(core.stored.spec.dtype).removeprefix("torch."),
+        "opened": core.stored.opened.tolist(),
+        "ordered": core.stored.ordered,
         "formats": formats,
     }
 
 
-def load(path: str | os.PathLike[str], model: PreTrainedModel) -> "Cache":
-    """Read a cache that `save` wrote. Raises ValueError where file and model don't belong together."""
-    from kvfold.hf.cache import Cache
+def load(path: str | os.PathLike[str], make: Callable[[str, int | None], Host]) -> Any:
+    """Read a cache that `save` wrote; `make` makes an empty one of a method's text and a chunk size.
 
+    Raises ValueError where file and model don't belong together.
+    """
     here = f"path={os.fspath(path)!r}"
     header, tensors = _read(path, here)
     try:
-        cache = Cache(model, header["method"], prefill_chunk=header.get("prefill_chunk"))
+        cache = make(header["method"], header.get("prefill_chunk"))
+        methods = [make(said["method"], None).method for said in header.get("groups") or ()]
     except ValueError as error:
         raise ValueError(f"{here} holds a cache that can't be made: {error}") from error
     _check_model(here, header, cache)
-    for index, state in enumerate(header["layers"]):
-        if state["kind"] == "paged":
-            _check_layer(here, index, state, tensors)
-    made: dict[str, DepthSegment] = {}
+    stores: dict[int, Stored] = {}
+    made: dict[str, Segment] = {}
     for index, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-        device = _device(model, index)
+        if state["kind"] == "paged" and state["shape"] is not None:
+            stores[index] = _stored(here, index, state, tensors, layer.core, _device(cache.model, index), made)
+    for index, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
         if state["kind"] == "paged":
-            _load_paged(layer.core, f"{index}", state, tensors, device, made)
-            layer.is_initialized = layer.core.width > 0
-        elif f"{index}.keys" in tensors:
-            keys, values = (tensors[f"{index}.{name}"].to(device) for name in ("keys", "values"))
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values, layer.cumulative_length = keys, values, state["length"]
-            if f"{index}.places" in tensors:
-                layer.places = tensors[f"{index}.places"].to(device)
+            rows = layer.core.rows
+            rows.seen, rows.prompt = (np.array(state[name], dtype=np.int64) for name in ("seen", "prompt"))
+            rows.width = rows.width_before = state["width"]
+            layer.core.stored = stores.get(index, layer.core.stored)
+            layer.is_initialized = state["width"] > 0
+        else:
+            own = _under(f"{index}.", tensors)
+            if own:
+                restore(layer, state, own, _device(cache.model, index))
+    if methods:
+        cache.rows.groups = tuple(
+            Group(method, np.array(said["rows"], dtype=np.int64), frozenset(said["names"]))
+            for method, said in zip(methods, header["groups"], strict=True)
+        )
     if header.get("reading") is not None:
-        where = cache.paged[0].device
+        where = cache.paged[0].stored.spec.device
         valid, places, given = (tensors[f"reading.{name}"].to(where) for name in READING)
         cache.reading = Reading(valid, places, given, **header["reading"])
     return cache
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, without that."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _stored(
+    here: str, index: int, state: dict[str, Any], tensors: dict[str, Tensor], core: KVLayer, device: torch.device,
+    made: dict[str, Segment],
+) -> Stored:  # fmt: skip
+    """What a paged layer's header and tensors say. ValueError unless they belong together: heads, sizes, tokens."""
+    heads, keys, values = state["shape"]
+    site, dtype = core.site, getattr(torch, state["dtype"])
+    spec = Spec(len(state["seen"]), heads, keys, values, dtype, device, layer=site.layer, rope=site.rope)
+    segments = []
+    for number, said in enumerate(state["formats"]):
+        name, form = f"{index}.{number}", format_from(said)
+        own = _under(f"{name}.", tensors)
+        twin = None if said.get("of") is None else made[said["of"]]
+        try:
+            made[name] = form.restore(spec, said, own, twin)
+        except ValueError as error:
+            raise ValueError(f"{here} is damaged: layer {index} has {error}") from error
+        segments.append((form, made[name]))
+    return Stored(spec, segments, np.array(state["opened"], dtype=np.int64), state["ordered"])
 
 
 def _read(path: str | os.PathLike[str], here: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -165,10 +183,10 @@ def _read(path: str | os.PathLike[str], here: str) -> tuple[dict[str, Any], dict
         raise ValueError(f"{here} is not a kvfold cache, or only a part of one: {error}") from error
 
 
-def _check_model(here: str, header: dict[str, Any], cache: "Cache") -> None:
+def _check_model(here: str, header: dict[str, Any], cache: Host) -> None:
     """ValueError unless the file was written for this model; it says what differs."""
     model = cache.model
-    kinds = ["paged" if isinstance(layer, PagedLayer) else "window" for layer in cache.layers]
+    kinds = ["paged" if isinstance(x, PagedLayer) else "window" if is_window(x) else "state" for x in cache.layers]
     if header["model"] != type(model).__name__ or kinds != [layer["kind"] for layer in header["layers"]]:
         raise ValueError(
             f"{here} holds a cache of a {header['model']} with {len(header['layers'])} layers; "
@@ -183,52 +201,3 @@ def _check_model(here: str, header: dict[str, Any], cache: "Cache") -> None:
             )
     if header["fingerprint"] != fingerprint(model, [core.layer for core in cache.paged]):
         raise ValueError(f"{here} holds a cache of a {type(model).__name__} with other weights than this one's")
-
-
-def _check_layer(here: str, index: int, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """ValueError unless a paged layer's tensors are what its header says: heads, head sizes, dtype, tokens."""
-    if state["shape"] is None:
-        return
-    heads, *sizes = state["shape"]
-    for number, form in enumerate(state["formats"]):
-        counts = np.array(form["counts"], dtype=np.int64).reshape(-1, heads)
-        place, dtype = form.get("of") or f"{index}.{number}", form["dtype"] or state["dtype"]
-        total = int(counts.sum())
-        planes = {name: ((total, size), dtype) for name, size in zip(("keys", "values"), sizes, strict=True)}
-        for name, wanted in {**planes, **own_planes(form, total)}.items():
-            plane = tensors.get(f"{place}.{name}")
-            found = None if plane is None else (tuple(plane.shape), str(plane.dtype).removeprefix("torch."))
-            if found != wanted or len(counts) != len(state["seen"]):
-                raise ValueError(f"{here} is damaged: layer {index} has {name} {found} where its header says {wanted}")
-
-
-def _load_paged(
-    core: KVLayer, prefix: str, state: dict[str, Any], tensors: dict[str, Tensor], device: torch.device,
-    made: dict[str, DepthSegment],
-) -> None:  # fmt: skip
-    core.seen, core.prompt = (
-        np.array(state["seen"], dtype=np.int64),
-        np.array(state["prompt"], dtype=np.int64),
-    )
-    core.width, core.device = state["width"], device
-    core.dtype = getattr(torch, state["dtype"])
-    for number, form in enumerate(state["formats"]):
-        if "side" in form:
-            sizes, dtype = state["shape"], core.dtype
-            core.segments.append(load_depth(form, f"{prefix}.{number}", tensors, sizes, dtype, device, made))
-            continue
-        counts = torch.tensor(form["counts"])
-        valid = torch.arange(int(counts.max()) if counts.numel() else 0) < counts[..., None]
-        planes = {name.split(".", 2)[2]: t for name, t in tensors.items() if name.startswith(f"{prefix}.{number}.")}
-        dense = {}
-        for name, flat in planes.items():
-            dtype = core.dtype if name in ("keys", "values") else flat.dtype
-            dense[name] = torch.zeros(*valid.shape, *flat.shape[1:], dtype=dtype)
-            dense[name][valid] = flat.to(dtype)
-            dense[name] = dense[name].to(device)
-        columns = {name: plane for name, plane in dense.items() if name not in ("keys", "values")}
-        tokens = Chunk(dense["keys"], dense["values"], valid.to(device), columns)
-        dense_form = Dense(getattr(torch, form["dtype"]) if form["dtype"] else None, form["page_size"])
-        core.shape = (valid.shape[1], tokens.keys.shape[3], tokens.values.shape[3])
-        core.segments.append((dense_form, dense_form.segment(tokens)))
-        core.segments[-1][1].append(tokens, even=bool(valid.all()))

@@ -1,0 +1,98 @@
+"""Layers that are not on pages, windows and recurrent states: how rows join them, leave, are saved and counted."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvfold.hf.layers import WindowLayer, storage_bytes
+
+STATES = ("conv_states", "recurrent_states")
+FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
+"""What transformers' layers with states hold by number: tensors, and what they remember of them."""
+
+
+def is_empty(layer: Any) -> bool:
+    """Whether a layer has read nothing."""
+    return not getattr(layer, "is_initialized", False) and not any(
+        state is not None for name in STATES for state in getattr(layer, name, {}).values()
+    )
+
+
+def check_join(mine: Any, theirs: Any) -> None:
+    """Raise ValueError where the rows of two layers can't lie side by side."""
+    for layer in (mine, theirs):
+        if isinstance(layer, WindowLayer) and layer.places is not None:
+            raise ValueError("a cache whose method narrowed a window's text can't join another one")
+        if getattr(layer, "record_past", False):
+            raise ValueError("a cache of assisted decoding can't join another one, nor be joined")
+
+
+def join_layers(mine: Any, theirs: Any) -> None:
+    """Take the rows of `theirs` behind ours. Windows end at the same column, shorter ones have padding in front."""
+    if isinstance(getattr(mine, "keys", None), Tensor):
+        most = max(mine.keys.shape[2], theirs.keys.shape[2])
+        for name in ("keys", "values"):
+            parts = [getattr(layer, name) for layer in (mine, theirs)]
+            setattr(mine, name, torch.cat([F.pad(x, (0, 0, most - x.shape[2], 0)) for x in parts]))
+    if hasattr(mine, "cumulative_length"):
+        mine.cumulative_length = max(mine.cumulative_length, theirs.cumulative_length)
+    for name in STATES:
+        held = getattr(mine, name, {})
+        for number, state in held.items():
+            if state is not None:
+                held[number] = torch.cat([state, getattr(theirs, name)[number].to(state.device)])
+
+
+def select_rows(layer: Any, rows: np.ndarray) -> None:
+    """Row i becomes what row `rows[i]` was."""
+    if not is_empty(layer):
+        layer.reorder_cache(torch.from_numpy(rows))
+
+
+def row_nbytes(layer: Any, batch: int) -> np.ndarray:
+    """Bytes of each row, (B,): all have as much."""
+    return np.full(batch, storage_bytes(layer) // max(1, batch), dtype=np.int64)
+
+
+def state_of(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a layer holds, as JSON and tensors."""
+    tensors = {name: getattr(layer, name) for name in ("keys", "values") if is_window(layer) and layer.is_initialized}
+    if is_window(layer):
+        if isinstance(layer, WindowLayer) and layer.places is not None:
+            tensors["places"] = layer.places
+        return {"kind": "window", "length": layer.cumulative_length}, tensors
+    if isinstance(getattr(layer, "keys", None), Tensor):
+        tensors |= {"keys": layer.keys, "values": layer.values}
+    for name in STATES:
+        tensors |= {f"{name}.{i}": state for i, state in getattr(layer, name, {}).items() if state is not None}
+    said = {name: list(getattr(layer, name).values()) for name in FLAGS if hasattr(layer, name)}
+    return {"kind": "state", **said}, tensors
+
+
+def restore(layer: Any, said: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Fill an empty layer with what `state_of` gave."""
+    there = {name: tensor.to(device) for name, tensor in tensors.items()}
+    if "keys" in there:
+        layer.is_initialized, layer.device, layer.dtype = True, device, there["keys"].dtype
+        layer.lazy_initialization(there["keys"], there["values"])
+        layer.keys, layer.values = there["keys"], there["values"]
+    if said["kind"] == "window":
+        layer.cumulative_length = said["length"]
+        layer.places = there.get("places")
+        return
+    for name in STATES:
+        for number in getattr(layer, name, {}):
+            state = there.get(f"{name}.{number}")
+            if state is not None:
+                getattr(layer, name)[number], layer.device, layer.dtype = state, device, state.dtype
+    for name in FLAGS:
+        if name in said:
+            setattr(layer, name, dict(enumerate(said[name])))
+
+
+def is_window(layer: Any) -> bool:
+    """Whether a layer keeps a sliding window and counts what it has read."""
+    return hasattr(layer, "sliding_window") and hasattr(layer, "cumulative_length")

@@ -1,0 +1,275 @@
+"""What hooks, prompts and files know of a cache: its layers, what it has read, and the call of the model in hand."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from transformers import Cache as HFCache
+
+from kvfold.hf.call.call import Call
+from kvfold.hf.call.pending import Pending
+from kvfold.hf.call.reading import Reading
+from kvfold.hf.layers import PagedLayer, WindowLayer, mark_of
+from kvfold.layer.late import Done, carry_out
+from kvfold.layer.layer import KVLayer
+from kvfold.layer.plan import Plan
+from kvfold.layer.rows import Rows
+from kvfold.methods.base import Decisions, Method
+from kvfold.views import LayerView
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How forward passes are taken; another one holds within a block, and a fork begins with this one."""
+
+    listening: bool = True
+    """Whether events run."""
+    prefilling: bool | tuple[int, ...] = False
+    """Whether each pass reads a part of the prompt; or which rows do, while the others read generated tokens."""
+    observe: Callable[[LayerView], None] | None = None
+    """Called with each layer's view, before any decision."""
+    parts: bool = False
+    """Whether calls of the model are parts of one whose arguments are final."""
+    whole: bool = False
+    """Whether a call is read at once, whatever the cache's `prefill_chunk`."""
+
+
+class Host(HFCache):
+    """The part of a cache that one call of the model needs."""
+
+    layers: list[Any]
+    model: Any
+    prefill_chunk: int | None
+    rows: Rows
+    paged: list[KVLayer]
+    """The layers whose tokens are on pages, in order."""
+    reading: Reading | None
+    """Where a method gave the model other tokens to read than the caller did."""
+
+    def __init__(self, layers: list[Any]):
+        super().__init__(layers=layers)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is read, and nothing waits."""
+        self.mode, self.call, self.pending, self.reading = Mode(), Call(), Pending(), None
+        self.paged = [layer.core for layer in self.layers if isinstance(layer, PagedLayer)]
+
+    @property
+    def method(self) -> Method:
+        """The method that decides. Raises ValueError where rows have different ones."""
+        return self.rows.method
+
+    def for_model(self, model: Any) -> "Host":
+        """An empty cache of a model, of this cache's kind, that keeps everything."""
+        raise NotImplementedError
+
+    def fork(self) -> "Host":
+        """A second cache with the same content."""
+        raise NotImplementedError
+
+    def prompt_of(self, plan: Plan, group: int) -> Any:
+        """The prompt of a pass that is over, as `Method.after_prompt` sees it."""
+        raise NotImplementedError
+
+    # -- forward passes --------------------------------------------------------------------------------------
+
+    def reads_prompt(self, tokens: int) -> bool:
+        """Whether a pass over so many tokens would count as a prompt, not as generated ones."""
+        return tokens > 1 or self.rows.width == 0 or bool(self.mode.prefilling)
+
+    def enter(self, ordinal: int, tokens: int) -> Plan:
+        """A paged layer is about to attend: the pass it belongs to, a new one when the layers start over."""
+        call = self.call
+        if call.plan is None or ordinal <= call.at:
+            self.settle_pending()
+            call.plan = self._plan(tokens)
+        call.at = ordinal
+        return call.plan
+
+    def _plan(self, tokens: int) -> Plan:
+        call, mode, rows = self.call, self.mode, self.rows
+        prefill, later = self.reads_prompt(tokens), self.pending.recording and rows.width > 0
+        if prefill and not later and mode.listening and rows.width:
+            self._check_further_prompt()
+        prompts = None
+        if prefill and isinstance(mode.prefilling, tuple):
+            prompts = np.isin(np.arange(rows.batch), mode.prefilling)
+        return Plan(
+            prefill=prefill and not later, turn=prefill and later, listen=mode.listening, prompts=prompts,
+            defer=self.pending.recording, observe=mode.observe, token_ids=call.token_ids, mask=call.mask,
+            images=call.images,
+        )  # fmt: skip
+
+    def _check_further_prompt(self) -> None:
+        """ValueError where a method would drop, after this prompt, tokens that their format can't drop alone."""
+        for group in self.rows.groups:
+            form = group.method.format
+            firm = form is not None and form.traits.addressed != "token" and not form.traits.requantises
+            if firm and group.method.listens("after_prefill"):
+                raise ValueError(
+                    f"method={group.method} would drop tokens of the last prompt from {form}, which drops none alone: "
+                    "give the format requantise=True, or read the text as one prompt"
+                )
+            if len(self.rows.groups) > 1 and (group.method.own_prefill or group.method.listens("after_prompt")):
+                raise ValueError(
+                    f"method={group.method} reads a prompt in its own way, which it can't beside rows of other "
+                    "methods: read it in a cache of its own, and join that"
+                )
+
+    def leave(self, ordinal: int, plan: Plan) -> None:
+        """A paged layer has stored its tokens: decisions about it and earlier ones, and after the last about all."""
+        if plan.defer:
+            self.pending.read(plan)
+        elif plan.late:
+            self._late_events(ordinal, plan)
+
+    def _late_events(self, ordinal: int, plan: Plan) -> None:
+        for number, group in enumerate(self.rows.groups):
+            method, done = group.method, Done(self.paged[: ordinal + 1], plan, number)
+            if method.listens("after_layer"):
+                self._carry_out(method.after_layer(done, ordinal), plan, number)
+            if ordinal == len(self.paged) - 1 and method.listens("after_forward"):
+                self._carry_out(method.after_forward(done), plan, number)
+
+    def _carry_out(self, decisions: Mapping[int, Decisions], plan: Plan, group: int) -> None:
+        for ordinal, made in decisions.items():
+            carry_out(self.paged, ordinal, made, plan, group)
+
+    def finish(self, plan: Plan | None, greedy: Any) -> None:
+        """A forward pass is over: `after_prompt`, unless assisted decoding is to take some of the prompt back.
+
+        `greedy`: from the pass to what the model says next, see `Plan.greedy`.
+        """
+        if plan is None or not (plan.prefill or plan.turn) or not plan.listen or not self.rows.listens("after_prompt"):
+            return
+        plan.greedy, self.pending.unheard = greedy(plan), plan
+        if not plan.defer:
+            self._hear()
+
+    def _hear(self) -> None:
+        plan, self.pending.unheard = self.pending.unheard, None
+        if plan is None or not plan.prefill:  # a draft, which was cropped
+            return
+        for number, group in enumerate(self.rows.groups):
+            if group.method.listens("after_prompt"):
+                self._carry_out(group.method.after_prompt(self.prompt_of(plan, number)), plan, number)
+
+    def settle_pending(self) -> None:
+        """Run the events that still wait for a crop: assisted decoding is over, what came last was a further turn."""
+        if self.pending.waits:
+            self.settled(self.pending.turn(self.paged))
+
+    def settled(self, plan: Plan | None) -> None:
+        """The late events of layers whose own have come, then `after_prompt`."""
+        if plan is not None and plan.listen:
+            for core in self.paged:
+                self._late_events(core.ordinal, plan)
+        self._hear()
+
+    def check_consumed(self) -> None:
+        """Raise RuntimeError if a layer got keys that no attention function has seen."""
+        layer, self.call.unread = self.call.unread, None
+        if layer is not None:
+            raise RuntimeError(
+                f"layer {layer.core.layer} of {type(self.model).__name__} updated the cache, but its attention did "
+                'not call the function registered as "kvfold" with the keys that it got: it ignores '
+                "transformers' AttentionInterface, or changes the keys first"
+            )
+
+    # -- calls of the model ----------------------------------------------------------------------------------
+
+    def forgive(self) -> None:
+        """Forget a call that failed before any layer had stored its tokens.
+
+        Raises RuntimeError where some layers hold tokens of a call that failed: what they dropped for them is gone.
+        """
+        if self.call.marks is None:
+            return
+        if tuple(map(mark_of, self.layers)) != self.call.marks:
+            raise RuntimeError(
+                "the last call of the model with this cache failed when layers had already stored its tokens: "
+                "call cache.reset() and read the text again"
+            )
+        self.call = Call()
+
+    def begin_call(self, after: Reading | None) -> None:
+        """The caller's own call of the model begins."""
+        self.call = Call(tuple(map(mark_of, self.layers)), after)
+
+    @contextmanager
+    def ending(self) -> Iterator[Call]:
+        """Within the block the call is over and its tokens count, unless the block fails, which does what is left."""
+        call, self.call = self.call, Call()
+        if call.marks is not None:
+            self.reading = call.after
+        try:
+            yield call
+        except BaseException:
+            self.call = call
+            raise
+
+    # -- modes -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def within(self, **changes: Any) -> Iterator[None]:
+        """Another mode within the block."""
+        before, self.mode = self.mode, replace(self.mode, **changes)
+        try:
+            yield
+        finally:
+            self.mode = before
+
+    @contextmanager
+    def tentative(self, observe: Callable[[LayerView], None] | None = None) -> Iterator[None]:
+        """Forward passes inside the block leave no trace: no event runs, and what they appended is taken back.
+
+        `observe` gets every layer's view, with the queries of the pass: a draft's look-ahead, a patched prompt.
+        """
+        self.settle_pending()
+        rows, marks = self.rows.mark(), [core.mark() for core in self.paged]
+        others = [None if isinstance(x, PagedLayer) else copy.deepcopy(x) for x in self.layers]
+        call, reading, self.call = self.call, self.reading, Call()
+        try:
+            with self.within(listening=False, observe=observe):
+                yield
+        finally:
+            self.call, self.reading = call, reading
+            self.rows.rewind(rows)
+            for core, mark in zip(self.paged, marks, strict=True):
+                core.rewind(mark)
+            self.layers = [old if old is not None else new for old, new in zip(others, self.layers, strict=True)]
+
+    @contextmanager
+    def aside(self, observe: Callable[[LayerView], None] | None = None) -> Iterator[None]:
+        """Passes that leave no trace, each in one piece, and that nobody crops."""
+        before, self.pending = self.pending, Pending()
+        try:
+            with self.within(whole=True), self.tentative(observe):
+                yield
+        finally:
+            self.pending = before
+
+    def prefilling(self, rows: tuple[int, ...] | None = None) -> AbstractContextManager[None]:
+        """Every forward pass inside the block reads a part of the prompt, also one of a single token.
+
+        Outside it one token counts as generated, unless the cache is empty. For prompts that are read in chunks.
+        `rows`: those of the batch that do; the others read a generated token beside it, and padding before that.
+        """
+        return self.within(prefilling=True if rows is None else rows)
+
+    def undecided(self) -> AbstractContextManager[None]:
+        """Forward passes inside the block append, and no event runs: a method that acts in decoding lets it be."""
+        return self.within(listening=False)
+
+    def observed(self, observe: Callable[[LayerView], None]) -> AbstractContextManager[None]:
+        """Within the block `observe` gets every layer's view, before the method decides."""
+        return self.within(observe=observe)
+
+    def window(self, index: int) -> WindowLayer | None:
+        """Model layer `index`, if it is a sliding window of ours."""
+        layer = self.layers[index]
+        return layer if isinstance(layer, WindowLayer) else None

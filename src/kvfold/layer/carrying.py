@@ -1,0 +1,146 @@
+"""From what a view says to what the segments hold: only what a decision touches is written."""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from kvfold.formats import Chunk
+from kvfold.layer.stored import Stored, as_stored
+from kvfold.views import LayerView
+
+
+def commit(stored: Stored, view: LayerView, new: Chunk | None, *, slack: bool = False) -> None:
+    """Hold what the view says. `new`: its last slots are not stored yet. `slack`: see `Segment.keep`.
+
+    A token stays in its segment. One that is written over is written where it lies, if it lies in the segment that is
+    open for its row and that is addressed token by token; else it is dropped there and goes to the open segment.
+    """
+    held = view.valid.shape[-1] - (0 if new is None else new.valid.shape[-1])
+    moves = [(stored.number(form), mask) for form, mask in view.formats]
+    moves = [(number, mask & view.valid & (view.home != number)) for number, mask in moves]
+    staying = view.valid
+    for _, mask in moves:
+        staying = staying & ~mask
+    promoted = _write_over(stored, view, staying, held)
+    # What goes elsewhere is fetched before its slots are overwritten.
+    fetched = [(number, _fetch(view, mask)) for number, mask in moves]
+    fresh = _fresh(view, new, staying, promoted, held)
+    _keep(stored, view, staying if promoted is None else staying & ~promoted, held, slack)
+    if fresh is not None:
+        stored.append(fresh)
+    for number, tokens in fetched:
+        if tokens is not None:
+            stored.segments[number][1].append(tokens)
+    stored.ordered = stored.ordered and promoted is None and not (held and any(t is not None for _, t in fetched))
+
+
+def _fresh(
+    view: LayerView,
+    new: Chunk | None,
+    staying: Bool[Tensor, "B H T"],
+    promoted: Bool[Tensor, "B H T"] | None,
+    held: int,
+) -> Chunk | None:
+    """The tokens that the open segments get: new ones, and before them those that were written over elsewhere."""
+    if promoted is not None:
+        behind = torch.arange(staying.shape[-1], device=staying.device) >= held
+        return _fetch(view, staying & (promoted | behind))
+    if new is None:
+        return None
+    columns = {name: column[..., held:] for name, column in view.columns.items()}
+    if not view.rewritten and not view.amended:
+        return new.but(staying[..., held:], columns)
+    keys, values = view.keys[:, :, held:], view.values[:, :, held:]
+    if held:
+        keys, values = keys.clone(), values.clone()  # they may lie beside slots that are about to be overwritten
+    return Chunk(keys, values, staying[..., held:], columns)
+
+
+def _write_over(stored: Stored, view: LayerView, staying: Tensor, held: int) -> Bool[Tensor, "B H T"] | None:
+    """Write over stored tokens where they lie; those for which that can't be, None if there are none."""
+    if not held or not (view.rewritten or view.amended):
+        return None
+    open_for = torch.from_numpy(stored.opened).to(staying.device)[:, None, None]
+    here = (view.home == open_for) & staying
+    for number, (form, _) in enumerate(stored.segments):
+        if form.traits.addressed != "token":
+            here &= view.home != number
+    if not view.rewritten and stored.lone_open is not None and len(stored.segments) == 1 and view.order is None:
+        for amend in view.amended:  # as decode steps do: nothing but these few is looked at
+            real = amend.slots.clamp(min=0)
+            in_place = (amend.slots >= 0) & (amend.slots < held) & here.gather(-1, real)
+            stored.open.amend(torch.where(in_place, amend.slots, -1), amend.keys, amend.values)
+        slots = torch.cat([amend.slots for amend in view.amended], -1)
+        if bool(((slots < 0) | (slots >= held) | here.gather(-1, slots.clamp(min=0))).all()):
+            return None
+    touched = _touched(stored, view, held) & staying
+    inside = touched & here
+    tokens = _fetch(view, inside)
+    if tokens is not None:
+        places = _at(view, inside)
+        for number in set(stored.opened.tolist()):
+            start = 0 if number == 0 else view.bounds[number - 1]
+            ours = (view.home.gather(-1, _slots(inside)) == number) & tokens.valid
+            stored.segments[number][1].amend(torch.where(ours, places - start, -1), tokens.keys, tokens.values)
+    outside = touched & ~here
+    return outside if bool(outside.any()) else None
+
+
+def _touched(stored: Stored, view: LayerView, held: int) -> Bool[Tensor, "B H T"]:
+    """Which stored tokens have other keys or values than their segments hold."""
+    touched = torch.zeros_like(view.valid)
+    if view.rewritten:
+        old, _ = stored.tokens()
+        differs = (view.keys[:, :, :held] != old.keys).any(-1) | (view.values[:, :, :held] != old.values).any(-1)
+        touched[..., :held] = differs
+    for amend in view.amended:
+        padded = torch.cat([touched, torch.zeros_like(touched[..., :1])], -1)
+        slots = amend.slots.masked_fill(amend.slots < 0, touched.shape[-1])
+        touched = padded.scatter(-1, slots, True)[..., :-1]
+    touched[..., held:] = False
+    return touched & view.valid
+
+
+def _keep(stored: Stored, view: LayerView, staying: Tensor, held: int, slack: bool) -> None:
+    """Drop from each segment what does not stay there, and set the columns that a decision set."""
+    keep = as_stored(staying, view.order)
+    names = view.changed
+    if view.rewritten:
+        names = names | set(view.columns)
+    columns = {name: as_stored(view.columns[name], view.order) for name in names}
+    lone = len(stored.segments) == 1
+    # Formats that may refuse come first, when nothing is changed yet.
+    known = range(len(view.bounds))  # without those that were opened for this view
+    for number in sorted(known, key=lambda n: stored.segments[n][0].traits.addressed == "token"):
+        start = 0 if number == 0 else view.bounds[number - 1]
+        stop, segment = view.bounds[number], stored.segments[number][1]
+        if stop == start:
+            continue
+        here, mask = {name: column[..., start:stop] for name, column in columns.items()}, keep[..., start:stop]
+        valid = None
+        if view.rewritten:  # a rewritten token has the columns that it was given, and no others
+            valid, old = segment.columns()
+            here |= {name: torch.zeros_like(column) for name, column in old.items() if name not in view.columns}
+        if lone or here or not torch.equal(mask, segment.columns()[0] if valid is None else valid):
+            segment.keep(mask, here, slack=slack)
+
+
+def _slots(mask: Bool[Tensor, "B H T"]) -> Int[Tensor, "B H N"]:
+    """The marked slots of each (row, head), in order, as many as the most has."""
+    most = int(mask.sum(-1).max()) if mask.numel() else 0
+    return torch.argsort((~mask).byte(), dim=-1, stable=True)[..., :most]
+
+
+def _fetch(view: LayerView, mask: Bool[Tensor, "B H T"]) -> Chunk | None:
+    """The marked tokens as a chunk of their own; None where there are none."""
+    slots = _slots(mask)
+    if not slots.shape[-1]:
+        return None
+    tokens = view.tokens.take(slots)
+    return Chunk(tokens.keys, tokens.values, mask.gather(-1, slots), tokens.columns)
+
+
+def _at(view: LayerView, mask: Bool[Tensor, "B H T"]) -> Int[Tensor, "B H N"]:
+    """Where the marked tokens lie, counted through all segments."""
+    slots = _slots(mask)
+    return slots if view.order is None else view.order.gather(-1, slots.clamp(max=view.order.shape[-1] - 1))

@@ -1,0 +1,191 @@
+"""One layer in one pass: what methods see of it and what they decide, each about its own rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kvfold.formats import POSITION, Chunk, join
+from kvfold.layer.carrying import commit
+from kvfold.layer.plan import Part, Plan, narrowed
+from kvfold.layer.rows import Rows
+from kvfold.layer.stored import Stored, as_stored
+from kvfold.methods.base import decided
+from kvfold.views import ATTENTION, HiddenView, LayerView, Place, Queries, Site
+from kvfold.views.decisions import Amend, Decision, Propagate
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """A layer while a pass goes through it."""
+
+    site: Site
+    stored: Stored
+    rows: Rows
+    plan: Plan
+    scale: float
+    module: Any
+
+    def place(self, group: int = 0, rows: np.ndarray | None = None) -> Place:
+        """Where a group's view stands; `rows`: of the batch, None: all."""
+        prompt, seen, images, ids = self.rows.prompt, self.rows.seen, self.plan.images, self.plan.token_ids
+        if rows is not None:
+            chosen = torch.from_numpy(rows)
+            prompt, seen = prompt[rows], seen[rows]
+            images, ids = images and images.of_rows(chosen), None if ids is None else ids[chosen.to(ids.device)]
+        return Place(
+            **vars(self.site), scale=self.scale, module=self.module, prompt=torch.from_numpy(prompt),
+            seen=torch.from_numpy(seen), compact=self.rows.groups[group].method.compact, step=self.plan.shared(group),
+            token_ids=ids, images=images,
+        )  # fmt: skip
+
+    def view(self, queries: Queries, new: Chunk | None = None, memo: dict[str, Tensor] | None = None) -> LayerView:
+        """What is stored, and `new` behind it, of all rows; `memo` is what the kernels left, as segments have it."""
+        stored, order = self.stored.tokens()
+        segments, memo = self.stored.segments, memo or {}
+        if order is not None and ATTENTION in memo:
+            left = memo[ATTENTION]
+            memo = {**memo, ATTENTION: left.gather(-1, order[:, :, None, None].expand_as(left))}
+        bounds = (stored.valid.shape[2],) if len(segments) == 1 else self.stored.bounds()
+        if new is not None:
+            stored = join([stored, new]) if stored.valid.shape[2] else new
+        held = tuple(form for form, _ in segments)
+        return LayerView(stored, queries, self.place(), order=order, bounds=bounds, held=held, memo=memo)
+
+    def without_queries(self) -> LayerView:
+        """What is stored now."""
+        spec, batch = self.stored.spec, self.rows.batch
+        empty = torch.zeros(batch, spec.heads, 0, spec.key_size, dtype=spec.dtype, device=spec.device)
+        no_one = torch.zeros(batch, 0, dtype=torch.int32, device=spec.device)
+        return self.view(Queries(empty, no_one.bool(), empty.new_zeros(empty.shape[:3]).float(), no_one))
+
+    # -- the events of a layer -------------------------------------------------------------------------------
+
+    def decide(self, view: LayerView) -> LayerView:
+        """The view after what the methods of this pass's parts decide."""
+        parts = self.plan.parts
+        if len(parts) == 1 and parts[0].rows is None:
+            return self._run(parts[0], view)
+        found = [(part.rows, self._run(part, self.of_group(view, part.group, part.rows))) for part in parts]
+        return combined(view, found)
+
+    def of_group(self, view: LayerView, group: int, rows: np.ndarray | None) -> LayerView:
+        """A view of the rows that a group's method decides about."""
+        if rows is None:
+            return view
+        names = self.rows.groups[group].names | {POSITION}
+        return view.of_rows(torch.from_numpy(rows).to(view.valid.device), self.place(group, rows), names)
+
+    def _run(self, part: Part, view: LayerView) -> LayerView:
+        with torch.autocast(view.positions.device.type, enabled=False):
+            made = decided(getattr(part.method, part.event)(view))
+        for decision in made:
+            view = view.apply(decision)
+            if isinstance(decision, Propagate) and not self.plan.defer:
+                if self.plan.narrow is not None:
+                    raise ValueError(f"method={part.method} narrows one forward pass twice; it can only do so once")
+                self.plan.narrow = narrowed(decision, view.queries, self.site.layer)
+        if part.rows is not None:
+            self.rows.remember(part.group, frozenset(view.columns) - {POSITION})
+        return view
+
+    def read(self, q: Float[Tensor, "B Hq 1 D"], positions: Int[Tensor, "B 1"]) -> Bool[Tensor, "B H T"] | None:
+        """Which stored tokens a generated one reads, as they are stored; None: all."""
+        if not (self.plan.listen and self.rows.listens("before_attend")):
+            return None
+        lse = q.new_zeros(q.shape[:3], dtype=torch.float32)  # not known yet
+        view = self.view(Queries(q, torch.ones_like(positions, dtype=torch.bool), lse, positions))
+        mask = None
+        for i, group in enumerate(self.rows.groups):
+            some = self.of_group(view, i, group.rows)
+            decision = group.method.before_attend(some) if group.method.listens("before_attend") else None
+            if decision is None:
+                continue
+            newest = some.positions == some.place.seen.to(q.device)[:, None, None] - 1
+            mask = view.valid.clone() if mask is None else mask
+            mask[slice(None) if group.rows is None else group.rows] = decision.mask | newest
+        return None if mask is None else as_stored(mask, view.order)
+
+    def admitted(
+        self, hidden: Tensor | None, valid: Bool[Tensor, "B Q"], positions: Int[Tensor, "B Q"]
+    ) -> Bool[Tensor, "B H Q"] | None:
+        """Which of a prompt's new tokens the method lets in; None: all."""
+        if not (self.plan.prefill and self.plan.listen and self.rows.listens("admit")):
+            return None
+        method, heads = self.rows.method, self.stored.spec.heads
+        if self.plan.defer:
+            raise ValueError(f"method={method} chooses before a prompt is read: no assisted decoding with it")
+        if hidden is None:
+            raise ValueError(f"method={method} needs the states that enter layer {self.site.layer}; nobody gave them")
+        everyone = valid[:, None].expand(-1, heads, -1)
+        flags = method.admit(HiddenView(hidden, valid, positions, heads, self.place()))
+        flags = None if flags is None else flags & everyone
+        return None if flags is None or torch.equal(flags, everyone) else flags
+
+    # -- what comes late -------------------------------------------------------------------------------------
+
+    def settle(self, queries: Queries, drop: int) -> None:
+        """Run the events that waited for a crop, which took `drop` of the pass's last queries back."""
+        left = queries.states.shape[2] - drop
+        if left < 1 or not self.plan.parts:
+            return
+        start = torch.from_numpy(self.stored.lengths() - left)
+        kept = replace(queries.pick(torch.arange(left, device=queries.states.device)), start=start)
+        commit(self.stored, self.decide(self.view(kept)), None)
+
+    def carry_out(self, decisions: Sequence[Decision], group: int) -> None:
+        """Carry out what came when the layer was stored (after_layer, after_forward, after_prompt)."""
+        view, rows = self.without_queries(), self.rows.groups[group].rows
+        some = self.of_group(view, group, rows)
+        for decision in decisions:
+            some = some.apply(decision)
+        if rows is not None:
+            self.rows.remember(group, frozenset(some.columns) - {POSITION})
+        commit(self.stored, some if rows is None else combined(view, [(rows, some)]), None)
+
+
+def combined(view: LayerView, found: Sequence[tuple[np.ndarray | None, LayerView]]) -> LayerView:
+    """A batch's view after its groups have decided, each about its rows."""
+    device, columns, valid = view.valid.device, dict(view.columns), view.valid.clone()
+    rewritten, changed = [(chosen, some) for chosen, some in found if some.rewritten], view.changed
+    amended: list[Amend] = []
+    formats: list[tuple[Any, Tensor]] = []
+    for chosen, some in found:
+        assert chosen is not None
+        rows = torch.from_numpy(chosen).to(device)
+        valid[rows] = some.valid
+        changed = changed | some.changed
+        for name, column in some.columns.items():
+            if some.rewritten or name in some.changed:
+                old = columns.get(name)
+                whole = torch.zeros(valid.shape, dtype=column.dtype, device=device) if old is None else old.clone()
+                whole[rows] = column
+                columns[name] = whole
+                changed = changed | {name}
+        for form, mask in some.formats:
+            formats.append((form, torch.zeros_like(valid).index_copy(0, rows, mask)))
+        amended += [_of_all(amend, rows, len(valid)) for amend in some.amended]
+    tokens = view.tokens.but(valid, columns)
+    if rewritten:
+        keys, values = view.keys.clone(), view.values.clone()
+        for chosen, some in rewritten:
+            keys[chosen], values[chosen] = some.keys, some.values
+        tokens = Chunk(keys, values, valid, columns)
+    made = replace(view, tokens=tokens, rewritten=bool(rewritten), changed=changed, memo={})
+    for amend in amended:
+        made = made.apply(amend)
+    return replace(made, formats=tuple(formats))
+
+
+def _of_all(amend: Amend, rows: Tensor, batch: int) -> Amend:
+    """An `Amend` of some rows as one of the batch."""
+    slots = amend.slots.new_full((batch, *amend.slots.shape[1:]), -1).index_copy(0, rows, amend.slots)
+    keys, values = (
+        None if x is None else x.new_zeros(batch, *x.shape[1:]).index_copy(0, rows, x)
+        for x in (amend.keys, amend.values)
+    )
+    return Amend(slots, keys, values)
