@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 from transformers.models.auto import CONFIG_MAPPING
 
-from kvfold.bench import DEVICES, Device, ModelShape, Plan, find_device, make_plan, shape_of
+from kvfold.bench import DEVICES, Device, MemoryPlan, ModelShape, find_device, make_plan, shape_of
 from kvfold.bench.devices import quantity
 from kvfold.bench.plan import stored
 from kvfold.evaluation.compare import with_budget
@@ -33,7 +33,7 @@ def shape(family: str, dtype: torch.dtype = torch.float32) -> ModelShape:
         return shape_of(AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**COMMON, **options}), dtype=dtype))
 
 
-def made(family: str, method: str, budget: float | int = 0.25, context: int = 300, batch: int = 1) -> Plan:
+def made(family: str, method: str, budget: float | int = 0.25, context: int = 300, batch: int = 1) -> MemoryPlan:
     return make_plan(
         shape(family), GPU, with_budget(method, budget), dtype="float32", context=context, batch=batch, name=method
     )
@@ -114,7 +114,7 @@ def test_the_first_token_by_hand() -> None:
 def test_the_largest_batch_is_the_largest(
     method: str, budget: float | int, context: int, batch: int, memory: int
 ) -> None:
-    def on(rows: int) -> Plan:
+    def on(rows: int) -> MemoryPlan:
         device = replace(GPU, memory=memory)
         return make_plan(
             shape("gemma3"), device, with_budget(method, budget), dtype="float32", context=context, batch=rows

@@ -14,7 +14,7 @@ import kvfold
 from kvfold.cli import main
 from kvfold.cli.app import app
 from kvfold.cli.compare import tables_of
-from kvfold.evaluation.compare import Row, method_names
+from kvfold.evaluation.compare import CompareRow, method_names
 
 runner = CliRunner()
 
@@ -148,7 +148,7 @@ def test_chart_path_is_checked_before_anything_runs(
 
 def test_answers_are_not_markup() -> None:
     """A model may say [/INST] or [bold]; both are text."""
-    row = Row("h2o", 0.5, "[bold] see [/INST]", 5.0, 50, 100, 100, 1.0, 2.0, 0.9, 0.1)
+    row = CompareRow("h2o", 0.5, "[bold] see [/INST]", 5.0, 50, 100, 100, 1.0, 2.0, 0.9, 0.1)
     console = Console(width=200)
     with console.capture() as capture:
         console.print(tables_of([row], "title"))
@@ -158,9 +158,11 @@ def test_answers_are_not_markup() -> None:
 def test_numbers_fit_eighty_columns_and_equal_answers_are_said_once() -> None:
     answer = "The name of the hotel was the Hotel Cosmopolitan. " * 3
     rows = [
-        Row("full", None, answer, 6328.0, 294_550_000, 294_550_000, 294_550_000, 20.4, 10.9, 1.0, 0.0),
-        Row("streamingllm", 0.35, answer, 2215.0, 103_700_000, 294_550_000, 294_550_000, 118.8, 113.1, 0.95, 0.031),
-        Row("kvfold", 0.35, "No.", 2215.0, 103_700_000, 294_550_000, 294_550_000, None, None, 0.95, 0.031),
+        CompareRow("full", None, answer, 6328.0, 294_550_000, 294_550_000, 294_550_000, 20.4, 10.9, 1.0, 0.0),
+        CompareRow(
+            "streamingllm", 0.35, answer, 2215.0, 103_700_000, 294_550_000, 294_550_000, 118.8, 113.1, 0.95, 0.031
+        ),
+        CompareRow("kvfold", 0.35, "No.", 2215.0, 103_700_000, 294_550_000, 294_550_000, None, None, 0.95, 0.031),
     ]
     console = Console(width=80)
     with console.capture() as capture:

@@ -9,7 +9,7 @@ import torch
 
 from kvfold.evaluation.agreement import agreement, divergence
 from kvfold.evaluation.chart import memory_against_agreement, save_chart
-from kvfold.evaluation.compare import Row, split_names, with_budget
+from kvfold.evaluation.compare import CompareRow, split_names, with_budget
 from kvfold.evaluation.prompts import build_prompt
 from kvfold.methods import parse
 
@@ -88,8 +88,8 @@ def test_names_are_cut_at_commas_outside_parentheses() -> None:
 
 def test_chart_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     rows = [
-        Row("full", None, "x", 9.0, 100, 100, 100, 1.0, 2.0, 1.0, 0.0),
-        Row("h2o", 0.5, "x", 5.0, 50, 100, 100, 1.0, 2.0, 0.9, 0.1),
+        CompareRow("full", None, "x", 9.0, 100, 100, 100, 1.0, 2.0, 1.0, 0.0),
+        CompareRow("h2o", 0.5, "x", 5.0, 50, 100, 100, 1.0, 2.0, 0.9, 0.1),
     ]
     chart = memory_against_agreement(rows, "a title")
     save_chart(chart, tmp_path / "chart.png")

@@ -251,7 +251,7 @@ def _paged_bytes(layer: LayerShape, tokens: tuple[int, ...], columns: int, items
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """One method on one device: bytes, batches, and bounds on speed. `dense_*` is a full cache without kvfold.
 
     KV bytes are those after the prompt, for the whole batch. `step_seconds` is the least time of a decode step,
@@ -293,7 +293,7 @@ class Plan:
 def make_plan(
     shape: ModelShape, device: Device, method: Method, *, dtype: str, context: int, batch: int = 1,
     reserve: float = 0.05, name: str | None = None,
-) -> Plan:  # fmt: skip
+) -> MemoryPlan:  # fmt: skip
     """What `method` comes to for prompts of `context` tokens in a batch of `batch` rows.
 
     `reserve` is a share of the device's memory that is left alone, beside the activations of one row's prompt.
@@ -333,7 +333,7 @@ def make_plan(
     read_prompt = max(batch * shape.prefill_flops(context) / peak, (weights + batch * kv) / device.bandwidth)
     own, full = step(batch, kv, tuple(kept)), step(batch, dense, whole)
     total = shape.weight_bytes + batch * kv + held
-    return Plan(
+    return MemoryPlan(
         method=str(method) if name is None else name, budget=getattr(method, "budget", None), context=context,
         batch=batch, kept_tokens=sum(kept[i] for i in paged) / max(1, len(paged)), weight_bytes=shape.weight_bytes,
         reserve_bytes=held, kv_bytes=batch * kv, dense_kv_bytes=batch * dense, fits=total <= device.memory,

@@ -227,8 +227,8 @@ def peer_folder(model: str) -> Path:
 
 
 def with_peaks(
-    rows: Sequence["endtoend.Row"], tick: Callable[[str], None], **options: Any
-) -> tuple[list["endtoend.Row"], list[dict[str, str]]]:
+    rows: Sequence["endtoend.RunRow"], tick: Callable[[str], None], **options: Any
+) -> tuple[list["endtoend.RunRow"], list[dict[str, str]]]:
     """The rows with each cache's peak memory, see `measure_peak`, and those whose process failed."""
     from kvfold.bench.peak import measure_peak
 

@@ -8,14 +8,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvfold.evaluation.agreement import Agreement, agreement
-from kvfold.evaluation.decoding import Answer, decode, prefill, teacher_forced
+from kvfold.evaluation.decoding import GreedyAnswer, decode, prefill, teacher_forced
 from kvfold.hf.cache import Cache
 from kvfold.hf.shared_prefill import prefill_many
 from kvfold.methods import Method, MethodInfo, list_methods, parse
 
 
 @dataclass(frozen=True)
-class Row:
+class CompareRow:
     """One method at one budget (None: a composition, which has none of its own).
 
     Sizes are those right after the prompt; `full_nbytes` is method `full`'s.
@@ -85,7 +85,7 @@ def compare(
     *,
     max_new_tokens: int = 64,
     tick: Callable[[str], None] = lambda _: None,
-) -> list[Row]:
+) -> list[CompareRow]:
     """Every method at every budget on one prompt (1, T); the first row is `full`.
 
     At the first budget each method reads the prompt itself and is timed. At further budgets one exact prefill
@@ -114,11 +114,11 @@ def compare(
         return agreement(truth[start:], logits[start:])
 
     def row(
-        name: str, budget: Any, made: Answer, held: tuple[float, int, int], prefill_s: Any, found: Agreement
-    ) -> Row:
+        name: str, budget: Any, made: GreedyAnswer, held: tuple[float, int, int], prefill_s: Any, found: Agreement
+    ) -> CompareRow:
         text = tokenizer.decode(made.tokens, skip_special_tokens=True).strip()
         rate = made.rate if prefill_s is not None else None
-        return Row(name, budget, text, *held, full_nbytes, prefill_s, rate, found.top1, found.kl)
+        return CompareRow(name, budget, text, *held, full_nbytes, prefill_s, rate, found.top1, found.kl)
 
     rows = [row("full", None, answer, sizes, read.seconds, agree(truth))]
     del whole
