@@ -62,6 +62,30 @@ def test_run_reads_in_chunks(folder: Path, document: Path) -> None:
     assert got["kept_tokens"] == 32
 
 
+def test_run_and_compare_give_a_budget_to_the_stage_that_takes_one(folder: Path, document: Path) -> None:
+    words = ["--model", str(folder), "--file", str(document), "--budget", "32", "--max-new-tokens", "3", "--json"]
+    got = json.loads(runner.invoke(app, ["run", *words, "--method", "streamingllm(sinks=2) | full"]).stdout)
+    assert got["kept_tokens"] == 32 and got["method"].startswith("streamingllm(budget=32, sinks=2")
+    result = runner.invoke(app, ["compare", *words, "--methods", "full|streamingllm,snapkv(budget=16)|full,full|full"])
+    rows = json.loads(result.stdout)["rows"]
+    assert [(row["method"], row["budget"], row["kept_tokens"]) for row in rows[1:]] == [
+        ("full|streamingllm", 32, 32), ("snapkv(budget=16)|full", 16, 16), ("full|full", None, got["prompt_tokens"]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [("run", "--method"), ("compare", "--methods"), ("plan", "--methods")])
+def test_a_budget_for_several_stages_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, document: Path,
+    words: tuple[str, str],
+) -> None:  # fmt: skip
+    command, option = words
+    given = ["--model", folder, "--budget", "0.5", option, "h2o | tova"]
+    place = ["--device", "L4"] if command == "plan" else ["--file", document]
+    code, out, err = call(monkeypatch, capsys, command, *given, *place)
+    assert (code, out) == (2, "")
+    assert "h2o and tova each have one" in err
+
+
 def test_compare_measures_against_full(folder: Path, document: Path, tmp_path: Path) -> None:
     chart = tmp_path / "chart.html"
     words = ["compare", "--model", str(folder), "--file", str(document), "--methods", "full,kvmerger,tova,streamingllm"]

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Cache as HFCache
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 
+from kvfold.evaluation.compare import budget_of
 from kvfold.evaluation.decoding import sync
 from kvfold.hf.attention import NAME
 from kvfold.hf.cache import Cache
@@ -43,7 +44,7 @@ def kvfold_contenders(model: PreTrainedModel, methods: Sequence[tuple[str, Metho
     """A contender for each method, under the name that it was asked for by."""
 
     def one(name: str, method: Method) -> BenchContender:
-        return BenchContender(name, "kvfold", getattr(method, "budget", None), lambda: Cache(model, method))
+        return BenchContender(name, "kvfold", budget_of(method), lambda: Cache(model, method))
 
     return [one(name, method) for name, method in methods]
 

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kvfold.bench.devices import Device
 from kvfold.budgets import Budget, allocate
+from kvfold.evaluation.compare import budget_of
 from kvfold.formats import POSITION, Chunk
 from kvfold.hf.layers import tensors
 from kvfold.hf.support import check_model
@@ -257,7 +258,7 @@ def stored(
             tokens = torch.minimum(tokens, real[0])
     if view.formats or method.shares_layers:
         raise ValueError(f"method={method} stores tokens in a format of its own, which a plan can't size yet")
-    if not asked and (budget := getattr(method, "budget", None)) is not None:
+    if not asked and (budget := budget_of(method)) is not None:
         # A method that decides when all layers are done: its split is its own, the sum is the budget's.
         tokens = torch.tensor(allocate(budget, context, context, len(paged), heads)[ordinal])
     return tuple(tokens.tolist()), sum(column.element_size() for column in view.columns.values())
@@ -354,7 +355,7 @@ def make_plan(
     own, full = step(batch, kv, tuple(kept)), step(batch, dense, whole)
     total = shape.weight_bytes + batch * kv + held
     return MemoryPlan(
-        method=str(method) if name is None else name, budget=getattr(method, "budget", None), context=context,
+        method=str(method) if name is None else name, budget=budget_of(method), context=context,
         batch=batch, kept_tokens=sum(kept[i] for i in paged) / max(1, len(paged)), weight_bytes=shape.weight_bytes,
         reserve_bytes=held, kv_bytes=batch * kv, dense_kv_bytes=batch * dense, fits=total <= device.memory,
         largest_batch=most, dense_largest_batch=dense_most, step_seconds=own, tokens_per_second=batch / own,

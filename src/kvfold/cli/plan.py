@@ -46,14 +46,14 @@ def plan(
     budgets = [common.number(part) for part in budget.split(",")]
 
     from kvfold.evaluation.chart import check_chart_path, save_chart
-    from kvfold.evaluation.compare import split_names, with_budget
+    from kvfold.evaluation.compare import budget_of, split_names, with_budget
     from kvfold.methods import parse
 
     wanted = {"full": parse("full")}
     for name in split_names(methods):
         for value in budgets:
             made = with_budget(name, value)
-            own = getattr(made, "budget", None)
+            own = budget_of(made)
             wanted.setdefault(name if own is None else f"{name} {own}", made)
     if chart is not None:
         check_chart_path(chart)
