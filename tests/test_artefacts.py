@@ -1,13 +1,16 @@
 """Calibration files: written whole or not at all, found by method and model, refused with the way out."""
 
+import hashlib
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 import kvfold
 from kvfold import artefacts
 from kvfold.artefacts import Artefact
+from kvfold.artefacts.fields import fields_for
 from models import build, subject
 
 FAMILIES = ["llama", "llama-one-layer", "yarn", "qwen3", "gemma3", "mistral-sliding"]
@@ -55,6 +58,22 @@ def test_a_fingerprint_is_the_architecture():
 def test_other_weights_have_the_same_fingerprint(monkeypatch):
     monkeypatch.setattr("models.calibrate", lambda model, name: None)
     assert artefacts.fingerprint(build("llama", seed=5)) == artefacts.fingerprint(subject("llama"))
+
+
+def test_what_ships_is_named_by_these_fields():
+    """The names of shipped files and of every user's: SHA-256 of these fields, whatever else a cache looks at."""
+    fields = {
+        "head_dim": 64, "hidden_size": 576, "intermediate_size": None, "layer_types": None, "model_type": "llama",
+        "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "partial_rotary_factor": None,
+        "rope_parameters": {"rope_theta": 1e5}, "rope_scaling": None, "rope_theta": None, "sliding_window": None,
+        "vocab_size": 49152,
+    }  # fmt: skip
+    config = SimpleNamespace(**{name: value for name, value in fields.items() if value is not None}, hidden_act="silu")
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder: config))
+    assert artefacts.fingerprint(model) == hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]
+    assert fields_for("artefact", model) == fields
+    beside = {"hidden_act": "silu", "kv_lora_rank": None, "qk_rope_head_dim": None, "v_head_dim": None}
+    assert fields_for("cache", model) == fields | beside
 
 
 def test_has_is_whether_find_would_find(folder):

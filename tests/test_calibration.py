@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import kvfold
 from kvfold.calibration import CALIBRATIONS, TRAINED, Run, calibrate, duo, errors
-from kvfold.calibration.questions import COPY, REASON, Question, questions
+from kvfold.calibration.questions import COPY, REASON, NeedleQuestion, questions
 from kvfold.methods.compresskv import CompressKV
 from models import VOCAB, build, subject
 
@@ -94,7 +94,7 @@ def test_passkeys_end_in_their_questions():
 
 def test_a_layer_error_is_zero_when_all_is_kept():
     model, views = subject("llama"), []
-    asked = Question(torch.randint(3, VOCAB, (1, 50)), [4, 5, 6], (10, 14))
+    asked = NeedleQuestion(torch.randint(3, VOCAB, (1, 50)), [4, 5, 6], (10, 14))
     cache = kvfold.Cache(model, "full")
     with cache.observed(views.append), torch.no_grad():
         model(asked.fed, past_key_values=cache)

@@ -169,10 +169,31 @@ def test_errors_name_the_argument_and_what_is_allowed(text, message):
 def test_options_beside_the_text():
     with pytest.raises(ValueError, match="'budget' is given twice for snapkv"):
         parse("snapkv(budget=3)", budget=4)
-    with pytest.raises(ValueError, match=r"\['budget'\] belong inside the text"):
-        parse("snapkv | full", budget=4)
     with pytest.raises(ValueError, match=r"\['budget'\] must be given to SnapKV"):
         parse(SnapKV(), budget=4)
+
+
+def test_options_beside_a_composition_go_to_the_only_stage_that_has_them():
+    assert parse("snapkv | full", budget=4) == SnapKV(budget=4) | parse("full")
+    assert parse("full | snapkv(window=8)", budget=4, kernel=3).stages[1] == SnapKV(budget=4, window=8, kernel=3)
+    assert parse("h2o | streamingllm(budget=9)", sinks=2).stages[1] == StreamingLLM(budget=9, sinks=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("h2o | snapkv", {"budget": 4}, r"\['budget'\] belong inside .* 'h2o \| snapkv': h2o and snapkv each have"),
+        ("h2o(budget=0.5) | snapkv", {"budget": 4}, "h2o and snapkv each have one"),
+        ("snapkv(budget=3) | full", {"budget": 4}, "'budget' is given twice for snapkv"),
+        ("full | full", {"budget": 4}, r"budget=4 fits no stage of 'full \| full': full and full have no such option"),
+        ("snapkv | full", {"windw": 4}, "windw=4 fits no stage of .*: snapkv and full have"),
+        ("snapkw | full", {"budget": 4}, "method='snapkw' is unknown"),
+        ("snapkv | full", {"budget": -4}, "budget=-4 must be a fraction"),
+    ],
+)
+def test_options_that_fit_no_stage_or_several(text, options, message):
+    with pytest.raises(ValueError, match=message):
+        parse(text, **options)
 
 
 def test_at_most_one_stage_has_compact_positions():

@@ -10,7 +10,7 @@ import torch
 from kvfold.bench import contenders as c
 from kvfold.bench import kernels, peers, tables
 from kvfold.bench.chart import growth_chart, kernels_chart, run_chart
-from kvfold.bench.endtoend import Row, measure_prefill, measure_run
+from kvfold.bench.endtoend import RunRow, measure_prefill, measure_run
 from kvfold.bench.growth import exponents, measure_growth
 from kvfold.bench.kernels import Case, draw_lengths, measure_kernels
 from kvfold.bench.machine import Elsewhere, ReadRate, describe, spread, write_json
@@ -27,7 +27,7 @@ def rate() -> ReadRate:
     return ReadRate(CPU, nbytes=2**20)
 
 
-def entrants(model, *methods: str, budget: float | int = 0.25) -> list[c.Contender]:
+def entrants(model, *methods: str, budget: float | int = 0.25) -> list[c.BenchContender]:
     own = c.kvfold_contenders(model, [(name, with_budget(name, budget)) for name in methods])
     return [*c.transformers_contenders(model)[0], *own]
 
@@ -223,7 +223,7 @@ def test_charts_stand_alone(rate: ReadRate, tmp_path: Path):
     shapes, _ = measure_kernels([Case(16, 1, 1, 1, 16, "float32")], ragged=True, rounds=1, rate=rate, working_set=1)
     rows, _ = measure_run(model, entrants(model, "full", "tova"), context=20, batch=1, steps=1, rounds=1, rate=rate)
     peer = {"kv_bytes": 10, "decode_tokens_per_second": 2.0, "bound_tokens_per_second": 4.0}
-    rows.append(replace(Row("tova", "kvpress", 0.25, separate_process=True), peer=peer))
+    rows.append(replace(RunRow("tova", "kvpress", 0.25, separate_process=True), peer=peer))
     grown, _ = measure_growth(model, entrants(model, "h2o", budget=8), [16, 32], steps=1, rounds=1, rate=rate)
     bandwidth = rate.bytes_per_second
     for name, chart, words in (

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
 
-from kvfold.bench import DEVICES, Device, ModelShape, Plan, find_device, make_plan, shape_of
+from kvfold.bench import DEVICES, Device, MemoryPlan, ModelShape, find_device, make_plan, shape_of
 from kvfold.bench.devices import quantity
 from kvfold.bench.plan import stored
 from kvfold.evaluation.compare import with_budget
@@ -33,7 +33,7 @@ def shape(family: str, dtype: torch.dtype = torch.float32) -> ModelShape:
         return shape_of(AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**COMMON, **options}), dtype=dtype))
 
 
-def made(family: str, method: str, budget: float | int = 0.25, context: int = 300, batch: int = 1) -> Plan:
+def made(family: str, method: str, budget: float | int = 0.25, context: int = 300, batch: int = 1) -> MemoryPlan:
     return make_plan(
         shape(family), GPU, with_budget(method, budget), dtype="float32", context=context, batch=batch, name=method
     )
@@ -114,7 +114,7 @@ def test_the_first_token_by_hand() -> None:
 def test_the_largest_batch_is_the_largest(
     method: str, budget: float | int, context: int, batch: int, memory: int
 ) -> None:
-    def on(rows: int) -> Plan:
+    def on(rows: int) -> MemoryPlan:
         device = replace(GPU, memory=memory)
         return make_plan(
             shape("gemma3"), device, with_budget(method, budget), dtype="float32", context=context, batch=rows
@@ -201,6 +201,58 @@ def test_bad_settings_are_named(options: dict[str, object], said: str) -> None:
 def test_models_that_kvfold_does_not_serve_are_refused() -> None:
     with pytest.raises(ValueError, match="Gemma2ForCausalLM caps its logits"):
         shape("gemma2")
+
+
+# -- a model stays as it is ----------------------------------------------------------------------------------
+
+
+def marks(model: PreTrainedModel) -> dict[str, object]:
+    """All that could be set on a model: implementations, hooks, attributes, weights and what they are."""
+    found: dict[str, object] = {}
+    for name, module in model.named_modules():
+        own = vars(module)
+        found[f"{name}: attributes"] = {key: id(value) for key, value in own.items()}
+        found[f"{name}: hooks"] = {key: list(value) for key, value in own.items() if key.endswith("_hooks")}
+        tensors = {**own["_parameters"], **own["_buffers"]}
+        found[f"{name}: tensors"] = {
+            key: (id(x), x.device, x.requires_grad) for key, x in tensors.items() if x is not None
+        }
+        if isinstance(module, PreTrainedModel):
+            config = module.config
+            found[f"{name}: set"] = (
+                config._attn_implementation,
+                config._experts_implementation,
+                config.to_json_string(),
+            )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "before"), [("llama", ""), ("llama", "kvfold"), ("qwen3-next", "kvfold"), ("gemma3", "eager")]
+)
+def test_a_model_stays_as_it_is(family: str, before: str) -> None:
+    model = build(family)
+    if before == "kvfold":  # attention and hooks of a cache that the model serves
+        Cache(model, "fastkv" if family == "llama" else "full")
+        assert model._kvfold_hooks
+    elif before:
+        model.set_attn_implementation(before)
+    then = marks(model)
+    assert shape_of(model) == shape(family)
+    assert marks(model) == then
+    prompt = tokens(20)
+    assert torch.isfinite(model(**prompt).logits).all()
+
+
+def test_a_model_without_weights_stays_as_it_is() -> None:
+    kind, options = FAMILIES["gemma3"]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            CONFIG_MAPPING[kind](**{**COMMON, **options}), attn_implementation="eager"
+        )
+    then = marks(model)
+    assert shape_of(model) == shape("gemma3")
+    assert marks(model) == then
 
 
 # -- devices -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import kvfold
 from kvfold.cli import main
 from kvfold.cli.app import app
 from kvfold.cli.compare import tables_of
-from kvfold.evaluation.compare import Row, method_names
+from kvfold.evaluation.compare import CompareRow, method_names
 
 runner = CliRunner()
 
@@ -60,6 +60,30 @@ def test_run_reads_in_chunks(folder: Path, document: Path) -> None:
     words = ["run", "--model", str(folder), "--file", str(document), "--method", "h2o", "--budget", "32", "--json"]
     got = json.loads(runner.invoke(app, [*words, "--prefill-chunk", "50"]).stdout)
     assert got["kept_tokens"] == 32
+
+
+def test_run_and_compare_give_a_budget_to_the_stage_that_takes_one(folder: Path, document: Path) -> None:
+    words = ["--model", str(folder), "--file", str(document), "--budget", "32", "--max-new-tokens", "3", "--json"]
+    got = json.loads(runner.invoke(app, ["run", *words, "--method", "streamingllm(sinks=2) | full"]).stdout)
+    assert got["kept_tokens"] == 32 and got["method"].startswith("streamingllm(budget=32, sinks=2")
+    result = runner.invoke(app, ["compare", *words, "--methods", "full|streamingllm,snapkv(budget=16)|full,full|full"])
+    rows = json.loads(result.stdout)["rows"]
+    assert [(row["method"], row["budget"], row["kept_tokens"]) for row in rows[1:]] == [
+        ("full|streamingllm", 32, 32), ("snapkv(budget=16)|full", 16, 16), ("full|full", None, got["prompt_tokens"]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [("run", "--method"), ("compare", "--methods"), ("plan", "--methods")])
+def test_a_budget_for_several_stages_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, document: Path,
+    words: tuple[str, str],
+) -> None:  # fmt: skip
+    command, option = words
+    given = ["--model", folder, "--budget", "0.5", option, "h2o | tova"]
+    place = ["--device", "L4"] if command == "plan" else ["--file", document]
+    code, out, err = call(monkeypatch, capsys, command, *given, *place)
+    assert (code, out) == (2, "")
+    assert "h2o and tova each have one" in err
 
 
 def test_compare_measures_against_full(folder: Path, document: Path, tmp_path: Path) -> None:
@@ -148,7 +172,7 @@ def test_chart_path_is_checked_before_anything_runs(
 
 def test_answers_are_not_markup() -> None:
     """A model may say [/INST] or [bold]; both are text."""
-    row = Row("h2o", 0.5, "[bold] see [/INST]", 5.0, 50, 100, 100, 1.0, 2.0, 0.9, 0.1)
+    row = CompareRow("h2o", 0.5, "[bold] see [/INST]", 5.0, 50, 100, 100, 1.0, 2.0, 0.9, 0.1)
     console = Console(width=200)
     with console.capture() as capture:
         console.print(tables_of([row], "title"))
@@ -158,9 +182,11 @@ def test_answers_are_not_markup() -> None:
 def test_numbers_fit_eighty_columns_and_equal_answers_are_said_once() -> None:
     answer = "The name of the hotel was the Hotel Cosmopolitan. " * 3
     rows = [
-        Row("full", None, answer, 6328.0, 294_550_000, 294_550_000, 294_550_000, 20.4, 10.9, 1.0, 0.0),
-        Row("streamingllm", 0.35, answer, 2215.0, 103_700_000, 294_550_000, 294_550_000, 118.8, 113.1, 0.95, 0.031),
-        Row("kvfold", 0.35, "No.", 2215.0, 103_700_000, 294_550_000, 294_550_000, None, None, 0.95, 0.031),
+        CompareRow("full", None, answer, 6328.0, 294_550_000, 294_550_000, 294_550_000, 20.4, 10.9, 1.0, 0.0),
+        CompareRow(
+            "streamingllm", 0.35, answer, 2215.0, 103_700_000, 294_550_000, 294_550_000, 118.8, 113.1, 0.95, 0.031
+        ),
+        CompareRow("kvfold", 0.35, "No.", 2215.0, 103_700_000, 294_550_000, 294_550_000, None, None, 0.95, 0.031),
     ]
     console = Console(width=80)
     with console.capture() as capture:

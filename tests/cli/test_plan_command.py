@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import kvfold
-from kvfold.bench import Plan, find_device
+from kvfold.bench import MemoryPlan, find_device
 from kvfold.cli import main
 from kvfold.cli.app import app
 from kvfold.cli.plan import amount, contexts_up_to, lines_of, read_config
@@ -96,8 +96,10 @@ def test_contexts_and_amounts() -> None:
 
 
 def test_methods_of_one_size_share_a_line() -> None:
-    def row(method: str, context: int, size: int) -> Plan:
-        return Plan(method, None, context, 1, 1.0, 1, 1, size, 1, True, 1, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    def row(method: str, context: int, size: int) -> MemoryPlan:
+        return MemoryPlan(
+            method, None, context, 1, 1.0, 1, 1, size, 1, True, 1, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0
+        )
 
     rows = [row("a", 1, 100), row("a", 2, 200), row("b", 1, 101), row("b", 2, 300), row("c", 1, 99), row("c", 2, 201)]
     assert lines_of(rows) == {"a": "a, c", "c": "a, c", "b": "b"}

@@ -9,7 +9,7 @@ import torch
 
 from kvfold.evaluation.agreement import agreement, divergence
 from kvfold.evaluation.chart import memory_against_agreement, save_chart
-from kvfold.evaluation.compare import Row, split_names, with_budget
+from kvfold.evaluation.compare import CompareRow, budget_of, split_names, with_budget
 from kvfold.evaluation.prompts import build_prompt
 from kvfold.methods import parse
 
@@ -74,9 +74,22 @@ def test_budget_goes_to_the_methods_that_take_one() -> None:
     assert with_budget("snapkv", 0.3).budget == 0.3  # type: ignore[attr-defined]
     assert str(with_budget("full", 0.3)) == "full()"
     assert with_budget("snapkv(budget=7)", 0.3).budget == 7  # type: ignore[attr-defined]
-    assert str(with_budget("tova()|streamingllm(sinks=2)", 0.3)) == str(parse("tova()|streamingllm(sinks=2)"))
+    assert with_budget("streamingllm(sinks=2) | full", 0.3) == parse("streamingllm(sinks=2, budget=0.3) | full")
+    for text in ("full | full", "snapkv(budget=7) | full", "tova(budget=9) | streamingllm(budget=0.2)"):
+        assert with_budget(text, 0.3) == parse(text)
     made = with_budget("snapkv(window=8, pool='max')", 0.3)
     assert (made.budget, made.window) == (0.3, 8)  # type: ignore[attr-defined]
+
+
+def test_a_budget_that_several_stages_could_take_is_refused() -> None:
+    for text in ("tova|streamingllm(sinks=2)", "tova(budget=9) | streamingllm"):
+        with pytest.raises(ValueError, match="tova and streamingllm each have one"):
+            with_budget(text, 0.3)
+
+
+def test_the_budget_of_a_method() -> None:
+    texts = {"full": None, "h2o(budget=7)": 7, "full | h2o(budget=0.5)": 0.5, "tova | h2o": None, "full | full": None}
+    assert {text: budget_of(parse(text)) for text in texts} == texts
 
 
 def test_names_are_cut_at_commas_outside_parentheses() -> None:
@@ -88,8 +101,8 @@ def test_names_are_cut_at_commas_outside_parentheses() -> None:
 
 def test_chart_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     rows = [
-        Row("full", None, "x", 9.0, 100, 100, 100, 1.0, 2.0, 1.0, 0.0),
-        Row("h2o", 0.5, "x", 5.0, 50, 100, 100, 1.0, 2.0, 0.9, 0.1),
+        CompareRow("full", None, "x", 9.0, 100, 100, 100, 1.0, 2.0, 1.0, 0.0),
+        CompareRow("h2o", 0.5, "x", 5.0, 50, 100, 100, 1.0, 2.0, 0.9, 0.1),
     ]
     chart = memory_against_agreement(rows, "a title")
     save_chart(chart, tmp_path / "chart.png")

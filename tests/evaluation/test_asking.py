@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kvfold
-from kvfold.evaluation.asking import Asker, Contender
+from kvfold.evaluation.asking import AskedContender, Asker
 from kvfold.evaluation.examples import Example, Query
 from kvfold.evaluation.metrics import get_metric
 from kvfold.evaluation.metrics.base import metrics
@@ -35,7 +35,9 @@ def asker(loaded):
 
 def contenders(model, *methods):
     made = [("full", None), *methods]
-    return [Contender(m, b, lambda m=m, b=b: Cache(model, m, **({} if b is None else {"budget": b}))) for m, b in made]
+    return [
+        AskedContender(m, b, lambda m=m, b=b: Cache(model, m, **({} if b is None else {"budget": b}))) for m, b in made
+    ]
 
 
 # -- prompts -------------------------------------------------------------------------------------------------
@@ -163,7 +165,7 @@ def test_what_fails_is_an_outcome(asker, loaded, monkeypatch, event):
 
 def test_a_method_that_does_not_fit_the_model_fails_alone(asker, loaded):
     model, _ = loaded
-    broken = Contender("broken", None, lambda: Cache(model, "h2o", budget=2.0))
+    broken = AskedContender("broken", None, lambda: Cache(model, "h2o", budget=2.0))
     outcomes = asker.ask([ONE], "aware", [*contenders(model), broken])
     assert outcomes[0].error is None and outcomes[1].error.startswith("ValueError: budget=2.0 must be")
 
@@ -256,8 +258,8 @@ def test_the_first_tokens_may_not_end_an_answer(asker, loaded):
 def test_caches_that_read_in_chunks_read_by_themselves(asker, loaded):
     model, _ = loaded
     made = [
-        Contender("full", None, lambda: Cache(model, "full", prefill_chunk=50)),
-        Contender("streamingllm", 40, lambda: Cache(model, "streamingllm", budget=40, prefill_chunk=50)),
+        AskedContender("full", None, lambda: Cache(model, "full", prefill_chunk=50)),
+        AskedContender("streamingllm", 40, lambda: Cache(model, "streamingllm", budget=40, prefill_chunk=50)),
     ]
     whole = asker.ask([ONE, TWO], "agnostic", contenders(model, ("streamingllm", 40)))
     chunked = asker.ask([ONE, TWO], "agnostic", made)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfold.evaluation.records import Lines, Store, key_of, read_lines, write_whole
+from kvfold.evaluation.records import Lines, ResultFolder, key_of, read_lines, write_whole
 
 ABOUT = {"versions": {}}
 SWEEP = {"name": "s", "methods": ["full"], "seed": 0}
@@ -18,10 +18,10 @@ def record(example: str, **more):
 
 
 def test_a_store_goes_on(tmp_path):
-    first = Store(tmp_path / "a", SWEEP, ABOUT)
+    first = ResultFolder(tmp_path / "a", SWEEP, ABOUT)
     first.add([record("2", score=0.5), record("0", text="ü</script>\u2028")])
     first.close()
-    again = Store(tmp_path / "a", {**SWEEP, "methods": ["full", "h2o"]}, ABOUT)
+    again = ResultFolder(tmp_path / "a", {**SWEEP, "methods": ["full", "h2o"]}, ABOUT)
     assert again.done == {key_of(record("2")), key_of(record("0"))}
     again.add([record("1")])
     again.finish({key_of(record(name)): i for i, name in enumerate("012")})
@@ -31,7 +31,7 @@ def test_a_store_goes_on(tmp_path):
 
 
 def test_a_result_counts_once(tmp_path):
-    store = Store(tmp_path, SWEEP, ABOUT)
+    store = ResultFolder(tmp_path, SWEEP, ABOUT)
     store.add([record("0")])
     with pytest.raises(AssertionError, match="count twice"):
         store.add([record("0", score=1.0)])
@@ -41,12 +41,12 @@ def test_a_result_counts_once(tmp_path):
 
 
 def test_another_sweep_and_another_writer_are_refused(tmp_path):
-    store = Store(tmp_path, SWEEP, ABOUT)
+    store = ResultFolder(tmp_path, SWEEP, ABOUT)
     with pytest.raises(RuntimeError, match="another process is writing"):
-        Store(tmp_path, SWEEP, ABOUT)
+        ResultFolder(tmp_path, SWEEP, ABOUT)
     store.close()
     with pytest.raises(ValueError, match=r"results for seed=0, not 1"):
-        Store(tmp_path, {**SWEEP, "seed": 1}, ABOUT)
+        ResultFolder(tmp_path, {**SWEEP, "seed": 1}, ABOUT)
 
 
 @given(st.integers(0, 200))

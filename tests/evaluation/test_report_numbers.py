@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from kvfold.evaluation.report import Report, make_report, read_results
+from kvfold.evaluation.report import SweepReport, make_report, read_results
 from kvfold.evaluation.report.cells import ALL_LENGTHS, ALL_TASKS, Cell, choices
 from kvfold.evaluation.report.depths import depths_of, spots
 from kvfold.evaluation.report.drilldown import drilldown, kept_digits
 from kvfold.evaluation.report.page import embedded
 from kvfold.evaluation.report.ranking import paired_differences, standings
-from kvfold.evaluation.report.strata import Contender
+from kvfold.evaluation.report.strata import ReportContender
 from report_folders import NASTY, write_folder
 
 
@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(folder: Path) -> Report:
+def report(folder: Path) -> SweepReport:
     return make_report([folder])
 
 
@@ -38,8 +38,10 @@ def chosen(lines: list[dict[str, Any]], **key: Any) -> list[dict[str, Any]]:
     return [line for line in lines if "error" not in line and all(line[k] == v for k, v in key.items())]
 
 
-def cell(report: Report, task: str, length: str, method: str, budget: float | int | None) -> Cell:
-    (found,) = (c for c in report.cells if (c.task, c.length, c.contender) == (task, length, Contender(method, budget)))
+def cell(report: SweepReport, task: str, length: str, method: str, budget: float | int | None) -> Cell:
+    (found,) = (
+        c for c in report.cells if (c.task, c.length, c.contender) == (task, length, ReportContender(method, budget))
+    )
     return found
 
 
@@ -48,7 +50,9 @@ def mean_score(lines: list[dict[str, Any]], name: str = "score") -> float:
 
 
 @pytest.mark.parametrize(("method", "budget"), [("full", None), ("h2o", 0.25), ("snapkv", 512)])
-def test_scores_are_means_over_tasks_of_means_over_lengths(report: Report, lines: list[Any], method: str, budget: Any):
+def test_scores_are_means_over_tasks_of_means_over_lengths(
+    report: SweepReport, lines: list[Any], method: str, budget: Any
+):
     key = {"method": method, "budget": budget}
     for task in ("niah", "ruler/vt"):
         expected = 100 * fmean(mean_score(chosen(lines, task=task, length=length, **key)) for length in (256, 512))
@@ -61,7 +65,7 @@ def test_scores_are_means_over_tasks_of_means_over_lengths(report: Report, lines
     assert cell(report, "agreement: top-1", "256", method, budget).score == pytest.approx(100 * mean_score(own, "top1"))
 
 
-def test_memory_time_and_counts(report: Report, lines: list[Any]):
+def test_memory_time_and_counts(report: SweepReport, lines: list[Any]):
     own = chosen(lines, task="niah", length=512, method="h2o", budget=0.5)
     found = cell(report, "niah", "512", "h2o", 0.5)
     assert found.ratio == pytest.approx(fmean(line["nbytes"] / line["full_nbytes"] for line in own))
@@ -72,7 +76,7 @@ def test_memory_time_and_counts(report: Report, lines: list[Any]):
     assert not cell(report, "niah", "512", "snapkv", 0.5).partial
 
 
-def test_fronts_are_what_no_complete_cell_beats(report: Report):
+def test_fronts_are_what_no_complete_cell_beats(report: SweepReport):
     here = [c for c in report.cells if (c.task, c.length) == ("agreement", "512") and not c.partial]
     for flag, cost in (("front_memory", "ratio"), ("front_time", "step")):
         points = [(getattr(c, cost), c.score or 0.0) for c in here]
@@ -84,17 +88,17 @@ def test_fronts_are_what_no_complete_cell_beats(report: Report):
     assert not any(c.front_memory or c.front_time for c in report.cells if c.partial)
 
 
-def test_intervals_hold_the_score(report: Report):
+def test_intervals_hold_the_score(report: SweepReport):
     for each in report.cells:
         assert each.score is not None and each.low is not None and each.high is not None
         assert each.low <= each.score <= each.high or each.n < 8
 
 
-def test_depths_are_means_of_their_examples(report: Report, lines: list[Any]):
+def test_depths_are_means_of_their_examples(report: SweepReport, lines: list[Any]):
     found = spots(report.strata, depths_of(report.results))
     (spot,) = (
         s for s in found
-        if (s.task, s.length, s.depth, s.contender) == ("niah", "256", 0.0, Contender("kvmerger", 0.1))
+        if (s.task, s.length, s.depth, s.contender) == ("niah", "256", 0.0, ReportContender("kvmerger", 0.1))
     )  # fmt: skip
     own = [chosen(lines, method="kvmerger", budget=0.1, example=f"niah-256-{i}") for i in (0, 5)]  # of 6, at depth 0
     assert spot.score == pytest.approx(100 * fmean(map(mean_score, own))) and spot.n == 2
@@ -121,14 +125,14 @@ def test_a_method_without_a_budget_is_ranked(tmp_path: Path):
     report = make_report([folder])
     (rank,) = (
         s for s in standings(report.strata, report.cells)
-        if s.cell.contender == Contender("kivi", None) and (s.cell.task, s.cell.length) == ("niah", ALL_LENGTHS)
+        if s.cell.contender == ReportContender("kivi", None) and (s.cell.task, s.cell.length) == ("niah", ALL_LENGTHS)
     )  # fmt: skip
     assert (rank.rank, rank.p) == (1, None) and rank.loss is not None
     assert "| kivi | - |" in report.markdown()
 
 
-def test_paired_differences_add_up_to_the_difference_of_the_averages(report: Report):
-    one, other = Contender("kvmerger", 0.25), Contender("streamingllm", 0.25)
+def test_paired_differences_add_up_to_the_difference_of_the_averages(report: SweepReport):
+    one, other = ReportContender("kvmerger", 0.25), ReportContender("streamingllm", 0.25)
     for choice in choices(report.strata):
         total = sum(paired_differences(choice, one, other))
         mine, theirs = (cell(report, choice.task, choice.length, c.method, c.budget).score for c in (one, other))
@@ -151,7 +155,7 @@ def test_an_example_weighs_in_the_test_as_in_the_average(tmp_path: Path):
                     each["scores"] = each["scores"] | {"tokens": 10 ** (number % 3)}
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     report = make_report([folder])
-    one, other = Contender("kvmerger", 0.25), Contender("streamingllm", 0.25)
+    one, other = ReportContender("kvmerger", 0.25), ReportContender("streamingllm", 0.25)
     seen = []
     for choice in choices(report.strata):
         total = sum(paired_differences(choice, one, other))
@@ -175,7 +179,7 @@ def test_the_strong_win_and_the_weak_are_told_apart(tmp_path: Path):
         assert here[-1].p is not None and here[-1].p < 0.01 and here[-1].loss is not None and here[-1].loss > 0
 
 
-def test_markdown_names_the_protocol_above_every_table(report: Report):
+def test_markdown_names_the_protocol_above_every_table(report: SweepReport):
     text = report.markdown()
     blocks = text.split("\n\n")
     tables = [i for i, block in enumerate(blocks) if block.startswith("|")]
@@ -201,7 +205,7 @@ def test_perplexity_is_pooled_by_its_metric(tmp_path: Path):
     assert not [c for c in report.cells if c.task == ALL_TASKS]
 
 
-def test_texts_beyond_the_limit_are_left_out_and_their_scores_stay(report: Report):
+def test_texts_beyond_the_limit_are_left_out_and_their_scores_stay(report: SweepReport):
     setups = list(report.strata.samples)
     everything = drilldown(report.results, report.strata, setups)
     assert all(example["context"] is not None for example in everything["examples"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvfold.evaluation.records import read_lines
-from kvfold.evaluation.report import Report, make_report
+from kvfold.evaluation.report import SweepReport, make_report
 from kvfold.evaluation.runner import run_sweep
 from kvfold.evaluation.sweep import check_sweep
 
@@ -27,11 +27,11 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(folder: Path) -> Report:
+def report(folder: Path) -> SweepReport:
     return make_report([folder])
 
 
-def test_a_sweeps_numbers_come_through(folder: Path, report: Report):
+def test_a_sweeps_numbers_come_through(folder: Path, report: SweepReport):
     lines = list(read_lines(folder / "results.jsonl"))
     assert len(report.results.records) == len(lines)
     full = [c for c in report.cells if c.contender.reference and c.unit == "KL"]
@@ -40,7 +40,7 @@ def test_a_sweeps_numbers_come_through(folder: Path, report: Report):
     assert all(c.score is not None and c.score > 0 and c.ratio is not None and c.ratio < 1 for c in lossy)
 
 
-def test_a_sweeps_page_and_tables_can_be_made(report: Report):
+def test_a_sweeps_page_and_tables_can_be_made(report: SweepReport):
     text = report.html()
     data = json.loads(text.split('id="data">')[1].split("</script>")[0])
     assert len(data["rows"]) == len(report.results.records) and data["heat"]

@@ -14,9 +14,17 @@ def test_each_method_comes_with_each_budget_it_takes():
     ]  # fmt: skip
 
 
+def test_a_composition_comes_with_each_budget_that_one_of_its_stages_takes():
+    methods = ["snapkv | full", "h2o(budget=0.5) | streamingllm(budget=9)"]
+    assert check_sweep({**SMALL, "methods": methods}).contenders() == [
+        ("full", None), (methods[0], 0.5), (methods[1], None), (methods[0], 32),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
+        ({"methods": ["h2o | tova"]}, r"methods=.*h2o and tova each have one"),
         ({"budget": [0.5]}, r"budget=\[0.5\]: Extra inputs are not permitted"),
         ({"methods": ["h3o"]}, r"methods=.*method='h3o' is unknown \(did you mean 'h2o'"),
         ({"tasks": ["agreement(force=3)"]}, r"task agreement has no option force=3; its options are: forced"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kvfold
-from kvfold.evaluation.asking import Asker, Contender
+from kvfold.evaluation.asking import AskedContender, Asker
 from kvfold.evaluation.tasks import Setting, make_examples
 
 pytestmark = pytest.mark.slow
@@ -27,7 +27,7 @@ def model(name: str) -> tuple[Any, Any]:
 def needles(name: str, tokens: int, methods: list[tuple[str, dict[str, Any]]]) -> list[int]:
     """How many of five needles each method finds, the question in the prompt (task `niah`); the first is `full`."""
     lm, tokenizer = model(name)
-    made = [Contender(slug, None, lambda s=slug, o=options: kvfold.Cache(lm, s, **o)) for slug, options in methods]
+    made = [AskedContender(slug, None, lambda s=slug, o=options: kvfold.Cache(lm, s, **o)) for slug, options in methods]
     asker, found = Asker(lm, tokenizer, window=8192), [0] * len(methods)
     for example in make_examples("niah", Setting(tokenizer, tokens, samples=5)):
         for outcome in asker.ask([example], "aware", made):

@@ -27,14 +27,10 @@ from weakref import WeakKeyDictionary
 
 import platformdirs
 
+from kvfold.artefacts.fields import fields_for, text_config
+
 FORMAT = 1
 TABLES, TENSORS, SHIPPED = ".json", ".safetensors", "shipped:"
-FIELDS = (
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "layer_types", "sliding_window", "rope_parameters", "rope_theta", "rope_scaling",
-    "partial_rotary_factor",
-)  # fmt: skip
-"""Fields of a text config that decide which heads there are and how they tell positions apart."""
 PROBES = {"copying": "kvfold.probes.copying:copying_heads"}
 """Measurements that take a short prompt: functions of a model, by where they are, in rooms that run models."""
 _probed: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
@@ -51,16 +47,10 @@ class Artefact:
     provenance: dict[str, Any]
 
 
-def text_config(model: Any) -> Any:
-    """The part of a model's config that describes the text decoder."""
-    return model.config.get_text_config(decoder=True)
-
-
 def fingerprint(model: Any) -> str:
     """16 hex digits of the SHA-256 of the config's architecture and RoPE fields; fine-tunes of a model share it."""
-    config = text_config(model)
-    fields = {name: getattr(config, name, None) for name in FIELDS}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    fields = json.dumps(fields_for("artefact", model), sort_keys=True, default=str)
+    return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
 
 def command(method: str, name: str) -> str:

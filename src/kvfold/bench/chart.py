@@ -11,7 +11,7 @@ COLORS = {
 }  # fmt: skip
 
 
-def kernels_chart(rows: Sequence[kernels.Row], bandwidth: float, title: str) -> Any:
+def kernels_chart(rows: Sequence[kernels.KernelRow], bandwidth: float, title: str) -> Any:
     """GB/s of the KV bytes kept, a group of bars a shape, a panel a dtype; a rule at the read bandwidth (bytes/s)."""
     import altair as alt
 
@@ -58,7 +58,7 @@ def kernels_chart(rows: Sequence[kernels.Row], bandwidth: float, title: str) -> 
     return alt.hconcat(*panels).properties(title=alt.TitleParams(title, subtitle=under))
 
 
-def run_chart(rows: Sequence[endtoend.Row], title: str) -> Any:
+def run_chart(rows: Sequence[endtoend.RunRow], title: str) -> Any:
     """Tokens/s with a tick at each bound, and KV bytes; a bar a cache, peers in a process of their own marked."""
     import altair as alt
 
@@ -103,7 +103,7 @@ def run_chart(rows: Sequence[endtoend.Row], title: str) -> Any:
     return alt.hconcat(left, right).properties(title=alt.TitleParams(title, subtitle=under))
 
 
-def growth_chart(rows: Sequence[growth.Row], title: str) -> Any:
+def growth_chart(rows: Sequence[growth.GrowthRow], title: str) -> Any:
     """Seconds a step, seconds of the prompt and KV bytes over the context, all on log scales; a line a cache."""
     import altair as alt
 

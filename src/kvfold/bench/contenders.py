@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Cache as HFCache
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 
+from kvfold.evaluation.compare import budget_of
 from kvfold.evaluation.decoding import sync
 from kvfold.hf.attention import NAME
 from kvfold.hf.cache import Cache
@@ -29,7 +30,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Contender:
+class BenchContender:
     """A cache to be measured: `make` gives a new, empty one. `budget` is the method's, where it has one."""
 
     name: str
@@ -38,24 +39,24 @@ class Contender:
     make: Callable[[], HFCache]
 
 
-def kvfold_contenders(model: PreTrainedModel, methods: Sequence[tuple[str, Method]]) -> list[Contender]:
+def kvfold_contenders(model: PreTrainedModel, methods: Sequence[tuple[str, Method]]) -> list[BenchContender]:
     """A contender for each method, under the name that it was asked for by."""
 
-    def one(name: str, method: Method) -> Contender:
-        return Contender(name, "kvfold", getattr(method, "budget", None), lambda: Cache(model, method))
+    def one(name: str, method: Method) -> BenchContender:
+        return BenchContender(name, "kvfold", budget_of(method), lambda: Cache(model, method))
 
     return [one(name, method) for name, method in methods]
 
 
-def transformers_contenders(model: PreTrainedModel, quantized: bool = True) -> tuple[list[Contender], list[dict]]:  # type: ignore[type-arg]
+def transformers_contenders(model: PreTrainedModel, quantized: bool = True) -> tuple[list[BenchContender], list[dict]]:  # type: ignore[type-arg]
     """transformers' caches for this model, DynamicCache first, and those left out, each with its reason."""
-    found = [Contender(DYNAMIC, "transformers", None, lambda: DynamicCache(config=model.config))]
+    found = [BenchContender(DYNAMIC, "transformers", None, lambda: DynamicCache(config=model.config))]
     skipped: list[dict[str, str]] = []
 
-    def one(backend: str, options: dict[str, Any]) -> Contender:
+    def one(backend: str, options: dict[str, Any]) -> BenchContender:
         bits = f"{options['nbits']} bits" if options else "8 bits"
         name = f"QuantizedCache ({backend}, {bits})"
-        return Contender(name, "transformers", None, lambda: QuantizedCache(backend, model.config, **options))
+        return BenchContender(name, "transformers", None, lambda: QuantizedCache(backend, model.config, **options))
 
     for backend, options in BACKENDS.items() if quantized else ():
         contender = one(backend, options)

@@ -56,7 +56,7 @@ class Prefill:
 
 
 @dataclass(frozen=True)
-class Row:
+class RunRow:
     """One cache, or one peer that ran in a process of its own; what was not measured is None."""
 
     contender: str
@@ -77,7 +77,7 @@ class Row:
 class _Lane:
     """A contender's cache in the decode rounds: what it held first, where it stands, what its steps took."""
 
-    contender: c.Contender
+    contender: c.BenchContender
     cache: HFCache
     kv_bytes: int
     kept: float | None
@@ -86,8 +86,8 @@ class _Lane:
 
 
 def measure_decode(
-    model: PreTrainedModel, entrants: Sequence[c.Contender], ids: Tensor, *, steps: int, rounds: int, rate: ReadRate,
-    tick: Callable[[str], None] = lambda _: None,
+    model: PreTrainedModel, entrants: Sequence[c.BenchContender], ids: Tensor, *, steps: int, rounds: int,
+    rate: ReadRate, tick: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Decoding]:  # fmt: skip
     """Greedy steps of every contender after one shared prefill of `ids` (B, T), by name; DynamicCache must be in.
 
@@ -133,8 +133,8 @@ def measure_decode(
 
 
 def measure_prefill(
-    model: PreTrainedModel, entrants: Sequence[c.Contender], ids: Tensor, *, rounds: int, rate: ReadRate | None = None,
-    tick: Callable[[str], None] = lambda _: None,
+    model: PreTrainedModel, entrants: Sequence[c.BenchContender], ids: Tensor, *, rounds: int,
+    rate: ReadRate | None = None, tick: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Prefill]:  # fmt: skip
     """Each contender reads `ids` (B, T) into a new cache, in turns, by name; DynamicCache must be in.
 
@@ -169,9 +169,9 @@ def measure_prefill(
 
 
 def measure_run(
-    model: PreTrainedModel, entrants: Sequence[c.Contender], *, context: int, batch: int, steps: int, rounds: int,
+    model: PreTrainedModel, entrants: Sequence[c.BenchContender], *, context: int, batch: int, steps: int, rounds: int,
     prefill_batch: int = 1, seed: int = 0, rate: ReadRate | None = None, tick: Callable[[str], None] = lambda _: None,
-) -> tuple[list[Row], ReadRate]:  # fmt: skip
+) -> tuple[list[RunRow], ReadRate]:  # fmt: skip
     """Prefill (unless `prefill_batch` is 0), then decode: a row for each contender, in their order.
 
     Prompts are random token ids. Raises ValueError if DynamicCache, which the others are measured by, is missing.
@@ -186,6 +186,7 @@ def measure_run(
     prompts = c.draw_prompts(model, batch, context, seed)
     decoded = measure_decode(model, entrants, prompts, steps=steps, rounds=rounds, rate=rate, tick=tick)
     rows = [
-        Row(one.name, one.library, one.budget, decode=decoded[one.name], prefill=read.get(one.name)) for one in entrants
+        RunRow(one.name, one.library, one.budget, decode=decoded[one.name], prefill=read.get(one.name))
+        for one in entrants
     ]
     return rows, rate

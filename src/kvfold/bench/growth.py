@@ -16,7 +16,7 @@ MEASURES = ("step_seconds", "prefill_seconds", "kv_bytes")
 
 
 @dataclass(frozen=True)
-class Row:
+class GrowthRow:
     """One cache at one context. `kv_bytes` right after the prompt; a bound reads weights and KV bytes once."""
 
     contender: str
@@ -56,13 +56,13 @@ class Exponent:
 
 
 def measure_growth(
-    model: PreTrainedModel, entrants: Sequence[c.Contender], contexts: Sequence[int], *, batch: int = 1,
+    model: PreTrainedModel, entrants: Sequence[c.BenchContender], contexts: Sequence[int], *, batch: int = 1,
     steps: int = 12, rounds: int = 2, seed: int = 0, rate: ReadRate | None = None,
     tick: Callable[[str], None] = lambda _: None,
-) -> tuple[list[Row], ReadRate]:  # fmt: skip
+) -> tuple[list[GrowthRow], ReadRate]:  # fmt: skip
     """A row for each context and contender: in a round each reads a prompt of (B, T) and decodes `steps` tokens."""
     rate = rate or ReadRate(model.device)
-    taken: list[tuple[int, c.Contender, list[float], list[float], int]] = []
+    taken: list[tuple[int, c.BenchContender, list[float], list[float], int]] = []
     for number, context in enumerate(contexts):
         ids = c.draw_prompts(model, batch, context, seed)
         reads: dict[str, list[float]] = {one.name: [] for one in entrants}
@@ -86,7 +86,7 @@ def measure_growth(
     for context, one, read, step, nbytes in taken:
         bound, median = (weights + nbytes) / rate.bytes_per_second, spread(step)
         rows.append(
-            Row(
+            GrowthRow(
                 one.name, one.library, one.budget, context, batch, median, spread(read), nbytes, bound,
                 bound / median.median,
             )
@@ -94,9 +94,9 @@ def measure_growth(
     return rows, rate
 
 
-def exponents(rows: Sequence[Row]) -> list[Exponent]:
+def exponents(rows: Sequence[GrowthRow]) -> list[Exponent]:
     """The growth of every measure of every contender between neighbouring contexts."""
-    by_name: dict[str, list[Row]] = {}
+    by_name: dict[str, list[GrowthRow]] = {}
     for row in rows:
         by_name.setdefault(row.contender, []).append(row)
     return [

@@ -46,7 +46,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelRow:
     """One contender on one case. Seconds are those of one call; rates count the bytes of the tokens kept alone.
 
     `of_bandwidth` is the rate over the plain read's, `cost_per_token` a ragged case's seconds for each token kept
@@ -168,7 +168,7 @@ def measure_kernels(
     cases: Sequence[Case], *, ragged: bool = False, device: torch.device | None = None, rounds: int = 15,
     rate: ReadRate | None = None, working_set: int | None = None, seed: int = 0,
     tick: Callable[[str], None] = lambda _: None,
-) -> tuple[list[Row], ReadRate]:  # fmt: skip
+) -> tuple[list[KernelRow], ReadRate]:  # fmt: skip
     """Rows for every case, two contenders each, and the read bandwidth between the rounds of all of them.
 
     In a round every contender has one turn (kvfold, SDPA, and both once more on ragged lengths). Raises RuntimeError
@@ -196,14 +196,14 @@ def measure_kernels(
     return [row for contests in done for each in contests for row in _rows(each, contests[0], bandwidth)], rate
 
 
-def _rows(contest: _Contest, full: _Contest, bandwidth: float) -> list[Row]:
+def _rows(contest: _Contest, full: _Contest, bandwidth: float) -> list[KernelRow]:
     medians = {name: spread(seconds) for name, seconds in contest.taken.items()}
     rows = []
     for name, seconds in medians.items():
         whole = spread(full.taken[name]).median / full.tokens
         rate = contest.kv_bytes / seconds.median
         rows.append(
-            Row(
+            KernelRow(
                 case=contest.case, contender=name, ragged=contest.ragged, tokens=contest.tokens,
                 kv_bytes=contest.kv_bytes, copies=contest.copies, seconds=seconds, bytes_per_second=rate,
                 bound_seconds=contest.kv_bytes / bandwidth, of_bandwidth=rate / bandwidth,

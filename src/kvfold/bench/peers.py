@@ -9,7 +9,7 @@ from typing import Any
 
 import kvfold
 from kvfold.bench.contenders import DYNAMIC
-from kvfold.bench.endtoend import Row
+from kvfold.bench.endtoend import RunRow
 from kvfold.bench.peak import run_json
 
 SCRIPT = Path("benchmarks/peers/kvpress_peer.py")
@@ -68,10 +68,10 @@ def run_kvpress(
 
 
 def kvpress_rows(
-    python: str, script: Path, folder: Path, methods: Sequence[tuple[str, float | int | None]], *, rows: Sequence[Row],
-    weights: int, bandwidth: float, context: int, batch: int, prefill_batch: int, dtype: str, steps: int, rounds: int,
-    threads: int, tick: Callable[[str], None] = lambda _: None,
-) -> tuple[list[Row], list[dict[str, str]]]:  # fmt: skip
+    python: str, script: Path, folder: Path, methods: Sequence[tuple[str, float | int | None]], *,
+    rows: Sequence[RunRow], weights: int, bandwidth: float, context: int, batch: int, prefill_batch: int, dtype: str,
+    steps: int, rounds: int, threads: int, tick: Callable[[str], None] = lambda _: None,
+) -> tuple[list[RunRow], list[dict[str, str]]]:  # fmt: skip
     """A row for each method (slug, budget) that kvpress has, and those left out, each with its reason.
 
     `rows` are this run's own, `weights` in bytes and `bandwidth` in bytes/s: a peer's bound and its ratios to
@@ -106,5 +106,5 @@ def kvpress_rows(
         got["of_bound"] = got["bound_seconds"] / got["step_seconds"]
         got["kv_ratio"] = got["kv_bytes"] / dense.decode.kv_bytes
         got["speedup"] = dense.decode.step_seconds.median / got["step_seconds"]
-        found.append(Row(method, "kvpress", budget, separate_process=True, peer=got))
+        found.append(RunRow(method, "kvpress", budget, separate_process=True, peer=got))
     return found, skipped

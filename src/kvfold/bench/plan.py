@@ -1,23 +1,26 @@
 """Plan: the bytes of a KV cache and the roofline of prefill and decode, from a model's shape alone.
 
-Which layers there are, and what each stores for a token, the model itself says: it is built on torch's meta device,
-which holds no numbers, and reads one token. How many tokens a method keeps, the method itself says: it gets a view
+Which layers there are, and what each stores for a token, the model itself says: a copy of it on torch's meta device,
+which holds no numbers, reads one token. How many tokens a method keeps, the method itself says: it gets a view
 of a few tokens that claims to be the whole prompt, and asks it for its budget.
 """
 
-from dataclasses import asdict, dataclass
+import copy
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from math import ceil
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from kvfold.bench.devices import Device
 from kvfold.budgets import Budget, allocate
+from kvfold.evaluation.compare import budget_of
 from kvfold.formats import POSITION, Chunk
-from kvfold.hf.cache import Cache
-from kvfold.hf.layers import PagedLayer, tensors
+from kvfold.hf.layers import tensors
 from kvfold.hf.support import check_model
 from kvfold.methods import Method
 from kvfold.methods.base import decided
@@ -139,7 +142,10 @@ class ModelShape:
 
 
 def shape_of(model: Any) -> ModelShape:
-    """The shape of a transformers model, best built on the meta device. Raises ValueError if kvfold can't serve it."""
+    """The shape of a transformers model, on the meta device or any other; it stays as it is.
+
+    Raises ValueError if kvfold can't serve it.
+    """
     check_model(model)
     config = model.config.get_text_config(decoder=True)
     table, output = model.get_input_embeddings().weight, model.get_output_embeddings()
@@ -168,17 +174,18 @@ def shape_of(model: Any) -> ModelShape:
 
 
 def _layers(model: Any, config: Any) -> tuple[LayerShape, ...]:
-    """What each layer stores, read off the cache that the model fills with one token."""
-    served = Cache(model, "full").layers
-    paged = [isinstance(layer, PagedLayer) for layer in served]
-    windows = [getattr(layer, "sliding_window", None) for layer in served]
-    model.set_attn_implementation("sdpa")
-    if any(".experts." in name for name, _ in model.named_parameters()):
-        model.set_experts_implementation("batched_mm")  # the others look at numbers, or refuse float32
+    """What each layer stores, read off the cache that a copy of the model fills with one token."""
+    empty = DynamicCache(config=config).layers
+    paged = [type(layer) is DynamicLayer for layer in empty]  # those that `kvfold.Cache` holds on pages
+    windows = [getattr(layer, "sliding_window", None) for layer in empty]
+    twin = _without_numbers(model)
+    twin.set_attn_implementation("sdpa")
+    if any(".experts." in name for name, _ in twin.named_parameters()):
+        twin.set_experts_implementation("batched_mm")  # the others look at numbers, or refuse float32
     try:
         with torch.no_grad():
-            token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-            filled = model(input_ids=token, use_cache=True).past_key_values.layers
+            token = torch.zeros(1, 1, dtype=torch.long, device="meta")
+            filled = twin(input_ids=token, use_cache=True).past_key_values.layers
     except RuntimeError as error:  # a model that looks at numbers on its way, which a meta tensor has not
         if not all(p or w for p, w in zip(paged, windows, strict=True)):
             raise ValueError(f"{type(model).__name__} does not run without its weights: {error}") from None
@@ -197,14 +204,27 @@ def _layers(model: Any, config: Any) -> tuple[LayerShape, ...]:
     return tuple(found)
 
 
-class _Asking(LayerView):
-    """A view of a few tokens that stands for a whole prompt: it answers with the prompt's budget, scaled down."""
+def _without_numbers(model: Any) -> Any:
+    """A copy of the model on the meta device: whatever is set there, the model does not know of it."""
+    memo: dict[int, Tensor] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    memo |= {id(weight): nn.Parameter(weight.to("meta"), weight.requires_grad) for weight in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+@dataclass(frozen=True)
+class _AskedView(LayerView):
+    """A view of a few tokens that stands for a whole prompt: it answers with the prompt's budget, scaled down.
+
+    `asked`: what each answer is for the whole prompt. The views that decisions make of this one add to the same list.
+    """
+
+    asked: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     def budget(self, budget: Budget, weights: Any = None) -> Tensor:
         prompt = int(self.place.prompt[0])
         everything = isinstance(budget, float) and budget == 1.0
         real = torch.full_like(self.count, prompt) if everything else super().budget(budget, weights)
-        self.place.step.setdefault("asked", []).append(real)
+        self.asked.append(real)
         return torch.where(
             real >= prompt, self.count, torch.minimum((real * SAMPLE / prompt).ceil().long(), self.count - 1)
         )
@@ -227,17 +247,18 @@ def stored(
     read = torch.tensor([context])
     place = Place(paged[ordinal], ordinal, paged, depth, 1.0, prompt=read, seen=read)
     columns = {POSITION: positions[:, None].expand(1, heads, SAMPLE)}
-    view: LayerView = _Asking(Chunk(states, states, valid, columns), queries, place)
+    asked: list[Tensor] = []
+    view: LayerView = _AskedView(Chunk(states, states, valid, columns), queries, place, asked=asked)
     tokens = torch.full((heads,), context)
     if method.listens("after_prefill"):
         with use("naive"):  # the fast kernels take longer to start than these few tokens take
             for decision in decided(method.after_prefill(view)):
                 view = view.apply(decision)
-        for real in place.step.get("asked", []):
+        for real in asked:
             tokens = torch.minimum(tokens, real[0])
     if view.formats or method.shares_layers:
         raise ValueError(f"method={method} stores tokens in a format of its own, which a plan can't size yet")
-    if "asked" not in place.step and (budget := getattr(method, "budget", None)) is not None:
+    if not asked and (budget := budget_of(method)) is not None:
         # A method that decides when all layers are done: its split is its own, the sum is the budget's.
         tokens = torch.tensor(allocate(budget, context, context, len(paged), heads)[ordinal])
     return tuple(tokens.tolist()), sum(column.element_size() for column in view.columns.values())
@@ -251,7 +272,7 @@ def _paged_bytes(layer: LayerShape, tokens: tuple[int, ...], columns: int, items
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """One method on one device: bytes, batches, and bounds on speed. `dense_*` is a full cache without kvfold.
 
     KV bytes are those after the prompt, for the whole batch. `step_seconds` is the least time of a decode step,
@@ -293,7 +314,7 @@ class Plan:
 def make_plan(
     shape: ModelShape, device: Device, method: Method, *, dtype: str, context: int, batch: int = 1,
     reserve: float = 0.05, name: str | None = None,
-) -> Plan:  # fmt: skip
+) -> MemoryPlan:  # fmt: skip
     """What `method` comes to for prompts of `context` tokens in a batch of `batch` rows.
 
     `reserve` is a share of the device's memory that is left alone, beside the activations of one row's prompt.
@@ -333,8 +354,8 @@ def make_plan(
     read_prompt = max(batch * shape.prefill_flops(context) / peak, (weights + batch * kv) / device.bandwidth)
     own, full = step(batch, kv, tuple(kept)), step(batch, dense, whole)
     total = shape.weight_bytes + batch * kv + held
-    return Plan(
-        method=str(method) if name is None else name, budget=getattr(method, "budget", None), context=context,
+    return MemoryPlan(
+        method=str(method) if name is None else name, budget=budget_of(method), context=context,
         batch=batch, kept_tokens=sum(kept[i] for i in paged) / max(1, len(paged)), weight_bytes=shape.weight_bytes,
         reserve_bytes=held, kv_bytes=batch * kv, dense_kv_bytes=batch * dense, fits=total <= device.memory,
         largest_batch=most, dense_largest_batch=dense_most, step_seconds=own, tokens_per_second=batch / own,

@@ -29,7 +29,7 @@ def _table(title: str, caption: str, left: Sequence[str], right: Sequence[str]) 
     return table
 
 
-def kernels_table(rows: Sequence[kernels.Row], bandwidth: float, title: str) -> Table:
+def kernels_table(rows: Sequence[kernels.KernelRow], bandwidth: float, title: str) -> Table:
     """A line for each case and contender; `bandwidth` in bytes/s is what they are compared with."""
     caption = (
         f"A plain read gives {bandwidth / 1e9:,.1f} GB/s in this run. Rates count the bytes of the tokens kept. "
@@ -48,7 +48,7 @@ def kernels_table(rows: Sequence[kernels.Row], bandwidth: float, title: str) -> 
     return table
 
 
-def run_table(rows: Sequence[endtoend.Row], bandwidth: float, weights: int, title: str) -> Table:
+def run_table(rows: Sequence[endtoend.RunRow], bandwidth: float, weights: int, title: str) -> Table:
     """A line a cache; a peer of another process says so. `weights` in bytes, `bandwidth` in bytes/s."""
     caption = (
         f"Bound: {megabytes(weights)} of weights and the KV bytes read once at {bandwidth / 1e9:,.1f} GB/s, the plain "
@@ -68,7 +68,7 @@ def run_table(rows: Sequence[endtoend.Row], bandwidth: float, weights: int, titl
     return table
 
 
-def _decode(row: endtoend.Row) -> tuple[str, ...]:
+def _decode(row: endtoend.RunRow) -> tuple[str, ...]:
     if row.decode is not None:
         d = row.decode
         step, rate, kv, ratio = d.step_seconds.median, d.tokens_per_second, d.kv_bytes, d.kv_ratio
@@ -82,7 +82,7 @@ def _decode(row: endtoend.Row) -> tuple[str, ...]:
     return duration(step), f"{rate:.1f}", f"{most:.1f}", f"{speedup:.2f}", bound, megabytes(kv), f"{ratio:.3f}"
 
 
-def _prefill(row: endtoend.Row) -> tuple[str, ...]:
+def _prefill(row: endtoend.RunRow) -> tuple[str, ...]:
     if row.prefill is not None:
         full = row.prefill.ratio_full
         ratio = f"{row.prefill.ratio_dynamic:.2f}"
@@ -93,7 +93,7 @@ def _prefill(row: endtoend.Row) -> tuple[str, ...]:
     return "-", "-", "-"
 
 
-def _peak(row: endtoend.Row) -> str:
+def _peak(row: endtoend.RunRow) -> str:
     found = row.memory or row.peer or {}
     nbytes = found.get("peak_cuda_bytes") or found.get("peak_resident_bytes") or found.get("peak_rss_bytes")
     if nbytes is None:
@@ -103,7 +103,7 @@ def _peak(row: endtoend.Row) -> str:
 
 
 def growth_table(
-    rows: Sequence[growth.Row], exponents: Sequence[growth.Exponent], bandwidth: float, title: str
+    rows: Sequence[growth.GrowthRow], exponents: Sequence[growth.Exponent], bandwidth: float, title: str
 ) -> Table:
     """A line for each cache and context; exponents stand in the line of the longer context."""
     caption = (

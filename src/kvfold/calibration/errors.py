@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvfold.calibration.heads import answered, mean_scores, semantic_score
-from kvfold.calibration.questions import Question, questions
+from kvfold.calibration.questions import NeedleQuestion, questions
 from kvfold.calibration.run import Run
 from kvfold.hf.anatomy import projected
 from kvfold.methods._calibrated import rows
@@ -37,7 +37,7 @@ def compresskv_tables(run: Run) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def layer_error(view: LayerView, asked: Question, method: CompressKV) -> float:
+def layer_error(view: LayerView, asked: NeedleQuestion, method: CompressKV) -> float:
     """Sum over the answer's queries of |o_c - o| / (|o| + 1e-5): outputs from what `method` keeps, and from all."""
     prompt = asked.prompt.shape[1]
     tokens = view.tokens

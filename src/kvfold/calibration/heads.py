@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvfold.calibration.questions import Question, questions
+from kvfold.calibration.questions import NeedleQuestion, questions
 from kvfold.calibration.run import Run
 from kvfold.hf.cache import Cache
 from kvfold.views import LayerView
@@ -15,11 +15,11 @@ from kvfold.views import LayerView
 Rows = Float[Tensor, "Hq N T"]
 COUNTS_FROM = 0.5
 """Share of the answer's tokens that a model must rank first for a prompt to count."""
-Score = Callable[[Rows, Question], Float[Tensor, " Hq"]]
+Score = Callable[[Rows, NeedleQuestion], Float[Tensor, " Hq"]]
 """From the attention of the answer's N queries to a number for each head."""
 
 
-def copy_score(rows: Rows, asked: Question) -> Float[Tensor, " Hq"]:
+def copy_score(rows: Rows, asked: NeedleQuestion) -> Float[Tensor, " Hq"]:
     """HeadKV-R: steps at which the most attended token is the needle's and the one that is said, over its length."""
     start, stop = asked.span
     best, ids = rows.argmax(-1), asked.fed[0]  # Hq N
@@ -28,14 +28,14 @@ def copy_score(rows: Rows, asked: Question) -> Float[Tensor, " Hq"]:
     return hit.sum(-1).float() / (stop - start)
 
 
-def reason_score(rows: Rows, asked: Question) -> Float[Tensor, " Hq"]:
+def reason_score(rows: Rows, asked: NeedleQuestion) -> Float[Tensor, " Hq"]:
     """HeadKV-R2: attention of the N most attended tokens as far as they are the needle's N, over N."""
     start, stop = asked.span
     values, best = rows.topk(min(stop - start, rows.shape[-1]), dim=-1)
     return (values * ((best >= start) & (best < stop))).sum((1, 2)) / (stop - start)
 
 
-def semantic_score(rows: Rows, asked: Question) -> Float[Tensor, " Hq"]:
+def semantic_score(rows: Rows, asked: NeedleQuestion) -> Float[Tensor, " Hq"]:
     """CompressKV: attention to the whole needle at the steps that say one of its tokens, as often as it has that."""
     needle = asked.needle
     times = torch.tensor([float(needle.count(token)) for token in asked.answer], device=rows.device)
@@ -70,13 +70,13 @@ def mean_scores(run: Run, kind: str, score: Score, samples: int, length: int) ->
     return table
 
 
-def answer_rows(view: LayerView, asked: Question) -> Rows:
+def answer_rows(view: LayerView, asked: NeedleQuestion) -> Rows:
     """Attention of the queries that say the answer."""
     return view.attention(len(asked.answer))[0].flatten(0, 1)
 
 
 @torch.no_grad()
-def answered(run: Run, asked: Question, observe: Callable[[LayerView], None]) -> bool:
+def answered(run: Run, asked: NeedleQuestion, observe: Callable[[LayerView], None]) -> bool:
     """Feed a prompt and its answer, showing every layer's view; whether the model would have said half of it."""
     cache, count = Cache(run.model, "full"), len(asked.answer)
     with cache.observed(observe):

@@ -39,7 +39,7 @@ MARK = "\u241fDOCUMENT\u241f"
 
 
 @dataclass(frozen=True)
-class Question:
+class NeedleQuestion:
     """A prompt (1, T), the tokens of its answer, and where (from, to) the needle that answers it stands."""
 
     prompt: Tensor
@@ -58,7 +58,7 @@ class Question:
         return found
 
 
-def questions(run: Run, kind: str, samples: int, length: int) -> Iterator[Question]:
+def questions(run: Run, kind: str, samples: int, length: int) -> Iterator[NeedleQuestion]:
     """Prompts of a fifth of `length` to all of it, needles of `kind` "copy" or "reason" at depths 0.05 to 0.95."""
     rng = random.Random(f"{run.seed}:{kind}")
     for i in range(samples):
@@ -73,7 +73,7 @@ def questions(run: Run, kind: str, samples: int, length: int) -> Iterator[Questi
 
 def _question(
     tokenizer: Any, text: str, parts: tuple[str, str, str, str, str], size: int, rng: random.Random
-) -> Question:
+) -> NeedleQuestion:
     before, needle, after, asked, answer = parts
     head, tail = frame(tokenizer, asked)
     pieces = [_ids(tokenizer, part) for part in (f"\n\n{before}".removesuffix(" "), f" {needle}", f"{after}\n\n")]
@@ -86,7 +86,7 @@ def _question(
     cut = start + int(room * rng.uniform(0.05, 0.95))
     first = [*head, *words[start:cut], *pieces[0]]
     ids = [*first, *pieces[1], *pieces[2], *words[cut : start + room], *tail]
-    return Question(torch.tensor([ids]), reply, (len(first), len(first) + len(pieces[1])))
+    return NeedleQuestion(torch.tensor([ids]), reply, (len(first), len(first) + len(pieces[1])))
 
 
 def frame(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:

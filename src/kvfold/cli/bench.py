@@ -115,8 +115,8 @@ def run_command(
         for python in peer_python:
             assert script is not None and folder is not None
             more, left_out = peers.kvpress_rows(
-                python, script, folder, [(name, getattr(made, "budget", None)) for name, made in wanted], rows=rows,
-                weights=weights, bandwidth=rate.bytes_per_second, context=context, batch=batch,
+                python, script, folder, [(one.name, one.budget) for one in own], rows=rows, weights=weights,
+                bandwidth=rate.bytes_per_second, context=context, batch=batch,
                 prefill_batch=prefill_batch, dtype=kind, steps=steps, rounds=rounds, threads=threads, tick=tick,
             )  # fmt: skip
             rows, skipped = rows + more, skipped + left_out
@@ -227,8 +227,8 @@ def peer_folder(model: str) -> Path:
 
 
 def with_peaks(
-    rows: Sequence["endtoend.Row"], tick: Callable[[str], None], **options: Any
-) -> tuple[list["endtoend.Row"], list[dict[str, str]]]:
+    rows: Sequence["endtoend.RunRow"], tick: Callable[[str], None], **options: Any
+) -> tuple[list["endtoend.RunRow"], list[dict[str, str]]]:
     """The rows with each cache's peak memory, see `measure_peak`, and those whose process failed."""
     from kvfold.bench.peak import measure_peak
 

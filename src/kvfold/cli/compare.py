@@ -14,7 +14,7 @@ from rich.text import Text
 from kvfold.cli import common
 
 if TYPE_CHECKING:
-    from kvfold.evaluation.compare import Row
+    from kvfold.evaluation.compare import CompareRow
 
 
 def compare_command(
@@ -70,7 +70,7 @@ def compare_command(
         common.stderr.print(f"chart: {chart}")
 
 
-def tables_of(rows: Sequence["Row"], title: str) -> Group:
+def tables_of(rows: Sequence["CompareRow"], title: str) -> Group:
     """The rows for a rich console of 80 columns: what was measured, and below it what was answered.
 
     Answers are text, whatever brackets they hold; what several rows answer is said once.

@@ -10,7 +10,7 @@ from rich.table import Table
 from kvfold.cli import common
 
 if TYPE_CHECKING:
-    from kvfold.bench import ModelShape, Plan
+    from kvfold.bench import MemoryPlan, ModelShape
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -46,14 +46,14 @@ def plan(
     budgets = [common.number(part) for part in budget.split(",")]
 
     from kvfold.evaluation.chart import check_chart_path, save_chart
-    from kvfold.evaluation.compare import split_names, with_budget
+    from kvfold.evaluation.compare import budget_of, split_names, with_budget
     from kvfold.methods import parse
 
     wanted = {"full": parse("full")}
     for name in split_names(methods):
         for value in budgets:
             made = with_budget(name, value)
-            own = getattr(made, "budget", None)
+            own = budget_of(made)
             wanted.setdefault(name if own is None else f"{name} {own}", made)
     if chart is not None:
         check_chart_path(chart)
@@ -66,7 +66,7 @@ def plan(
     if limit is not None and tokens > limit:
         raise ValueError(f"context={tokens} must be at most {limit}, what {model} is made for")
 
-    def plans(tokens: int) -> list["Plan"]:
+    def plans(tokens: int) -> list["MemoryPlan"]:
         return [
             make_plan(shape, on, made, dtype=dtype, context=tokens, batch=batch, reserve=reserve, name=name)
             for name, made in wanted.items()
@@ -147,7 +147,7 @@ def amount(nbytes: float | int) -> str:
     return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.2f} MB"
 
 
-def caption_of(shape: "ModelShape", row: "Plan", memory: int) -> str:
+def caption_of(shape: "ModelShape", row: "MemoryPlan", memory: int) -> str:
     """What all rows share."""
     active = f" (about {shape.active_parameters / 1e9:,.2f} billion for one token)" if shape.experts else ""
     return (
@@ -157,7 +157,7 @@ def caption_of(shape: "ModelShape", row: "Plan", memory: int) -> str:
     )
 
 
-def table_of(rows: Sequence["Plan"], title: str, caption: str) -> Table:
+def table_of(rows: Sequence["MemoryPlan"], title: str, caption: str) -> Table:
     """The rows for a rich console."""
     table = Table(title=title, caption=caption, caption_justify="left")
     for name in (
@@ -175,7 +175,7 @@ def table_of(rows: Sequence["Plan"], title: str, caption: str) -> Table:
     return table
 
 
-def lines_of(rows: Sequence["Plan"]) -> dict[str, str]:
+def lines_of(rows: Sequence["MemoryPlan"]) -> dict[str, str]:
     """The line that each method is drawn on: those whose caches are within 10 % of each other's share one."""
     sizes: dict[str, dict[int, int]] = {}
     for row in rows:
@@ -188,7 +188,7 @@ def lines_of(rows: Sequence["Plan"]) -> dict[str, str]:
     return {name: ", ".join(group) for group in groups for name in group}
 
 
-def chart_of(rows: Sequence["Plan"], memory: int, title: str) -> Any:
+def chart_of(rows: Sequence["MemoryPlan"], memory: int, title: str) -> Any:
     """An altair chart over the context: memory with the device's limit, decode rate, largest batch; a line a method."""
     import altair as alt
 

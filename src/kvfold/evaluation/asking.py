@@ -23,7 +23,7 @@ from kvfold.evaluation.decoding import sync
 from kvfold.evaluation.examples import Example, Query
 from kvfold.evaluation.kept import kept_share
 from kvfold.evaluation.metrics import get_metric
-from kvfold.evaluation.prompting import Prompt, Prompter
+from kvfold.evaluation.prompting import EncodedPrompt, Prompter
 from kvfold.evaluation.rows import Decoded, Rows, decode_rows, force_rows, inputs, pad, read
 from kvfold.hf.cache import Cache
 from kvfold.hf.greedy import end_tokens
@@ -33,7 +33,7 @@ PROTOCOLS = ("aware", "agnostic", "turns")
 
 
 @dataclass(frozen=True)
-class Contender:
+class AskedContender:
     """A method at a budget (None: it has none of its own), and how to make its cache."""
 
     method: str
@@ -73,7 +73,7 @@ class Asker:
         self.ends = end_tokens(model)
         self.fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
-    def ask(self, batch: Sequence[Example], protocol: str, contenders: Sequence[Contender]) -> list[Outcome]:
+    def ask(self, batch: Sequence[Example], protocol: str, contenders: Sequence[AskedContender]) -> list[Outcome]:
         """An outcome for each contender (outer) and example (inner), in order. `contenders[0]` must be `full`.
 
         What fails is an outcome with an error, and the others go on.
@@ -92,7 +92,7 @@ class Asker:
         return outcomes
 
     def _round(
-        self, batch: Sequence[Example], asked: "Round", number: int, contenders: Sequence[Contender],
+        self, batch: Sequence[Example], asked: "Round", number: int, contenders: Sequence[AskedContender],
         outcomes: list[Outcome],
     ) -> None:  # fmt: skip
         """One shared prefill, and all that is answered from it.
@@ -135,7 +135,7 @@ class Asker:
             if c and isinstance(cache, Cache):  # the first is what the others are measured against
                 cache.reset()
 
-    def _made(self, contender: Contender) -> Cache | Exception:
+    def _made(self, contender: AskedContender) -> Cache | Exception:
         """Its cache, or why there is none: a method may not fit the model."""
         try:
             return contender.make()
@@ -264,7 +264,7 @@ class Truth:
 
 
 @dataclass(frozen=True)
-class Turn:
+class AnswerTurn:
     """Queries answered side by side: `queries` are (row, index of the query), one for each row that answers.
 
     `tails`: what is read before they answer (None: nothing), in the cache itself (`lasting`) or in the branch that
@@ -283,10 +283,10 @@ class Round:
 
     examples: list[int]
     prompts: list[list[int]]
-    turns: list[Turn]
+    turns: list[AnswerTurn]
 
 
-def _rounds(batch: Sequence[Example], prompts: Sequence[Prompt], protocol: str) -> Iterator[Round]:
+def _rounds(batch: Sequence[Example], prompts: Sequence[EncodedPrompt], protocol: str) -> Iterator[Round]:
     """What is read and asked, in order, for one protocol. Raises ValueError where it does not fit the examples."""
     everyone = list(range(len(batch)))
     if protocol == "agnostic":
@@ -295,15 +295,15 @@ def _rounds(batch: Sequence[Example], prompts: Sequence[Prompt], protocol: str) 
         turns = []
         for j, size in sizes:
             rows = [row for row in everyone if j < len(prompts[row].tails) and len(prompts[row].tails[j]) == size]
-            turns.append(Turn([(row, j) for row in rows], [prompts[row].tails[j] for row in rows]))
+            turns.append(AnswerTurn([(row, j) for row in rows], [prompts[row].tails[j] for row in rows]))
         yield Round(everyone, [prompt.head for prompt in prompts], turns)
     elif protocol == "turns":
         count = len(prompts[0].tails)
         if any(len(prompt.tails) != count for prompt in prompts):
             raise ValueError("protocol='turns': the examples of a batch must have the same number of queries")
-        turns = [Turn([(row, 0) for row in everyone], branches=count > 1)]
+        turns = [AnswerTurn([(row, 0) for row in everyone], branches=count > 1)]
         turns += [
-            Turn([(row, j) for row in everyone], [prompt.turns[j] for prompt in prompts], lasting=True,
+            AnswerTurn([(row, j) for row in everyone], [prompt.turns[j] for prompt in prompts], lasting=True,
                  branches=j + 1 < count)
             for j in range(1, count)
         ]  # fmt: skip
@@ -311,7 +311,7 @@ def _rounds(batch: Sequence[Example], prompts: Sequence[Prompt], protocol: str) 
     else:
         for j in range(max(len(prompt.tails) for prompt in prompts)):
             rows = [row for row in everyone if j < len(prompts[row].tails)]
-            here = Turn([(row, j) for row in range(len(rows))], branches=False)
+            here = AnswerTurn([(row, j) for row in range(len(rows))], branches=False)
             yield Round(rows, [prompts[row].whole[j] for row in rows], [here])
 
 

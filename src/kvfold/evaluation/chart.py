@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvfold.evaluation.compare import Row
+from kvfold.evaluation.compare import CompareRow
 
 SUFFIXES = (".html", ".png", ".svg", ".json")
 
@@ -21,7 +21,7 @@ def check_chart_path(path: Path) -> None:
         raise ValueError("chart: needs altair; pip install 'kvfold[plot]'") from None
 
 
-def memory_against_agreement(rows: Sequence[Row], title: str) -> Any:
+def memory_against_agreement(rows: Sequence[CompareRow], title: str) -> Any:
     """An altair chart: bytes held over the full cache's across, mean KL and equal greedy tokens up; a line a method."""
     import altair as alt
 

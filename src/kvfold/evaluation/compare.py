@@ -1,22 +1,23 @@
 """Methods side by side on one document and one question: answer, memory, time, agreement with the full cache."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvfold.evaluation.agreement import Agreement, agreement
-from kvfold.evaluation.decoding import Answer, decode, prefill, teacher_forced
+from kvfold.evaluation.decoding import GreedyAnswer, decode, prefill, teacher_forced
 from kvfold.hf.cache import Cache
 from kvfold.hf.shared_prefill import prefill_many
-from kvfold.methods import Method, MethodInfo, list_methods, parse
+from kvfold.methods import Method, MethodInfo, Pipeline, get_method, list_methods, parse
+from kvfold.methods.registry import read_stages
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method at one budget (None: a composition, which has none of its own).
+class CompareRow:
+    """One method at one budget (None: it takes none, or several of its stages have their own).
 
     Sizes are those right after the prompt; `full_nbytes` is method `full`'s.
     """
@@ -69,11 +70,19 @@ def takes_budget(info: MethodInfo) -> bool:
 
 
 def with_budget(text: str, budget: float | int) -> Method:
-    """A method from its text; a single stage that takes a budget, and whose text sets none, gets this one."""
-    made = parse(text)
-    if "budget=" in text or not any(option.name == "budget" for option in fields(made)):  # type: ignore[arg-type]
-        return made
-    return replace(made, budget=budget)  # type: ignore[type-var]
+    """A method from its text, with this budget where it takes one and the text gives none.
+
+    In a composition one stage alone may take a budget, or the text gives it to each that does; else ValueError.
+    """
+    silent = [slug for slug, given in read_stages(text) if takes_budget(get_method(slug)) and "budget" not in given]
+    return parse(text, budget=budget) if silent else parse(text)
+
+
+def budget_of(method: Method) -> float | int | None:
+    """The budget of a method, or of the only stage that has one; None: of none, or of several."""
+    stages = method.stages if isinstance(method, Pipeline) else (method,)
+    found = [budget for stage in stages if (budget := getattr(stage, "budget", None)) is not None]
+    return found[0] if len(found) == 1 else None
 
 
 def compare(
@@ -85,7 +94,7 @@ def compare(
     *,
     max_new_tokens: int = 64,
     tick: Callable[[str], None] = lambda _: None,
-) -> list[Row]:
+) -> list[CompareRow]:
     """Every method at every budget on one prompt (1, T); the first row is `full`.
 
     At the first budget each method reads the prompt itself and is timed. At further budgets one exact prefill
@@ -94,7 +103,7 @@ def compare(
 
     def wants(budget: float | int) -> list[tuple[str, Method, Any]]:
         made = [(name, with_budget(name, budget)) for name in methods if name != "full"]
-        return [(name, method, getattr(method, "budget", None)) for name, method in made]
+        return [(name, method, budget_of(method)) for name, method in made]
 
     wanted, later = wants(budgets[0]), [each for b in budgets[1:] for each in wants(b)]
     tick("warm-up")
@@ -114,11 +123,11 @@ def compare(
         return agreement(truth[start:], logits[start:])
 
     def row(
-        name: str, budget: Any, made: Answer, held: tuple[float, int, int], prefill_s: Any, found: Agreement
-    ) -> Row:
+        name: str, budget: Any, made: GreedyAnswer, held: tuple[float, int, int], prefill_s: Any, found: Agreement
+    ) -> CompareRow:
         text = tokenizer.decode(made.tokens, skip_special_tokens=True).strip()
         rate = made.rate if prefill_s is not None else None
-        return Row(name, budget, text, *held, full_nbytes, prefill_s, rate, found.top1, found.kl)
+        return CompareRow(name, budget, text, *held, full_nbytes, prefill_s, rate, found.top1, found.kl)
 
     rows = [row("full", None, answer, sizes, read.seconds, agree(truth))]
     del whole

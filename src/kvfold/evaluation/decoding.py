@@ -23,7 +23,7 @@ class Prefilled:
 
 
 @dataclass(frozen=True)
-class Answer:
+class GreedyAnswer:
     """Generated tokens (the end token included), and the seconds that all but the first took."""
 
     tokens: list[int]
@@ -55,7 +55,7 @@ def prefill(model: PreTrainedModel, ids: Tensor, cache: HFCache, chunk: int | No
 
 
 @torch.no_grad()
-def decode(model: PreTrainedModel, cache: HFCache, first: Tensor, count: int) -> Answer:
+def decode(model: PreTrainedModel, cache: HFCache, first: Tensor, count: int) -> GreedyAnswer:
     """At most `count` greedy tokens, from the logits of the first on."""
     ends = end_tokens(model)
     tokens = [int(first.argmax())]
@@ -65,7 +65,7 @@ def decode(model: PreTrainedModel, cache: HFCache, first: Tensor, count: int) ->
         step = torch.tensor([[tokens[-1]]], device=model.device)
         tokens.append(int(model(input_ids=step, past_key_values=cache).logits[0, -1].argmax()))
     sync(model.device)
-    return Answer(tokens, time.perf_counter() - start)
+    return GreedyAnswer(tokens, time.perf_counter() - start)
 
 
 @torch.no_grad()

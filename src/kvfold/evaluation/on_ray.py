@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from kvfold.evaluation.records import Store, key_of
+from kvfold.evaluation.records import ResultFolder, key_of
 from kvfold.evaluation.runner import Progress, Tick, about, count, describe
 from kvfold.evaluation.sweep import Sweep
 from kvfold.evaluation.worker import Worker
@@ -47,7 +47,7 @@ def run_on_ray(
     threads, mine = torch.get_num_threads(), not ray.is_initialized()
     if mine:
         ray.init(address=None if address == "local" else address, log_to_driver=False, configure_logging=False)
-    store = Store(folder, sweep.definition(), about("cpu"), retry_failed=retry_failed)
+    store = ResultFolder(folder, sweep.definition(), about("cpu"), retry_failed=retry_failed)
     try:
         # No node may have as many cores as this one.
         cores = int(max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]))

@@ -9,7 +9,7 @@ _SEAM = "\ue000context ends\ue001"  # of the private-use area: no text has it
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EncodedPrompt:
     """An example as token ids. `head` ends with the context; `tails[j]` is query j, its answer's beginning included.
 
     `whole[j]` are head and tail encoded as one text, which may differ from head + tail by a token at the seam.
@@ -35,14 +35,14 @@ class Prompter:
         self.tokenizer, self.window = tokenizer, window
         self.chat = chat and bool(getattr(tokenizer, "chat_template", None))
 
-    def prompt(self, example: Example, *, turns: bool = False) -> Prompt:
+    def prompt(self, example: Example, *, turns: bool = False) -> EncodedPrompt:
         """Token ids of an example, its context cut where it is too long."""
         chat = self.chat and example.chat
         whole, example = example.context, self.fit(example, turns=turns)
         texts = [self._text(example.context, query, chat) for query in example.queries]
         head = texts[0].split(_SEAM)[0]
         tails = [text.split(_SEAM)[1] for text in texts]
-        return Prompt(
+        return EncodedPrompt(
             head=self._ids(head, first=not chat),
             tails=[self._ids(tail, first=False) for tail in tails],
             whole=[self._ids(head + tail, first=not chat) for tail in tails],

@@ -76,7 +76,7 @@ class Lines:
             os.fsync(file.fileno())
 
 
-class Store:
+class ResultFolder:
     """A folder of results: `results.jsonl`, the `examples.jsonl` that they are about, and `sweep.json`.
 
     With `retry_failed` the failures of earlier runs are forgotten first. One process writes at a time. Raises

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kvfold.evaluation.records import Store, key_of
+from kvfold.evaluation.records import ResultFolder, key_of
 from kvfold.evaluation.sweep import Sweep
 from kvfold.evaluation.worker import Unit, Worker
 
@@ -31,7 +31,7 @@ Tick = Callable[[Progress], None]
 
 
 @dataclass
-class Plan:
+class Workload:
     """What is to be done: units with the keys of their records, and each key's place in the order."""
 
     units: list[tuple[Unit, list[str]]] = field(default_factory=list)
@@ -69,7 +69,7 @@ def run_sweep(
     """
     worker = Worker(sweep, device)
     first = plan_for(worker, sweep.models[:1])
-    store = Store(folder, sweep.definition(), about(device), retry_failed=retry_failed)
+    store = ResultFolder(folder, sweep.definition(), about(device), retry_failed=retry_failed)
     try:
         order, progress = dict[str, int](), Progress()
         for model in sweep.models:
@@ -93,9 +93,9 @@ def run_sweep(
         store.close()
 
 
-def plan_for(worker: Worker, models: list[str]) -> Plan:
+def plan_for(worker: Worker, models: list[str]) -> Workload:
     """The units of some models, in order."""
-    plan = Plan()
+    plan = Workload()
     for model in models:
         for unit, ids in worker.units(model):
             plan.add(worker, unit, ids)

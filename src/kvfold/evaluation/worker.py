@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from kvfold.evaluation.asking import Asker, Contender
+from kvfold.evaluation.asking import AskedContender, Asker
 from kvfold.evaluation.compare import with_budget
 from kvfold.evaluation.examples import Example
 from kvfold.evaluation.records import KEY, key_of
@@ -80,9 +80,9 @@ class Worker:
         about = {"model": unit.model, "task": self.sweep.tasks[unit.entry].task, "length": unit.length}
         return [{**about, **example_data(example)} for example in self.batch(unit)]
 
-    def _contender(self, model: Any, text: str, budget: float | int | None) -> Contender:
+    def _contender(self, model: Any, text: str, budget: float | int | None) -> AskedContender:
         method = with_budget(text, 1.0 if budget is None else budget)
-        return Contender(text, budget, lambda: Cache(model, method, prefill_chunk=self.sweep.prefill_chunk))
+        return AskedContender(text, budget, lambda: Cache(model, method, prefill_chunk=self.sweep.prefill_chunk))
 
     def _examples(self, model: str, entry: int, length: int | None) -> list[Example]:
         each, sweep = self.sweep.tasks[entry], self.sweep

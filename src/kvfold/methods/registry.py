@@ -55,7 +55,8 @@ def make(slug: str, options: dict[str, Any]) -> Method:
 def parse(method: str | Method, **options: Any) -> Method:
     """A method from an object, a slug, or a text such as `"kvmerger(budget=0.35) | kivi(bits=2)"`.
 
-    `options` are added to a single stage; a composition takes them inside its text.
+    `options` go to a single stage; in a composition each to the one stage that has an option of its name. Raises
+    ValueError where several have it or none has.
     """
     if isinstance(method, Method):
         if options:
@@ -63,14 +64,38 @@ def parse(method: str | Method, **options: Any) -> Method:
         return method
     if not isinstance(method, str):
         raise ValueError(f"method={method!r} must be a slug, a composition as text, or a Method")
-    stages = _split(method)
-    if len(stages) > 1 and options:
-        raise ValueError(f"options {sorted(options)} belong inside the text of a composition: {method!r}")
-    made = [_stage(stage, options) for stage in stages]
-    first = made[0]
-    for other in made[1:]:
+    stages = read_stages(method)
+    for name, value in options.items():
+        slug, given = stages[0] if len(stages) == 1 else _taker(method, stages, name, value)
+        if name in given:
+            raise ValueError(f"option {name!r} is given twice for {slug}: in the text and as an argument")
+        given[name] = value
+    first, *others = [make(slug, given) for slug, given in stages]
+    for other in others:
         first = first | other
     return first
+
+
+def read_stages(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Slug and options of each stage of a composition, as its text has them. Raises ValueError for other texts."""
+    return [_stage(part) for part in _split(text)]
+
+
+def _taker(text: str, stages: list[tuple[str, dict[str, Any]]], name: str, value: object) -> tuple[str, dict[str, Any]]:
+    """The only stage with an option of this name. Raises ValueError that names the stages."""
+    taking = [stage for stage in stages if name in get_method(stage[0]).options]
+    if not taking:
+        raise ValueError(f"{name}={value!r} fits no stage of {text!r}: {_slugs(stages)} have no such option")
+    if len(taking) > 1:
+        raise ValueError(
+            f"options [{name!r}] belong inside the text of {text!r}: {_slugs(taking)} each have one, and {value!r} "
+            "could be for any of them"
+        )
+    return taking[0]
+
+
+def _slugs(stages: list[tuple[str, dict[str, Any]]]) -> str:
+    return " and ".join(slug for slug, _ in stages)
 
 
 def _split(text: str) -> list[str]:
@@ -92,7 +117,7 @@ def _split(text: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-def _stage(text: str, options: dict[str, Any]) -> Method:
+def _stage(text: str) -> tuple[str, dict[str, Any]]:
     found = _STAGE.fullmatch(text)
     if found is None:
         raise ValueError(f"method={text.strip()!r} is not of the form slug or slug(option=value, ...)")
@@ -109,7 +134,4 @@ def _stage(text: str, options: dict[str, Any]) -> Method:
         given = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"method={text.strip()!r}: can't read the options {arguments} ({error})") from None
-    clash = sorted(set(given) & set(options))
-    if clash:
-        raise ValueError(f"option {clash[0]!r} is given twice for {slug}: in the text and as an argument")
-    return make(slug, {**given, **options})
+    return slug, given

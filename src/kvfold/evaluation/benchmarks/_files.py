@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kvfold.evaluation.benchmarks._records import Record
+from kvfold.evaluation.benchmarks._records import PublishedRecord
 from kvfold.evaluation.tasks.base import Setting
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -34,7 +34,7 @@ class Source:
     hub: bool = True
 
 
-def records(setting: Setting, source: Source) -> Iterator[Record]:
+def records(setting: Setting, source: Source) -> Iterator[PublishedRecord]:
     """The records of a source, one after another, from `setting.data` or else from the hub.
 
     Raises ValueError where a file is not there or not in its format, RuntimeError where the hub fails.
@@ -74,7 +74,7 @@ def _members(path: Path, pattern: str) -> list[tuple[Path, str]]:
     return [(path, name) for name in names]
 
 
-def _from_hub(source: Source) -> Iterator[Record]:
+def _from_hub(source: Source) -> Iterator[PublishedRecord]:
     """What `repository` holds. Files are read here and not by `datasets`, which runs no scripts and mixes no types."""
     if not source.hub:
         raise ValueError(
@@ -97,14 +97,14 @@ def _from_hub(source: Source) -> Iterator[Record]:
     yield from rows
 
 
-def _read(path: Path, member: str) -> Iterator[Record]:
+def _read(path: Path, member: str) -> Iterator[PublishedRecord]:
     try:
         yield from _rows(path, member)
     except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{member or path.name}: this file is broken ({error})") from error
 
 
-def _rows(path: Path, member: str) -> Iterator[Record]:
+def _rows(path: Path, member: str) -> Iterator[PublishedRecord]:
     name = PurePosixPath(member or path.name)
     kind = name.with_suffix("").suffix if name.suffix == ".gz" else name.suffix
     if kind == ".parquet" and not member:
@@ -146,12 +146,12 @@ def _parse(content: str, where: str) -> Any:
         raise ValueError(f"{where}: this is no JSON ({error})") from None
 
 
-def _number(rows: Any, where: str, unit: str) -> Iterator[Record]:
+def _number(rows: Any, where: str, unit: str) -> Iterator[PublishedRecord]:
     for number, row in enumerate(rows, start=1):
         yield _record(row, f"{where}, {unit} {number}")
 
 
-def _record(value: Any, where: str) -> Record:
+def _record(value: Any, where: str) -> PublishedRecord:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: this is a {type(value).__name__}; it must be an object with named fields")
-    return Record(where, value)
+    return PublishedRecord(where, value)

@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Record:
+class PublishedRecord:
     """Fields of a record, and where it stands. Every method raises ValueError that names file, line and field."""
 
     where: str
@@ -49,15 +49,15 @@ class Record:
             raise self.wrong(name, f"is {_short(found)}; it must have {count} choices")
         return found
 
-    def records(self, name: str) -> list["Record"]:
+    def records(self, name: str) -> list["PublishedRecord"]:
         """A list of objects with at least one."""
         value = self.need(name)
         if not isinstance(value, list | tuple) or not value or not all(isinstance(each, Mapping) for each in value):
             raise self.wrong(name, f"is {_short(value)}; it must be a list of objects")
-        return [Record(f"{self.where}, {name}[{index}]", each) for index, each in enumerate(value)]
+        return [PublishedRecord(f"{self.where}, {name}[{index}]", each) for index, each in enumerate(value)]
 
 
-def letter_of(record: Record, choices: tuple[str, ...], answer: str) -> str:
+def letter_of(record: PublishedRecord, choices: tuple[str, ...], answer: str) -> str:
     """The letter of the choice that is the answer."""
     if answer not in choices:
         raise record.wrong("answer", f"is {_short(answer)}; it must be one of the options")

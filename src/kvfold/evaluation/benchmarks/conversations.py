@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from kvfold.evaluation.benchmarks._files import Source, records
-from kvfold.evaluation.benchmarks._records import Record
+from kvfold.evaluation.benchmarks._records import PublishedRecord
 from kvfold.evaluation.examples import Example, Query
 from kvfold.evaluation.tasks.base import Setting, task
 
@@ -37,7 +37,7 @@ def locomo(setting: Setting, *, adversarial: bool = False, metric: str = METRICS
     names = ("locomo10.json", "data/locomo10.json", "*.json")
     source = Source(names, "github.com/snap-research/locomo", hub=False)
     for index, record in enumerate(islice(records(setting, source), setting.samples)):
-        chat = Record(f"{record.where}, conversation", record.need("conversation"))
+        chat = PublishedRecord(f"{record.where}, conversation", record.need("conversation"))
         speakers = chat.text("speaker_a"), chat.text("speaker_b")
         yield _chat(str(index), chat, speakers, "text", record.records("qa"), adversarial, metric)
 
@@ -48,17 +48,17 @@ def realtalk(setting: Setting, *, metric: str = METRICS[0]) -> Iterator[Example]
     names = ("Chat_*.json", "data/Chat_*.json", "realtalk*.json")
     source = Source(names, "github.com/danny911kr/REALTALK", hub=False)
     for index, record in enumerate(islice(records(setting, source), setting.samples)):
-        people = Record(f"{record.where}, name", record.need("name"))
+        people = PublishedRecord(f"{record.where}, name", record.need("name"))
         speakers = people.text("speaker_1"), people.text("speaker_2")
         yield _chat(str(index), record, speakers, "clean_text", record.records("qa"), False, metric)
 
 
 def _chat(
     name: str,
-    chat: Record,
+    chat: PublishedRecord,
     speakers: tuple[str, str],
     said: str,
-    questions: list[Record],
+    questions: list[PublishedRecord],
     adversarial: bool,
     metric: str,
 ) -> Example:
@@ -74,7 +74,7 @@ def _chat(
     return Example(name, OPENING.format(*speakers) + "".join(sessions), queries, info={"sessions": len(sessions)})
 
 
-def _session(chat: Record, number: int, said: str) -> str:
+def _session(chat: PublishedRecord, number: int, said: str) -> str:
     lines = [f"\nDATE: {chat.text(f'session_{number}_date_time')}", "CONVERSATION:"]
     for turn in chat.records(f"session_{number}"):
         caption = turn.fields.get("blip_caption")
@@ -83,7 +83,7 @@ def _session(chat: Record, number: int, said: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _question(record: Record, adversarial: bool, metric: str) -> Query:
+def _question(record: PublishedRecord, adversarial: bool, metric: str) -> Query:
     category = record.number("category")
     answers = ("not mentioned",) if category == ADVERSARIAL else record.strings("answer")
     hints = (BY_DATE if category == TEMPORAL else "") + (NOT_THERE if adversarial else "")
@@ -108,13 +108,13 @@ def longmemeval(setting: Setting, *, variant: str = "s", abstention: bool = Fals
         yield _memory(record)
 
 
-def _memory(record: Record) -> Example:
+def _memory(record: PublishedRecord) -> Example:
     dates, sessions = record.strings("haystack_dates"), record.need("haystack_sessions")
     if len(dates) != len(sessions):
         raise record.wrong("haystack_dates", f"has {len(dates)} entries for {len(sessions)} of 'haystack_sessions'")
     history = ""
     for number, (date, session) in enumerate(sorted(zip(dates, sessions, strict=True), key=lambda pair: pair[0]), 1):
-        turns = Record(record.where, {"haystack_sessions": session}).records("haystack_sessions")
+        turns = PublishedRecord(record.where, {"haystack_sessions": session}).records("haystack_sessions")
         said = "".join(f"\n\n{turn.text('role')}: {turn.text('content').strip()}" for turn in turns)
         history += f"\n### Session {number}:\nSession Date: {date}\nSession Content:\n{said}\n"
     text = f"\n\nCurrent Date: {record.text('question_date')}\nQuestion: {record.text('question')}\nAnswer:"

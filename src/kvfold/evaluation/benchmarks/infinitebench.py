@@ -9,36 +9,36 @@ from dataclasses import dataclass
 
 from kvfold.evaluation.benchmarks._files import Source, records
 from kvfold.evaluation.benchmarks._infinitebench_prompts import PROMPTS
-from kvfold.evaluation.benchmarks._records import Record, letter_of
+from kvfold.evaluation.benchmarks._records import PublishedRecord, letter_of
 from kvfold.evaluation.benchmarks._sets import register_sets
 from kvfold.evaluation.examples import Example, Query
 from kvfold.evaluation.tasks.base import Setting
 
 
 @dataclass(frozen=True)
-class Set:
+class InfiniteBenchSet:
     metric: str
     max_new_tokens: int
 
 
 SETS = {
-    "passkey": Set("first_int", 6),
-    "number_string": Set("first_int", 12),
-    "kv_retrieval": Set("kv", 50),
-    "longbook_sum_eng": Set("summary", 1200),
-    "longbook_choice_eng": Set("choice", 40),
-    "longbook_qa_eng": Set("qa", 40),
-    "longbook_qa_chn": Set("qa_zh", 40),
-    "longdialogue_qa_eng": Set("dialogue", 40),
-    "math_find": Set("math_find", 3),
-    "math_calc": Set("math_calc", 30000),
-    "code_run": Set("code_run", 5),
-    "code_debug": Set("code_debug", 5),
+    "passkey": InfiniteBenchSet("first_int", 6),
+    "number_string": InfiniteBenchSet("first_int", 12),
+    "kv_retrieval": InfiniteBenchSet("kv", 50),
+    "longbook_sum_eng": InfiniteBenchSet("summary", 1200),
+    "longbook_choice_eng": InfiniteBenchSet("choice", 40),
+    "longbook_qa_eng": InfiniteBenchSet("qa", 40),
+    "longbook_qa_chn": InfiniteBenchSet("qa_zh", 40),
+    "longdialogue_qa_eng": InfiniteBenchSet("dialogue", 40),
+    "math_find": InfiniteBenchSet("math_find", 3),
+    "math_calc": InfiniteBenchSet("math_calc", 30000),
+    "code_run": InfiniteBenchSet("code_run", 5),
+    "code_debug": InfiniteBenchSet("code_debug", 5),
 }
 WITH_OPTIONS = ("longbook_choice_eng", "code_debug")
 
 
-def _examples(setting: Setting, name: str, entry: Set) -> Iterator[Example]:
+def _examples(setting: Setting, name: str, entry: InfiniteBenchSet) -> Iterator[Example]:
     source = Source((f"{name}.jsonl", f"data/{name}.jsonl"), "xinrongzhang2022/InfiniteBench", file=f"{name}.jsonl")
     for index, record in enumerate(records(setting, source)):
         before, _, after = PROMPTS[name].partition("{context}")
@@ -52,7 +52,7 @@ def _examples(setting: Setting, name: str, entry: Set) -> Iterator[Example]:
         yield Example(str(index), before.format(**slots) + record.text("context"), (query,), chat=False)
 
 
-def _slots(record: Record, name: str) -> dict[str, str]:
+def _slots(record: PublishedRecord, name: str) -> dict[str, str]:
     """What the prompt of a set has blanks for, besides its context."""
     question = str(record.fields.get("input") or "")  # some sets ask nothing but what the prompt says
     slots = {"input": question, "question": question}
@@ -67,14 +67,14 @@ def _slots(record: Record, name: str) -> dict[str, str]:
     return slots
 
 
-def _search(pattern: str, record: Record) -> str:
+def _search(pattern: str, record: PublishedRecord) -> str:
     found = re.search(pattern, record.text("input"))
     if found is None:
         raise record.wrong("input", f"has no {pattern!r}, which the prompt is made from")
     return found[0]
 
 
-def _answers(record: Record, name: str) -> tuple[str, ...]:
+def _answers(record: PublishedRecord, name: str) -> tuple[str, ...]:
     """The gold answers; of a choice its text and its letter."""
     answers = record.strings("answer")
     if name not in WITH_OPTIONS:

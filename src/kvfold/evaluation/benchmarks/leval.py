@@ -9,7 +9,7 @@ the answer by the document is asked and scored, not the second one by knowledge 
 from collections.abc import Iterator
 
 from kvfold.evaluation.benchmarks._files import Source, records
-from kvfold.evaluation.benchmarks._records import Record
+from kvfold.evaluation.benchmarks._records import PublishedRecord
 from kvfold.evaluation.benchmarks._sets import register_sets
 from kvfold.evaluation.examples import Example, Query
 from kvfold.evaluation.tasks.base import Setting
@@ -58,7 +58,7 @@ def _examples(setting: Setting, name: str, kind: str) -> Iterator[Example]:
             yield _example(record, index, name, kind)
 
 
-def _example(record: Record, index: int, name: str, kind: str) -> Example:
+def _example(record: PublishedRecord, index: int, name: str, kind: str) -> Example:
     instructions, outputs = record.strings("instructions"), record.strings("outputs")
     if len(instructions) != len(outputs):
         raise record.wrong("outputs", f"has {len(outputs)} entries for {len(instructions)} of 'instructions'")

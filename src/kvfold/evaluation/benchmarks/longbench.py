@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from kvfold.evaluation.benchmarks._files import Source, records
 from kvfold.evaluation.benchmarks._longbench_prompts import PROMPTS
-from kvfold.evaluation.benchmarks._records import Record
+from kvfold.evaluation.benchmarks._records import PublishedRecord
 from kvfold.evaluation.benchmarks._sets import register_sets
 from kvfold.evaluation.examples import Example, Query
 from kvfold.evaluation.tasks.base import Setting
@@ -20,33 +20,33 @@ NO_CHAT = (*FIRST_LINE, "lcc", "repobench-p")
 
 
 @dataclass(frozen=True)
-class Set:
+class LongBenchSet:
     metric: str
     max_new_tokens: int
 
 
 SETS = {
-    "narrativeqa": Set("f1", 128),
-    "qasper": Set("f1", 128),
-    "multifieldqa_en": Set("f1", 64),
-    "multifieldqa_zh": Set("f1_zh", 64),
-    "hotpotqa": Set("f1", 32),
-    "2wikimqa": Set("f1", 32),
-    "musique": Set("f1", 32),
-    "dureader": Set("rouge_zh", 128),
-    "gov_report": Set("rouge", 512),
-    "qmsum": Set("rouge", 512),
-    "multi_news": Set("rouge", 512),
-    "vcsum": Set("rouge_zh", 512),
-    "trec": Set("classification", 64),
-    "triviaqa": Set("f1", 32),
-    "samsum": Set("rouge", 128),
-    "lsht": Set("classification", 64),
-    "passage_count": Set("count", 32),
-    "passage_retrieval_en": Set("retrieval", 32),
-    "passage_retrieval_zh": Set("retrieval_zh", 32),
-    "lcc": Set("code", 64),
-    "repobench-p": Set("code", 64),
+    "narrativeqa": LongBenchSet("f1", 128),
+    "qasper": LongBenchSet("f1", 128),
+    "multifieldqa_en": LongBenchSet("f1", 64),
+    "multifieldqa_zh": LongBenchSet("f1_zh", 64),
+    "hotpotqa": LongBenchSet("f1", 32),
+    "2wikimqa": LongBenchSet("f1", 32),
+    "musique": LongBenchSet("f1", 32),
+    "dureader": LongBenchSet("rouge_zh", 128),
+    "gov_report": LongBenchSet("rouge", 512),
+    "qmsum": LongBenchSet("rouge", 512),
+    "multi_news": LongBenchSet("rouge", 512),
+    "vcsum": LongBenchSet("rouge_zh", 512),
+    "trec": LongBenchSet("classification", 64),
+    "triviaqa": LongBenchSet("f1", 32),
+    "samsum": LongBenchSet("rouge", 128),
+    "lsht": LongBenchSet("classification", 64),
+    "passage_count": LongBenchSet("count", 32),
+    "passage_retrieval_en": LongBenchSet("retrieval", 32),
+    "passage_retrieval_zh": LongBenchSet("retrieval_zh", 32),
+    "lcc": LongBenchSet("code", 64),
+    "repobench-p": LongBenchSet("code", 64),
 }
 
 BY_LENGTH = (
@@ -61,7 +61,7 @@ def _source(file: str) -> Source:
     return Source(names, "THUDM/LongBench", file=f"data.zip!data/{file}.jsonl")
 
 
-def _example(record: Record, index: int, name: str, entry: Set) -> Example:
+def _example(record: PublishedRecord, index: int, name: str, entry: LongBenchSet) -> Example:
     before, _, after = PROMPTS[name].partition("{context}")
     classes = {"classes": record.strings("all_classes")} if entry.metric == "classification" else {}
     first = {"first_line": True} if name in FIRST_LINE else {}
@@ -84,12 +84,12 @@ def _bin(words: int) -> str:
     return "0-4k" if words < 4000 else "4-8k" if words < 8000 else "8k+"
 
 
-def _examples(setting: Setting, name: str, entry: Set) -> Iterator[Example]:
+def _examples(setting: Setting, name: str, entry: LongBenchSet) -> Iterator[Example]:
     for index, record in enumerate(records(setting, _source(name))):
         yield _example(record, index, name, entry)
 
 
-def _examples_by_length(setting: Setting, name: str, entry: Set) -> Iterator[Example]:
+def _examples_by_length(setting: Setting, name: str, entry: LongBenchSet) -> Iterator[Example]:
     for index, record in enumerate(records(setting, _source(f"{name}_e"))):
         yield _example(record, index, name, entry)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from kvfold.evaluation.benchmarks._files import Source, records
-from kvfold.evaluation.benchmarks._records import Record
+from kvfold.evaluation.benchmarks._records import PublishedRecord
 from kvfold.evaluation.examples import Example, Query
 from kvfold.evaluation.tasks.base import Setting, task
 
@@ -27,7 +27,7 @@ def longbench2(setting: Setting, *, cot: bool = False) -> Iterator[Example]:
         yield _example(record, index, cot)
 
 
-def _example(record: Record, index: int, cot: bool) -> Example:
+def _example(record: PublishedRecord, index: int, cot: bool) -> Example:
     parts = [record.text(name).strip() for name in ("question", "choice_A", "choice_B", "choice_C", "choice_D")]
     answer = record.text("answer")
     if answer not in tuple("ABCD"):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvfold.evaluation.benchmarks._files import Source, records
-from kvfold.evaluation.benchmarks._records import Record
+from kvfold.evaluation.benchmarks._records import PublishedRecord
 from kvfold.evaluation.benchmarks._sets import register_sets
 from kvfold.evaluation.examples import Example, Query
 from kvfold.evaluation.tasks.base import Setting
@@ -20,7 +20,7 @@ _CLOZE = (
 
 
 @dataclass(frozen=True)
-class Set:
+class LooGLESet:
     """What stands `before` and `after` the document, byte for byte as published; and the metrics to choose from."""
 
     before: str
@@ -31,18 +31,18 @@ class Set:
 
 _OVERLAP = ("rouge", "bleu")
 SETS = {
-    "shortdep_qa": Set(_QUESTION, "\nQuestion: {Q}\nAnswer: ", _OVERLAP, 300),
-    "longdep_qa": Set(_QUESTION, "\nQuestion: {Q}\nAnswer: ", _OVERLAP, 500),
-    "longdep_summarization": Set(
+    "shortdep_qa": LooGLESet(_QUESTION, "\nQuestion: {Q}\nAnswer: ", _OVERLAP, 300),
+    "longdep_qa": LooGLESet(_QUESTION, "\nQuestion: {Q}\nAnswer: ", _OVERLAP, 500),
+    "longdep_summarization": LooGLESet(
         "Please generate a summary of the below paper. \n", "\n Summarization: ", _OVERLAP, 500
     ),
-    "shortdep_cloze": Set(
+    "shortdep_cloze": LooGLESet(
         _CLOZE, "\n Question: {Q} What are the masked entities? \nAnswer:", ("cloze_exact", "cloze_partial"), 50
     ),
 }
 
 
-def _examples(setting: Setting, name: str, entry: Set, *, metric: str | None = None) -> Iterator[Example]:
+def _examples(setting: Setting, name: str, entry: LooGLESet, *, metric: str | None = None) -> Iterator[Example]:
     """`metric`: without "loogle/"; None is the first of the set's. ROUGE here is recall, which long answers raise."""
     metric = entry.metrics[0] if metric is None else metric
     if metric not in entry.metrics:
@@ -54,20 +54,20 @@ def _examples(setting: Setting, name: str, entry: Set, *, metric: str | None = N
         yield Example(str(index), entry.before + record.text("input"), queries, info=info)
 
 
-def _pairs(record: Record) -> list[Record]:
+def _pairs(record: PublishedRecord) -> list[PublishedRecord]:
     """Questions and answers, which are published as the text of a Python list; "none" for a summary."""
     pairs = record.need("qa_pairs")
     if pairs == "none":
-        return [Record(record.where, {"Q": "", "A": record.text("output")})]
+        return [PublishedRecord(record.where, {"Q": "", "A": record.text("output")})]
     if isinstance(pairs, str):
         try:
             pairs = ast.literal_eval(pairs)
         except (ValueError, SyntaxError):
             raise record.wrong("qa_pairs", "is no Python list of questions") from None
-    return Record(record.where, {"qa_pairs": pairs}).records("qa_pairs")
+    return PublishedRecord(record.where, {"qa_pairs": pairs}).records("qa_pairs")
 
 
-def _query(pair: Record, entry: Set, metric: str) -> Query:
+def _query(pair: PublishedRecord, entry: LooGLESet, metric: str) -> Query:
     answer = pair.need("A")
     text = json.dumps(answer, ensure_ascii=False) if isinstance(answer, dict) else pair.strings("A")[0]
     info = {"kind": pair.text("type")} if pair.fields.get("type") else {}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from kvfold.evaluation.benchmarks._files import Source, records
-from kvfold.evaluation.benchmarks._records import Record
+from kvfold.evaluation.benchmarks._records import PublishedRecord
 from kvfold.evaluation.examples import Example, Query
 from kvfold.evaluation.tasks.base import Setting, task
 
@@ -32,7 +32,7 @@ def kv(setting: Setting, *, pairs: int = 75, gold_index: int | None = None) -> I
 _ENDS = ("_keys.jsonl.gz", "_keys.jsonl", ".jsonl.gz", ".jsonl")
 
 
-def _lookup(record: Record, index: int, gold_index: int | None) -> Example:
+def _lookup(record: PublishedRecord, index: int, gold_index: int | None) -> Example:
     rows = record.need("ordered_kv_records")
     if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == 2 for row in rows):
         raise record.wrong("ordered_kv_records", "must be a list of pairs of key and value")
@@ -72,11 +72,13 @@ def qa(setting: Setting, *, documents: int = 10, gold_index: int | None = None) 
         yield _question(row, index, _mix(setting, row, index, pool, documents - 1), place)
 
 
-def _passages(row: Record) -> list[Record]:
+def _passages(row: PublishedRecord) -> list[PublishedRecord]:
     return row.records("ctxs")
 
 
-def _mix(setting: Setting, row: Record, index: int, pool: list[Record], count: int) -> list[Record]:
+def _mix(
+    setting: Setting, row: PublishedRecord, index: int, pool: list[PublishedRecord], count: int
+) -> list[PublishedRecord]:
     """The gold passage, then `count` that hold no answer: the row's own ones first, then others' in random order."""
     gold = [passage for passage in _passages(row) if passage.fields.get("isgold")]
     if len(gold) != 1:
@@ -84,7 +86,7 @@ def _mix(setting: Setting, row: Record, index: int, pool: list[Record], count: i
     answers = [answer.lower() for answer in row.strings("answers")]
     own = [passage for passage in _passages(row) if not passage.fields.get("isgold")]
     others = setting.rng("lostmiddle/qa", index).sample(pool, len(pool))
-    seen, chosen = {gold[0].text("text")}, list[Record]()
+    seen, chosen = {gold[0].text("text")}, list[PublishedRecord]()
     for passage in (*own, *others):
         text = passage.text("text")
         if len(chosen) < count and text not in seen and not any(answer in text.lower() for answer in answers):
@@ -97,7 +99,7 @@ def _mix(setting: Setting, row: Record, index: int, pool: list[Record], count: i
     return [gold[0], *chosen]
 
 
-def _question(row: Record, index: int, passages: list[Record], place: int) -> Example:
+def _question(row: PublishedRecord, index: int, passages: list[PublishedRecord], place: int) -> Example:
     gold, *rest = passages
     ordered = [*rest[:place], gold, *rest[place:]]
     lines = [f"Document [{n}](Title: {p.text('title')}) {p.text('text')}" for n, p in enumerate(ordered, start=1)]

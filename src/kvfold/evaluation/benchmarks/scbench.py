@@ -12,14 +12,14 @@ from itertools import islice
 from typing import Any
 
 from kvfold.evaluation.benchmarks._files import Source, records
-from kvfold.evaluation.benchmarks._records import Record, letter_of
+from kvfold.evaluation.benchmarks._records import PublishedRecord, letter_of
 from kvfold.evaluation.benchmarks._sets import register_sets
 from kvfold.evaluation.examples import Example, Query
 from kvfold.evaluation.tasks.base import Setting
 
 
 @dataclass(frozen=True)
-class Turn:
+class TurnKind:
     """How the turns of one kind are asked and scored."""
 
     metric: str
@@ -28,15 +28,15 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Set:
+class SCBenchSet:
     """`before` the context; and the kinds of turns by the name of their sub-task ("" where a set has one kind)."""
 
-    turns: Mapping[str, Turn]
+    turns: Mapping[str, TurnKind]
     before: str = ""
 
 
-def _one(metric: str, max_new_tokens: int, before: str = "", ask: str = "{input}") -> Set:
-    return Set({"": Turn(metric, max_new_tokens, ask)}, before)
+def _one(metric: str, max_new_tokens: int, before: str = "", ask: str = "{input}") -> SCBenchSet:
+    return SCBenchSet({"": TurnKind(metric, max_new_tokens, ask)}, before)
 
 
 # ruff: noqa: RUF001 -- the Chinese prompts have their own punctuation
@@ -59,18 +59,20 @@ SETS = {
     "mf": _one("math_find", 5, ask="{prefix}\n\n{input}"),
     "many_shot": _one("qa", 10),
     "summary": _one("summary", 200),
-    "summary_with_needles": Set({"scbench_summary": Turn("summary", 800), "scbench_passkey": Turn("passkey", 15)}),
-    "repoqa_and_kv": Set({"scbench_repoqa": Turn("repoqa", 1024), "scbench_kv": Turn("contains", 80)}),
+    "summary_with_needles": SCBenchSet(
+        {"scbench_summary": TurnKind("summary", 800), "scbench_passkey": TurnKind("passkey", 15)}
+    ),
+    "repoqa_and_kv": SCBenchSet({"scbench_repoqa": TurnKind("repoqa", 1024), "scbench_kv": TurnKind("contains", 80)}),
 }
 
 
-def _examples(setting: Setting, name: str, entry: Set, *, turns: int = 5) -> Iterator[Example]:
+def _examples(setting: Setting, name: str, entry: SCBenchSet, *, turns: int = 5) -> Iterator[Example]:
     """`turns`: how many queries of each session are asked at most."""
     if turns < 1:
         raise ValueError(f"turns={turns} must be at least 1")
     names = (f"scbench_{name}.jsonl", f"data/scbench_{name}.jsonl", f"scbench_{name}/*.parquet")
     source = Source(names, "microsoft/SCBench", config=f"scbench_{name}")
-    sessions: Iterator[Record] = records(setting, source)
+    sessions: Iterator[PublishedRecord] = records(setting, source)
     needles: dict[str, dict[str, str]] = {}
     if "repoqa" in name:  # an answer is compared with every function asked for in its repository
         sessions = iter(kept := list(sessions))
@@ -80,14 +82,16 @@ def _examples(setting: Setting, name: str, entry: Set, *, turns: int = 5) -> Ite
         yield Example(str(index), entry.before + _context(record), queries)
 
 
-def _context(record: Record) -> str:
+def _context(record: PublishedRecord) -> str:
     """The shared context; a list of numbers is printed as Python prints it."""
     name = "context" if record.fields.get("context") is not None else "input"
     value = record.need(name)
     return str(list(value)) if isinstance(value, list | tuple) else record.text(name)
 
 
-def _query(record: Record, turn: Record, entry: Set, needles: Mapping[str, dict[str, str]]) -> Query:
+def _query(
+    record: PublishedRecord, turn: PublishedRecord, entry: SCBenchSet, needles: Mapping[str, dict[str, str]]
+) -> Query:
     kind = turn.text("task") if len(entry.turns) > 1 else ""
     if kind not in entry.turns:
         raise turn.wrong("task", f"is {kind!r}; it must be one of {', '.join(map(repr, entry.turns))}")
@@ -106,7 +110,7 @@ def _query(record: Record, turn: Record, entry: Set, needles: Mapping[str, dict[
     return Query(f"\n\n{how.ask.format(**slots)}", answers, f"scbench/{how.metric}", "", how.max_new_tokens, info=info)
 
 
-def _what_is(turn: Record) -> str:
+def _what_is(turn: PublishedRecord) -> str:
     """ "The largest number is ..." to "What is the largest number?"."""
     found = re.search(r"The .+ is", turn.text("input"))
     if found is None:
@@ -114,7 +118,7 @@ def _what_is(turn: Record) -> str:
     return f"What is {found[0][:-3].lower()}?"
 
 
-def _needles(sessions: list[Record]) -> dict[str, dict[str, str]]:
+def _needles(sessions: list[PublishedRecord]) -> dict[str, dict[str, str]]:
     """By repository: the functions that are asked for, by name."""
     found: dict[str, dict[str, str]] = {}
     for record in sessions:

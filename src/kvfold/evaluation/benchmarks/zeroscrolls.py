@@ -7,29 +7,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvfold.evaluation.benchmarks._files import Source, records
-from kvfold.evaluation.benchmarks._records import Record
+from kvfold.evaluation.benchmarks._records import PublishedRecord
 from kvfold.evaluation.benchmarks._sets import register_sets
 from kvfold.evaluation.examples import Example, Query
 from kvfold.evaluation.tasks.base import Setting
 
 
 @dataclass(frozen=True)
-class Set:
+class ZeroScrollsSet:
     metric: str
     max_new_tokens: int
 
 
 SETS = {
-    "gov_report": Set("rouge", 1024),
-    "summ_screen_fd": Set("rouge", 512),
-    "qmsum": Set("rouge", 512),
-    "squality": Set("rouge", 512),
-    "qasper": Set("f1", 128),
-    "narrative_qa": Set("f1", 64),
-    "quality": Set("accuracy", 10),
-    "musique": Set("f1", 32),
-    "space_digest": Set("exp_similarity", 36),
-    "book_sum_sort": Set("concordance", 256),
+    "gov_report": ZeroScrollsSet("rouge", 1024),
+    "summ_screen_fd": ZeroScrollsSet("rouge", 512),
+    "qmsum": ZeroScrollsSet("rouge", 512),
+    "squality": ZeroScrollsSet("rouge", 512),
+    "qasper": ZeroScrollsSet("f1", 128),
+    "narrative_qa": ZeroScrollsSet("f1", 64),
+    "quality": ZeroScrollsSet("accuracy", 10),
+    "musique": ZeroScrollsSet("f1", 32),
+    "space_digest": ZeroScrollsSet("exp_similarity", 36),
+    "book_sum_sort": ZeroScrollsSet("concordance", 256),
 }
 
 
@@ -39,15 +39,15 @@ def _source(name: str) -> Source:
     return Source(names, "tau/zero_scrolls", file=f"{name}.zip!{inside}")
 
 
-def _examples(setting: Setting, name: str, entry: Set) -> Iterator[Example]:
-    grouped: dict[str, list[Record]] = {}  # the rows of one id are several references of one example
+def _examples(setting: Setting, name: str, entry: ZeroScrollsSet) -> Iterator[Example]:
+    grouped: dict[str, list[PublishedRecord]] = {}  # the rows of one id are several references of one example
     for record in records(setting, _source(name)):
         grouped.setdefault(record.text("id"), []).append(record)
     for published_id, rows in grouped.items():
         yield _example(published_id, rows, entry)
 
 
-def _example(published_id: str, rows: list[Record], entry: Set) -> Example:
+def _example(published_id: str, rows: list[PublishedRecord], entry: ZeroScrollsSet) -> Example:
     first = rows[0]
     if any(row.fields.get("output") is None for row in rows):
         raise first.wrong("output", "is missing: the references of the test split are private; score 'validation'")

@@ -13,11 +13,11 @@ from kvfold.evaluation.report.ranking import standings
 from kvfold.evaluation.report.reading import Results, read_results
 from kvfold.evaluation.report.strata import Strata, stratify
 
-__all__ = ["Report", "check_page_path", "make_report", "read_results"]
+__all__ = ["SweepReport", "check_page_path", "make_report", "read_results"]
 
 
 @dataclass(frozen=True)
-class Report:
+class SweepReport:
     """What was read, and the numbers made of it."""
 
     results: Results
@@ -35,8 +35,8 @@ class Report:
         return page(page_data(self.results, self.strata, self.cells, ranks, heat, text_limit))
 
 
-def make_report(folders: Sequence[Path]) -> Report:
+def make_report(folders: Sequence[Path]) -> SweepReport:
     """Read result folders and put their numbers together. Raises ValueError that names a file and line."""
     results = read_results(folders)
     strata = stratify(results)
-    return Report(results, strata, tuple(tabulate(strata)))
+    return SweepReport(results, strata, tuple(tabulate(strata)))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kvfold.evaluation.report.measures import Measure
-from kvfold.evaluation.report.strata import Contender, Sample, Setup, Strata, Stratum
+from kvfold.evaluation.report.strata import ReportContender, Sample, Setup, Strata, Stratum
 from kvfold.evaluation.statistics import pareto_front, percentile_interval
 
 ALL_TASKS = "average over tasks"
@@ -27,7 +27,7 @@ class Cell:
     setup: Setup
     task: str
     length: str
-    contender: Contender
+    contender: ReportContender
     unit: str
     higher: bool
     score: float | None
@@ -64,7 +64,7 @@ class Choice:
     parts: Sequence[Sequence[Part]]
 
     @property
-    def contenders(self) -> list[Contender]:
+    def contenders(self) -> list[ReportContender]:
         """Who was tried in any of the strata."""
         return list(dict.fromkeys(contender for group in self.parts for part in group for contender in part[2]))
 
@@ -94,7 +94,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None
 
 
-def _cell(choice: Choice, contender: Contender) -> Cell:
+def _cell(choice: Choice, contender: ReportContender) -> Cell:
     """Mean over lengths, then over tasks, of points and of bootstrap draws: strata are design, examples are chance."""
     points, draws, samples, partial = [], [], [], False
     for group in choice.parts:

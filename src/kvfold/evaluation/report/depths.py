@@ -6,7 +6,7 @@ from statistics import fmean
 
 from kvfold.evaluation.report.cells import ALL_LENGTHS, Choice, choices
 from kvfold.evaluation.report.reading import Results
-from kvfold.evaluation.report.strata import Contender, Setup, Strata, length_name
+from kvfold.evaluation.report.strata import ReportContender, Setup, Strata, length_name
 
 Depths = Mapping[tuple[str, str, str, str], float]
 """By model, task, length and example."""
@@ -24,7 +24,7 @@ class Spot:
     task: str
     length: str
     depth: float
-    contender: Contender
+    contender: ReportContender
     score: float
     n: int
 
@@ -40,7 +40,7 @@ def depths_of(results: Results) -> Depths:
     return {key: round(depth, digits) for key, depth in found.items()}
 
 
-def _spots(strata: Strata, choice: Choice, contender: Contender, depths: Depths) -> Iterator[Spot]:
+def _spots(strata: Strata, choice: Choice, contender: ReportContender, depths: Depths) -> Iterator[Spot]:
     """Tasks weigh alike, however many examples they have at a depth."""
     found: dict[float, list[list[float]]] = {}
     for group in choice.parts:

@@ -5,7 +5,7 @@ from itertools import zip_longest
 from typing import Any
 
 from kvfold.evaluation.report.reading import Results
-from kvfold.evaluation.report.records import Record, Text
+from kvfold.evaluation.report.records import ResultRecord, Text
 from kvfold.evaluation.report.strata import Setup, Strata, length_name
 
 TEXT_LIMIT = 20_000_000
@@ -56,7 +56,7 @@ def _about(text: Text, context: int | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _result(record: Record, setup: int, example: int, value: Any, texts: bool) -> dict[str, Any]:
+def _result(record: ResultRecord, setup: int, example: int, value: Any, texts: bool) -> dict[str, Any]:
     row: dict[str, Any] = {
         "setup": setup, "example": example, "method": record.method, "budget": record.budget, "value": value
     }  # fmt: skip

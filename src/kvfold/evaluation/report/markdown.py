@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from kvfold.evaluation.report.cells import ALL_LENGTHS, ALL_TASKS, Cell
-from kvfold.evaluation.report.records import Record
-from kvfold.evaluation.report.strata import Contender, Setup
+from kvfold.evaluation.report.records import ResultRecord
+from kvfold.evaluation.report.strata import ReportContender, Setup
 
 MEANING = {
     "aware": "question-aware: the question is in the prompt when the cache is compressed",
@@ -43,7 +43,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, marks, *rows))
 
 
-def _section(setup: Setup, cells: Sequence[Cell], records: Sequence[Record]) -> str:
+def _section(setup: Setup, cells: Sequence[Cell], records: Sequence[ResultRecord]) -> str:
     at = {(cell.task, cell.length, cell.contender): cell for cell in cells}
     units = {cell.task: cell.unit for cell in cells}
     lengths = [length for length in dict.fromkeys(cell.length for cell in cells) if length != ALL_LENGTHS]
@@ -55,7 +55,7 @@ def _section(setup: Setup, cells: Sequence[Cell], records: Sequence[Record]) -> 
     ]  # fmt: skip
     rows = []
     for one in contenders:
-        own = [record for record in records if Contender(record.method, record.budget) == one]
+        own = [record for record in records if ReportContender(record.method, record.budget) == one]
         good = [record for record in own if record.error is None]
         ratio = f"{fmean(record.nbytes / record.full_nbytes for record in good):.3f}" if good else ""
         numbers = [_number(at.get((task, ALL_LENGTHS, one))) for task in units]
@@ -82,7 +82,7 @@ def _section(setup: Setup, cells: Sequence[Cell], records: Sequence[Record]) -> 
     return "\n\n".join(parts)
 
 
-def markdown_report(cells: Sequence[Cell], records: Sequence[Record]) -> str:
+def markdown_report(cells: Sequence[Cell], records: Sequence[ResultRecord]) -> str:
     """Tables of all setups, the protocol named above each."""
     sections = [
         _section(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvfold.evaluation.metrics import Scores, get_metric, mean_score
-from kvfold.evaluation.report.records import Record, Text
+from kvfold.evaluation.report.records import ResultRecord, Text
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Measure:
         each = [(self.value(s), 1.0) if self.terms is None else self.terms(s) for s in scores]
         return float(sum(value for value, _ in each)), float(sum(weight for _, weight in each))
 
-    def scores(self, record: Record, text: Text) -> list[Scores]:
+    def scores(self, record: ResultRecord, text: Text) -> list[Scores]:
         """Of the record's questions, those that this measure is about."""
         return [
             answer.scores for answer, query in zip(record.answers, text.queries, strict=True)

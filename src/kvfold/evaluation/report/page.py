@@ -14,7 +14,7 @@ from kvfold.evaluation.report.drilldown import TEXT_LIMIT, drilldown
 from kvfold.evaluation.report.markdown import MEANING, budget_name
 from kvfold.evaluation.report.ranking import TEST, Standing
 from kvfold.evaluation.report.reading import Results
-from kvfold.evaluation.report.strata import Contender, Setup, Strata, budget_order
+from kvfold.evaluation.report.strata import ReportContender, Setup, Strata, budget_order
 
 SCRIPTS = ("filters.js", "figures.js", "examples.js", "page.js")
 
@@ -42,7 +42,7 @@ def _budget_key(budget: float | int | None) -> str:
     return repr(budget)
 
 
-def _contender(contender: Contender) -> dict[str, Any]:
+def _contender(contender: ReportContender) -> dict[str, Any]:
     return {"method": contender.method, "budget": _budget_key(contender.budget)}
 
 

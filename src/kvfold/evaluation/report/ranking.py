@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvfold.evaluation.report.cells import Cell, Choice, choices
-from kvfold.evaluation.report.strata import Contender, Strata, budget_order
+from kvfold.evaluation.report.strata import ReportContender, Strata, budget_order
 from kvfold.evaluation.statistics import holm, permutation_test
 
 TEST = "paired sign-flip permutation test over examples, two-sided, Holm-corrected over the methods of a budget"
@@ -21,7 +21,7 @@ class Standing:
     loss: float | None
 
 
-def paired_differences(choice: Choice, one: Contender, other: Contender) -> list[float]:
+def paired_differences(choice: Choice, one: ReportContender, other: ReportContender) -> list[float]:
     """Differences over the examples that both have, weighed so that their sum is the difference of the averages.
 
     Within a length an example weighs as much as its metric has it (questions, or tokens), lengths weigh alike within a

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.evaluation.records import DEFINITION, EXAMPLES, RESULTS, read_lines
-from kvfold.evaluation.report.records import Fields, Record, Text, record_of, text_of
+from kvfold.evaluation.report.records import Fields, ResultRecord, Text, record_of, text_of
 
 FILES = (DEFINITION, RESULTS, EXAMPLES)
 
@@ -16,11 +16,11 @@ FILES = (DEFINITION, RESULTS, EXAMPLES)
 class Results:
     """Records and the texts that they are about; `sweeps` is what each folder says of itself, by folder name."""
 
-    records: tuple[Record, ...]
+    records: tuple[ResultRecord, ...]
     texts: Mapping[tuple[str, str, int | None, str], Text]
     sweeps: Mapping[str, Any]
 
-    def text(self, record: Record) -> Text:
+    def text(self, record: ResultRecord) -> Text:
         """What was asked."""
         return self.texts[record.text_key]
 
@@ -44,7 +44,7 @@ def read_results(folders: Sequence[Path]) -> Results:
     Within a folder the last record of a key counts (a retry). Raises ValueError for a folder without its files, a
     broken line that is not the last, a record about no known example, and a key that two folders have.
     """
-    records: dict[tuple[object, ...], Record] = {}
+    records: dict[tuple[object, ...], ResultRecord] = {}
     texts: dict[tuple[str, str, int | None, str], Text] = {}
     sweeps: dict[str, Any] = {}
     home: dict[tuple[object, ...], Path] = {}

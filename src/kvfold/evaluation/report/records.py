@@ -9,7 +9,7 @@ PROTOCOLS = ("aware", "agnostic", "turns")
 
 
 @dataclass(frozen=True)
-class Answer:
+class RecordedAnswer:
     """What was generated for one question, and its scores."""
 
     prediction: str
@@ -18,7 +18,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Record:
+class ResultRecord:
     """One example under one method and budget: the key, then an error or what was measured.
 
     `kept` are shares of the prompt's positions kept, in equal bins (merged tokens may crowd one beyond 1);
@@ -39,7 +39,7 @@ class Record:
     nbytes: int = 0
     full_nbytes: int = 1
     kept: tuple[float, ...] = ()
-    answers: tuple[Answer, ...] = ()
+    answers: tuple[RecordedAnswer, ...] = ()
     prefill_seconds: float | None = None
     decode_seconds: float = 0.0
     decode_tokens: int = 0
@@ -138,7 +138,7 @@ class Fields:
         return [Fields(f"{self.place}: {name}[{i}]", each) for i, each in enumerate(self.items(name))]
 
 
-def record_of(fields: Fields) -> Record:
+def record_of(fields: Fields) -> ResultRecord:
     """A line of `results.jsonl`. Scores that are not finite make it a failure. Raises ValueError."""
     if (protocol := fields.text("protocol")) not in PROTOCOLS:
         raise fields.fail("protocol", f"one of {', '.join(PROTOCOLS)}")
@@ -149,7 +149,7 @@ def record_of(fields: Fields) -> Record:
         "budget": fields.number("budget", null=True),
     }  # fmt: skip
     if fields.data.get("error") is not None:
-        return Record(**key, error=fields.text("error"))
+        return ResultRecord(**key, error=fields.text("error"))
     answers = []
     for query in fields.parts("queries"):
         scores = query.part("scores").data
@@ -157,15 +157,15 @@ def record_of(fields: Fields) -> Record:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise query.fail("scores", "numbers by name")
             if not isfinite(value):
-                return Record(**key, error=f"the score {name} is {value}")
-        answers.append(Answer(query.text("prediction"), scores, query.number("tokens", whole=True)))
+                return ResultRecord(**key, error=f"the score {name} is {value}")
+        answers.append(RecordedAnswer(query.text("prediction"), scores, query.number("tokens", whole=True)))
     kept = fields.items("kept")
     if not all(isinstance(share, int | float) and 0 <= share < inf for share in kept):
         raise fields.fail("kept", "a list of shares, none negative")
     if fields.number("full_nbytes", whole=True) < 1:
         raise fields.fail("full_nbytes", "at least 1")
     timing = fields.part("timing")
-    return Record(
+    return ResultRecord(
         **key, kept=tuple(kept), answers=tuple(answers), kept_tokens=fields.number("kept_tokens"),
         prompt_tokens=fields.number("prompt_tokens", whole=True), nbytes=fields.number("nbytes", whole=True),
         full_nbytes=fields.number("full_nbytes", whole=True),

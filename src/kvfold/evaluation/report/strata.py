@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kvfold.evaluation.metrics import Scores
 from kvfold.evaluation.report.measures import Measure, all_measures
 from kvfold.evaluation.report.reading import Results
-from kvfold.evaluation.report.records import Record
+from kvfold.evaluation.report.records import ResultRecord
 from kvfold.evaluation.statistics import bootstrap_means, resampled_indices
 
 AS_PUBLISHED = "as published"
@@ -28,7 +28,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Contender:
+class ReportContender:
     """A method at a budget; None is for the reference, the full cache."""
 
     method: str
@@ -49,11 +49,11 @@ class Sample:
     """What each example adds to the sum that all are judged by, and to the weight under it."""
     point: float
     draws: NDArray[np.float64] = field(repr=False)
-    records: Sequence[Record] = field(repr=False)
+    records: Sequence[ResultRecord] = field(repr=False)
     failed: int = 0
 
 
-Stratum = Mapping[Contender, Sample]
+Stratum = Mapping[ReportContender, Sample]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Strata:
     samples: Mapping[Setup, Mapping[str, Mapping[str, Stratum]]]
     measures: Mapping[str, Measure]
     lengths: tuple[str, ...]
-    contenders: tuple[Contender, ...]
+    contenders: tuple[ReportContender, ...]
 
 
 def length_name(length: int | None) -> str:
@@ -77,7 +77,7 @@ def budget_order(budget: float | int | None) -> tuple[int, float]:
 
 
 def _sample(
-    measure: Measure, scored: Mapping[str, list[Scores]], records: Sequence[Record], failed: int, seed: int
+    measure: Measure, scored: Mapping[str, list[Scores]], records: Sequence[ResultRecord], failed: int, seed: int
 ) -> Sample:
     """Examples are resampled, their questions staying together; contenders of a seed get the same draws."""
     groups = list(scored.values())
@@ -103,17 +103,17 @@ def stratify(results: Results) -> Strata:
     by_task: dict[str, list[Measure]] = {}
     for measure in measures.values():
         by_task.setdefault(measure.task, []).append(measure)
-    sorted_records: dict[Setup, dict[str, dict[str, dict[Contender, list[Record]]]]] = {}
+    sorted_records: dict[Setup, dict[str, dict[str, dict[ReportContender, list[ResultRecord]]]]] = {}
     for record in results.records:
         setup = Setup(record.model, record.dtype, record.protocol)
-        contender = Contender(record.method, record.budget)
+        contender = ReportContender(record.method, record.budget)
         metrics = {query.metric for query in results.text(record).queries}
         for measure in by_task[record.task]:
             if measure.metric in metrics:
                 place = sorted_records.setdefault(setup, {}).setdefault(measure.label, {})
                 place.setdefault(length_name(record.length), {}).setdefault(contender, []).append(record)
 
-    def sample(measure: Measure, length: str, records: Sequence[Record]) -> Sample:
+    def sample(measure: Measure, length: str, records: Sequence[ResultRecord]) -> Sample:
         good = [record for record in records if record.error is None]
         scored = {record.example: measure.scores(record, results.text(record)) for record in good}
         seed = crc32(f"{measure.task} {length}".encode())  # strata are independent: no two share their draws
@@ -132,7 +132,7 @@ def stratify(results: Results) -> Strata:
     lengths = sorted({record.length for record in results.records}, key=lambda n: (n is None, n or 0))
     methods = list(dict.fromkeys(record.method for record in results.records))
     contenders = sorted(
-        {Contender(record.method, record.budget) for record in results.records},
+        {ReportContender(record.method, record.budget) for record in results.records},
         key=lambda c: (not c.reference, methods.index(c.method), budget_order(c.budget)),
     )
     return Strata(samples, measures, tuple(map(length_name, lengths)), tuple(contenders))

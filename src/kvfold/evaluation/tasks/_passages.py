@@ -10,7 +10,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Question:
+class PassageQuestion:
     """`gold`: paragraphs that are needed, `near`: others of the same article; both indices of `Passages.texts`."""
 
     text: str
@@ -22,7 +22,7 @@ class Question:
 @dataclass(frozen=True)
 class Passages:
     texts: tuple[str, ...]
-    questions: tuple[Question, ...]
+    questions: tuple[PassageQuestion, ...]
 
 
 def read_passages(data: Path | None, name: str, patterns: Iterable[str]) -> Passages:
@@ -54,7 +54,7 @@ def _passages(rows: list[tuple[str, tuple[str, ...], list[str], list[str]]]) -> 
     """From (question, answers, gold paragraphs, near ones)."""
     place = {text: i for i, text in enumerate(sorted({text for row in rows for text in (*row[2], *row[3])}))}
     questions = tuple(
-        Question(
+        PassageQuestion(
             text,
             tuple(dict.fromkeys(answer.strip() for answer in answers)),
             tuple(dict.fromkeys(place[each] for each in gold)),

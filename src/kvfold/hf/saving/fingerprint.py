@@ -8,20 +8,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-CONFIG_FIELDS = (
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "layer_types", "sliding_window", "hidden_act", "rope_parameters",
-    "rope_theta", "rope_scaling", "partial_rotary_factor", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim",
-)  # fmt: skip
-"""Fields of the text config that change what keys and values mean."""
+from kvfold.artefacts.fields import fields_for
+
 SAMPLES = 256
 """Numbers of each sampled weight that go into a model's fingerprint."""
 
 
 def fields_of(model: PreTrainedModel) -> dict[str, Any]:
     """What a cache's model must have in common with the one that reads it, by name, as JSON has it."""
-    config = model.config.get_text_config(decoder=True)
-    found = {name: getattr(config, name, None) for name in CONFIG_FIELDS} | {"dtype": str(model.dtype)}
+    found = fields_for("cache", model) | {"dtype": str(model.dtype)}
     plain: dict[str, Any] = json.loads(json.dumps(found, sort_keys=True, default=str))
     return plain
 
