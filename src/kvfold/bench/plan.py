@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvfold.bench.devices import Device
-from kvfold.budgets import Budget, allocate
+from kvfold.budgets import Budget, allocate, is_all
 from kvfold.formats import POSITION, Chunk
 from kvfold.hf.cache import Cache
 from kvfold.hf.layers import PagedLayer, tensors
@@ -202,7 +202,7 @@ class _Asking(LayerView):
 
     def budget(self, budget: Budget, weights: Any = None) -> Tensor:
         prompt = int(self.place.prompt[0])
-        everything = isinstance(budget, float) and budget == 1.0
+        everything = is_all(budget)
         real = torch.full_like(self.count, prompt) if everything else super().budget(budget, weights)
         self.place.step.setdefault("asked", []).append(real)
         return torch.where(

@@ -28,7 +28,7 @@ from kvfold.layer.plan import Pass
 from kvfold.methods.base import Decisions, Method
 from kvfold.methods.registry import parse
 from kvfold.options import check_int
-from kvfold.views import Images, LayerView
+from kvfold.views import Images, LayerView, answered
 
 
 class Cache(HFCache):
@@ -190,7 +190,7 @@ class Cache(HFCache):
     def _hear(self) -> None:
         this, self._unheard = self._unheard, None
         if this is not None and this.prefill:  # not a draft, which was cropped
-            self._carry_out(self.method.after_prompt(Prompt(self, this)), this)
+            self._carry_out(answered(self.method.after_prompt(prompt := Prompt(self, this)), prompt), this)
 
     def _carry_out(self, decisions: Mapping[int, Decisions], this: Pass) -> None:
         for ordinal, made in decisions.items():
