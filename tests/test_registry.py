@@ -19,7 +19,7 @@ SHIPPED = {"full", "h2o", "kvmerger", "snapkv", "streamingllm", "tova"}
 
 def test_public_names():
     assert kvfold.__all__ == [
-        "Cache", "Dense", "Keep", "LayerView", "Method", "MethodInfo", "Pipeline", "Read", "Rewrite", "Store",
+        "Cache", "Dense", "Drop", "Keep", "LayerView", "Method", "MethodInfo", "Pipeline", "Read", "Rewrite", "Store",
         "list_methods", "load", "method", "parse",
     ]  # fmt: skip
     with pytest.raises(AttributeError, match="'kvfold' has no attribute 'Cahce'"):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from kvfold.formats import Dense
 from kvfold.methods import Method, MethodInfo, Pipeline, list_methods, method, parse
 from kvfold.views import LayerView
-from kvfold.views.decisions import Keep, Read, Rewrite, Store
+from kvfold.views.decisions import Drop, Keep, Read, Rewrite, Store
 
 if TYPE_CHECKING:
     from kvfold.hf.cache import Cache
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Cache",
     "Dense",
+    "Drop",
     "Keep",
     "LayerView",
     "Method",

@@ -10,6 +10,7 @@ from kvfold import Keep, Method
 from kvfold.hf.prompt import Prompt
 from kvfold.hf.shared_prefill import prefill_many
 from kvfold.layer.plan import Plan
+from kvfold.views import ReadOn
 from models import build, feed, follow, subject, tokens
 
 pytestmark = pytest.mark.usefixtures("scratch_methods")
@@ -25,7 +26,7 @@ def asking():
     class Asking(Method):
         def after_prompt(self, prompt):
             views = []
-            prompt.read(prompt.ids[:, -2:], prompt.valid[:, -2:], views.append)
+            yield ReadOn(prompt.ids[:, -2:], prompt.valid[:, -2:], views.append)
             seen.append((prompt.ids.tolist(), prompt.valid.sum(1).tolist(), [view.new for view in views]))
             return {i: Keep(prompt[i].last(10)) for i in range(len(prompt))}
 

@@ -12,6 +12,7 @@ from kvfold.hf.call.rewriting import Raw
 from kvfold.hf.draft import drafter, look_ahead
 from kvfold.hf.greedy import end_tokens, go_on
 from kvfold.hf.shared_prefill import prefill_many
+from kvfold.views import LookAhead
 from models import VOCAB, build, dynamic, feed, greedy, grow, positions, reference, subject, tokens
 
 
@@ -27,7 +28,7 @@ def looking(draft=None, count=6):
     @dataclass(frozen=True)
     class Looking(Method):
         def after_prompt(self, prompt):
-            ids, valid = prompt.look_ahead(count, draft)
+            ids, valid = yield LookAhead(count, draft)
             said.append([row[here].tolist() for row, here in zip(ids, valid, strict=True)])
             return {i: Keep(prompt[i].last(10)) for i in range(len(prompt))}
 

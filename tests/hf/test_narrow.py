@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 import kvfold
 from kvfold import Keep, Method
+from kvfold.views import ReadOn
 from kvfold.views.decisions import Propagate
 from models import PAGED, build, feed, follow, grow, positions, reference, subject, tokens
 
@@ -203,7 +204,7 @@ def rereading(*counts):
     @dataclass(frozen=True)
     class Rereading(Method):
         def after_prompt(self, prompt):
-            prompt.read(ids, valid, lambda view: seen.append(view.queries))
+            yield ReadOn(ids, valid, lambda view: seen.append(view.queries))
             return {}
 
     return Rereading(), seen

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 import kvfold
 from kvfold.methods._repeated import repeated
 from kvfold.methods.kvzip import SCORE, TINY, KVzip
+from kvfold.views import answered
 from models import build, feed, follow, grow, reference, subject, tokens
 from views import asked_view, prompt_view, random_view, top
 
@@ -126,7 +127,7 @@ def test_oracle_5_a_copying_head_beats_a_local_one():
     scores = []
     for logits in (copying, local):
         replay = Replay([asked_view(logits, 8)], torch.arange(8)[None])
-        scores.append(repeated(replay, [replay[0]], KVzip(prefix=0).judge, 2000, 8)[0][0, 0])
+        scores.append(answered(repeated(replay, [replay[0]], KVzip(prefix=0).judge, 2000, 8), replay)[0][0, 0])
     assert (scores[0] >= 0.99).all() and (scores[1] < 0.01).all()
     assert chosen(KVzip(budget=0.5, prefix=0), *(s.tolist() for s in scores)) == [[0, 1, 2, 3, 4, 5, 7], [7]]
 
@@ -157,7 +158,7 @@ def test_what_is_asked():
     views = [random_view(B=2, T=30)] * 3
     replay = Replay(views, ids, valid, words=[1, 2])
     seen = replace(replay[0], place=replace(replay[0].place, seen=valid.sum(1)))
-    repeated(replay, [seen], KVzip().judge, chunk=2, overlap=3)
+    answered(repeated(replay, [seen], KVzip().judge, chunk=2, overlap=3), replay)
     assert replay.asked == [
         [1, 2, 5, 9, 10, 1, 2, 5, 20, 21],
         [1, 2, 9, 10, 5, 11, 12, 1, 2, 20, 21, 5, 22],

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvfold.bench.devices import Device
-from kvfold.budgets import Budget, allocate
+from kvfold.budgets import Budget, allocate, is_all
 from kvfold.evaluation.compare import budget_of
 from kvfold.formats import POSITION, Chunk
 from kvfold.hf.layers import tensors
@@ -222,7 +222,7 @@ class _AskedView(LayerView):
 
     def budget(self, budget: Budget, weights: Any = None) -> Tensor:
         prompt = int(self.place.prompt[0])
-        everything = isinstance(budget, float) and budget == 1.0
+        everything = is_all(budget)
         real = torch.full_like(self.count, prompt) if everything else super().budget(budget, weights)
         self.asked.append(real)
         return torch.where(

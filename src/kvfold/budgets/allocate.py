@@ -19,6 +19,11 @@ def check_budget(budget: object, name: str = "budget") -> None:
         )
 
 
+def is_all(budget: Budget) -> bool:
+    """Whether a budget is no limit: all of the prompt, which 1 (a single token) is not."""
+    return isinstance(budget, float) and budget == 1.0
+
+
 def round_shares(shares: np.ndarray, cap: int) -> np.ndarray:
     """Integers near `shares`, none above `cap`, with their sum rounded down.
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from kvfold.budgets import is_all
 from kvfold.budgets.layers import share_out, tokens_each
 from kvfold.methods.base import Decisions
 from kvfold.methods.scored import Scored
@@ -96,7 +97,7 @@ class Cascade(Scored):
         return kept
 
     def after_prefill(self, view: LayerView) -> Decisions:  # type: ignore[override]
-        if isinstance(self.budget, float) and self.budget == 1.0:
+        if is_all(self.budget):
             return Keep(view.valid)
         scores, signal = self.measure(view)
         counts = torch.minimum(view.count, self.at_most(view))

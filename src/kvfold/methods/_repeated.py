@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvfold.views import LayerView, PromptView
+from kvfold.views import LayerView, PromptView, ReadOn, Requests
 
 ASK = "\n\nRepeat the previous context exactly."
 ASK_ON = "\n\nRepeat the part of the previous context exactly, starting with "
@@ -17,7 +17,7 @@ Judge = Callable[[LayerView, Bool[Tensor, "B H T"]], Float[Tensor, "B H T"]]
 
 def repeated(
     prompt: PromptView, views: Sequence[LayerView], judge: Judge, chunk: int, overlap: int
-) -> list[Float[Tensor, "B H _"]]:
+) -> Requests[list[Float[Tensor, "B H _"]]]:
     """Each layer's scores of the tokens that this pass brought, 0 for the others; layers may differ in length.
 
     The model is asked to repeat the text, `chunk` tokens at a time (from the chunk before, whose last `overlap` tokens
@@ -48,5 +48,5 @@ def repeated(
             part[..., stored:] = False
             total += judge(view, part).masked_fill(~part, 0.0)[..., :stored]
 
-        prompt.read(torch.cat([asked, here], 1), valid, score)
+        yield ReadOn(torch.cat([asked, here], 1), valid, score)
     return scores

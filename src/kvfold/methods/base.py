@@ -1,29 +1,28 @@
 """What a method is: a frozen dataclass of options, with events that return decisions."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import reduce
+from functools import cached_property
 from inspect import cleandoc
-from operator import and_
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kvfold.views import CacheView, PromptView, RawPrompt
-from kvfold.views.decisions import Decision, Read, Share
+from kvfold.formats import Format
+from kvfold.methods.events import EVENTS, TRAITS, Event
+from kvfold.views import CacheView, HiddenView, LayerView, PromptView, RawPrompt, Requests
+from kvfold.views.decisions import Decisions, Read, decided
 
-if TYPE_CHECKING:
-    from kvfold.views import HiddenView, LayerView
-
-Decisions = Decision | Sequence[Decision] | None
+__all__ = ["Compound", "Decisions", "Method", "MethodInfo", "Pipeline", "decided", "method", "registry"]
 
 
 class Method:
     """Base of all methods. Options are dataclass fields; whatever lives between steps is in the cache, as columns.
 
     Every event gets the state after the step's own tokens are in, and may return a decision, several, or None.
+    All events and traits stand in `kvfold.methods.events`, too, with what a composition makes of them.
     """
 
     info: ClassVar["MethodInfo"]
@@ -40,6 +39,8 @@ class Method:
     """Whether `after_prefill` may return `Propagate`."""
     shares_layers: bool = False
     """Whether its late events may return `Share`: two layers then hold memory in common."""
+    format: Format | None = None
+    """The format that all tokens of the layer go to; None: dense, in the model's dtype."""
 
     @property
     def own_prefill(self) -> bool:
@@ -60,20 +61,20 @@ class Method:
         """
         return None
 
-    def admit(self, view: "HiddenView") -> Bool[Tensor, "B H Q"] | None:
+    def admit(self, view: HiddenView) -> Bool[Tensor, "B H Q"] | None:
         """Before a prompt's new tokens attend, layer by layer: which of them a KV head lets in. None: all.
 
         Later queries see only those, and only those are stored; a token always sees itself.
         """
         return None
 
-    def after_prefill(self, view: "LayerView") -> Decisions:
+    def after_prefill(self, view: LayerView) -> Decisions:
         """After a forward pass over more than one token (a prompt, a chunk of it, a further turn), layer by layer."""
 
-    def after_decode(self, view: "LayerView") -> Decisions:
+    def after_decode(self, view: LayerView) -> Decisions:
         """After a forward pass over one generated token, layer by layer."""
 
-    def before_attend(self, view: "LayerView") -> Read | None:
+    def before_attend(self, view: LayerView) -> Read | None:
         """Before a generated token attends: which of the stored tokens it reads. The view ends with its own token."""
 
     def after_layer(self, cache: CacheView, ordinal: int) -> Mapping[int, Decisions]:
@@ -84,8 +85,12 @@ class Method:
         """After the last layer is stored: decisions for any layer."""
         return {}
 
-    def after_prompt(self, prompt: PromptView) -> Mapping[int, Decisions]:
-        """After the forward pass over a prompt is over, which may be read on from: decisions for any layer."""
+    def after_prompt(self, prompt: PromptView) -> Mapping[int, Decisions] | Requests[Mapping[int, Decisions]]:
+        """After the forward pass over a prompt is over: decisions for any layer.
+
+        A generator may have the prompt read on from first: `yield ReadOn(...)`, or `yield LookAhead(...)`, whose
+        answer is what comes next.
+        """
         return {}
 
     def listens(self, event: str) -> bool:
@@ -186,17 +191,55 @@ def method(
     return add
 
 
+class Compound(Method):
+    """A method made of others, its `parts`: what it says at events, and its traits, are theirs (see events.py)."""
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The others, in their order."""
+        raise NotImplementedError
+
+    @cached_property
+    def _heard(self) -> dict[str, list[Callable[..., Any]]]:
+        return {name: [getattr(part, name) for part in self.parts if part.listens(name)] for name in EVENTS}
+
+    @cached_property
+    def _said(self) -> dict[str, Any]:
+        return {name: trait.combine([getattr(part, name) for part in self.parts]) for name, trait in TRAITS.items()}
+
+    def listens(self, event: str) -> bool:
+        return bool(self._heard[event]) or getattr(type(self), event) is not getattr(Compound, event)
+
+
+def _asking(name: str, event: Event) -> Callable[..., Any]:
+    def ask(self: Compound, *given: Any) -> Any:
+        return event.combine(self._heard[name], *given)
+
+    ask.__name__, ask.__doc__ = name, f"What the parts say {event.when}."
+    return ask
+
+
+def _saying(name: str) -> property:
+    return property(lambda self: self._said[name])
+
+
+for _name, _event in EVENTS.items():
+    setattr(Compound, _name, _asking(_name, _event))
+for _name in TRAITS:
+    setattr(Compound, _name, _saying(_name))
+
+
 @dataclass(frozen=True)
-class Pipeline(Method):
+class Pipeline(Compound):
     """Methods one after another: each sees what the one before it left. Made by `A | B`."""
 
     stages: tuple[Method, ...]
 
     def __post_init__(self) -> None:
-        if sum(stage.compact for stage in self.stages) > 1:
-            raise ValueError(f"method={self} has two stages with compact positions; at most one is possible")
-        if sum(stage.listens("read_order") for stage in self.stages) > 1:
-            raise ValueError(f"method={self} has two stages that choose what the model reads; at most one is possible")
+        for name, event in EVENTS.items():
+            self._at_most_one(event.alone, [stage for stage in self.stages if stage.listens(name)])
+        for name, trait in TRAITS.items():
+            self._at_most_one(trait.alone, [stage for stage in self.stages if getattr(stage, name)])
         late = [str(stage) for stage in self.stages if stage.listens("after_prompt")]
         if late and self.shares_layers:
             raise ValueError(
@@ -204,82 +247,17 @@ class Pipeline(Method):
                 "prompt has been read once more"
             )
 
-    @property
-    def compact(self) -> bool:  # type: ignore[override]
-        """Whether a stage reads at compact positions."""
-        return any(stage.compact for stage in self.stages)
+    def _at_most_one(self, what: str, stages: list[Method]) -> None:
+        if what and len(stages) > 1:
+            both = " and ".join(map(str, stages[:2]))
+            raise ValueError(f"method={self} has two stages {what}, {both}; at most one is possible")
 
     @property
-    def asks(self) -> frozenset[str]:  # type: ignore[override]
-        """What any stage asks for."""
-        return frozenset().union(*(stage.asks for stage in self.stages))
+    def parts(self) -> tuple[Method, ...]:
+        return self.stages
 
     def bind(self, model: Any) -> "Pipeline":
         return replace(self, stages=tuple(stage.bind(model) for stage in self.stages))
-
-    @property
-    def narrows(self) -> bool:  # type: ignore[override]
-        """Whether a stage lets only some tokens go on."""
-        return any(stage.narrows for stage in self.stages)
-
-    @property
-    def shares_layers(self) -> bool:  # type: ignore[override]
-        """Whether a stage lets layers hold memory in common."""
-        return any(stage.shares_layers for stage in self.stages)
-
-    def listens(self, event: str) -> bool:
-        return any(stage.listens(event) for stage in self.stages)
-
-    def read_order(self, prompt: RawPrompt) -> Int[Tensor, "B N"] | None:
-        return next((stage.read_order(prompt) for stage in self.stages if stage.listens("read_order")), None)
-
-    def admit(self, view: "HiddenView") -> Bool[Tensor, "B H Q"] | None:
-        flags = [found for stage in self.stages if (found := stage.admit(view)) is not None]
-        return reduce(and_, flags) if flags else None
-
-    def _run(self, event: str, view: "LayerView") -> list[Decision]:
-        done: list[Decision] = []
-        for stage in self.stages:
-            for decision in decided(getattr(stage, event)(view)):
-                view = view.apply(decision)
-                done.append(decision)
-        return done
-
-    def after_prefill(self, view: "LayerView") -> list[Decision]:
-        return self._run("after_prefill", view)
-
-    def after_decode(self, view: "LayerView") -> list[Decision]:
-        return self._run("after_decode", view)
-
-    def before_attend(self, view: "LayerView") -> Read | None:
-        reads = [read for stage in self.stages if (read := stage.before_attend(view)) is not None]
-        if not reads:
-            return None
-        mask = reads[0].mask
-        for read in reads[1:]:
-            mask = mask & read.mask
-        return Read(mask)
-
-    def after_layer(self, cache: CacheView, ordinal: int) -> Mapping[int, list[Decision]]:
-        return self._gather(stage.after_layer(cache, ordinal) for stage in self.stages)
-
-    def after_forward(self, cache: CacheView) -> Mapping[int, list[Decision]]:
-        return self._gather(stage.after_forward(cache) for stage in self.stages)
-
-    def after_prompt(self, prompt: PromptView) -> Mapping[int, list[Decision]]:
-        return self._gather(stage.after_prompt(prompt) for stage in self.stages)
-
-    @staticmethod
-    def _gather(maps: Iterator[Mapping[int, Decisions]]) -> dict[int, list[Decision]]:
-        done: dict[int, list[Decision]] = {}
-        for found in maps:
-            for ordinal, decisions in found.items():
-                made, before = decided(decisions), done.setdefault(ordinal, [])
-                # What two layers share is chosen when each has its own tokens: that goes with any decision.
-                if all(any(not isinstance(decision, Share) for decision in some) for some in (made, before)):
-                    raise ValueError(f"two stages decide about layer {ordinal} in the same event; compose one of them")
-                before += made
-        return done
 
     def __str__(self) -> str:
         return " | ".join(str(stage) for stage in self.stages)
@@ -287,10 +265,3 @@ class Pipeline(Method):
 
 def _stages(method: Method) -> tuple[Method, ...]:
     return method.stages if isinstance(method, Pipeline) else (method,)
-
-
-def decided(decisions: Decisions) -> Sequence[Decision]:
-    """What an event returned, as a sequence."""
-    if decisions is None:
-        return ()
-    return decisions if isinstance(decisions, Sequence) else (decisions,)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from kvfold.budgets import is_all
 from kvfold.methods._cascade import Cascade
 from kvfold.methods.base import method
 from kvfold.methods.scored import recent
@@ -88,7 +89,7 @@ class CAKE(Cascade):
         return recent(view, counts.clamp(max=self.window))
 
     def after_decode(self, view: LayerView) -> Keep | None:
-        if isinstance(self.budget, float) and self.budget == 1.0:
+        if is_all(self.budget):
             return None
         # A layer is as large as its share, unless the text is still shorter than the budget.
         counts = torch.where(self.short(view), view.count, view.earlier.sum(-1))

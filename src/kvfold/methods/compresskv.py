@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kvfold.budgets import is_all
 from kvfold.methods._calibrated import Table, check_table, filled, query_heads, table_of
 from kvfold.methods.base import method
 from kvfold.methods.scored import Scored, recent
@@ -72,7 +73,7 @@ class CompressKV(Scored):
         return smoothed(view, votes, view.last(self.window), self.kernel)
 
     def counts(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Int[Tensor, "B H"]:
-        if isinstance(self.budget, float) and self.budget == 1.0:
+        if is_all(self.budget):
             return view.count
         if self.errors is None or len(self.errors) != view.place.layers:
             raise ValueError(f"errors={self.errors!r} of compresskv must be {view.place.layers} numbers, one a layer")

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvfold.budgets import Budget, check_budget
+from kvfold.budgets import Budget, check_budget, is_all
 from kvfold.budgets.allocate import exempt_layers
 from kvfold.budgets.layers import tokens_each
 from kvfold.merges import absorb, at_home, counted, log_mass, nearest, over_set
@@ -77,7 +77,7 @@ class D2O(Method):
         check_ints("skip", self.skip)
 
     def after_prefill(self, view: LayerView) -> Keep | None:
-        if isinstance(self.budget, float) and self.budget == 1.0:
+        if is_all(self.budget):
             return None
         scores = self.scores(view)
         view.place.step.setdefault(self.info.slug, {})[view.place.ordinal] = spread(view, scores)
@@ -97,7 +97,7 @@ class D2O(Method):
         return decisions
 
     def after_decode(self, view: LayerView) -> list[Decision] | None:
-        if isinstance(self.budget, float) and self.budget == 1.0:
+        if is_all(self.budget):
             return None
         # A layer is as large as its share, unless the text is still shorter than the budget.
         each = torch.tensor(tokens_each(self.budget, view.place.prompt, view.place.seen))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Int
 from torch import Tensor
 
-from kvfold.budgets import Budget, check_budget
+from kvfold.budgets import Budget, check_budget, is_all
 from kvfold.methods._elastic import MASSES, at_fixed_place, ends, into_buckets
 from kvfold.methods.base import Method, method
 from kvfold.options import check_choice, check_int
@@ -60,7 +60,7 @@ class ElasticCache(Method):
     @property
     def whole(self) -> bool:
         """Whether nothing is ever to go."""
-        return isinstance(self.budget, float) and self.budget == 1.0
+        return is_all(self.budget)
 
     def shared(self, view: LayerView) -> Int[Tensor, "B H"]:
         """The budget, as many tokens for each head of a row."""

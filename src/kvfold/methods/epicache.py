@@ -9,14 +9,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold import artefacts
-from kvfold.budgets import Budget, check_budget
+from kvfold.budgets import Budget, check_budget, is_all
 from kvfold.budgets.sensitive import by_sensitivity
 from kvfold.methods._calibrated import check_table, filled
 from kvfold.methods.base import Method, method
 from kvfold.options import check_choice, check_int, check_number
 from kvfold.scores import top_mask
 from kvfold.scores.peaks import peaks
-from kvfold.views import LayerView, PromptView
+from kvfold.views import LayerView, PromptView, ReadOn, Requests
 from kvfold.views.decisions import Keep
 
 ASK = (
@@ -81,8 +81,8 @@ class EpiCache(Method):
     def bind(self, model: Any) -> "EpiCache":
         return filled(self, model, {"sensitivity": "sensitivity"}) if self.power else self
 
-    def after_prompt(self, prompt: PromptView) -> Mapping[int, Keep]:
-        if isinstance(self.budget, float) and self.budget == 1.0:
+    def after_prompt(self, prompt: PromptView) -> Requests[Mapping[int, Keep]]:
+        if is_all(self.budget):
             return {}
         views = [prompt[ordinal] for ordinal in range(len(prompt))]
         counts = [self.counts(view) for view in views]
@@ -94,7 +94,7 @@ class EpiCache(Method):
             i = view.place.ordinal
             kept[i] = Keep(self.choose(views[i], cached_peaks(view), counts[i]))
 
-        prompt.read(*self.patched(prompt), judge)
+        yield ReadOn(*self.patched(prompt), judge)
         return kept
 
     def patched(self, prompt: PromptView) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]]:

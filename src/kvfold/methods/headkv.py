@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvfold.budgets import Budget
+from kvfold.budgets import Budget, is_all
 from kvfold.budgets.heads import allocate_heads
 from kvfold.methods._calibrated import Table, check_table, filled, over_groups, query_heads, table_of
 from kvfold.methods.base import method
@@ -67,7 +67,7 @@ class HeadKV(Wrapper):
         return filled(bound, model, {"heads": self.table})
 
     def counts(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Int[Tensor, "B H"]:
-        if isinstance(self.budget, float) and self.budget == 1.0:
+        if is_all(self.budget):
             return view.count
         table = table_of(self, view, "heads", query_heads(view))
         return by_heads(view, self.budget, Shares(table, view.heads, self.window, float(self.beta)))

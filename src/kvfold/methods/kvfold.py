@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold import artefacts
-from kvfold.budgets import Budget, check_budget
+from kvfold.budgets import Budget, check_budget, is_all
 from kvfold.merges import fold_by_attention, refit
 from kvfold.methods._calibrated import Table, check_table, measured, query_heads, table_of
 from kvfold.methods._repeated import repeated
@@ -21,7 +21,7 @@ from kvfold.options import check_choice, check_int, check_number
 from kvfold.scores import keep_top
 from kvfold.scores.reach import reach
 from kvfold.scores.smoothed import smoothed
-from kvfold.views import LayerView, PromptView, Queries, faded
+from kvfold.views import LayerView, PromptView, Queries, Requests, faded
 from kvfold.views.decisions import Amend, Keep
 
 SCORE, QUERIES, WORTH, AGAIN = "kvfold_score", "kvfold_queries", "kvfold_worth", "kvfold_again"
@@ -122,7 +122,7 @@ class KVFold(Method):
         check_choice("quality", self.quality, ("fast", "best"))
 
     def bind(self, model: Any) -> "KVFold":
-        if isinstance(self.budget, float) and self.budget == 1.0:
+        if is_all(self.budget):
             return self  # nothing is shared
         if self.heads == "probed":
             return replace(self, heads=artefacts.probe("copying", model))
@@ -142,7 +142,7 @@ class KVFold(Method):
         return super().listens(event) and (event != "after_prompt" or self.quality == "best")
 
     def after_prefill(self, view: LayerView) -> Decisions:
-        if isinstance(self.budget, float) and self.budget == 1.0:
+        if is_all(self.budget):
             return None
         attention, queries = self.attention(view)
         most, asked, read = self.last(view)
@@ -152,11 +152,11 @@ class KVFold(Method):
             return Keep(view.valid, {SCORE: attention, QUERIES: queries, WORTH: worth})
         return self.folded(view, attention, queries, worth, asked, read)
 
-    def after_prompt(self, prompt: PromptView) -> Mapping[int, Decisions]:
-        if isinstance(self.budget, float) and self.budget == 1.0:
+    def after_prompt(self, prompt: PromptView) -> Requests[Mapping[int, Decisions]]:
+        if is_all(self.budget):
             return {}
         views = [prompt[ordinal] for ordinal in range(len(prompt))]
-        again = repeated(prompt, views, lambda view, _: view.column_sums(), REPEATED, QUOTED)
+        again = yield from repeated(prompt, views, lambda view, _: view.column_sums(), REPEATED, QUOTED)
         found: dict[int, Decisions] = {}
         for ordinal, (view, sums) in enumerate(zip(views, again, strict=True)):
             sums += view.columns.get(AGAIN, torch.zeros_like(sums))  # of earlier prompts

@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvfold.budgets import Budget, check_budget
+from kvfold.budgets import Budget, check_budget, is_all
 from kvfold.methods._repeated import repeated
 from kvfold.methods.base import Method, method
 from kvfold.methods.scored import recent
 from kvfold.options import check_choice, check_int
 from kvfold.scores import top_mask
 from kvfold.scores.peaks import peaks
-from kvfold.views import LayerView, PromptView
+from kvfold.views import LayerView, PromptView, Requests
 from kvfold.views.decisions import Keep
 
 SCORE = "kvzip_score"
@@ -64,11 +64,11 @@ class KVzip(Method):
         check_int("prefix", self.prefix, 0)
         check_choice("level", self.level, ("pair", "uniform"))
 
-    def after_prompt(self, prompt: PromptView) -> Mapping[int, Keep]:
-        if isinstance(self.budget, float) and self.budget == 1.0:
+    def after_prompt(self, prompt: PromptView) -> Requests[Mapping[int, Keep]]:
+        if is_all(self.budget):
             return {}
         views = [prompt[ordinal] for ordinal in range(len(prompt))]
-        scores = repeated(prompt, views, self.judge, self.chunk, self.overlap)
+        scores = yield from repeated(prompt, views, self.judge, self.chunk, self.overlap)
         for view, found in zip(views, scores, strict=True):
             found += view.columns.get(SCORE, torch.zeros_like(found))
             found.masked_fill_(found == 0, UNKNOWN)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kvfold.budgets import Budget, check_budget
+from kvfold.budgets import Budget, check_budget, is_all
 from kvfold.budgets.layers import tokens_each
 from kvfold.methods.base import Method, method
 from kvfold.methods.scored import recent
@@ -100,7 +100,7 @@ class LaCache(Method):
 
     def _even(self, view: LayerView) -> Int[Tensor, "B H"]:
         """What the budget lets every layer and head hold."""
-        if isinstance(self.budget, float) and self.budget == 1.0:
+        if is_all(self.budget):
             return view.count
         each = tokens_each(self.budget, view.place.prompt, view.place.seen)
         return torch.tensor([int(x + 1e-9) for x in each], device=view.valid.device)[:, None].expand(-1, view.heads)

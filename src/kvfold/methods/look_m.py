@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvfold.budgets import Budget, check_budget
+from kvfold.budgets import Budget, check_budget, is_all
 from kvfold.merges import absorb, at_home, counted, nearest, over_set
 from kvfold.methods._elastic import MASSES
 from kvfold.methods.base import Method, method
@@ -78,7 +78,7 @@ class LookM(Method):
         images = view.images
         before = view.columns.get(SCORE, torch.zeros(view.valid.shape, device=view.valid.device))
         looked = (images | (view.valid & (before > 0))).flatten(1).any(1)[:, None]  # rows with images, now or earlier
-        if (isinstance(self.budget, float) and self.budget == 1.0) or not looked.any():
+        if is_all(self.budget) or not looked.any():
             return None
         scores = torch.where(looked[..., None], view.column_sums() + before, 0.0)
         keep = self.selected(view, scores, view.valid & ~images, looked)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kvfold.budgets import is_all
 from kvfold.methods.base import method
 from kvfold.methods.scored import Scored, recent
 from kvfold.options import check_int, check_number
@@ -91,7 +92,7 @@ class MPCache(Scored):
         return recent(view, counts.clamp(max=1))
 
     def before_attend(self, view: LayerView) -> Read | None:
-        if isinstance(self.budget, float) and self.budget == 1.0 and self.threshold is None:
+        if is_all(self.budget) and self.threshold is None:
             return None
         step, count = view.place.step, view.count
         places = view.pack(view.positions.masked_fill(~view.valid, torch.iinfo(torch.int32).max)).contiguous()

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from kvfold.budgets import is_all
 from kvfold.methods._cascade import Cascade
 from kvfold.methods._elastic import MASSES, at_fixed_place, ends, into_buckets
 from kvfold.methods.base import Decisions, method
@@ -85,7 +86,7 @@ class PrefixKV(Cascade):
         return kept if self.merge is None else into_buckets(view, kept, self.mass)
 
     def after_decode(self, view: LayerView) -> Keep | None:
-        if isinstance(self.budget, float) and self.budget == 1.0:
+        if is_all(self.budget):
             return None
         held = view.earlier.sum(-1)
         over = torch.where(self.short(view), 0, view.count - held)

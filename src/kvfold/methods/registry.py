@@ -19,7 +19,7 @@ _STAGE = re.compile(r"\s*([A-Za-z0-9][\w-]*)\s*(\(.*\))?\s*", re.DOTALL)
 def _scan() -> None:
     package = importlib.import_module("kvfold.methods")
     for module in pkgutil.iter_modules(package.__path__):
-        if module.name not in ("base", "registry", "scored") and not module.name.startswith("_"):
+        if module.name not in ("base", "events", "registry", "scored") and not module.name.startswith("_"):
             importlib.import_module(f"kvfold.methods.{module.name}")
     for entry in entry_points(group="kvfold.methods"):
         entry.load()

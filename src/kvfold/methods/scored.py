@@ -3,19 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
-from kvfold.methods.base import Method
+from kvfold.methods.base import Compound, Decisions, Method
+from kvfold.methods.events import EVENTS
 from kvfold.methods.registry import parse
 from kvfold.scores import keep_top
 from kvfold.views import LayerView
 from kvfold.views.decisions import Keep
 
-EVENTS = ("after_prefill", "after_decode", "before_attend", "after_layer", "after_forward", "after_prompt")
+M = TypeVar("M", bound=Method)
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,49 @@ def recent(view: LayerView, window: int | Int[Tensor, "B H"]) -> Bool[Tensor, "B
     return view.valid & (view.rank >= (view.count - window)[..., None])
 
 
+class Over(Compound, Generic[M]):
+    """A method over another one, `inner`, whose text is `score`: it acts when that one does.
+
+    What it does not do by itself is the inner method's; one that does what would be lost here is refused.
+    """
+
+    score: str
+    budget: Budget
+    lost = "decides in {}, which would be lost"
+    """Why a method is refused that does something at these events."""
+
+    @cached_property
+    def inner(self) -> M:
+        """The other method, with this one's budget. Raises ValueError for one that can't be, or sets its own budget."""
+        made = self.choosing(parse(self.score))
+        if "budget=" in self.score:
+            raise ValueError(f"score={self.score!r} must leave the budget to {type(self).__name__}")
+        if own := [event for event in EVENTS if self.loses(made, event)]:
+            raise ValueError(f"score={self.score!r} {self.lost.format(', '.join(own))}")
+        return replace(made, budget=self.budget)  # type: ignore[type-var]
+
+    def choosing(self, made: Method) -> M:
+        """The method that was made. Raises ValueError for one that does not choose tokens as it must here."""
+        raise NotImplementedError
+
+    def loses(self, made: Method, event: str) -> bool:
+        """Whether something that a method does at an event would not be done here."""
+        return made.listens(event) and not EVENTS[event].wrapped
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        return (self.inner,)
+
+    def bind(self, model: Any) -> "Over[M]":
+        bound = self.inner.bind(model)
+        return self if bound is self.inner else replace(self, score=without_budget(bound))  # type: ignore[type-var]
+
+    def listens(self, event: str) -> bool:
+        return self.inner.listens(event) if event == "after_decode" else super().listens(event)
+
+
 @dataclass(frozen=True)
-class Wrapper(Scored):
+class Wrapper(Scored, Over[Scored]):
     """A way to share a budget, over any method that ranks tokens: `score` is its text, such as "snapkv(window=16)".
 
     Scores, what always stays and when it acts are the inner method's; `counts` are the wrapper's. The inner
@@ -75,22 +117,23 @@ class Wrapper(Scored):
 
     score: str = "snapkv"
 
+    lost = "decides by itself in {}, which no ranking passes on"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.inner  # noqa: B018  (raises for a score that can't be)
 
-    @cached_property
-    def inner(self) -> Scored:
-        """The method that ranks. Raises ValueError for one that does not, or that sets a budget of its own."""
-        made = parse(self.score)
+    def choosing(self, made: Method) -> Scored:
         if not isinstance(made, Scored):
             raise ValueError(f"score={self.score!r} must be a method that ranks tokens, such as 'snapkv' or 'h2o'")
-        if "budget=" in self.score:
-            raise ValueError(f"score={self.score!r} must leave the budget to {type(self).__name__}")
-        own = [event for event in EVENTS if getattr(type(made), event) not in self._passed_on(event)]
-        if own:
-            raise ValueError(f"score={self.score!r} decides by itself in {', '.join(own)}, which no ranking passes on")
-        return replace(made, budget=self.budget)
+        return made
+
+    def loses(self, made: Method, event: str) -> bool:
+        """Its scores must say all of what it does after a pass."""
+        if event not in ("after_prefill", "after_decode"):
+            return super().loses(made, event)
+        ranking = Scored.after_prefill, Wrapper.after_decode, getattr(Method, event)
+        return getattr(type(made), event) not in ranking
 
     def must_share_evenly(self) -> None:
         """Raise ValueError for a `score` that shares a budget by itself, for a wrapper whose shares replace its own."""
@@ -100,23 +143,6 @@ class Wrapper(Scored):
                 f"score={self.score!r} shares the budget by itself, which {self.info.slug} would not heed: give "
                 f"{self.info.slug} what ranks the tokens ({inner.score!r})"
             )
-
-    @staticmethod
-    def _passed_on(event: str) -> tuple[Any, ...]:
-        """What a method may have at an event, so that its scores say all of it."""
-        return getattr(Method, event), getattr(Scored, event), getattr(Wrapper, event), Scored.after_prefill
-
-    def bind(self, model: Any) -> "Wrapper":
-        bound = self.inner.bind(model)
-        return self if bound is self.inner else replace(self, score=without_budget(bound))
-
-    @property
-    def asks(self) -> frozenset[str]:  # type: ignore[override]
-        """What the inner method asks for."""
-        return self.inner.asks
-
-    def listens(self, event: str) -> bool:
-        return super().listens(event) if event != "after_decode" else self.inner.listens(event)
 
     def scores(self, view: LayerView) -> Float[Tensor, "B H T"]:
         return self.inner.scores(view)
@@ -130,8 +156,8 @@ class Wrapper(Scored):
     def carried(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Mapping[str, Tensor]:
         return self.inner.carried(view, scores)
 
-    def after_decode(self, view: LayerView) -> Any:
+    def after_decode(self, view: LayerView) -> Decisions:
         return self.after_prefill(view)
 
 
-__all__ = ["Scored", "Wrapper", "recent", "without_budget"]
+__all__ = ["Over", "Scored", "Wrapper", "recent", "without_budget"]

@@ -14,7 +14,7 @@ from kvfold.options import check_choice, check_int, check_name
 from kvfold.scores import keep_top
 from kvfold.scores.peaks import peaks
 from kvfold.scores.smoothed import smoothed
-from kvfold.views import LayerView, PromptView
+from kvfold.views import LayerView, LookAhead, PromptView, ReadOn, Requests
 from kvfold.views.decisions import Keep
 
 SCORE = "speckv_score"
@@ -72,20 +72,20 @@ class SpecKV(Method):
         asking = view.queries.valid & (behind <= self.window + 1)
         return Keep(view.valid, {SCORE: self.votes(view, asking)})  # their queries are gone when the draft is there
 
-    def after_prompt(self, prompt: PromptView) -> Mapping[int, Keep]:
+    def after_prompt(self, prompt: PromptView) -> Requests[Mapping[int, Keep]]:
         views = [prompt[ordinal] for ordinal in range(len(prompt))]
         if all(self._fits(view) for view in views):
             return {}
         votes = [view.columns.get(SCORE, torch.zeros_like(view.positions, dtype=torch.float32)) for view in views]
         if self.lookahead:
-            ids, valid = prompt.look_ahead(self.lookahead, self.draft)
+            ids, valid = yield LookAhead(self.lookahead, self.draft)
 
             def listen(view: LayerView) -> None:
                 i, stored = view.place.ordinal, votes[view.place.ordinal].shape[-1]
                 found = self.votes(view, view.queries.valid)[..., :stored]
                 votes[i] = torch.maximum(votes[i], found) if self.reduce == "max" else votes[i] + found
 
-            prompt.read(ids, valid, listen)
+            yield ReadOn(ids, valid, listen)
         return {i: self.choose(view, found) for i, (view, found) in enumerate(zip(views, votes, strict=True))}
 
     def votes(self, view: LayerView, asking: Bool[Tensor, "B Q"]) -> Float[Tensor, "B H T"]:

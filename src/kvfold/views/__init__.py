@@ -2,7 +2,7 @@
 
 from kvfold.views.layer_view import ATTENTION, COLUMN_SUMS, IMAGE, LayerView, fade_of, faded
 from kvfold.views.place import HiddenView, Place, Site
-from kvfold.views.prompts import CacheView, PromptView, RawPrompt
+from kvfold.views.prompts import CacheView, LookAhead, PromptView, RawPrompt, Reader, ReadOn, Requests, answered
 from kvfold.views.queries import Images, Queries
 
 __all__ = [
@@ -13,11 +13,16 @@ __all__ = [
     "HiddenView",
     "Images",
     "LayerView",
+    "LookAhead",
     "Place",
     "PromptView",
     "Queries",
     "RawPrompt",
+    "ReadOn",
+    "Reader",
+    "Requests",
     "Site",
+    "answered",
     "fade_of",
     "faded",
 ]

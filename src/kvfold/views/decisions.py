@@ -1,8 +1,9 @@
 """What a method may decide about one layer's tokens. Decisions may differ for each (row, KV head)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -15,6 +16,29 @@ class Keep:
 
     mask: Bool[Tensor, "B H T"]
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def staying(self, valid: Bool[Tensor, "B H T"]) -> Bool[Tensor, "B H T"]:
+        """Those of the tokens `valid` that stay."""
+        return valid & self.mask
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Drop the tokens in `slots`, -1 for none, keep the rest; `columns` are set on what stays.
+
+    What a `Keep` without them says, for a step at which few go.
+    """
+
+    slots: Int[Tensor, "B H N"]
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def staying(self, valid: Bool[Tensor, "B H T"]) -> Bool[Tensor, "B H T"]:
+        """Those of the tokens `valid` that stay."""
+        if not self.slots.shape[-1]:
+            return valid
+        size = valid.shape[-1]
+        one_more = F.pad(valid, (0, 1))  # one behind the last: for none
+        return one_more.scatter_(-1, self.slots.long() % (size + 1), False)[..., :size]
 
 
 @dataclass(frozen=True)
@@ -104,4 +128,13 @@ class Share:
     choose: Callable[[Pair], Shared]
 
 
-Decision = Keep | Rewrite | Amend | Store | Propagate | Share
+Decision = Keep | Drop | Rewrite | Amend | Store | Propagate | Share
+Decisions = Decision | Sequence[Decision] | None
+"""What an event may return."""
+
+
+def decided(decisions: Decisions) -> Sequence[Decision]:
+    """What an event returned, as a sequence."""
+    if decisions is None:
+        return ()
+    return decisions if isinstance(decisions, Sequence) else (decisions,)

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold import ops
-from kvfold.budgets import Budget, allocate
+from kvfold.budgets import Budget, allocate, is_all
 from kvfold.formats import LOG_MASS, Chunk, Format, LateChunk
-from kvfold.views.decisions import Amend, Decision, Keep, Propagate, Rewrite, Store
+from kvfold.views.decisions import Amend, Decision, Drop, Keep, Propagate, Rewrite, Store
 from kvfold.views.place import Place
 from kvfold.views.queries import Queries, wide
 
@@ -163,7 +163,7 @@ class LayerView:
         or holds such shares for each row.
         A fraction of 1.0 is no limit: it holds for generated tokens too.
         """
-        if isinstance(budget, float) and budget == 1.0:
+        if is_all(budget):
             return self.count
         rows = []
         lengths = zip(self.place.prompt.tolist(), self.place.seen.tolist(), self.fraction(budget), strict=True)
@@ -274,14 +274,14 @@ class LayerView:
             mask = decision.mask & self.valid
             earlier = tuple((form, others & ~mask) for form, others in self.formats)
             return replace(self, formats=(*earlier, (decision.format, mask)))
-        if isinstance(decision, Keep):
-            tokens = self.tokens.but(self.valid & decision.mask, {**self.columns, **decision.columns})
-            # What is left attends anew, but what all queries gave each token does not change.
-            memo = {name: found for name, found in self.memo.items() if name != ATTENTION}
-            return replace(self, tokens=tokens, memo=memo, changed=self.changed | set(decision.columns))
+        if isinstance(decision, Keep | Drop):
+            tokens = self.tokens.but(decision.staying(self.valid), {**self.columns, **decision.columns})
+            memo = dict(self.memo)
+            memo.pop(ATTENTION, None)  # what is left attends anew, but what all queries gave each does not change
+            return replace(self, tokens=tokens, memo=memo, changed=self.changed.union(decision.columns))
         if isinstance(decision, Propagate):
             return self  # about the layers that follow
-        raise TypeError(f"decision={decision!r} is not one of Keep, Rewrite, Amend, Store, Propagate")
+        raise TypeError(f"decision={decision!r} is not one of Keep, Drop, Rewrite, Amend, Store, Propagate")
 
     def _amend(self, decision: Amend) -> "LayerView":
         if not decision.slots.shape[-1]:

@@ -1,7 +1,8 @@
 """What a method's late events see: layers that are done, a prompt to read on, and one that nobody has read."""
 
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -23,7 +24,7 @@ class CacheView(Protocol):
         """The context shared by the layers of this forward pass."""
         ...
 
-    def __getitem__(self, ordinal: int) -> "LayerView":
+    def __getitem__(self, ordinal: int) -> LayerView:
         """The view of a layer that is done, by its place among the paged layers."""
         ...
 
@@ -32,7 +33,7 @@ class CacheView(Protocol):
 
 @runtime_checkable
 class PromptView(CacheView, Protocol):
-    """What `after_prompt` sees: the stored tokens of every layer, the prompt's ids, and the model to read on."""
+    """What `after_prompt` sees: the stored tokens of every layer, the prompt's ids, and the words around it."""
 
     @property
     def ids(self) -> Int[Tensor, "B Q"]:
@@ -52,13 +53,66 @@ class PromptView(CacheView, Protocol):
         """What the model's chat template puts between a user's words and the answer, as tokens."""
         ...
 
+
+@dataclass(frozen=True)
+class ReadOn:
+    """Run `ids` through the model as if they came next; `observe` gets every layer's view, then they are gone.
+
+    Answered with None.
+    """
+
+    ids: Int[Tensor, "B N"]
+    valid: Bool[Tensor, "B N"]
+    observe: Callable[[LayerView], None]
+
+
+@dataclass(frozen=True)
+class LookAhead:
+    """At most `count` tokens that come next, greedily; `draft`: said by another model, its name or folder.
+
+    Answered with the tokens (B, N), and which of them count (B, N).
+    """
+
+    count: int
+    draft: str | None = None
+
+
+T = TypeVar("T")
+Requests = Generator[ReadOn | LookAhead, Any, T]
+"""Work on a prompt that asks for readings of it as it goes on (`yield ReadOn(...)`), and ends with a T."""
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Whoever has the model, and answers requests."""
+
     def look_ahead(self, count: int, draft: str | None = None) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]]:
-        """At most `count` tokens that come next, greedily, and which of them count; `draft`: another model's name."""
+        """The answer to a `LookAhead`."""
         ...
 
-    def read(self, ids: Int[Tensor, "B N"], valid: Bool[Tensor, "B N"], observe: Callable[["LayerView"], None]) -> None:
-        """Run `ids` through the model as if they came next; `observe` gets every layer's view, then they are gone."""
+    def read(self, ids: Int[Tensor, "B N"], valid: Bool[Tensor, "B N"], observe: Callable[[LayerView], None]) -> None:
+        """Do what a `ReadOn` asks for."""
         ...
+
+
+def answered(work: T | Requests[T], reader: Reader) -> T:
+    """What `work` ends with, its requests answered one by one by `reader`; what asks for nothing is the end itself."""
+    if not isinstance(work, Generator):
+        return work
+    answer: Any = None
+    while True:
+        try:
+            request = work.send(answer)
+        except StopIteration as end:
+            found: T = end.value
+            return found
+        answer = None
+        if isinstance(request, ReadOn):
+            reader.read(request.ids, request.valid, request.observe)
+        elif isinstance(request, LookAhead):
+            answer = reader.look_ahead(request.count, request.draft)
+        else:
+            raise TypeError(f"request={request!r} is not one of ReadOn, LookAhead")
 
 
 @runtime_checkable
@@ -81,7 +135,7 @@ class RawPrompt(Protocol):
         ...
 
     def look_ahead(
-        self, count: int, observe: Callable[["LayerView"], None], draft: str | None = None
+        self, count: int, observe: Callable[[LayerView], None], draft: str | None = None
     ) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]]:
         """As a prompt's: `observe` gets the views of the passes, which are over a text without padding inside it."""
         ...

@@ -18,7 +18,7 @@ from kvfold.layer.layer import KVLayer
 from kvfold.layer.plan import Plan
 from kvfold.layer.rows import Rows
 from kvfold.methods.base import Decisions, Method
-from kvfold.views import LayerView
+from kvfold.views import LayerView, answered
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ class Host(HFCache):
             return
         for number, group in enumerate(self.rows.groups):
             if group.method.listens("after_prompt"):
-                self._carry_out(group.method.after_prompt(self.prompt_of(plan, number)), plan, number)
+                prompt = self.prompt_of(plan, number)
+                self._carry_out(answered(group.method.after_prompt(prompt), prompt), plan, number)
 
     def settle_pending(self) -> None:
         """Run the events that still wait for a crop: assisted decoding is over, what came last was a further turn."""
