@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvfold.calibration.heads import copy_score, reason_score, semantic_score
-from kvfold.calibration.questions import Question
+from kvfold.calibration.questions import NeedleQuestion
 from kvfold.methods.headkv import HeadKV, Shares
 from kvfold.methods.snapkv import SnapKV
 from views import full_probabilities, kept, random_view, row_of, top
@@ -75,7 +75,7 @@ def test_row_alone_and_what_a_short_prompt_leaves_over():
         assert kept(method, row_of(view, row))[0] == rows[row]
 
 
-ASKED = Question(torch.tensor([[9, 8, 7, 5, 6, 7, 1, 2]]), [5, 3, 7], (3, 6))
+ASKED = NeedleQuestion(torch.tensor([[9, 8, 7, 5, 6, 7, 1, 2]]), [5, 3, 7], (3, 6))
 """A needle 5 6 7 at 3, 4, 5; the model recites 5, 3, 7, reading ten tokens in all."""
 
 

@@ -6,15 +6,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from kvfold.formats import POSITION
 from kvfold.hf.anatomy import attention_modules
-from kvfold.hf.beside import check_join, is_empty, join_layers, row_nbytes, select_rows
+from kvfold.hf.batch import Batch
 from kvfold.hf.call.hooks import use_kvfold, watch
 from kvfold.hf.call.host import Host
 from kvfold.hf.layers import PagedLayer, WindowLayer, held_bytes, storage_bytes
@@ -32,7 +29,7 @@ from kvfold.options import check_int
 from kvfold.views import LayerView
 
 
-class Cache(Host):
+class Cache(Batch):
     """A transformers cache that holds its tokens on pages and lets a method decide which.
 
     `method` is a slug, a composition as text, or a Method; `options` go to the method. Sets the model's attention
@@ -175,107 +172,7 @@ class Cache(Host):
             self.pending.unheard.greedy = greedy
         self.settle_pending()
 
-    # -- the cache operations --------------------------------------------------------------------------------
-
-    def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Take back the last `-tokens_to_remove` tokens of every row, then run what waited for it."""
-        count = int(tokens_to_remove)  # a tensor from transformers before 5.17
-        drop = -count if count <= 0 else max(0, self.get_seq_length() - count)
-        if self.reading is not None:
-            self.reading = self.reading.drop(drop)
-        width = self.rows.width
-        self.rows.drop(drop)
-        for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
-                layer.crop(-drop)
-            elif drop:
-                layer.core.drop_from(self.rows.seen)
-        if drop and self.paged:  # windows that hold some of a narrowed text know by its positions where it ends
-            for layer in self.layers:
-                if isinstance(layer, WindowLayer):
-                    layer.end_at(torch.from_numpy(self.rows.seen))
-        self.settled(self.pending.crop(self.paged, width - self.rows.width))
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of text given so far, padding counted, as transformers counts them."""
-        return self.get_query_offset(layer_idx) + (0 if self.reading is None else self.reading.surplus)
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Columns that a layer has read: where masks begin to count."""
-        return int(super().get_seq_length(layer_idx))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was."""
-        super().reorder_cache(beam_idx)
-        self._rows_are(beam_idx.cpu().numpy())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, side by side."""
-        super().batch_repeat_interleave(repeats)
-        self._rows_are(np.repeat(np.arange(self.rows.batch), repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows."""
-        super().batch_select_indices(indices)
-        self._rows_are(np.arange(self.rows.batch)[indices.cpu().numpy()])
-
-    def _rows_are(self, chosen: np.ndarray) -> None:
-        """The layers' rows are now those; so is what they have read."""
-        if self.rows.batch:
-            self.rows.select(chosen)
-        self.reading = self.reading and self.reading.select(torch.from_numpy(chosen))
-
-    # -- rows that join and leave ----------------------------------------------------------------------------
-
-    def join(self, other: "Cache") -> None:
-        """Take the rows of another cache of this model behind ours, with the methods that decide about them.
-
-        From then on a forward pass reads both: columns end at the same place, so the attention mask of a row that has
-        read less has padding in front, and a row's answers are what it would have given alone. `other` is empty
-        afterwards. Raises ValueError, before anything is changed, for a cache of another model, this one itself, and
-        methods whose layers share memory (minicache) or that gave the model other tokens than the caller's (specpc).
-        """
-        if other is self or other.model is not self.model:
-            raise ValueError(f"other={type(other).__name__} must be another cache of this {type(self.model).__name__}")
-        for cache in (self, other):
-            cache.settle_pending()
-            for group in cache.rows.groups:
-                if group.method.shares_layers:
-                    raise ValueError(f"method={group.method} lets layers share memory: its rows can't join others")
-            if cache.reading is not None:
-                raise ValueError(f"method={cache.method} chose what of its text was read: its rows can't join others")
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            if not isinstance(mine, PagedLayer):
-                check_join(mine, theirs)
-        if not other.rows.batch:
-            return
-        fresh = not self.rows.batch
-        for cache in (self, other):
-            cache.name_columns()
-        for index, (mine, theirs) in enumerate(zip(self.layers, other.layers, strict=True)):
-            if isinstance(mine, PagedLayer):
-                mine.core.join(theirs.core)
-                mine.is_initialized = True
-            elif fresh:
-                self.layers[index] = theirs
-            elif not is_empty(mine):
-                join_layers(mine, theirs)
-        self.rows.join(other.rows)
-        for core in self.paged:
-            core.number = self.rows.number
-        for group in self.rows.groups:
-            watch(self.model, group.method)
-        other.reset()
-
-    def retire(self, rows: Sequence[int]) -> None:
-        """Let rows of the batch go; what they alone held is free. The others move up. See `take` to keep them."""
-        gone = self._checked(rows)
-        left = np.setdiff1d(np.arange(self.rows.batch), gone)
-        self.settle_pending()
-        if len(left):
-            self._choose(left)
-        else:
-            self.reset()
+    # -- copies and files ------------------------------------------------------------------------------------
 
     def take(self, rows: Sequence[int]) -> "Cache":
         """A cache that holds these rows, in this order; pages are shared until one of the two writes them."""
@@ -284,58 +181,12 @@ class Cache(Host):
         other._choose(chosen)
         return other
 
-    def _checked(self, rows: Sequence[int]) -> np.ndarray:
-        chosen = np.asarray(rows, dtype=np.int64)
-        batch = self.rows.batch
-        if (
-            chosen.ndim != 1
-            or len(set(chosen.tolist())) != len(chosen)
-            or bool(((chosen < 0) | (chosen >= batch)).any())
-        ):
-            raise ValueError(f"rows={list(rows)!r} must be different rows of the batch, 0 to {batch - 1}")
-        return chosen
-
-    def _choose(self, chosen: np.ndarray) -> None:
-        """Row i becomes what row `chosen[i]` was, in every layer."""
-        for layer in self.layers:
-            if isinstance(layer, PagedLayer):
-                layer.core.select(chosen)
-            else:
-                select_rows(layer, chosen)
-        self._rows_are(chosen)
-
-    def row_nbytes(self) -> list[int]:
-        """Bytes that each row of the batch takes: its pages, its windows, its recurrent states."""
-        batch = self.rows.batch
-        held = [
-            layer.core.stored.row_nbytes() if isinstance(layer, PagedLayer) else row_nbytes(layer, batch)
-            for layer in self.layers
-        ]
-        total: list[int] = np.sum(held, axis=0).tolist() if batch else []
-        return total
-
-    def name_columns(self) -> None:
-        """Note which columns the methods of the rows have set; what other methods set later is not theirs."""
-        if len(self.rows.groups) == 1:
-            found = {name for core in self.paged for _, segment in core.segments for name in segment.columns()[1]}
-            self.rows.remember(0, frozenset(found) - {POSITION})
-
-    def activate_past_recording(self) -> None:
-        """Assisted decoding will crop after each pass: events wait until it has."""
-        super().activate_past_recording()
-        self.pending.recording = True
-
     def reset(self) -> None:
         """Forget everything that was read."""
         # New layers: transformers' own keep the batch size and the past recording of what they have read.
         self.rows = Rows(self.rows.groups[0].method)
         self.layers = self._layers(layers_of(self.model))
         self._begin()
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of the batch, -1 before the first forward pass."""
-        return self.rows.batch or -1
 
     def fork(self) -> "Cache":
         """A second cache with the same content; pages are shared until one of the two writes them.

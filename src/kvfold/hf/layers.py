@@ -194,9 +194,7 @@ def tensors(layer: Any) -> list[Tensor]:
 
 
 def mark_of(layer: Any) -> Any:
-    """How far a layer has read: another mark when it has read on."""
-    if isinstance(layer, PagedLayer):
-        return layer.core.width
+    """How far a layer that is not on pages has read: another mark when it has read on."""
     if isinstance(layer, DynamicSlidingWindowLayer):
         return layer.cumulative_length
     return tuple((id(state), state._version) for state in tensors(layer) if not state.is_inference())

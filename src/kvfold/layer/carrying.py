@@ -16,6 +16,9 @@ def commit(stored: Stored, view: LayerView, new: Chunk | None, *, slack: bool = 
     open for its row and that is addressed token by token; else it is dropped there and goes to the open segment.
     """
     held = view.valid.shape[-1] - (0 if new is None else new.valid.shape[-1])
+    if not (view.formats or view.rewritten or view.amended or view.order is not None or len(stored.segments) > 1):
+        _stay(stored, view, new, held, slack)
+        return
     moves = [(stored.number(form), mask) for form, mask in view.formats]
     moves = [(number, mask & view.valid & (view.home != number)) for number, mask in moves]
     staying = view.valid
@@ -32,6 +35,16 @@ def commit(stored: Stored, view: LayerView, new: Chunk | None, *, slack: bool = 
         if tokens is not None:
             stored.segments[number][1].append(tokens)
     stored.ordered = stored.ordered and promoted is None and not (held and any(t is not None for _, t in fetched))
+
+
+def _stay(stored: Stored, view: LayerView, new: Chunk | None, held: int, slack: bool) -> None:
+    """The short way of `commit`: one segment, in the order of the text, and nothing changes but what stays."""
+    valid, columns = view.valid, view.columns
+    if held:
+        changed = {name: columns[name][..., :held] for name in view.changed}
+        stored.segments[0][1].keep(valid[..., :held], changed, slack=slack)
+    if new is not None:
+        stored.segments[0][1].append(new.but(valid[..., held:], {name: x[..., held:] for name, x in columns.items()}))
 
 
 def _fresh(

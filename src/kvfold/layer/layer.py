@@ -3,107 +3,26 @@
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvfold.formats import Chunk, Dense, Format, Segment, Spec
+from kvfold.formats import Chunk, Dense, Format, Spec
 from kvfold.layer.attending import Asking
 from kvfold.layer.carrying import commit
 from kvfold.layer.deciding import Moment
+from kvfold.layer.held import Held
 from kvfold.layer.plan import DEFERRED, Plan
 from kvfold.layer.rows import Rows
 from kvfold.layer.stored import Stored, new_tokens
-from kvfold.rotation import Compact, Rope
-from kvfold.views import ATTENTION, LayerView, Queries, Site, fade_of, faded
+from kvfold.rotation import Compact
+from kvfold.views import ATTENTION, LayerView, Queries, fade_of, faded
 
 DENSE = Dense()
-NOTHING = Spec(0, 0, 0, 0, torch.float32, torch.device("cpu"))
 
 
-class KVLayer:
-    """One layer of a cache; `rows` is what the rows of the batch have read, the same for all layers."""
-
-    def __init__(
-        self, rows: Rows, layer: int, paged: tuple[int, ...] = (0,), depth: int = 1, rope: Rope | None = None,
-        arena: Any = None,
-    ):  # fmt: skip
-        self.rows, self.arena = rows, arena
-        self.site = Site(layer, paged.index(layer), paged, depth, rope)
-        self._reset()
-
-    def _reset(self) -> None:
-        self.stored = Stored(NOTHING)
-        self.number = 0  # the pass that it has read last, see `Rows`
-        self.scale: float = 1.0
-        self.module: Any = None
-
-    @property
-    def layer(self) -> int:
-        """Index among the model's layers."""
-        return self.site.layer
-
-    @property
-    def ordinal(self) -> int:
-        """Index among the layers on pages."""
-        return self.site.ordinal
-
-    @property
-    def shape(self) -> tuple[int, int, int] | None:
-        """KV heads, and the sizes of keys and values; None: nobody has attended yet."""
-        spec = self.stored.spec
-        return (spec.heads, spec.key_size, spec.value_size) if self.segments else None
-
-    @property
-    def seen(self) -> np.ndarray:
-        """Text tokens that each row has read, (B,), padding not counted."""
-        return self.rows.seen
-
-    @property
-    def prompt(self) -> np.ndarray:
-        """How many it had read by the end of its last prompt, (B,)."""
-        return self.rows.prompt
-
-    @property
-    def width(self) -> int:
-        """Columns that the layer has read, padding counted; in a pass that has not come here yet, those before it."""
-        return self.rows.width if self.number == self.rows.number else self.rows.width_before
-
-    @property
-    def batch(self) -> int:
-        return self.rows.batch
-
-    @property
-    def segments(self) -> list[tuple[Format, Segment]]:
-        """The segments with their formats."""
-        return self.stored.segments
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all that the layer holds, what the rows have read included."""
-        return self.bytes_beside(set())
-
-    def bytes_beside(self, counted: set[int]) -> int:
-        """`nbytes` without the page pools and the rows that another layer has `counted`."""
-        rows = 0 if id(self.rows) in counted else self.rows.nbytes
-        counted.add(id(self.rows))
-        return rows + self.stored.bytes_beside(counted)
-
-    def dense_bytes(self, tokens: int | None = None) -> int:
-        """Bytes of keys and values that a dense cache would hold for as many tokens; None: as this one has read."""
-        heads, d, dv = self.shape or (0, 0, 0)
-        return int(self.seen.sum() if tokens is None else tokens) * heads * (d + dv) * self.stored.spec.dtype.itemsize
-
-    def counts(self) -> np.ndarray:
-        """Tokens stored for each (row, head), (B, H)."""
-        return self.stored.counts() if self.segments else np.zeros((self.batch, 0), dtype=np.int64)
-
-    def kept(self) -> list[list[list[int]]]:
-        """Text positions stored, kept[row][head], ascending."""
-        return self.stored.positions() if self.segments else [[] for _ in range(self.batch)]
-
-    # -- one forward pass ------------------------------------------------------------------------------------
+class KVLayer(Held):
+    """One layer of a cache that attends, and whose tokens are kept as the methods of its rows decide."""
 
     def attend(
         self,
@@ -121,9 +40,10 @@ class KVLayer:
         `valid` marks the new tokens that are not padding (None: all are); what a padded query gets has no meaning.
         `hidden`: their states as they enter the layer's attention, for methods that listen to `admit`.
         """
-        if not self.segments or k.shape[0] != self.rows.batch:
+        if k.shape[0] != self.stored.spec.rows:
             self._open(k, v)
-        self.rows.begin(plan, k.shape[0], k.shape[2], valid, k.device)
+        if not plan.number or plan.number != self.rows.number:
+            self.rows.begin(plan, k.shape[0], k.shape[2], valid, k.device)
         self.number, self.scale, self.module = plan.number, scale, module
         if plan.step:
             return self._step(q, k, v, plan)
@@ -247,69 +167,12 @@ class KVLayer:
                 rows[group.rows] = True
         return Compact(self.site.rope, rows=rows)
 
-    def alike(self, other: "KVLayer") -> bool:
-        """Whether a token's keys and values mean the same kind of vector in both layers."""
-        frames = [
-            (x.shape, x.stored.spec.dtype, x.stored.spec.device, x.site.rope, getattr(x.module, "use_rope", None))
-            for x in (self, other)
-        ]
-        return frames[0] == frames[1]
-
-    # -- a captured step -------------------------------------------------------------------------------------
-
-    def reserve_step(self) -> list[Tensor]:
-        """Make room for one more token in each row; all tensors that such a step reads and writes on the device.
-
-        While they stay the same ones, a CUDA graph may replay the step: `Rows.replayed` and ours count it each time.
-        """
-        return [self.rows.clock(self.stored.spec.device), *self.stored.open.reserve()]
-
-    def replayed(self) -> None:
-        """A captured step ran: count its token in each row, the device has."""
-        self.stored.open.replayed()
-        self.number = self.rows.number
-
-    # -- the cache operations: of this layer alone, its cache does the same to the rows ---------------------
-
-    def mark(self) -> list[np.ndarray]:
-        """What each segment holds, for `rewind`."""
-        return [segment.counts().copy() for _, segment in self.segments]
-
-    def rewind(self, mark: list[np.ndarray]) -> None:
-        """Take back everything that was appended since; nothing may have been decided in between."""
-        if not mark:
-            self.clear()
-            return
-        for (_, segment), counts in zip(self.segments, mark, strict=True):
-            segment.truncate(counts)
-        self.number = self.rows.number
-
-    def drop_from(self, limit: np.ndarray) -> None:
-        """Drop the tokens whose text position is `limit` (B,) or later."""
-        self.stored.drop_from(limit)
-
-    def select(self, rows: np.ndarray) -> None:
-        """Row i becomes what row `rows[i]` was; pages are shared until one of the sharers writes."""
-        self.stored.select(rows)
-
-    def join(self, other: "KVLayer") -> None:
-        """Take the rows of another cache's layer behind ours; `other` is used up."""
-        if not self.segments:
-            self.stored, self.scale, self.module = other.stored, other.scale, other.module
-        else:
-            self.stored.join(other.stored)
-
     def fork(self, rows: Rows) -> "KVLayer":
         """A second layer over the same pages; `rows`: its cache's."""
         site = self.site
         other = KVLayer(rows, site.layer, site.paged, site.depth, site.rope, self.arena)
         other.stored, other.number, other.scale, other.module = self.stored.fork(), self.number, self.scale, self.module
         return other
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.stored.clear()
-        self._reset()
 
 
 def format_of(method: Any) -> Format:

@@ -68,9 +68,7 @@ class Rows:
     def begin(
         self, plan: Plan, batch: int, count: int, valid: Bool[Tensor, "B Q"] | None, device: torch.device
     ) -> None:
-        """The first layer of a pass attends: from now on its tokens count. Later layers find that it has begun."""
-        if plan.number and plan.number == self.number:
-            return
+        """The first layer of a pass attends: from now on its tokens count. Later layers find it in `plan.number`."""
         if not self.batch:
             self.seen, self.prompt = np.zeros(batch, dtype=np.int64), np.zeros(batch, dtype=np.int64)
         plan.ones = valid is None or bool(valid.all())

@@ -33,8 +33,6 @@ class Method:
     "column_sums" of a prompt (`view.column_sums()`), "attention" of a generated token (`view.attention(1)`). "images":
     it must know which tokens stand for images (`view.images`), so that a prompt without ids is refused."""
 
-    format: Any = None
-    """The format that all tokens of the layer go to; None: dense, in the model's dtype."""
     narrows: bool = False
     """Whether `after_prefill` may return `Propagate`."""
     shares_layers: bool = False

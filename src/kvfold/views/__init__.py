@@ -1,9 +1,10 @@
 """What a method sees, and what it may decide."""
 
-from kvfold.views.layer_view import ATTENTION, COLUMN_SUMS, IMAGE, LayerView, fade_of, faded
+from kvfold.views.layer_view import ATTENTION, COLUMN_SUMS, LayerView, fade_of, faded
 from kvfold.views.place import HiddenView, Place, Site
 from kvfold.views.prompts import CacheView, LookAhead, PromptView, RawPrompt, Reader, ReadOn, Requests, answered
 from kvfold.views.queries import Images, Queries
+from kvfold.views.token_view import IMAGE
 
 __all__ = [
     "ATTENTION",

@@ -1,53 +1,24 @@
 """What hooks, prompts and files know of a cache: its layers, what it has read, and the call of the model in hand."""
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from transformers import Cache as HFCache
 
 from kvfold.hf.call.call import Call
+from kvfold.hf.call.modes import Modal, Mode
 from kvfold.hf.call.pending import Pending
 from kvfold.hf.call.reading import Reading
 from kvfold.hf.layers import PagedLayer, WindowLayer, mark_of
 from kvfold.layer.late import Done, carry_out
-from kvfold.layer.layer import KVLayer
 from kvfold.layer.plan import Plan
-from kvfold.layer.rows import Rows
 from kvfold.methods.base import Decisions, Method
-from kvfold.views import LayerView, answered
+from kvfold.views import answered
 
 
-@dataclass(frozen=True)
-class Mode:
-    """How forward passes are taken; another one holds within a block, and a fork begins with this one."""
-
-    listening: bool = True
-    """Whether events run."""
-    prefilling: bool | tuple[int, ...] = False
-    """Whether each pass reads a part of the prompt; or which rows do, while the others read generated tokens."""
-    observe: Callable[[LayerView], None] | None = None
-    """Called with each layer's view, before any decision."""
-    parts: bool = False
-    """Whether calls of the model are parts of one whose arguments are final."""
-    whole: bool = False
-    """Whether a call is read at once, whatever the cache's `prefill_chunk`."""
-
-
-class Host(HFCache):
+class Host(Modal):
     """The part of a cache that one call of the model needs."""
-
-    layers: list[Any]
-    model: Any
-    prefill_chunk: int | None
-    rows: Rows
-    paged: list[KVLayer]
-    """The layers whose tokens are on pages, in order."""
-    reading: Reading | None
-    """Where a method gave the model other tokens to read than the caller did."""
 
     def __init__(self, layers: list[Any]):
         super().__init__(layers=layers)
@@ -57,6 +28,10 @@ class Host(HFCache):
         """Nothing is read, and nothing waits."""
         self.mode, self.call, self.pending, self.reading = Mode(), Call(), Pending(), None
         self.paged = [layer.core for layer in self.layers if isinstance(layer, PagedLayer)]
+
+    def _marks(self) -> tuple[Any, ...]:
+        """How far the layers have read: another tuple as soon as one of them has read on."""
+        return (self.rows.number, *(mark_of(layer) for layer in self.layers if not isinstance(layer, PagedLayer)))
 
     @property
     def method(self) -> Method:
@@ -190,7 +165,7 @@ class Host(HFCache):
         """
         if self.call.marks is None:
             return
-        if tuple(map(mark_of, self.layers)) != self.call.marks:
+        if self._marks() != self.call.marks:
             raise RuntimeError(
                 "the last call of the model with this cache failed when layers had already stored its tokens: "
                 "call cache.reset() and read the text again"
@@ -199,7 +174,7 @@ class Host(HFCache):
 
     def begin_call(self, after: Reading | None) -> None:
         """The caller's own call of the model begins."""
-        self.call = Call(tuple(map(mark_of, self.layers)), after)
+        self.call = Call(self._marks(), after)
 
     @contextmanager
     def ending(self) -> Iterator[Call]:
@@ -212,63 +187,6 @@ class Host(HFCache):
         except BaseException:
             self.call = call
             raise
-
-    # -- modes -----------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def within(self, **changes: Any) -> Iterator[None]:
-        """Another mode within the block."""
-        before, self.mode = self.mode, replace(self.mode, **changes)
-        try:
-            yield
-        finally:
-            self.mode = before
-
-    @contextmanager
-    def tentative(self, observe: Callable[[LayerView], None] | None = None) -> Iterator[None]:
-        """Forward passes inside the block leave no trace: no event runs, and what they appended is taken back.
-
-        `observe` gets every layer's view, with the queries of the pass: a draft's look-ahead, a patched prompt.
-        """
-        self.settle_pending()
-        rows, marks = self.rows.mark(), [core.mark() for core in self.paged]
-        others = [None if isinstance(x, PagedLayer) else copy.deepcopy(x) for x in self.layers]
-        call, reading, self.call = self.call, self.reading, Call()
-        try:
-            with self.within(listening=False, observe=observe):
-                yield
-        finally:
-            self.call, self.reading = call, reading
-            self.rows.rewind(rows)
-            for core, mark in zip(self.paged, marks, strict=True):
-                core.rewind(mark)
-            self.layers = [old if old is not None else new for old, new in zip(others, self.layers, strict=True)]
-
-    @contextmanager
-    def aside(self, observe: Callable[[LayerView], None] | None = None) -> Iterator[None]:
-        """Passes that leave no trace, each in one piece, and that nobody crops."""
-        before, self.pending = self.pending, Pending()
-        try:
-            with self.within(whole=True), self.tentative(observe):
-                yield
-        finally:
-            self.pending = before
-
-    def prefilling(self, rows: tuple[int, ...] | None = None) -> AbstractContextManager[None]:
-        """Every forward pass inside the block reads a part of the prompt, also one of a single token.
-
-        Outside it one token counts as generated, unless the cache is empty. For prompts that are read in chunks.
-        `rows`: those of the batch that do; the others read a generated token beside it, and padding before that.
-        """
-        return self.within(prefilling=True if rows is None else rows)
-
-    def undecided(self) -> AbstractContextManager[None]:
-        """Forward passes inside the block append, and no event runs: a method that acts in decoding lets it be."""
-        return self.within(listening=False)
-
-    def observed(self, observe: Callable[[LayerView], None]) -> AbstractContextManager[None]:
-        """Within the block `observe` gets every layer's view, before the method decides."""
-        return self.within(observe=observe)
 
     def window(self, index: int) -> WindowLayer | None:
         """Model layer `index`, if it is a sliding window of ours."""

@@ -1,0 +1,223 @@
+"""Rows that join and leave a batch: whatever methods, budgets and formats the others have, each goes on as alone."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import kvfold
+from models import feed, grow, subject, tokens
+
+METHODS = [
+    "full", "h2o(budget=0.4)", "streamingllm(budget=12)", "snapkv(budget=0.5)", "tova(budget=10)",
+    "kvmerger(budget=0.5)", "kvfold(budget=0.5)", "cam(budget=0.4)", "d2o(budget=0.6)", "keepkv(budget=0.5)",
+    "streamingllm(budget=12, positions='compact')",
+]  # fmt: skip
+LENGTHS = [40, 23, 57, 9, 31, 18, 64, 50, 12, 35, 28]
+
+
+class Request:
+    """One sequence: its prompt, and what the model says after it when nobody else is there."""
+
+    def __init__(self, model, method: str, length: int, seed: int, steps: int, chunk: int | None = None):
+        self.method, self.model, self.chunk = method, model, chunk
+        self.ids = tokens(length, seed=seed)["input_ids"]
+        cache, said = self.read()
+        self.truth, self.held = [said], []
+        for _ in range(steps):
+            token = self.truth[-1].argmax(-1)
+            self.truth.append(
+                feed(model, cache, token[:, -1:], torch.ones(1, cache.get_seq_length() + 1).long())[:, -1:]
+            )
+            self.held.append([cache.kept(core.layer)[0] for core in cache.paged])
+
+    def read(self):
+        cache = kvfold.Cache(self.model, self.method, prefill_chunk=self.chunk)
+        return cache, feed(self.model, cache, self.ids, torch.ones_like(self.ids))[:, -1:]
+
+
+class Batch:
+    """Requests that are decoded together: a cache, and for each of its rows whose it is and how far it is."""
+
+    def __init__(self, model, method="full"):
+        self.model, self.cache, self.rows, self.step = model, kvfold.Cache(model, method), [], []
+
+    def join(self, request) -> None:
+        self.cache.join(request.read()[0])
+        self.rows.append(request)
+        self.step.append(0)
+
+    def leave(self, *rows: int) -> None:
+        self.cache.retire(rows)
+        self.rows = [r for i, r in enumerate(self.rows) if i not in rows]
+        self.step = [s for i, s in enumerate(self.step) if i not in rows]
+
+    def decode(self) -> None:
+        """One token for each row, and the check that it is what the row gives alone."""
+        token = torch.cat([r.truth[s].argmax(-1)[:, -1:] for r, s in zip(self.rows, self.step, strict=True)])
+        width = self.cache.get_seq_length() + 1
+        read = torch.tensor(self.cache.rows.seen)[:, None] + 1
+        mask = (torch.arange(width) >= width - read).long()
+        logits = feed(self.model, self.cache, token, mask)
+        for row, (request, step) in enumerate(zip(self.rows, self.step, strict=True)):
+            truth = request.truth[step + 1]
+            torch.testing.assert_close(logits[row : row + 1, -1:], truth, atol=2e-4, rtol=0)
+            assert int(logits[row, -1].argmax()) == int(truth[0, -1].argmax())
+            held = [self.cache.kept(core.layer)[row] for core in self.cache.paged]
+            assert held == request.held[step], f"row {row}, {request.method}"
+        self.step = [s + 1 for s in self.step]
+
+
+def requests(name: str, methods=METHODS, steps: int = 12):
+    model = subject(name)
+    pairs = zip(methods, LENGTHS, strict=False)
+    return model, [Request(model, method, length, seed, steps) for seed, (method, length) in enumerate(pairs)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3", "qwen3-next"])
+def test_rows_of_different_methods_come_and_go(name):
+    """Token for token what each gives alone: logits, and which tokens are held."""
+    chosen = [m for m in METHODS if name != "qwen3-next" or "compact" not in m]
+    model, all_of_them = requests(name, chosen)
+    batch = Batch(model)
+    for request in all_of_them[:3]:
+        batch.join(request)
+    batch.decode()
+    batch.decode()
+    batch.leave(1)
+    batch.join(all_of_them[3])
+    batch.decode()
+    for request in all_of_them[4:7]:
+        batch.join(request)
+        batch.decode()
+    batch.leave(0, 2)
+    batch.decode()
+    for request in all_of_them[7:]:
+        batch.join(request)
+    batch.decode()
+    while len(batch.rows) > 1:
+        batch.leave(len(batch.rows) // 2)
+        batch.decode()
+    batch.leave(0)
+    assert batch.cache.rows.batch == 0 and batch.cache.get_seq_length() == 0
+    batch.join(all_of_them[0])
+    batch.decode()
+
+
+def test_rows_of_one_method_are_one_group():
+    model, (one, two) = requests("llama", ["h2o(budget=0.4)"] * 2)
+    batch = Batch(model, "h2o(budget=0.4)")
+    batch.join(one)
+    batch.join(two)
+    assert len(batch.cache.rows.groups) == 1 and batch.cache.rows.groups[0].rows is None
+    batch.decode()
+
+
+def test_what_a_row_leaves_is_free():
+    model, (long, short) = requests("llama", ["full", "streamingllm(budget=4)"])
+    batch = Batch(model)
+    batch.join(short)
+    alone = sum(batch.cache.row_nbytes())
+    batch.join(long)
+    own = batch.cache.row_nbytes()
+    assert len(own) == 2 and own[0] < own[1] and sum(own) <= batch.cache.nbytes
+    before = batch.cache.nbytes
+    batch.leave(1)
+    assert batch.cache.nbytes < before / 2 and sum(batch.cache.row_nbytes()) == alone
+    batch.decode()
+
+
+def test_a_row_is_taken_out_saved_and_joined_again(tmp_path):
+    """Preemption: a row goes to a file and comes back while others went on."""
+    model, (one, two, three) = requests("gemma3", ["h2o(budget=0.4)", "full", "kvfold(budget=0.5)"])
+    batch = Batch(model)
+    for request in (one, two, three):
+        batch.join(request)
+    batch.decode()
+    batch.cache.take([0]).save(tmp_path / "row")
+    step = batch.step[0]
+    batch.leave(0)
+    batch.decode()
+    batch.cache.join(kvfold.Cache.load(tmp_path / "row", model))
+    batch.rows.append(one)
+    batch.step.append(step)
+    batch.decode()
+    batch.cache.save(tmp_path / "all")
+    batch.cache = kvfold.Cache.load(tmp_path / "all", model)
+    batch.decode()
+
+
+def test_prompts_and_generated_tokens_in_one_pass():
+    """Some rows read a part of their prompt while the others read a generated token, with padding before it."""
+    model, (one, two) = requests("llama", ["h2o(budget=0.4)", "snapkv(budget=30, window=8)"])
+    further = tokens(7, seed=9)["input_ids"]
+    alone, _ = two.read()
+    truth = feed(model, alone, further, torch.ones(1, alone.get_seq_length() + 7).long())[:, -1]
+    batch = Batch(model)
+    batch.join(one)
+    batch.join(two)
+    token = one.truth[0].argmax(-1)[:, -1:]
+    ids = torch.cat([torch.nn.functional.pad(token, (6, 0)), further])
+    width = batch.cache.get_seq_length()
+    seen = torch.tensor(batch.cache.rows.seen)[:, None]
+    mask = (torch.arange(width) >= width - seen).long()
+    mask = torch.cat([mask, torch.tensor([[0] * 6 + [1], [1] * 7])], 1)
+    with batch.cache.prefilling(rows=(1,)):
+        logits = feed(model, batch.cache, ids, mask)
+    torch.testing.assert_close(logits[:1, -1:], one.truth[1], atol=2e-4, rtol=0)
+    torch.testing.assert_close(logits[1:, -1], truth, atol=2e-4, rtol=0)
+    for core, ours in zip(alone.paged, batch.cache.paged, strict=True):
+        assert ours.kept()[1] == core.kept()[0] and ours.kept()[0] == one.held[0][core.ordinal]
+    assert batch.cache.rows.prompt.tolist() == [len(one.ids[0]), len(two.ids[0]) + 7]
+
+
+@pytest.mark.parametrize("case", ["itself", "model", "minicache", "specpc", "rows"])
+def test_what_cannot_join_is_refused_before_anything_changes(case):
+    model = subject("llama")
+    cache = kvfold.Cache(model, "full")
+    feed(model, cache, *tokens(20).values())
+    other, message = {
+        "itself": lambda: (cache, "must be another cache"),
+        "model": lambda: (kvfold.Cache(subject("qwen3"), "full"), "must be another cache of this LlamaForCausalLM"),
+        "minicache": lambda: (kvfold.Cache(model, "minicache"), "lets layers share memory"),
+        "specpc": lambda: (kvfold.Cache(model, "specpc"), "chose what of its text was read"),
+        "rows": lambda: (None, r"rows=\[0, 0\] must be different rows of the batch, 0 to 0"),
+    }[case]()
+    if case in ("minicache", "specpc"):
+        feed(model, other, *tokens(40).values())
+    before = cache.kept(0), cache.nbytes, cache.rows.batch
+    with pytest.raises(ValueError, match=message):
+        cache.retire([0, 0]) if other is None else cache.join(other)
+    assert (cache.kept(0), cache.nbytes, cache.rows.batch) == before
+
+
+def test_two_threads_give_what_they_give_one_after_the_other():
+    """One model, two caches, two threads: what a call knows belongs to its cache."""
+    model = subject("llama")
+    prompts = [tokens(40, 30, seed=1), tokens(25, 50, seed=2)]
+    texts = ["h2o(budget=0.4)", "kvfold(budget=0.5)"]
+
+    def run(index: int) -> tuple[list, torch.Tensor]:
+        cache, logits = kvfold.Cache(model, texts[index]), []
+        ids, mask = prompts[index].values()
+        logits.append(feed(model, cache, ids, mask)[:, -1])
+        for _ in range(8):
+            mask = grow(mask)
+            logits.append(feed(model, cache, logits[-1].argmax(-1)[:, None], mask)[:, -1])
+        return [cache.kept(i) for i in range(3)], torch.stack(logits)
+
+    alone, together = [run(0), run(1)], [None, None]
+
+    def work(index: int) -> None:
+        for _ in range(3):
+            together[index] = run(index)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for (kept, logits), found in zip(alone, together, strict=True):
+        assert found is not None and found[0] == kept
+        np.testing.assert_allclose(found[1].numpy(), logits.numpy(), atol=1e-5)
