@@ -108,7 +108,7 @@ class Stored:
         self, q: Float[Tensor, "B H G Q D"], scale: float, compact: Compact | None, read: Tensor | None, weights: bool
     ) -> Answer:
         """(out, lse) over all segments, merged; `weights` (see `Segment.attend`) of all their slots."""
-        parts, start = [], 0
+        parts, start = list[Answer](), 0
         for _, segment in self.segments:
             stop = start + segment.longest
             if stop > start or (segment is self.segments[-1][1] and not parts):
