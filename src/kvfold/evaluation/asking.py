@@ -24,7 +24,7 @@ from kvfold.evaluation.examples import Example, Query
 from kvfold.evaluation.kept import kept_share
 from kvfold.evaluation.metrics import get_metric
 from kvfold.evaluation.prompting import EncodedPrompt, Prompter
-from kvfold.evaluation.rows import Decoded, Rows, decode_rows, force_rows, inputs, pad, read
+from kvfold.evaluation.rows import Decoded, ReadRows, decode_rows, force_rows, inputs, pad, read
 from kvfold.hf.cache import Cache
 from kvfold.hf.greedy import end_tokens
 from kvfold.hf.shared_prefill import prefill_many
@@ -122,7 +122,7 @@ class Asker:
                     raise RuntimeError(f"the full cache failed: {outcomes[asked.examples[0]].error}")
                 start = self._now()
                 if cache.shares_prefill and logits is not None:
-                    at, seconds = Rows(new.to(self.model.device), logits), {"shared_prefill_seconds": shared}
+                    at, seconds = ReadRows(new.to(self.model.device), logits), {"shared_prefill_seconds": shared}
                 else:
                     at = read(self.model, cache, ids, new)
                     seconds = {"prefill_seconds": (self._now() - start) / len(new)}
@@ -161,7 +161,13 @@ class Asker:
             outcome.timing = {"prefill_seconds": None, **seconds, "decode_seconds": 0.0, "decode_tokens": 0}
 
     def _answer(
-        self, batch: Sequence[Example], asked: "Round", cache: Cache, at: Rows, truth: "Truth", mine: Sequence[Outcome]
+        self,
+        batch: Sequence[Example],
+        asked: "Round",
+        cache: Cache,
+        at: ReadRows,
+        truth: "Truth",
+        mine: Sequence[Outcome],
     ) -> None:
         for turn in asked.turns:
             rows = [row for row, _ in turn.queries]
@@ -191,7 +197,7 @@ class Asker:
         return cache.undecided() if self.compress == "prefill" else nullcontext()
 
     def _generated(
-        self, cache: Cache, at: Rows, queries: Sequence[Query], mine: Sequence[Outcome]
+        self, cache: Cache, at: ReadRows, queries: Sequence[Query], mine: Sequence[Outcome]
     ) -> list[dict[str, Any]]:
         said: list[list[int]] = [[] for _ in queries]
 
@@ -220,7 +226,7 @@ class Asker:
         ids = [self.tokenizer(stop, add_special_tokens=False).input_ids for query in queries for stop in query.stop]
         return {each[0] for each in ids if len(each) == 1}
 
-    def _forced(self, cache: Cache, at: Rows, queries: Sequence[Query], truth: "Truth") -> list[dict[str, Any]]:
+    def _forced(self, cache: Cache, at: ReadRows, queries: Sequence[Query], truth: "Truth") -> list[dict[str, Any]]:
         ids = [self.prompter.tokenizer(query.target, add_special_tokens=False).input_ids for query in queries]
         counts = [len(row) for row in ids]
         targets = torch.tensor([row + [self.fill] * (max(counts) - len(row)) for row in ids]).to(self.model.device)

