@@ -48,7 +48,7 @@ def drop_lowest(
     """What `keep_top` keeps, with `columns`; where only a few tokens go, as at a decode step, by those."""
     columns, slots = {} if columns is None else columns, None
     over = view.count - count.to(view.count.device)
-    least, most = (int(number) for number in over.aminmax())
+    least, most = map(int, over.aminmax())
     if most <= FEW:
         stays = ~view.valid if always is None else ~view.valid | always
         slots = _lowest(scores.masked_fill(stays, torch.inf), max(0, most))

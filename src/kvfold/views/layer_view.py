@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvfold import ops
 from kvfold.budgets import Budget, allocate, is_all
-from kvfold.formats import LOG_MASS, Chunk, Format, LateChunk
+from kvfold.formats import LOG_MASS, POSITION, Chunk, Format, LateChunk
 from kvfold.views.decisions import Amend, Decision, Drop, Keep, Propagate, Rewrite, Store
 from kvfold.views.place import Place
 from kvfold.views.queries import Queries, wide
@@ -23,6 +23,7 @@ IMAGE = "image"
 """Column (float32): 1 for a token that stands for a part of an image; of methods that carry it on."""
 
 
+@lru_cache(maxsize=64)
 def faded(fade: float) -> str:
     """The name of column sums in which earlier queries count less; see `LayerView.column_sums`."""
     return COLUMN_SUMS if fade == math.inf else f"{COLUMN_SUMS} {fade!r}"
@@ -56,6 +57,13 @@ class LayerView:
     memo: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     """Attention worked out so far, by the kernels of the pass or when first asked for: `COLUMN_SUMS` (B, H, T) and
     `ATTENTION` (B, H, G, Q, T) of all queries."""
+    valid: Bool[Tensor, "B H T"] = field(init=False, repr=False, compare=False)
+    """Which slots are tokens."""
+    columns: Mapping[str, Tensor] = field(init=False, repr=False, compare=False)
+    """Named numbers of each token, see `kvfold.formats`."""
+
+    def __post_init__(self) -> None:
+        self.__dict__.update(valid=self.tokens.valid, columns=self.tokens.columns)  # asked for at every turn
 
     @property
     def keys(self) -> Float[Tensor, "B H T D"]:
@@ -70,17 +78,7 @@ class LayerView:
     @property
     def positions(self) -> Int[Tensor, "B H T"]:
         """Text positions, padding not counted; a merged token has its pivot's."""
-        return self.tokens.positions
-
-    @property
-    def valid(self) -> Bool[Tensor, "B H T"]:
-        """Which slots are tokens."""
-        return self.tokens.valid
-
-    @property
-    def columns(self) -> Mapping[str, Tensor]:
-        """Named numbers of each token, see `kvfold.formats`."""
-        return self.tokens.columns
+        return self.columns[POSITION]
 
     @property
     def images(self) -> Bool[Tensor, "B H T"]:
@@ -152,13 +150,15 @@ class LayerView:
         """
         if is_all(budget):
             return self.count
+        place, heads = self.place, self.valid.shape[1]
+        layers, prompts = len(place.paged), place.prompt.tolist()
+        shares = [weights(part) for part in self.fraction(budget)] if callable(weights) else weights
         rows = []
-        lengths = zip(self.place.prompt.tolist(), self.place.seen.tolist(), self.fraction(budget), strict=True)
-        for row, (prompt, seen, fraction) in enumerate(lengths):
-            cap = prompt if isinstance(budget, float) else seen
-            shares = weights(fraction) if callable(weights) else None if weights is None else weights[row]
-            rows.append(allocate(budget, prompt, cap, self.place.layers, self.heads, shares)[self.place.ordinal])
-        return torch.tensor(rows, device=self.valid.device).reshape(-1, self.heads)
+        for row, (prompt, seen) in enumerate(zip(prompts, place.seen.tolist(), strict=True)):
+            # Of an even share a text that grows changes nothing any more.
+            cap = prompt if isinstance(budget, float) else seen if shares else min(seen, budget)
+            rows.append(allocate(budget, prompt, cap, layers, heads, shares[row] if shares else None)[place.ordinal])
+        return torch.tensor(rows, device=self.valid.device).reshape(-1, heads)
 
     def last(self, window: int) -> Bool[Tensor, "B H T"]:
         """The last `window` tokens of each (row, head)."""
@@ -201,7 +201,6 @@ class LayerView:
 
         `fade`: a query counts the less the further it is from the end of the text, exp(-distance / (fade * seen)).
         """
-        self._need_queries()
         name = faded(fade)
         if name not in self.memo:
             found = self.memo.get(ATTENTION)  # of all queries: what the kernel of a decode step leaves
@@ -216,6 +215,7 @@ class LayerView:
             )
 
     def _column_sums(self, fade: float) -> Float[Tensor, "B H T"]:
+        self._need_queries()
         seen = self.place.seen.to(self.valid.device)[:, None]
         fading = (seen - 1 - self.queries.positions) / (fade * seen)  # B Q
         if self._differs:  # work out each block's own softmax
