@@ -5,8 +5,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from kvfold.merges import absorb, counted, log_mass, nearest_place, over_set
+from kvfold.scores import drop_from
 from kvfold.views import LayerView
-from kvfold.views.decisions import Decision, Keep
+from kvfold.views.decisions import Decision, Drop, Keep
 
 MASSES = ("convex", "counted")
 """What tells a query how many tokens a bucket stands for: nothing, or the log of their number at its logit."""
@@ -31,12 +32,11 @@ def into_buckets(view: LayerView, keep: Keep, mass: str) -> list[Decision]:
 
 def at_fixed_place(
     view: LayerView, held: Int[Tensor, "B H"], over: Int[Tensor, "B H"], distance: int, sinks: int
-) -> Keep:
+) -> Drop:
     """Drop `over` tokens from one place on: `distance` from the end of `held` (its middle, if that is shorter).
 
     What lies behind it moves up, so the end of the prompt goes first and then the oldest that were generated. The
     first `sinks` tokens and the newest stay.
     """
     slot = torch.where(held > distance, held - distance, held // 2).clamp(min=sinks)
-    slot = slot.minimum((view.count - over - 1).clamp(min=0))[..., None]
-    return Keep(view.valid & ((view.rank < slot) | (view.rank >= slot + over[..., None])))
+    return drop_from(view, slot.minimum((view.count - over - 1).clamp(min=0)), over)

@@ -11,10 +11,10 @@ from kvfold.methods._cascade import Cascade
 from kvfold.methods.base import method
 from kvfold.methods.scored import recent
 from kvfold.options import check_int, check_number
-from kvfold.scores import keep_top
+from kvfold.scores import drop_lowest
 from kvfold.scores.smoothed import smoothed
 from kvfold.views import LayerView
-from kvfold.views.decisions import Keep
+from kvfold.views.decisions import Drop, Keep
 
 
 @method(
@@ -88,10 +88,10 @@ class CAKE(Cascade):
     def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
         return recent(view, counts.clamp(max=self.window))
 
-    def after_decode(self, view: LayerView) -> Keep | None:
+    def after_decode(self, view: LayerView) -> Keep | Drop | None:
         if is_all(self.budget):
             return None
         # A layer is as large as its share, unless the text is still shorter than the budget.
         counts = torch.where(self.short(view), view.count, view.earlier.sum(-1))
         looked = self._smooth(view, view.attention(1)[:, :, :, 0].mean(2))
-        return keep_top(view, looked, counts, self.always(view, counts))
+        return drop_lowest(view, looked, counts, self.always(view, counts))

@@ -12,7 +12,7 @@ from kvfold.options import check_choice, check_int
 from kvfold.scores import keep_top
 from kvfold.scores.pooled import common
 from kvfold.views import LayerView
-from kvfold.views.decisions import Decision, Keep
+from kvfold.views.decisions import Decision, Drop, Keep
 
 SCORE = "elastic_cache_score"
 
@@ -76,7 +76,7 @@ class ElasticCache(Method):
         kept = keep_top(view, importance, counts, always=ends(view, counts, self.sinks))
         return into_buckets(view, Keep(kept.mask, {SCORE: importance}), self.mass)
 
-    def after_decode(self, view: LayerView) -> Keep | None:
+    def after_decode(self, view: LayerView) -> Drop | None:
         if self.whole:
             return None
         counts = self.shared(view)

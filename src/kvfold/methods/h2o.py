@@ -53,4 +53,4 @@ class H2O(Scored):
     def carried(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Mapping[str, Tensor]:
         return {SCORE: scores}
 
-    after_decode = Scored.after_prefill
+    after_decode = Scored.at_step

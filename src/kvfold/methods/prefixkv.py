@@ -13,7 +13,7 @@ from kvfold.methods.base import Decisions, method
 from kvfold.options import check_choice, check_int
 from kvfold.scores.pooled import common, line_up, split_top
 from kvfold.views import LayerView
-from kvfold.views.decisions import Keep
+from kvfold.views.decisions import Drop, Keep
 
 
 @method(
@@ -85,7 +85,7 @@ class PrefixKV(Cascade):
     def cut(self, view: LayerView, kept: Keep) -> Decisions:
         return kept if self.merge is None else into_buckets(view, kept, self.mass)
 
-    def after_decode(self, view: LayerView) -> Keep | None:
+    def after_decode(self, view: LayerView) -> Drop | None:
         if is_all(self.budget):
             return None
         held = view.earlier.sum(-1)

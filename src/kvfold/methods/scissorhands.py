@@ -83,6 +83,8 @@ class Scissorhands(Scored):
 
     def _cut(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Keep:
         scores = self.scores(view)
+        if not (view.count > counts).any():
+            return Keep(view.valid, {SCORE: scores})
         ranked = scores.masked_fill(self.always(view, counts), torch.inf).masked_fill(~view.valid, -torch.inf)
         mask = top_mask(ranked.flip(-1), counts).flip(-1)  # where scores tie, the later token stays
         return Keep(mask, {SCORE: scores})

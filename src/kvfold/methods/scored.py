@@ -12,9 +12,9 @@ from kvfold.budgets import Budget, check_budget
 from kvfold.methods.base import Compound, Decisions, Method
 from kvfold.methods.events import EVENTS
 from kvfold.methods.registry import parse
-from kvfold.scores import keep_top
+from kvfold.scores import drop_lowest, keep_top
 from kvfold.views import LayerView
-from kvfold.views.decisions import Keep
+from kvfold.views.decisions import Drop, Keep
 
 M = TypeVar("M", bound=Method)
 
@@ -24,7 +24,7 @@ class Scored(Method):
     """Keeps the tokens with the highest `scores`, as many as `counts` says, those of `always` first of all.
 
     A subclass gives `scores`, and the others where the default is not its own. It acts on prompts; one that acts on
-    generated tokens too sets `after_decode = Scored.after_prefill`.
+    generated tokens too sets `after_decode = Scored.at_step`.
     """
 
     budget: Budget = 0.25
@@ -53,6 +53,12 @@ class Scored(Method):
         counts = self.counts(view, scores)
         kept = keep_top(view, scores, counts, always=self.always(view, counts))
         return Keep(kept.mask, self.carried(view, scores))
+
+    def at_step(self, view: LayerView) -> Keep | Drop:
+        """What `after_prefill` keeps, by what goes: after a generated token few do."""
+        scores = self.scores(view)
+        counts = self.counts(view, scores)
+        return drop_lowest(view, scores, counts, self.always(view, counts), self.carried(view, scores))
 
 
 def without_budget(inner: Method) -> str:
@@ -132,7 +138,7 @@ class Wrapper(Scored, Over[Scored]):
         """Its scores must say all of what it does after a pass."""
         if event not in ("after_prefill", "after_decode"):
             return super().loses(made, event)
-        ranking = Scored.after_prefill, Wrapper.after_decode, getattr(Method, event)
+        ranking = Scored.after_prefill, Scored.at_step, Wrapper.after_decode, getattr(Method, event)
         return getattr(type(made), event) not in ranking
 
     def must_share_evenly(self) -> None:
@@ -157,7 +163,8 @@ class Wrapper(Scored, Over[Scored]):
         return self.inner.carried(view, scores)
 
     def after_decode(self, view: LayerView) -> Decisions:
-        return self.after_prefill(view)
+        own = type(self).after_prefill is not Scored.after_prefill
+        return self.after_prefill(view) if own else self.at_step(view)
 
 
 __all__ = ["Over", "Scored", "Wrapper", "recent", "without_budget"]

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from kvfold.budgets import Budget, check_budget
 from kvfold.methods.base import Method, method
 from kvfold.options import check_choice, check_int
+from kvfold.scores import drop_from
 from kvfold.views import LayerView
-from kvfold.views.decisions import Keep
+from kvfold.views.decisions import Drop, Keep
 
 
 @method(
@@ -46,4 +47,6 @@ class StreamingLLM(Method):
         recent = view.rank >= view.count[..., None] - (budget - sinks)
         return Keep(view.valid & ((view.rank < sinks) | recent))
 
-    after_decode = after_prefill
+    def after_decode(self, view: LayerView) -> Drop:
+        budget = view.budget(self.budget)
+        return drop_from(view, budget.clamp(max=self.sinks), view.count - budget)

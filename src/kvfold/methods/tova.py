@@ -34,4 +34,4 @@ class TOVA(Scored):
         # All heads keep the same tokens, so the smallest of their budgets is everyone's.
         return view.budget(self.budget).amin(1, keepdim=True).expand(-1, view.heads)
 
-    after_decode = Scored.after_prefill
+    after_decode = Scored.at_step

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ COLUMN_SUMS, ATTENTION = "column_sums", "attention"
 """What a method may ask the forward pass to leave (`Method.asks`), as names in a view's memo."""
 
 
+@lru_cache(maxsize=64)
 def faded(fade: float) -> str:
     """The name of column sums in which earlier queries count less; see `LayerView.column_sums`."""
     return COLUMN_SUMS if fade == math.inf else f"{COLUMN_SUMS} {fade!r}"
@@ -80,7 +82,6 @@ class LayerView(TokenView):
 
         `fade`: a query counts the less the further it is from the end of the text, exp(-distance / (fade * seen)).
         """
-        self._need_queries()
         name = faded(fade)
         if name not in self.memo:
             found = self.memo.get(ATTENTION)  # of all queries: what the kernel of a decode step leaves
@@ -95,6 +96,7 @@ class LayerView(TokenView):
             )
 
     def _column_sums(self, fade: float) -> Float[Tensor, "B H T"]:
+        self._need_queries()
         seen = self.place.seen.to(self.valid.device)[:, None]
         fading = (seen - 1 - self.queries.positions) / (fade * seen)  # B Q
         if self._differs:  # work out each block's own softmax

@@ -144,13 +144,15 @@ class TokenView:
         """
         if is_all(budget):
             return self.count
+        place, heads = self.place, self.valid.shape[1]
+        layers, prompts = len(place.paged), place.prompt.tolist()
+        shares = [weights(part) for part in self.fraction(budget)] if callable(weights) else weights
         rows = []
-        lengths = zip(self.place.prompt.tolist(), self.place.seen.tolist(), self.fraction(budget), strict=True)
-        for row, (prompt, seen, fraction) in enumerate(lengths):
-            cap = prompt if isinstance(budget, float) else seen
-            shares = weights(fraction) if callable(weights) else None if weights is None else weights[row]
-            rows.append(allocate(budget, prompt, cap, self.place.layers, self.heads, shares)[self.place.ordinal])
-        return torch.tensor(rows, device=self.valid.device).reshape(-1, self.heads)
+        for row, (prompt, seen) in enumerate(zip(prompts, place.seen.tolist(), strict=True)):
+            # Of an even share a text that grows changes nothing any more.
+            cap = prompt if isinstance(budget, float) else seen if shares else min(seen, budget)
+            rows.append(allocate(budget, prompt, cap, layers, heads, shares[row] if shares else None)[place.ordinal])
+        return torch.tensor(rows, device=self.valid.device).reshape(-1, heads)
 
     def last(self, window: int) -> Bool[Tensor, "B H T"]:
         """The last `window` tokens of each (row, head)."""
