@@ -132,7 +132,8 @@ class KVLayer(Held):
                 f"layer {self.layer} has read {self.width} tokens; only an empty cache can adopt a prefill"
             )
         self._open(view.keys, view.values)
-        self.rows.begin(plan, len(view.valid), view.new, view.queries.valid, view.valid.device)
+        if not plan.number or plan.number != self.rows.number:
+            self.rows.begin(plan, len(view.valid), view.new, view.queries.valid, view.valid.device)
         self.number, self.scale, self.module = plan.number, view.place.scale, view.place.module
         moment = self.moment(plan)
         view = replace(view, place=moment.place(), bounds=(0,), held=(self.segments[0][0],))
