@@ -48,15 +48,15 @@ def test_a_rewrite_parts_two_layers_and_forgets_nothing(text):
     model, prompt = subject("llama"), tokens(60, 44)
     mask, cache = prompt["attention_mask"], kvfold.Cache(model, f"{text} | minicache(gamma=0.1, residual=6)")
     feed(model, cache, *prompt.values())
-    told, parted = pair(cache)[0].state.clone(), []
+    told, parted = pair(cache)[0].remembered.clone(), []
     for step in range(7):
         mask = grow(mask)
         feed(model, cache, STEPS[:, step : step + 1], mask)
         below, above = pair(cache)
-        assert torch.equal(below.state, told)
+        assert torch.equal(below.remembered, told)
         assert below.upto.tolist() == ([60, 44] if step < 5 else [66, 50])
         assert step != 5 or (below.twin(above) and below.counts().all())
-        parted.append(not below.longest)
+        parted.append(not below.twin(above))
     assert any(parted[:5])
 
 

@@ -168,7 +168,9 @@ def test_streaming_gives_the_codes_of_one_shot(form):
         segment, start = shape.open(Spec(2, 2, 16, 16, torch.float32, torch.device("cpu"))), 0
         for size in sizes:
             here = slice(start, start + size)
-            segment.append(Chunk(keys[:, :, here], values[:, :, here], valid[..., here], {POSITION: positions[..., here]}))
+            segment.append(
+                Chunk(keys[:, :, here], values[:, :, here], valid[..., here], {POSITION: positions[..., here]})
+            )
             start += size
         found.append(segment.state())
     for said, planes in found[1:]:

@@ -69,7 +69,7 @@ class Batch:
         self.step = [s + 1 for s in self.step]
 
 
-def requests(name: str, methods=METHODS, steps: int = 12):
+def requests(name: str, methods=METHODS, steps: int = 30):
     model = subject(name)
     pairs = zip(methods, LENGTHS, strict=False)
     return model, [Request(model, method, length, seed, steps) for seed, (method, length) in enumerate(pairs)]

@@ -1,6 +1,7 @@
 """MiniCache against its card: directions between two layers, lengths of their own, outliers whole, real bytes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -370,12 +371,11 @@ def test_gemma_pairs_its_global_layers():
 def test_layers_that_differ_stay_as_they_are():
     layers = two_layers(16, 40, dtype=torch.float32)
     assert layers[0].alike(layers[1])
-    layers[1].shape = (2, 16, 8)
+    spec = layers[1].stored.spec
+    layers[1].stored.spec = replace(spec, value_size=8)
     assert not layers[0].alike(layers[1])
-    layers[1].shape, layers[1].rope = (
-        layers[0].shape,
-        find_rope(subject("llama"), subject("llama").model.layers[0].self_attn, "x"),
-    )
+    rope = find_rope(subject("llama"), subject("llama").model.layers[0].self_attn, "x")
+    layers[1].stored.spec, layers[1].site = spec, replace(layers[1].site, rope=rope)
     assert not layers[0].alike(layers[1])
 
 

@@ -2,11 +2,13 @@
 
 from kvfold.formats.dense import Dense, DenseSegment
 from kvfold.formats.depth import Depth, DepthSegment
+from kvfold.formats.kinds import KINDS, format_from, format_to
 from kvfold.formats.paged import PagedSegment
 from kvfold.formats.segment import Format, Segment, Spec, Traits
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk, join
 
 __all__ = [
+    "KINDS",
     "LOG_MASS",
     "POSITION",
     "Chunk",
@@ -20,9 +22,7 @@ __all__ = [
     "Segment",
     "Spec",
     "Traits",
+    "format_from",
+    "format_to",
     "join",
 ]
-
-
-def format_to(form): ...
-def format_from(said): ...

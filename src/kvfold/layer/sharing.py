@@ -48,8 +48,8 @@ def _move(
     both &= due.to(device)[:, None, None]
     new = torch.zeros_like(both) if begins is None else both & (mine.positions >= begins.to(device)[:, None, None])
     other = theirs if there is None else theirs.take(there)
-    chosen = wish.choose(Pair(mine, other, both, new, below.memory))
-    below.memory = chosen.state
+    chosen = wish.choose(Pair(mine, other, both, new, below.remembered))
+    below.remembered = chosen.state
     moved = chosen.mask & both
     left = theirs.valid & ~(moved if there is None else _back(moved, there, theirs.valid))
     if not bool(moved.any()):

@@ -31,7 +31,7 @@ class Host(Modal):
 
     def _marks(self) -> tuple[Any, ...]:
         """How far the layers have read: another tuple as soon as one of them has read on."""
-        return (self.rows.number, *(mark_of(layer) for layer in self.layers if not isinstance(layer, PagedLayer)))
+        return (self.rows.width, *(mark_of(layer) for layer in self.layers if not isinstance(layer, PagedLayer)))
 
     @property
     def method(self) -> Method:

@@ -82,7 +82,9 @@ def _save_paged(core: KVLayer, prefix: str, tensors: dict[str, Tensor], written:
     formats = []
     for number, (form, segment) in enumerate(core.segments):
         name = f"{prefix}.{number}"
-        twin = next((other for other, theirs in written.items() if segment.same_pages(theirs)), None)
+        twin = next(
+            (other for other, theirs in written.items() if segment.longest and segment.same_pages(theirs)), None
+        )
         said, planes = segment.state(of=twin)
         tensors |= {f"{name}.{plane}": tensor.contiguous() for plane, tensor in planes.items()}
         written[name] = segment
@@ -141,6 +143,11 @@ def load(path: str | os.PathLike[str], make: Callable[[str, int | None], Host]) 
     return cache
 
 
+def _opened(state: dict[str, Any]) -> np.ndarray:
+    """Which segment takes each row's new tokens; the first, where nobody says."""
+    return np.array(state.get("opened", [0] * len(state["seen"])), dtype=np.int64)
+
+
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin so, without that."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -164,7 +171,7 @@ def _stored(
         except ValueError as error:
             raise ValueError(f"{here} is damaged: layer {index} has {error}") from error
         segments.append((form, made[name]))
-    return Stored(spec, segments, np.array(state["opened"], dtype=np.int64), state["ordered"])
+    return Stored(spec, segments, _opened(state), state.get("ordered", True))
 
 
 def _read(path: str | os.PathLike[str], here: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
