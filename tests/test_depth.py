@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import kvfold
 from kvfold import ops
-from kvfold.formats import LOG_MASS, POSITION, Chunk, Depth, DepthSegment, Format, Segment, depth
+from kvfold.formats import LOG_MASS, POSITION, Chunk, Depth, DepthSegment, Format, Segment, Spec, blocked, depth
 from kvfold.hf.rope import find_rope
 from kvfold.pages import PageTable
 from kvfold.rotation import Compact
@@ -30,14 +30,14 @@ def chunk(lengths: list[int], seed: int = 0, dtype: torch.dtype = torch.float32,
 
 
 def lone(tokens: Chunk, side: int = 0) -> DepthSegment:
-    segment = Depth(side, page_size=4).segment(tokens)
+    segment = Depth(side, page_size=4).open(Spec.of(tokens))
     segment.append(tokens)
     return segment
 
 
 def together(lower: Chunk, upper: Chunk) -> tuple[DepthSegment, DepthSegment]:
     """Two segments that share the directions of the lower one."""
-    below, above = (Depth(side, page_size=4).segment(lower) for side in (0, 1))
+    below, above = (Depth(side, page_size=4).open(Spec.of(lower)) for side in (0, 1))
     add(below, above, lower, upper)
     return below, above
 
@@ -83,7 +83,7 @@ def test_alone_it_gives_back_what_it_got(dtype):
 @pytest.mark.parametrize("extra", ["", "read", "mass", "compact"])
 @pytest.mark.parametrize("block", [1 << 22, 1 << 10], ids=["one block", "blocks"])
 def test_attention_is_that_of_what_is_restored(lengths, queries, extra, block, monkeypatch):
-    monkeypatch.setattr(depth, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", block)
     given = chunk(lengths)
     rng, compact, read = torch.Generator().manual_seed(9), None, None
     if extra == "mass":
@@ -111,7 +111,7 @@ def test_attention_is_that_of_what_is_restored(lengths, queries, extra, block, m
 
 
 def test_attention_reads_every_plane_once_and_a_block_at_a_time(monkeypatch):
-    monkeypatch.setattr(depth, "BLOCK_ELEMENTS", 20 * B * H * D)
+    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 20 * B * H * D)
     given = chunk([63, 40])
     segment = lone(given.but(given.valid, {**given.columns, LOG_MASS: torch.rand(given.valid.shape)}))
     assert not segment.table.regular
@@ -131,7 +131,7 @@ def test_attention_reads_every_plane_once_and_a_block_at_a_time(monkeypatch):
 
 
 def test_nothing_is_read_of_nothing():
-    segment = Depth(0).segment(chunk([4, 4]))
+    segment = Depth(0).open(Spec.of(chunk([4, 4])))
     out, lse, _ = segment.attend(torch.randn(B, H, G, 1, D), 1.0)
     assert out.eq(0).all() and lse.eq(-torch.inf).all()
 
@@ -169,11 +169,11 @@ def test_what_one_drops_or_notes_the_other_keeps():
 def test_rows_forks_and_crops_stay_shared():
     lower, upper = chunk([21, 13]), chunk([21, 13], seed=1)
     below, above = together(lower, upper)
-    below.state, below.upto = torch.tensor([[1.0], [2.0]]), np.array([5, 6])
+    below.remembered, below.upto = torch.tensor([[1.0], [2.0]]), np.array([5, 6])
     rows = np.array([1, 1, 0])
     one, two = below.select(rows), above.select(rows)
     assert one.twin(two) and not one.twin(above)
-    assert one.upto.tolist() == [6, 6, 5] and one.state.tolist() == [[2], [2], [1]]
+    assert one.upto.tolist() == [6, 6, 5] and one.remembered.tolist() == [[2], [2], [1]]
     counts = np.minimum(one.counts(), 9)
     for segment in (one, two):
         segment.truncate(counts)
@@ -187,7 +187,7 @@ def test_rows_forks_and_crops_stay_shared():
     same(above, upper, between(lower.keys, upper.keys), between(lower.values, upper.values))
     for segment in (below, above):
         segment.clear()
-    assert below.longest == 0 and below.state is None and not below.upto.any()
+    assert below.longest == 0 and below.remembered is None and not below.upto.any()
     assert one.counts().tolist() == (counts + np.array([3, 2, 3])).tolist()
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, DenseSegment
+from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, DenseSegment, Spec
 from kvfold.pages import PagePool, PageTable, Plane
 
 CPU = torch.device("cpu")
@@ -180,7 +180,7 @@ def test_a_segment_attends_over_its_tokens_alone(t, seed):
     """Ragged rows, a read mask, masses: against torch.softmax row by row."""
     rng = torch.Generator().manual_seed(seed)
     chunk = tokens(2, 3, t, seed, torch.rand(2, 3, t, generator=rng) < 0.7)
-    segment = Dense(page_size=4).segment(chunk)
+    segment = Dense(page_size=4).open(Spec.of(chunk))
     segment.append(chunk)
     stored = segment.dense()
     read = torch.rand(stored.valid.shape, generator=rng) < 0.6
@@ -202,7 +202,7 @@ def test_a_segment_attends_over_its_tokens_alone(t, seed):
 
 def test_a_narrower_dtype_is_rounded_once():
     chunk = tokens(1, 2, 9, 0)
-    segment = Dense(torch.bfloat16, page_size=4).segment(chunk)
+    segment = Dense(torch.bfloat16, page_size=4).open(Spec.of(chunk))
     assert isinstance(segment, DenseSegment)
     segment.append(chunk)
     rounded = chunk.keys.bfloat16().float()
@@ -213,7 +213,7 @@ def test_a_narrower_dtype_is_rounded_once():
 
 def test_kept_tokens_stay_in_order():
     chunk = tokens(2, 2, 23, 1)
-    segment = Dense(page_size=4).segment(chunk)
+    segment = Dense(page_size=4).open(Spec.of(chunk))
     segment.append(chunk)
     mask = torch.rand(2, 2, 23, generator=torch.Generator().manual_seed(2)) < 0.5
     segment.keep(mask, {})
@@ -250,7 +250,7 @@ def test_what_one_fork_does_never_changes_the_other(operation, length, even):
         ragged = torch.arange(length) < torch.tensor([[length, 2], [3, 1]])[..., None]
         chunk = Chunk(chunk.keys, chunk.values, ragged, chunk.columns)
     for changed in (0, 1):  # the original, then the fork
-        segment = Dense(page_size=4).segment(chunk)
+        segment = Dense(page_size=4).open(Spec.of(chunk))
         segment.append(chunk, even=even)
         pair = [segment, segment.select(np.arange(2))]
         assert segment.table.regular == (even or length == 4)  # one page each lies side by side
@@ -266,7 +266,7 @@ def test_what_one_fork_does_never_changes_the_other(operation, length, even):
 
 def test_a_cleared_fork_leaves_its_parents_pool():
     chunk = tokens(2, 2, 20, 0)
-    parent = Dense(page_size=4).segment(chunk)
+    parent = Dense(page_size=4).open(Spec.of(chunk))
     parent.append(chunk, even=True)
     nbytes, fork = parent.nbytes, parent.select(np.arange(2))
     for _ in range(3):
@@ -281,7 +281,7 @@ def beams(length: int, count: int = 4) -> DenseSegment:
     one = tokens(1, 2, length, 0)
     columns = {name: column.expand(count, -1, -1) for name, column in one.columns.items()}
     wide = Chunk(*(x.expand(count, *x.shape[1:]) for x in (one.keys, one.values, one.valid)), columns)
-    segment = Dense().segment(wide)
+    segment = Dense().open(Spec.of(wide))
     segment.append(wide, even=True)
     return reorder(segment, [0] * count)
 
@@ -321,7 +321,7 @@ def test_a_fork_that_holds_the_same_pages_is_in_the_way_of_moving():
 
 def test_rows_that_share_nothing_lie_side_by_side_after_moving():
     chunk = tokens(4, 2, 20, 0)
-    segment = Dense(page_size=4).segment(chunk)
+    segment = Dense(page_size=4).open(Spec.of(chunk))
     segment.append(chunk, even=True)
     chosen = reorder(segment, [3, 1])
     assert chosen.table.regular and chosen.pool.pages == 2 * 2 * 5

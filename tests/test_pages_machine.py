@@ -1,4 +1,4 @@
-"""Segments against a plain list of lists, through any order of operations, with forks that share pages."""
+"""Segments and page tables against plain lists, through any order of operations, with forks that share pages."""
 
 import gc
 
@@ -9,11 +9,29 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvfold.formats import POSITION, Chunk, Dense, DenseSegment
-from kvfold.pages import PagePool
+from kvfold.formats import POSITION, Chunk, Dense, DenseSegment, Spec
+from kvfold.pages import Arena, OutOfPages, PagePool, PageTable, Plane
 
 HEADS, WIDTH, PAGE = 2, 3, 4
 Token = tuple[int, float]  # its number, and the column "score" (0 where nobody set one)
+CPU = torch.device("cpu")
+
+
+def check_pools(pools: dict[int, PagePool], tables: list[PageTable]) -> None:
+    """Reference counts are those of the holders, and every page is held or free."""
+    for key, pool in pools.items():
+        held = np.concatenate([table.held for table in tables if id(table.pool) == key])
+        assert np.array_equal(pool.refs, np.bincount(held, minlength=pool.pages))
+        assert pool.shared == int((pool.refs > 1).sum()) and pool.used == int((pool.refs > 0).sum())
+        assert sorted(pool._free) == np.flatnonzero(pool.refs == 0).tolist()
+        assert all(len(plane) == pool.pages for plane in pool.planes.values())
+    for table in tables:
+        assert (table.lengths <= (table.table >= 0).sum(1) * PAGE).all()
+        assert not (table.pool.arena and (table.regular or table.exclusive))
+        if table.regular:
+            assert np.array_equal(table.table, np.arange(table.table.size).reshape(table.table.shape))
+        for array in (table.table, table.lengths, table.holes, table.hole_count):
+            assert not array.flags.writeable and array.flags.owndata
 
 
 class Segments(RuleBasedStateMachine):
@@ -23,6 +41,7 @@ class Segments(RuleBasedStateMachine):
         super().__init__()
         self.live: list[tuple[DenseSegment, list[list[Token]]]] = []
         self.pools: dict[int, PagePool] = {}
+        self.arena: Arena | None = None
         self.next = 0
 
     def chunk(self, valid: torch.Tensor, scored: bool) -> tuple[Chunk, list[list[Token]]]:
@@ -40,18 +59,24 @@ class Segments(RuleBasedStateMachine):
         return Chunk(keys, -keys, valid, columns), new
 
     def pick(self, data) -> tuple[DenseSegment, list[list[Token]]]:
-        return data.draw(st.sampled_from(self.live))
+        # By its place: what Hypothesis draws it keeps, and with it the pages.
+        return self.live[data.draw(st.integers(0, len(self.live) - 1))]
 
     def mask(self, data, shape: tuple[int, ...]) -> torch.Tensor:
         seed, share = data.draw(st.integers(0, 999)), data.draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
         return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
 
-    @initialize(batch=st.integers(1, 3), length=st.integers(0, 9))
-    def start(self, batch, length):
-        """A segment and a fork of it: most of what can go wrong needs two holders."""
+    def open(self, batch: int, length: int) -> tuple[DenseSegment, list[list[Token]]]:
         chunk, model = self.chunk(torch.ones(batch, HEADS, length, dtype=torch.bool), scored=False)
-        segment = Dense(page_size=PAGE).segment(chunk)
+        segment = Dense(page_size=PAGE).open(Spec.of(chunk, arena=self.arena))
         segment.append(chunk, even=True)
+        return segment, model
+
+    @initialize(batch=st.integers(1, 3), length=st.integers(0, 9), arena=st.booleans())
+    def start(self, batch, length, arena):
+        """A segment and a fork of it: most of what can go wrong needs two holders."""
+        self.arena = Arena(1 << 20) if arena else None
+        segment, model = self.open(batch, length)
         fork = segment.select(np.arange(batch))
         self.live = [(segment, model), (fork, [list(row) for row in model])]
 
@@ -67,14 +92,18 @@ class Segments(RuleBasedStateMachine):
     def append_even(self, data, length, scored):
         segment, model = self.pick(data)
         chunk, new = self.chunk(torch.ones(len(model) // HEADS, HEADS, length, dtype=torch.bool), scored)
+        if self.arena is not None:  # what it asks for is enough: it can't run out then
+            self.arena.check(segment.pages_for(np.full((len(model) // HEADS, HEADS), length)))
+            pages = segment.pool.pages
         segment.append(chunk, even=True)
+        assert self.arena is None or segment.pool.pages == pages
         for row, more in zip(model, new, strict=True):
             row.extend(more)
 
     @rule(data=st.data(), rescore=st.booleans(), slack=st.booleans())
     def keep(self, data, rescore, slack):
         segment, model = self.pick(data)
-        valid = segment.dense().valid
+        valid, _ = segment.columns()
         mask = self.mask(data, tuple(valid.shape)) & valid
         if slack and data.draw(st.booleans()):  # few at a time, so that they leave holes
             mask = valid & (torch.arange(valid.shape[-1]) != data.draw(st.integers(0, 9)))
@@ -84,6 +113,29 @@ class Segments(RuleBasedStateMachine):
             slots = held.nonzero()[:, 0].tolist()
             kept = [(n, s, slot) for (n, s), slot in zip(row, slots, strict=True) if marks[slot]]
             row[:] = [(n, scores[slot].item() if rescore else s) for n, s, slot in kept]
+
+    @rule(data=st.data())
+    def amend(self, data):
+        """Write the last token of each row anew."""
+        segment, model = self.pick(data)
+        valid, _ = segment.columns()
+        slots = (
+            torch.where(valid, torch.arange(valid.shape[-1]), -1).amax(-1, keepdim=True) if segment.longest else None
+        )
+        if slots is not None:
+            keys = torch.arange(self.next, self.next + slots.numel()).view(*slots.shape, 1).expand(-1, -1, -1, WIDTH)
+            segment.amend(slots, keys.float(), -keys.float())
+            segment.amend(slots, None, None)
+            positions = segment.columns()[1][POSITION]
+            for i, row in enumerate(model):
+                if row:
+                    row[-1] = (self.next + i, row[-1][1])
+                    slot = int(slots.flatten()[i])
+                    assert positions.flatten(0, 1)[i, slot] < self.next  # the column stays; the model goes by it
+                    segment.table.write(
+                        np.array([i]), np.array([slot]), {POSITION: torch.tensor([self.next + i], dtype=torch.int32)}
+                    )
+            self.next += slots.numel()
 
     @rule(data=st.data())
     def truncate(self, data):
@@ -109,6 +161,37 @@ class Segments(RuleBasedStateMachine):
         self.live.append((segment.select(np.array(chosen)), copy))
         assert segment.nbytes == before  # nothing was copied
 
+    @precondition(lambda self: len(self.live) < 4)
+    @rule(batch=st.integers(1, 2), length=st.integers(0, 9))
+    def another(self, batch, length):
+        self.live.append(self.open(batch, length))
+
+    @precondition(lambda self: len(self.live) > 1)
+    @rule(data=st.data())
+    def join(self, data):
+        segment, model = self.pick(data)
+        other, more = self.live.pop(next(i for i, (x, _) in enumerate(self.live) if x is not segment))
+        if len(model) + len(more) <= 8 * HEADS:
+            segment.join(other)
+            model.extend(more)
+            assert not other.longest and not len(other.table.held)
+            needed = segment.table.needed
+            if segment.table.exclusive and len(set(needed.tolist())) == 1:
+                assert segment.table.regular
+
+    @rule(data=st.data())
+    def compact(self, data):
+        self.pick(data)[0].compact()
+
+    @rule(data=st.data())
+    def restore(self, data):
+        """A state is a segment of its own."""
+        segment, model = self.pick(data)
+        said, tensors = segment.state()
+        spec = Spec(len(model) // HEADS, HEADS, WIDTH, WIDTH, torch.float32, CPU, arena=self.arena)
+        self.live = [(x, y) for x, y in self.live if x is not segment]
+        self.live.append((Dense(page_size=PAGE).restore(spec, said, tensors), model))
+
     @rule(data=st.data())
     def clear(self, data):
         segment, model = self.pick(data)
@@ -119,8 +202,7 @@ class Segments(RuleBasedStateMachine):
     @precondition(lambda self: len(self.live) > 1)
     @rule(data=st.data())
     def forget(self, data):
-        self.live.pop(data.draw(st.integers(0, len(self.live) - 1)))
-        gc.collect()
+        del self.live[data.draw(st.integers(0, len(self.live) - 1))]
 
     @invariant()
     def holds_what_it_must(self):
@@ -145,22 +227,18 @@ class Segments(RuleBasedStateMachine):
     def counts_are_holders_and_bytes_are_tensors(self):
         pools = {id(segment.pool): segment.pool for segment, _ in self.live}
         self.pools |= pools
-        for key, pool in pools.items():
-            tables = [segment.table.table for segment, _ in self.live if id(segment.pool) == key]
-            held = np.concatenate([table[table >= 0] for table in tables])
-            assert np.array_equal(pool.refs, np.bincount(held, minlength=pool.pages))
-            assert pool.shared == int((pool.refs > 1).sum()) and pool.used == int((pool.refs > 0).sum())
-            assert sorted(pool._free) == np.flatnonzero(pool.refs == 0).tolist()
+        check_pools(pools, [segment.table for segment, _ in self.live])
         for segment, _ in self.live:
             table, pool = segment.table, segment.pool
-            tensors = sum(plane.untyped_storage().nbytes() for plane in pool.planes.values())
-            arrays = (pool.refs, table.table, table.lengths, table.holes, table.hole_count)
+            tensors = sum(plane.untyped_storage().nbytes() for plane in pool.planes.values()) + pool.refs.nbytes
+            assert pool.nbytes == tensors == pool.pages * pool.page_nbytes
+            if self.arena is not None:
+                tensors = len(set(table.held.tolist())) * pool.page_nbytes
+                assert self.arena.nbytes == pool.nbytes <= self.arena.capacity
+                assert self.arena.used_nbytes == pool.used * pool.page_nbytes
+            arrays = (table.table, table.lengths, table.holes, table.hole_count)
             assert segment.nbytes == tensors + sum(array.nbytes for array in arrays)
-            room = (table.table >= 0).sum(1) * PAGE
-            assert (table.lengths <= room).all()
-            if table.regular:
-                expected = np.arange(table.table.size).reshape(table.table.shape)
-                assert np.array_equal(table.table, expected)
+            assert segment.row_nbytes().sum() == len(table.held) * pool.page_nbytes
 
     def teardown(self):
         for segment, _ in self.live:
@@ -170,5 +248,135 @@ class Segments(RuleBasedStateMachine):
             assert pool.used == 0 and pool.shared == 0, "pages leak"
 
 
+Page = tuple[float, list[int]]  # what the page has once, and its tokens
+
+
+class Tables(RuleBasedStateMachine):
+    """Page tables whose pages have something of their own, beside the pages that each row must hold, in its order.
+
+    In a tight arena: what finds no room there changes nothing.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live: list[tuple[PageTable, list[list[Page]]]] = []
+        self.arena: Arena | None = None
+        self.next = 0
+
+    def pool(self) -> PagePool:
+        planes = {"number": Plane(None, torch.int32), "stamp": Plane(2, torch.float32, per_page=True)}
+        return PagePool(planes, CPU, PAGE) if self.arena is None else self.arena.pool("tables", planes, CPU, PAGE)
+
+    @initialize(rows=st.integers(1, 3), pages=st.none() | st.integers(1, 30), scattered=st.booleans())
+    def start(self, rows, pages, scattered):
+        page = PAGE * 4 + 2 * 4 + 4
+        self.arena, self.scattered = None if pages is None else Arena(pages * page), scattered
+        self.live = [(PageTable(self.pool(), rows, scattered=scattered), [[] for _ in range(rows)])]
+
+    def pick(self, data) -> tuple[PageTable, list[list[Page]]]:
+        # By its place: what Hypothesis draws it keeps, and with it the pages.
+        return self.live[data.draw(st.integers(0, len(self.live) - 1))]
+
+    @rule(data=st.data())
+    def add(self, data):
+        table, model = self.pick(data)
+        counts = np.array([data.draw(st.integers(0, 2 * PAGE + 1)) for _ in model])
+        numbers = torch.arange(self.next, self.next + int(counts.sum()), dtype=torch.int32)
+        held = [sum(len(tokens) for _, tokens in row) for row in model]
+        begun = [-(-(old + new) // PAGE) - -(-old // PAGE) for old, new in zip(held, counts.tolist(), strict=True)]
+        stamps = torch.arange(self.next, self.next + sum(begun)).float()[:, None].expand(-1, 2)
+        wanted = table.pages_for(counts)
+        before = table.table, table.lengths, table.pool.used
+        try:
+            table.add(counts, {"number": numbers, "stamp": stamps})
+        except OutOfPages as error:
+            assert self.arena is not None and error.needed > error.free and error.capacity == self.arena.capacity
+            assert before == (table.table, table.lengths, table.pool.used) and wanted > table.pool.free
+            return
+        self.next += int(counts.sum()) + 1
+        left, marks = numbers.tolist(), stamps[:, 0].tolist()
+        for row, count in zip(model, counts.tolist(), strict=True):
+            for _ in range(count):
+                if not row or len(row[-1][1]) == PAGE:
+                    row.append((marks.pop(0), []))
+                row[-1][1].append(left.pop(0))
+
+    @rule(data=st.data())
+    def cut(self, data):
+        table, model = self.pick(data)
+        counts = [data.draw(st.integers(0, sum(len(tokens) for _, tokens in row))) for row in model]
+        table.cut(np.array(counts))
+        table.trim(slack=data.draw(st.booleans()))
+        for row, count in zip(model, counts, strict=True):
+            row[:] = [(stamp, tokens[: count - i * PAGE]) for i, (stamp, tokens) in enumerate(row) if count > i * PAGE]
+
+    @rule(data=st.data())
+    def drop_pages(self, data):
+        table, model = self.pick(data)
+        gone = np.array(data.draw(st.lists(st.booleans(), min_size=table.table.size, max_size=table.table.size)))
+        gone = gone.reshape(table.table.shape).astype(bool)
+        gone[:, -1:] = False  # a page that is not full can only be the last
+        for row, marks in zip(model, gone, strict=True):
+            marks[max(0, len(row) - 1) :] = False
+            row[:] = [page for i, page in enumerate(row) if not marks[i]]
+        table.drop_pages(gone)
+        if data.draw(st.booleans()):
+            table.trim()
+            assert not table.exclusive or table.scattered is False or table.pool.pages == table.needed.sum()
+
+    @precondition(lambda self: len(self.live) < 4)
+    @rule(data=st.data())
+    def select(self, data):
+        table, model = self.pick(data)
+        rows = data.draw(st.lists(st.integers(0, len(model) - 1), min_size=1, max_size=3))
+        chosen = [[(stamp, list(tokens)) for stamp, tokens in model[row]] for row in rows]
+        self.live.append((table.select(np.array(rows)), chosen))
+
+    @precondition(lambda self: len(self.live) < 4)
+    @rule(rows=st.integers(1, 2))
+    def another(self, rows):
+        self.live.append((PageTable(self.pool(), rows, scattered=self.scattered), [[] for _ in range(rows)]))
+
+    @precondition(lambda self: len(self.live) > 1)
+    @rule(data=st.data())
+    def join(self, data):
+        table, model = self.pick(data)
+        other, more = self.live.pop(next(i for i, (x, _) in enumerate(self.live) if x is not table))
+        if len(model) + len(more) <= 8:
+            table.join(other)
+            model.extend(more)
+
+    @rule(data=st.data())
+    def compact(self, data):
+        self.pick(data)[0].compact()
+
+    @precondition(lambda self: len(self.live) > 1)
+    @rule(data=st.data())
+    def forget(self, data):
+        del self.live[data.draw(st.integers(0, len(self.live) - 1))]
+
+    @invariant()
+    def pages_stay_whole(self):
+        for table, model in self.live:
+            lengths = [sum(len(tokens) for _, tokens in row) for row in model]
+            assert table.lengths.tolist() == lengths
+            numbers, stamps = table.paged("number"), table.paged("stamp")
+            assert numbers.shape == (*table.table.shape, PAGE) and stamps.shape == (*table.table.shape, 2)
+            for i, row in enumerate(model):
+                for j, (stamp, tokens) in enumerate(row):
+                    assert numbers[i, j, : len(tokens)].tolist() == tokens
+                    assert stamps[i, j].tolist() == [stamp, stamp]
+                assert table.dense("number")[i, : lengths[i]].tolist() == [n for _, tokens in row for n in tokens]
+
+    @invariant()
+    def counts_are_holders(self):
+        check_pools({id(t.pool): t.pool for t, _ in self.live}, [table for table, _ in self.live])
+        assert self.arena is None or self.arena.nbytes <= self.arena.capacity
+
+
+# As many as a few seconds allow, and others on every run: what one finds is replayed from Hypothesis' own folder.
+MANY = settings(max_examples=40, stateful_step_count=30, deadline=None, derandomize=False)
 TestSegments = pytest.mark.slow(Segments.TestCase)
-TestSegments.settings = settings(max_examples=12, stateful_step_count=25, deadline=None)
+TestSegments.settings = MANY
+TestTables = pytest.mark.slow(Tables.TestCase)
+TestTables.settings = MANY

@@ -5,7 +5,7 @@ from functools import cache
 import torch
 
 from kvfold import ops
-from kvfold.formats import POSITION, Chunk, Dense
+from kvfold.formats import POSITION, Chunk, Dense, Spec
 from kvfold.ops.cpu import FLOATS, warm
 
 WIDTH = 16
@@ -34,11 +34,12 @@ def _work(dtype: torch.dtype) -> None:
     ops.most_alike([states], [states], one_each, one_each)
     valid = torch.arange(40) < torch.tensor([40, 9])[None, :, None]
     columns = {POSITION: torch.zeros(1, 2, 40, dtype=torch.int32), "score": torch.zeros(1, 2, 40)}
-    segment = Dense().segment(Chunk(states, states, valid, columns))
-    segment.append(Chunk(states, states, valid, columns))
+    chunk = Chunk(states, states, valid, columns)
+    segment = Dense().open(Spec.of(chunk))
+    segment.append(chunk)
+    segment.append(chunk, even=True)
     segment.attend(q[:, :, None], 1.0)
     for slack in (True, False):
         segment.step(q[:, :, None], one, one, torch.zeros(1, 1, dtype=torch.int32), 1.0, weights=True)
-        stored = segment.dense()
-        mask = stored.valid & (torch.arange(segment.longest) != 3)
-        segment.keep(mask, {"score": stored.columns["score"] + 1}, slack=slack)
+        held, found = segment.columns()
+        segment.keep(held & (torch.arange(segment.longest) != 3), {"score": found["score"] + 1}, slack=slack)

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed (the extra `gpu`)"
 
 from test_triton_kernels import DEVICE, _interpreted  # noqa: F401  (a fixture that every test here needs)
 
-from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense
+from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, Spec
 from kvfold.ops import dispatch
 from kvfold.ops.paged import triton_kernels
 
@@ -34,7 +34,7 @@ def segment(lengths: list[int], dtype: torch.dtype, mass: bool):
     if mass:
         columns[LOG_MASS] = torch.rand(len(lengths), 2, t, generator=rng).to(DEVICE)
     valid = (torch.arange(t) < torch.tensor(lengths)[:, None, None]).expand(-1, 2, -1).to(DEVICE)
-    made = Dense().segment(Chunk(keys, values, valid, columns))
+    made = Dense().open(Spec.of(Chunk(keys, values, valid, columns)))
     made.append(Chunk(keys, values, valid, columns))
     return made
 

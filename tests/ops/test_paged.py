@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from kvfold import ops
-from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, DenseSegment
+from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, DenseSegment, Spec
 from kvfold.ops import dispatch
 from kvfold.ops.paged import naive
 from kvfold.pages import PageTable
@@ -26,7 +26,7 @@ def tokens(b: int, t: int, seed: int = 0, lengths: list[int] | None = None) -> C
 
 def segment(b: int, t: int, lengths: list[int] | None = None, page: int = 4) -> DenseSegment:
     chunk = tokens(b, t, lengths=lengths)
-    made = Dense(page_size=page).segment(chunk)
+    made = Dense(page_size=page).open(Spec.of(chunk))
     made.append(chunk, even=lengths is None)
     return made
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvfold.bench.machine import ReadRate, Spread, spread, timed
-from kvfold.formats import POSITION, Chunk, Dense, Segment
+from kvfold.formats import POSITION, Chunk, Dense, Segment, Spec
 
 NAMES = {"kvfold": "kvfold", "sdpa": "torch SDPA"}
 WORKING_SET = 2**28
@@ -114,7 +114,7 @@ def _layer(case: Case, lengths: Tensor | None, device: torch.device, seed: int) 
         valid = torch.arange(t, device=device) < lengths.to(device)[..., None]
     positions = torch.arange(t, dtype=torch.int32, device=device).expand(b, h, t)
     chunk = Chunk(keys, values, valid, {POSITION: positions})
-    segment = Dense().segment(chunk)
+    segment = Dense().open(Spec.of(chunk))
     segment.append(chunk, even=lengths is None)
     mask = None if lengths is None else valid.repeat_interleave(case.group, 1)[:, :, None]
     return _Layer(q, segment, keys, values, mask)
@@ -138,7 +138,7 @@ class _Contest:
     @staticmethod
     def _twin(layer: _Layer) -> _Layer:
         table = layer.segment.dense()
-        segment = Dense().segment(table)
+        segment = Dense().open(Spec.of(table))
         segment.append(table, even=layer.mask is None)
         return _Layer(layer.q, segment, layer.keys.clone(), layer.values.clone(), layer.mask)
 

@@ -3,7 +3,7 @@
 from kvfold.formats.dense import Dense, DenseSegment
 from kvfold.formats.depth import Depth, DepthSegment
 from kvfold.formats.paged import PagedSegment
-from kvfold.formats.segment import Format, Segment
+from kvfold.formats.segment import Format, Segment, Spec, Traits
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk, join
 
 __all__ = [
@@ -18,5 +18,7 @@ __all__ = [
     "LateChunk",
     "PagedSegment",
     "Segment",
+    "Spec",
+    "Traits",
     "join",
 ]

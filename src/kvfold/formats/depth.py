@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -9,16 +10,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kvfold import ops
-from kvfold.formats.paged import PagedSegment
-from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk
-from kvfold.pages import PAGE_SIZE, PagePool, PageTable, Plane
+from kvfold.formats.blocked import Block, attend_blocks
+from kvfold.formats.paged import PagedSegment, open_table, restored
+from kvfold.formats.segment import Segment, Spec, Traits
+from kvfold.formats.tokens import POSITION, Chunk
+from kvfold.options import check_choice, check_int
+from kvfold.pages import PAGE_SIZE, PageTable, Plane
 from kvfold.rotation import Compact
 
 KEY_NORM, VALUE_NORM = "key_norm", "value_norm"
 """Columns (float32): the lengths of a token's key and value."""
-BLOCK_ELEMENTS = 1 << 22
-"""Numbers in float32 held at once while attending: 16 MB."""
+NORMS = {"keys": KEY_NORM, "values": VALUE_NORM}
 
 
 @dataclass(frozen=True)
@@ -30,89 +32,95 @@ class Depth:
     side: int
     page_size: int = PAGE_SIZE
 
+    traits: ClassVar[Traits] = Traits()
+
+    def __post_init__(self) -> None:
+        check_choice("side", self.side, (0, 1))
+        check_int("page_size", self.page_size, 1)
+
+    def planes(self, spec: Spec) -> dict[str, Plane]:
+        """What its pages hold from the start."""
+        sizes = {"keys": Plane(spec.key_size, spec.dtype), "values": Plane(spec.value_size, spec.dtype)}
+        norms = {f"{name}.{self.side}": Plane(None, torch.float32) for name in NORMS.values()}
+        return sizes | {POSITION: Plane(None, torch.int32)} | norms
+
+    def open(self, spec: Spec) -> "DepthSegment":
+        table = open_table(self, spec, self.planes(spec), self.page_size)
+        return DepthSegment(table, spec.heads, spec.dtype, self.side, np.zeros(spec.rows, dtype=np.int64))
+
+    def restore(
+        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
+    ) -> "DepthSegment":
+        planes, upto, state = self.planes(spec), said.get("upto"), tensors.get("state")
+        if not isinstance(upto, list) or len(upto) != spec.rows or not all(isinstance(x, int) for x in upto):
+            raise ValueError(f"upto={upto!r} must be {spec.rows} ints")
+        if state is not None and (state.dim() != 2 or len(state) != spec.rows):
+            raise ValueError(f"state={tuple(state.shape)} must be ({spec.rows}, N)")
+        if isinstance(twin, PagedSegment) and not planes.keys() <= twin.pool.specs.keys():
+            lacking = sorted(planes.keys() - twin.pool.specs.keys())
+            raise ValueError(f"{lacking[0]} is not among what the segment that holds the same pages has")
+        tokens = {name: plane for name, plane in tensors.items() if name != "state"}
+        segment = restored(lambda: self.open(spec), planes, spec, said, tokens, twin)
+        segment.upto = np.array(upto, dtype=np.int64)
+        segment.remembered = None if state is None else state.to(spec.device)
+        return segment
+
     def segment(self, chunk: Chunk) -> "DepthSegment":
-        planes = {
-            "keys": Plane(chunk.keys.shape[-1], chunk.keys.dtype),
-            "values": Plane(chunk.values.shape[-1], chunk.values.dtype),
-            POSITION: Plane(None, torch.int32),
-        }
-        batch, heads = chunk.valid.shape[:2]
-        table = PageTable(PagePool(planes, chunk.keys.device, self.page_size), batch * heads)
-        return DepthSegment(table, heads, chunk.keys.dtype, self.side, np.zeros(batch, dtype=np.int64))
+        """`open` for tokens like those of `chunk`."""
+        return self.open(Spec.of(chunk))
 
 
 class DepthSegment(PagedSegment):
     """Directions on pages that the other layer's segment may hold too, by reference counts, as two beams hold theirs.
 
     Lengths and all columns but the position belong to one side; they lie on the same pages, under names of their own.
-    `upto` (B,): how much of each row's text has been gone through for tokens to share; `state` is what the method that
-    shares remembers of it.
+    `upto` (B,): how much of each row's text has been gone through for tokens to share; `remembered` is what the method
+    that shares keeps of it.
     """
 
     def __init__(
         self, table: PageTable, heads: int, compute: torch.dtype, side: int, upto: np.ndarray,
-        state: Float[Tensor, "B N"] | None = None,
+        remembered: Float[Tensor, "B N"] | None = None,
     ):  # fmt: skip
-        super().__init__(table, heads)
-        self.compute, self.side, self.upto, self.state = compute, side, upto, state
+        super().__init__(table, heads, compute)
+        self.side, self.upto, self.remembered = side, upto, remembered
 
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + self.upto.nbytes + (0 if self.state is None else self.state.nbytes)
+    def bytes_beside(self, counted: set[int]) -> int:
+        beside = self.upto.nbytes + (0 if self.remembered is None else self.remembered.nbytes)
+        return super().bytes_beside(counted) + beside
 
     def own(self, name: str) -> str:
         """The name that a column of this side's has on the pages."""
         return name if name == POSITION else f"{name}.{self.side}"
 
-    def _plane(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        return self._rows(self.table.dense(name, start, stop))
+    def names(self) -> list[str]:
+        mine = [name.removesuffix(f".{self.side}") for name in self.pool.planes if name.endswith(f".{self.side}")]
+        return [POSITION, *(name for name in mine if name not in NORMS.values())]
+
+    def encode(self, what: str, states: Tensor) -> dict[str, Tensor]:
+        return {what: F.normalize(states.float(), dim=-1), **self._norm(what, states)}
+
+    def _norm(self, what: str, states: Tensor) -> dict[str, Tensor]:
+        return {self.own(NORMS[what]): torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)}
+
+    def states(self, what: str) -> Tensor:
+        return (self.plane(what) * self.column(NORMS[what])[..., None]).to(self.compute)
 
     def attend(
         self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None,
         weights: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         """A key's length multiplies its logit, a value's its weight: nothing is restored."""
-        (b, h, g, n, d), size = q.shape, self.longest
-        block, seen = q.reshape(b, h, g * n, d).float(), self._rows(self.table.valid())
-        ranks = None if compact is None else seen.cumsum(-1) - 1
-        seen = seen if read is None else seen & read
-        out = block.new_zeros(b, h, g * n, self.pool.planes["values"].shape[-1])
-        lse = block.new_full((b, h, g * n), -torch.inf)
-        step = max(16, BLOCK_ELEMENTS // max(1, b * h * max(g * n, d)))
-        for i in range(0, size, step):
-            stop = i + step
-            directions, values = (self._plane(name, i, stop) for name in ("keys", "values"))
-            key_norm, value_norm = (self._plane(self.own(name), i, stop) for name in (KEY_NORM, VALUE_NORM))
-            if compact is not None and ranks is not None:
-                turn, places = compact.of(i, stop), self._plane(POSITION, i, stop)
-                directions = turn.rotate_keys(directions, places, ranks[..., i:stop])
-            logits = block @ directions.float().mT * (key_norm * scale)[:, :, None]
-            if self.own(LOG_MASS) in self.pool.planes:
-                logits = logits + self._plane(self.own(LOG_MASS), i, stop)[:, :, None]
-            logits = logits.masked_fill(~seen[:, :, None, i:stop], -torch.inf)
-            sums = logits.logsumexp(-1)
-            share = torch.exp(logits - sums.masked_fill(sums == -torch.inf, 0.0)[..., None])
-            out, lse = ops.merge([(out, lse), ((share * value_norm[:, :, None]) @ values.float(), sums)])
-        return out.view(b, h, g, n, -1).to(q.dtype), lse.view(b, h, g, n), None
 
-    def dense(self) -> Chunk:
-        names = [name.removesuffix(f".{self.side}") for name in self.pool.planes if name.endswith(f".{self.side}")]
-        names = [POSITION, *(name for name in names if name not in (KEY_NORM, VALUE_NORM))]
-        columns = {name: self._plane(self.own(name)) for name in names}
-        valid = self._rows(self.table.valid())
-        return LateChunk(
-            lambda: self._restored("keys", KEY_NORM), lambda: self._restored("values", VALUE_NORM), valid, columns
-        )
+        def block(start: int, stop: int) -> Block:
+            norms = (self.column(norm, start, stop) for norm in (KEY_NORM, VALUE_NORM))
+            return Block(self.plane("keys", start, stop), self.plane("values", start, stop), *norms)
 
-    def _restored(self, directions: str, norm: str) -> Tensor:
-        if not self.longest:
-            return self._plane(directions).to(self.compute)
-        return (self._plane(directions) * self._plane(self.own(norm))[..., None]).to(self.compute)
-
-    def append(self, chunk: Chunk, *, even: bool = False) -> None:
-        """Tokens of this layer alone, by their own directions."""
-        keys, values = (F.normalize(x.float(), dim=-1) for x in (chunk.keys, chunk.values))
-        self._write(chunk, keys, values, self._side(chunk), even)
+        valid, width = self._rows(self.table.valid()), self.pool.planes["values"].shape[-1]
+        out, lse = attend_blocks(
+            q, scale, valid, width, block, self.column, mass=self.weighed, read=read, compact=compact
+        )  # fmt: skip
+        return out, lse, None
 
     def append_shared(
         self, above: "DepthSegment", lower: Chunk, upper: Chunk, keys: Float[Tensor, "B H T D"],
@@ -124,45 +132,44 @@ class DepthSegment(PagedSegment):
         if not self.table.regular:
             self.table.trim()
         self.compact()
-        self._write(lower, keys, values, {**self._side(lower), **above._side(upper)}, False)
+        planes = {"keys": keys, "values": values, POSITION: lower.positions}
+        for segment, chunk in ((self, lower), (above, upper)):
+            columns = {segment.own(name): column for name, column in chunk.columns.items() if name != POSITION}
+            planes |= columns | segment._norm("keys", chunk.keys) | segment._norm("values", chunk.values)
+        for name, plane in planes.items():
+            self.pool.add_plane(name, Plane(None, plane.dtype))
+        self.add(planes, lower.valid)
         above.table = self.table.fork()
 
     def twin(self, other: "DepthSegment") -> bool:
         """Whether both hold the same pages, or nothing."""
-        mine, theirs = self.table, other.table
-        if not mine.longest and not theirs.longest:
-            return True
-        same = mine.pool is theirs.pool and np.array_equal(mine.lengths, theirs.lengths)
-        return same and np.array_equal(mine.table, theirs.table) and not (mine.holed or theirs.holed)
+        return not (self.longest or other.longest) or self.table.same_pages(other.table)
 
-    def _side(self, chunk: Chunk) -> dict[str, Tensor]:
-        """What belongs to this side alone."""
-        columns = {name: column for name, column in chunk.columns.items() if name != POSITION}
-        columns[KEY_NORM], columns[VALUE_NORM] = (
-            torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (chunk.keys, chunk.values)
-        )
-        return {self.own(name): column for name, column in columns.items()}
+    def same_pages(self, other: Segment) -> bool:
+        return isinstance(other, DepthSegment) and self.twin(other)
 
-    def _write(self, chunk: Chunk, keys: Tensor, values: Tensor, columns: Mapping[str, Tensor], even: bool) -> None:
-        self._add_planes(columns)
-        planes = {"keys": keys, "values": values, POSITION: chunk.positions, **columns}
-        rows = {name: plane.flatten(0, 1) for name, plane in planes.items()}
-        ops.append_pages(self.table, rows, None if even else chunk.valid.flatten(0, 1))
+    def like(self, table: PageTable, rows: np.ndarray) -> "DepthSegment":
+        known = self.remembered
+        kept = None if known is None else known[torch.from_numpy(rows).to(known.device)]
+        return DepthSegment(table, self.heads, self.compute, self.side, self.upto[rows], kept)
 
-    def _add_planes(self, columns: Mapping[str, Tensor]) -> None:
-        for name, column in columns.items():
-            self.pool.add_plane(name, Plane(None, column.dtype))
+    def join(self, other: Segment) -> None:
+        if not isinstance(other, DepthSegment) or other.side != self.side:
+            raise ValueError(f"other={other!r} must be a DepthSegment of side {self.side}")
+        known = [x.remembered for x in (self, other) if x.batch]
+        if any(x is None for x in known) and any(x is not None for x in known):
+            raise ValueError("other: its text and ours must both have been gone through, or neither")
+        super().join(other)
+        self.upto = np.concatenate([self.upto, other.upto])
+        self.remembered = torch.cat([x for x in known if x is not None]) if any(x is not None for x in known) else None
 
-    def keep(self, mask: Tensor, columns: Mapping[str, Tensor], *, slack: bool = False) -> None:
-        mine = {self.own(name): column for name, column in columns.items()}
-        self._add_planes(mine)
-        rows = {name: column.flatten(0, 1) for name, column in mine.items()}
-        ops.keep_pages(self.table, mask.flatten(0, 1), rows, slack=slack)
+    def state(self, *, of: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        said, tensors = super().state(of=of)
+        beside = {} if self.remembered is None else {"state": self.remembered.contiguous()}
+        return said | {"upto": self.upto.tolist()}, tensors | beside
 
-    def select(self, rows: np.ndarray) -> "DepthSegment":
-        state = None if self.state is None else self.state[torch.from_numpy(np.asarray(rows)).to(self.state.device)]
-        upto = self.upto[np.asarray(rows)]
-        return DepthSegment(self._table_of(rows), self.heads, self.compute, self.side, upto, state)
+    def cropped(self, limit: np.ndarray) -> None:
+        self.upto = np.minimum(self.upto, limit)
 
     def drop_tokens(self) -> None:
         """Drop the tokens, but not what is remembered of the text."""
@@ -170,4 +177,4 @@ class DepthSegment(PagedSegment):
 
     def clear(self) -> None:
         self.drop_tokens()
-        self.upto, self.state = np.zeros_like(self.upto), None
+        self.upto, self.remembered = np.zeros_like(self.upto), None

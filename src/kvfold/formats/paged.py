@@ -1,17 +1,64 @@
 """What segments on pages have in common, whatever their planes mean."""
 
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
 import numpy as np
+import torch
+from jaxtyping import Bool
 from torch import Tensor
 
-from kvfold.pages import PagePool, PageTable
+from kvfold import ops
+from kvfold.formats.segment import Segment, Spec
+from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk
+from kvfold.pages import PagePool, PageTable, Plane
+from kvfold.pages.rows import spans
+from kvfold.rotation import Compact
+
+S = TypeVar("S", bound="PagedSegment")
 
 
 class PagedSegment:
-    """Tokens on pages, one row of the page table for each (sequence, KV head)."""
+    """Tokens on pages, one row of the page table for each (sequence, KV head).
 
-    def __init__(self, table: PageTable, heads: int):
-        self.table = table
-        self.heads = heads
+    A format says what it writes for keys and values (`encode`), and how it reads them (`states`, `attend`).
+    """
+
+    codes = ("keys", "values")
+    """Planes that are no columns."""
+
+    def __init__(self, table: PageTable, heads: int, compute: torch.dtype):
+        self.table, self.heads, self.compute = table, heads, compute
+
+    # -- what a format has of its own --------------------------------------------------------------------------
+
+    def encode(self, what: str, states: Tensor) -> dict[str, Tensor]:
+        """What the planes hold of "keys" or "values" (B, H, T, D)."""
+        raise NotImplementedError
+
+    def states(self, what: str) -> Tensor:
+        """All "keys" or "values", (B, H, T, D), as the model computes in."""
+        raise NotImplementedError
+
+    def attend(
+        self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None,
+        weights: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        raise NotImplementedError
+
+    def own(self, name: str) -> str:
+        """The plane of a column."""
+        return name
+
+    def names(self) -> list[str]:
+        """The columns."""
+        return [name for name in self.pool.planes if name not in self.codes]
+
+    def like(self: S, table: PageTable, rows: np.ndarray) -> S:
+        """A segment over the table of some of our sequences."""
+        return type(self)(table, self.heads, self.compute)
+
+    # -- sizes -------------------------------------------------------------------------------------------------
 
     @property
     def pool(self) -> PagePool:
@@ -19,7 +66,22 @@ class PagedSegment:
 
     @property
     def nbytes(self) -> int:
-        return self.pool.nbytes + self.table.nbytes
+        return self.bytes_beside(set())
+
+    def bytes_beside(self, counted: set[int]) -> int:
+        return self.table.bytes_beside(counted)
+
+    def row_nbytes(self) -> np.ndarray:
+        pages: np.ndarray = (self.table.table >= 0).reshape(self.batch, -1).sum(1)
+        return pages * self.pool.page_nbytes
+
+    def pages_for(self, more: np.ndarray) -> dict[PagePool, int]:
+        """Pages that must be free for `more[b, h]` more tokens, for `Arena.check`."""
+        return {self.pool: self.table.pages_for(more.reshape(-1))}
+
+    @property
+    def batch(self) -> int:
+        return self.table.rows // self.heads
 
     @property
     def longest(self) -> int:
@@ -28,21 +90,165 @@ class PagedSegment:
     def counts(self) -> np.ndarray:
         return self.table.counts.reshape(-1, self.heads)
 
-    def _rows(self, plane: Tensor) -> Tensor:
-        return plane.reshape(len(plane) // self.heads, self.heads, *plane.shape[1:])
+    def lengths(self) -> np.ndarray:
+        return self.table.lengths.reshape(-1, self.heads).copy()
 
-    def _table_of(self, rows: np.ndarray) -> PageTable:
-        """The table of some sequences, over the same pages."""
-        wide = (np.asarray(rows)[:, None] * self.heads + np.arange(self.heads)).reshape(-1)
-        return self.table.select(wide)
+    # -- tokens ------------------------------------------------------------------------------------------------
+
+    def _rows(self, plane: Tensor) -> Tensor:
+        return plane.reshape(self.batch, self.heads, *plane.shape[1:])
+
+    def plane(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """What a plane holds, (B, H, T, ...)."""
+        return self._rows(self.table.dense(name, start, stop))
+
+    def column(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """A column, (B, H, T)."""
+        return self.plane(self.own(name), start, stop)
+
+    @property
+    def weighed(self) -> bool:
+        """Whether tokens have a mass."""
+        return self.own(LOG_MASS) in self.pool.planes
+
+    def columns(self) -> tuple[Bool[Tensor, "B H T"], Mapping[str, Tensor]]:
+        return self._rows(self.table.valid()), {name: self.column(name) for name in self.names()}
+
+    def dense(self) -> Chunk:
+        valid, columns = self.columns()
+        return LateChunk(lambda: self.states("keys"), lambda: self.states("values"), valid, columns)
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        wide = positions[:, None].expand(-1, self.heads, -1)
+        self.append(Chunk(k, v, torch.ones_like(wide, dtype=torch.bool), {POSITION: wide}), even=True)
+        return self.attend(q, scale, weights=weights)
+
+    def append(self, chunk: Chunk, *, even: bool = False) -> None:
+        planes = self.encode("keys", chunk.keys) | self.encode("values", chunk.values)
+        self.add(planes | self.add_columns(chunk.columns), None if even else chunk.valid)
+
+    def add(self, planes: Mapping[str, Tensor], valid: Tensor | None) -> None:
+        """Write planes (B, H, T, ...) of new tokens; `valid`: which are (None: all)."""
+        rows = {name: plane.flatten(0, 1) for name, plane in planes.items()}
+        ops.append_pages(self.table, rows, None if valid is None else valid.flatten(0, 1))
+
+    def add_columns(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Make planes for columns that have none yet; the columns by the names of their planes."""
+        mine = {self.own(name): column for name, column in columns.items()}
+        for name, column in mine.items():
+            self.pool.add_plane(name, Plane(None, column.dtype))
+        return mine
+
+    def keep(self, mask: Tensor, columns: Mapping[str, Tensor], *, slack: bool = False) -> None:
+        rows = {name: column.flatten(0, 1) for name, column in self.add_columns(columns).items()}
+        ops.keep_pages(self.table, mask.flatten(0, 1), rows, slack=slack)
+
+    def amend(self, slots: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
+        chosen = slots.flatten(0, 1)
+        some = chosen >= 0
+        rows, at = some.nonzero()[:, 0].cpu().numpy(), chosen[some].cpu().numpy()
+        new = {} if keys is None else self.encode("keys", keys)
+        new |= {} if values is None else self.encode("values", values)
+        self.table.write(rows, at, {name: plane.flatten(0, 1)[some] for name, plane in new.items()})
 
     def truncate(self, counts: np.ndarray, *, slack: bool = False) -> None:
         self.table.cut(counts.reshape(-1))
         self.table.trim(slack=slack)
 
+    def cropped(self, limit: np.ndarray) -> None:
+        """Nothing is remembered beside the tokens."""
+
+    # -- rows and pages ----------------------------------------------------------------------------------------
+
+    def select(self: S, rows: np.ndarray) -> S:
+        wide = (np.asarray(rows)[:, None] * self.heads + np.arange(self.heads)).reshape(-1)
+        return self.like(self.table.select(wide), np.asarray(rows))
+
+    def join(self, other: Segment) -> None:
+        """Raises ValueError where it is no segment of the same format and sizes."""
+        mine, theirs = ((type(x).__name__, getattr(x, "heads", 0), getattr(x, "compute", None)) for x in (self, other))
+        if not isinstance(other, PagedSegment) or mine != theirs:
+            raise ValueError(f"other={theirs} (format, heads, dtype) must be {mine}, as this segment is")
+        self.table.join(other.table)
+
     def clear(self) -> None:
         # To a pool of our own: in the one that a fork shares, our next tokens would lie in the other's memory for good.
         self.table.restart()
 
+    def drop_tokens(self) -> None:
+        self.clear()
+
     def compact(self) -> None:
         self.table.compact()
+
+    def reserve(self) -> list[Tensor]:
+        raise NotImplementedError(f"{type(self).__name__}: the traits of its format say graphs=False")
+
+    @property
+    def shared(self) -> bool:
+        return self.table.shared
+
+    def same_pages(self, other: Segment) -> bool:
+        return isinstance(other, PagedSegment) and self.longest > 0 and self.table.same_pages(other.table)
+
+    def state(self, *, of: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Closes holes first, so that what is read back lies as this does."""
+        if self.table.holed:
+            self.keep(self.columns()[0], {})
+        rows, slots = spans(np.zeros_like(self.table.lengths), self.table.lengths)
+        tensors = {} if of is not None else self.table.read(self.pool.planes, rows, slots)
+        return {"counts": self.counts().tolist()}, tensors
+
+
+def open_table(form: Any, spec: Spec, planes: Mapping[str, Plane], page_size: int, **options: Any) -> PageTable:
+    """An empty table for a segment of `form`: over a pool of its own, or over the arena's for such segments."""
+    if spec.arena is None:
+        pool = PagePool(planes, spec.device, page_size)
+    else:
+        key = (spec.layer, form, page_size, spec.key_size, spec.value_size, spec.dtype, spec.device)
+        pool = spec.arena.pool(key, planes, spec.device, page_size)
+    return PageTable(pool, spec.rows * spec.heads, **options)
+
+
+def said_counts(spec: Spec, said: Mapping[str, Any], name: str = "counts") -> np.ndarray:
+    """Tokens of each row as a state tells them, (B, H). Raises ValueError where they are not that."""
+    try:
+        counts = np.array(said.get(name), dtype=object).reshape(spec.rows, spec.heads)
+        ints = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts.flat)
+    except ValueError:
+        ints = False
+    if not ints:
+        raise ValueError(f"{name}={said.get(name)!r} must be {spec.rows} x {spec.heads} ints >= 0")
+    return counts.astype(np.int64)
+
+
+def check_tensors(tensors: Mapping[str, Tensor], planes: Mapping[str, Plane], total: int) -> None:
+    """Raise ValueError unless there is a tensor of `total` tokens for each plane, and all others are columns."""
+    for name in planes | tensors.keys():
+        found, spec = tensors.get(name), planes.get(name)
+        shape = (total,) if spec is None or spec.width is None else (total, spec.width)
+        if found is None or tuple(found.shape) != shape or (spec is not None and found.dtype != spec.dtype):
+            held = None if found is None else (tuple(found.shape), found.dtype)
+            raise ValueError(f"{name}={held} must be {(shape, None if spec is None else spec.dtype)} (shape, dtype)")
+
+
+def restored(
+    opened: Callable[[], S], planes: Mapping[str, Plane], spec: Spec, said: Mapping[str, Any],
+    tensors: Mapping[str, Tensor], twin: Segment | None,
+) -> S:  # fmt: skip
+    """What `PagedSegment.state` gave, in a segment that is opened when all has been looked at."""
+    counts = said_counts(spec, said)
+    if twin is not None:
+        if not isinstance(twin, PagedSegment) or not np.array_equal(twin.counts(), counts):
+            raise ValueError(f"counts={said['counts']} must be those of the segment that holds the same pages")
+        segment = opened()
+        segment.table = twin.table.fork()
+        return segment
+    check_tensors(tensors, planes, int(counts.sum()))
+    segment = opened()
+    for name, plane in tensors.items():
+        segment.pool.add_plane(name, Plane(None, plane.dtype))
+    segment.table.add(counts.reshape(-1), {name: plane.to(spec.device) for name, plane in tensors.items()})
+    return segment

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,7 +13,7 @@ LOG_MASS = "log_mass"
 """Column (float32): log of how many tokens a slot stands for; added to its logits."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Chunk:
     """Tokens as dense tensors: keys and values as the model made them, columns by name, and which slots are tokens."""
 
@@ -30,24 +29,29 @@ class Chunk:
     def since(self, start: int) -> "Chunk":
         """The slots from `start` on."""
         columns = {name: column[..., start:] for name, column in self.columns.items()}
-        return Chunk(self.keys[:, :, start:], self.values[:, :, start:], self.valid[..., start:], columns)
+        return self._each(lambda states: states[:, :, start:], self.valid[..., start:], columns)
 
     def take(self, slots: Int[Tensor, "B H T"]) -> "Chunk":
         """Slot i of each (row, head) becomes what slot `slots[..., i]` was."""
 
-        def wide(states: Tensor) -> Tensor:
+        def taken(states: Tensor) -> Tensor:
             return states.gather(2, slots[..., None].expand(*slots.shape, states.shape[-1]))
 
         columns = {name: column.gather(-1, slots) for name, column in self.columns.items()}
-        return Chunk(wide(self.keys), wide(self.values), self.valid.gather(-1, slots), columns)
+        return self._each(taken, self.valid.gather(-1, slots), columns)
 
     def but(self, valid: Bool[Tensor, "B H T"], columns: Mapping[str, Tensor] | None = None) -> "Chunk":
         """The same keys and values with other slots valid, and other columns."""
-        return Chunk(self.keys, self.values, valid, self.columns if columns is None else columns)
+        return self._each(lambda states: states, valid, self.columns if columns is None else columns)
+
+    def _each(
+        self, change: Callable[[Tensor], Tensor], valid: Bool[Tensor, "B H T"], columns: Mapping[str, Tensor]
+    ) -> "Chunk":
+        return LateChunk(lambda: change(self.keys), lambda: change(self.values), valid, columns)
 
 
 class LateChunk(Chunk):
-    """Tokens whose keys and values are fetched when somebody looks at them: most decisions need only columns."""
+    """Tokens whose keys and values are worked out when somebody looks at them: most decisions need only columns."""
 
     def __init__(
         self,
@@ -56,22 +60,17 @@ class LateChunk(Chunk):
         valid: Bool[Tensor, "B H T"],
         columns: Mapping[str, Tensor],
     ):
-        self.__dict__ |= {"fetch": (keys, values), "valid": valid, "columns": columns}
+        self._late = {"keys": keys, "values": values}
+        self.valid, self.columns = valid, columns
 
-    @cached_property
-    def keys(self) -> Float[Tensor, "B H T D"]:
-        return _fetched(self.__dict__["fetch"][0])
-
-    @cached_property
-    def values(self) -> Float[Tensor, "B H T Dv"]:
-        return _fetched(self.__dict__["fetch"][1])
-
-    def but(self, valid: Bool[Tensor, "B H T"], columns: Mapping[str, Tensor] | None = None) -> Chunk:
-        return LateChunk(lambda: self.keys, lambda: self.values, valid, self.columns if columns is None else columns)
-
-
-def _fetched(states: Callable[[], Tensor] | Tensor) -> Tensor:
-    return states if isinstance(states, Tensor) else states()
+    def __getattr__(self, name: str) -> Tensor:
+        # Called for what is not there yet: keys and values before somebody has looked.
+        if name not in ("keys", "values"):
+            raise AttributeError(name)
+        late = self._late[name]
+        found = late if isinstance(late, Tensor) else late()
+        setattr(self, name, found)
+        return found
 
 
 def join(chunks: Sequence[Chunk]) -> Chunk:

@@ -21,6 +21,11 @@ def fits(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in FLOATS and not x.requires_grad
 
 
+def holds(x: Tensor) -> bool:
+    """Whether the kernels that only move numbers can take it: a byte for each will do too."""
+    return fits(x) or (x.device.type == "cpu" and x.dtype == torch.uint8)
+
+
 def widths_fit(*widths: int) -> bool:
     """Whether rows of these many numbers can be read in whole vectors."""
     from kvfold.ops.simd import LANES

@@ -1,6 +1,12 @@
-"""Pages: fixed-size blocks of tokens, a pool that owns them, and a table that says which row holds which."""
+"""Pages: fixed-size blocks of tokens, a pool that owns them, and a table that says which row holds which.
 
+A row is one (sequence, KV head). A pool has named planes, all indexed by page: `keys` (N, P, D), `values`
+(N, P, D_v), one (N, P) plane for each column, and (N, W) for what a whole page has once. Pages are reference counted; a
+page that two rows share is never written in place (copy-on-write). An arena limits what many pools hold together.
+"""
+
+from kvfold.pages.arena import Arena, OutOfPages
 from kvfold.pages.pool import PAGE_SIZE, PagePool, Plane
 from kvfold.pages.table import PageTable
 
-__all__ = ["PAGE_SIZE", "PagePool", "PageTable", "Plane"]
+__all__ = ["PAGE_SIZE", "Arena", "OutOfPages", "PagePool", "PageTable", "Plane"]

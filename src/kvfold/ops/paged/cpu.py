@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.ops.cpu import bits, fits, floats, use_threads, widths_fit
+from kvfold.ops.cpu import bits, fits, floats, holds, use_threads, widths_fit
 from kvfold.ops.dispatch import register
 from kvfold.ops.paged import naive
 
@@ -54,12 +54,7 @@ def step_pages(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     (b, h, g, _, d), pool, new, value = q.shape, table.pool, planes["keys"], planes["values"]
     dv, kind = value.shape[-1], pool.planes["keys"].dtype
-    if (
-        pool.shared
-        or new.dtype != kind
-        or value.dtype != pool.planes["values"].dtype
-        or not _readable(pool, g, d, mass)
-    ):
+    if new.dtype != kind or value.dtype != pool.planes["values"].dtype or not _readable(pool, g, d, mass):
         return naive.step_pages(q, table, planes, scale, mass=mass, weights=weights)
     from kvfold.ops.paged import cpu_kernels
 
@@ -84,10 +79,10 @@ def step_pages(
     return out.to(q.dtype).view(b, h, g, 1, dv), lse.view(b, h, g, 1), shaped
 
 
-@register("append_pages", "cpu", rank=10, fits=fits)
+@register("append_pages", "cpu", rank=10, fits=holds)
 def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Tensor | None) -> None:
     count = planes["keys"].shape[1]
-    if valid is not None or table.pool.shared or (table.regular and table.even):
+    if valid is not None or (table.regular and table.even):
         naive.append_pages(table, planes, valid)
         return
     from kvfold.ops.paged import cpu_kernels
@@ -100,7 +95,7 @@ def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Tensor | None)
         cpu_kernels.write(pool.array(name), _rows(new), table.table, start, table.lengths, pool.page_size)
 
 
-@register("keep_pages", "cpu", rank=10, fits=fits)
+@register("keep_pages", "cpu", rank=10, fits=holds)
 def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor], *, slack: bool) -> None:
     if table.shared and (columns or not slack):
         naive.keep_pages(table, mask, columns, slack=slack)
@@ -109,9 +104,9 @@ def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor], *, slack
 
     keep, more, before, pool = mask.contiguous().numpy(), np.empty(table.rows, np.int32), table.lengths, table.pool
     if slack:
-        table.allow_holes()
-        table.holes, table.hole_count = table.holes.copy(), table.hole_count.copy()  # see `on_device`
-        if cpu_kernels.punch_holes(keep, before, table.holes, table.hole_count, more):
+        holes, hole_count = table.copy_holes()
+        if cpu_kernels.punch_holes(keep, before, holes, hole_count, more):
+            table.holes, table.hole_count = holes, hole_count
             _set_columns(table, columns)
             return
     if table.shared:
@@ -145,6 +140,7 @@ def _set_columns(table: Any, columns: Mapping[str, Tensor]) -> None:
     from kvfold.ops.paged import cpu_kernels
 
     pool, start = table.pool, np.zeros(table.rows, dtype=np.int32)
+    start.flags.writeable = False  # as lengths are: another kind of array would be compiled for anew
     for name, new in columns.items():
         cpu_kernels.write(
             pool.array(name), _rows(new.to(pool.planes[name].dtype)), table.table, start, table.lengths, pool.page_size

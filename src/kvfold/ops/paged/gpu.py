@@ -53,9 +53,6 @@ def attend_pages(
 def step_pages(
     q: Tensor, table: Any, planes: Mapping[str, Tensor], scale: float, *, mass: str | None, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    pool = table.pool
-    if pool.shared:  # they are copied first
-        return naive.step_pages(q, table, planes, scale, mass=mass, weights=weights)
     from kvfold.ops.paged import triton_kernels
 
     pages, lengths, *_ = table.step()
@@ -71,7 +68,8 @@ def step_pages(
 def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor], *, slack: bool) -> None:
     """After a prompt what stays moves to a pool of its own, at the cost of what stays; one wait, for the counts."""
     counts = mask.sum(1).cpu().numpy().astype(np.int32)
-    if slack or not counts.any() or bool((counts == table.lengths).all()):
+    in_place = table.pool.arena is not None  # which may have no room for both
+    if slack or in_place or not counts.any() or bool((counts == table.lengths).all()):
         naive.keep_pages(table, mask, columns, slack=slack)
         return
     from kvfold.ops.paged import triton_kernels

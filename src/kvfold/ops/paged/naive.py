@@ -92,13 +92,15 @@ def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor], *, slack
         wide = order.view(*order.shape, *[1] * (dense.dim() - 2)).expand(-1, -1, *dense.shape[2:])
         kept[name] = dense.gather(1, wide)
     if shared:
-        table.restart()
-        table.slots(counts)
+        pool, pages, regular = table.room_for(-(-counts // table.pool.page_size))
+        table.move_to(pool, pages, regular=regular)
+        table.lengths = counts.copy()  # not a view that holds the gaps too
+        table.fill_holes()
         table.put(kept, 0, counts)
         return
     table.put({name: x[:, :first] for name, x in columns.items()}, 0, np.minimum(counts, first))
     table.put(kept, first, counts)
-    shorten(table, counts.copy())  # not a view that holds the gaps too
+    shorten(table, counts.copy())
 
 
 def shorten(table: Any, counts: np.ndarray) -> None:

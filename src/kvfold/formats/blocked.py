@@ -1,0 +1,73 @@
+"""Attention over a few stored tokens at a time, for formats whose keys and values are worked out when they are read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kvfold import ops
+from kvfold.formats.tokens import LOG_MASS, POSITION
+from kvfold.rotation import Compact
+
+BLOCK_ELEMENTS = 1 << 22
+"""Numbers in float32 held at once while attending: 16 MB."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Keys and values of some slots, or what is proportional to them.
+
+    `key_scale` multiplies a key's logit and `value_scale` a value's weight, which costs less than the vectors would.
+    """
+
+    keys: Float[Tensor, "B H T D"]
+    values: Float[Tensor, "B H T Dv"]
+    key_scale: Float[Tensor, "B H T"] | None = None
+    value_scale: Float[Tensor, "B H T"] | None = None
+
+
+def attend_blocks(
+    q: Float[Tensor, "B H G Q D"],
+    scale: float,
+    valid: Bool[Tensor, "B H T"],
+    value_size: int,
+    block: Callable[[int, int], Block],
+    column: Callable[[str, int, int], Tensor],
+    *,
+    mass: bool,
+    read: Bool[Tensor, "B H T"] | None = None,
+    compact: Compact | None = None,
+    multiple: int = 1,
+) -> tuple[Float[Tensor, "B H G Q Dv"], Float[Tensor, "B H G Q"]]:
+    """(out, lse) over the slots that are `valid`, and `read` where that is given: the definition, a block at a time.
+
+    `block(start, stop)` and `column(name, start, stop)` give what slots hold; blocks are of a `multiple` of slots. With
+    `mass` the column `LOG_MASS` is added to the logits. No copy of all keys or values is ever there.
+    """
+    (b, h, g, n, d), size = q.shape, valid.shape[-1]
+    queries = q.reshape(b, h, g * n, d).float()
+    ranks = None if compact is None else valid.cumsum(-1) - 1
+    seen = valid if read is None else valid & read
+    out = queries.new_zeros(b, h, g * n, value_size)
+    lse = queries.new_full((b, h, g * n), -torch.inf)
+    step = max(16, BLOCK_ELEMENTS // max(1, b * h * max(g * n, d, value_size)))
+    step = -(-step // multiple) * multiple
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        some = block(start, stop)
+        keys = some.keys.float()
+        if compact is not None and ranks is not None:
+            keys = compact.of(start, stop).rotate_keys(keys, column(POSITION, start, stop), ranks[..., start:stop])
+        logits = queries @ keys.mT
+        logits *= scale if some.key_scale is None else (some.key_scale * scale)[:, :, None]
+        if mass:
+            logits += column(LOG_MASS, start, stop)[:, :, None]
+        logits.masked_fill_(~seen[:, :, None, start:stop], -torch.inf)
+        sums = logits.logsumexp(-1)
+        share = torch.exp(logits - sums.masked_fill(sums == -torch.inf, 0.0)[..., None])
+        if some.value_scale is not None:
+            share *= some.value_scale[:, :, None]
+        out, lse = ops.merge([(out, lse), (share @ some.values.float(), sums)])
+    return out.view(b, h, g, n, -1).to(q.dtype), lse.view(b, h, g, n)
