@@ -37,6 +37,7 @@ def _work(dtype: torch.dtype) -> None:
     chunk = Chunk(states, states, valid, columns)
     segment = Dense().open(Spec.of(chunk))
     segment.append(chunk)
+    segment.append(chunk, even=True)
     segment.attend(q[:, :, None], 1.0)
     for slack in (True, False):
         segment.step(q[:, :, None], one, one, torch.zeros(1, 1, dtype=torch.int32), 1.0, weights=True)

@@ -277,8 +277,8 @@ def test_append_and_step(shape, page, dtype, fallbacks):
             assert close("weights", got[2], probs) is None if table.longest % 2 else got[2] is None
     check()
     assert (held(tables["cpu"])["log_mass"] == 0.5).sum() == 61 * rows
-    # Room at the end is written in place, and the definition copies what is shared.
-    assert set(fallbacks) == {"even": {"append_pages"}, "forked": {"append_pages", "step_pages"}}.get(shape, set())
+    # Room at the end is written in place; what is shared the table has copied before a kernel writes.
+    assert set(fallbacks) == ({"append_pages"} if shape == "even" else set())
 
 
 @pytest.mark.parametrize("shape", ["even", "ragged", "scattered", "forked"])
