@@ -98,9 +98,10 @@ class DepthSegment(PagedSegment):
         return [POSITION, *(name for name in mine if name not in NORMS.values())]
 
     def encode(self, what: str, states: Tensor) -> dict[str, Tensor]:
-        return {what: F.normalize(states.float(), dim=-1), **self._norm(what, states)}
+        return {what: F.normalize(states.float(), dim=-1), **self.norms(what, states)}
 
-    def _norm(self, what: str, states: Tensor) -> dict[str, Tensor]:
+    def norms(self, what: str, states: Tensor) -> dict[str, Tensor]:
+        """The plane of the lengths of keys or values."""
         return {self.own(NORMS[what]): torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)}
 
     def states(self, what: str) -> Tensor:
@@ -135,7 +136,7 @@ class DepthSegment(PagedSegment):
         planes = {"keys": keys, "values": values, POSITION: lower.positions}
         for segment, chunk in ((self, lower), (above, upper)):
             columns = {segment.own(name): column for name, column in chunk.columns.items() if name != POSITION}
-            planes |= columns | segment._norm("keys", chunk.keys) | segment._norm("values", chunk.values)
+            planes |= columns | segment.norms("keys", chunk.keys) | segment.norms("values", chunk.values)
         for name, plane in planes.items():
             self.pool.add_plane(name, Plane(None, plane.dtype))
         self.add(planes, lower.valid)

@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kvfold.pages.rows import Rows, spans
+from kvfold.pages.rows import TableRows, spans
 
 
-class Planes(Rows):
+class Planes(TableRows):
     """Rows, and the tensors of their tokens. What is written here belongs to the writer alone (see `writable`)."""
 
     def valid(self) -> Bool[Tensor, "R T"]:

@@ -1,5 +1,6 @@
 """Who holds what: the pages of each row, in order, and how many slots of them are filled."""
 
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -9,22 +10,20 @@ from torch import Tensor
 from kvfold.pages.pool import PagePool
 
 
-class Frozen:
-    """An array that is read-only once it is set: whoever has sent a copy of it sees by identity that it is the same."""
+def frozen(name: str) -> Any:
+    """A field with an array that is read-only once it is set: by identity one sees that it is the same.
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = f"_{name}"
+    It is read without a call of Python's, as steps do often.
+    """
 
-    def __get__(self, rows: Any, owner: type | None = None) -> np.ndarray:
-        array: np.ndarray = getattr(rows, self.name)
-        return array
-
-    def __set__(self, rows: Any, array: np.ndarray) -> None:
+    def put(rows: Any, array: np.ndarray) -> None:
         array.flags.writeable = False
-        setattr(rows, self.name, array)
+        setattr(rows, f"_{name}", array)
+
+    return property(attrgetter(f"_{name}"), put)
 
 
-class Rows:
+class TableRows:
     """`table` is (R, M) page numbers, -1 where a row has no page; `lengths` is (R,) slots.
 
     Where `regular`, page i of row r is page r * M + i of the pool, and a dense read is a view that costs nothing; a
@@ -32,7 +31,9 @@ class Rows:
     was dropped: a page's worth of them gathers before the rest of the row moves up.
     """
 
-    table, lengths, holes, hole_count = Frozen(), Frozen(), Frozen(), Frozen()
+    table: np.ndarray = frozen("table")
+    holes: np.ndarray = frozen("holes")
+    hole_count: np.ndarray = frozen("hole_count")
 
     def __init__(self, pool: PagePool, rows: int, *, scattered: bool = False):
         self.pool = pool
@@ -45,14 +46,12 @@ class Rows:
         self._known: list[np.ndarray | None] = [None] * 4  # what `on_device` has sent,
         self._sent: list[Tensor | None] = [None] * 4  # and where it lies
 
-    @property
-    def rows(self) -> int:
-        return len(self.lengths)
+    def _set_lengths(self, lengths: np.ndarray) -> None:
+        lengths.flags.writeable = False
+        self._lengths, self.rows = lengths, len(lengths)
+        self.longest = int(lengths.max()) if self.rows else 0  # slots in the longest row
 
-    @property
-    def longest(self) -> int:
-        """Slots in the longest row."""
-        return int(self.lengths.max()) if self.rows else 0
+    lengths: np.ndarray = property(attrgetter("_lengths"), _set_lengths)  # type: ignore[assignment]
 
     @property
     def even(self) -> bool:
@@ -114,7 +113,7 @@ class Rows:
         """Some page of ours is held more than once, by another table or by two rows."""
         return self.pool.shared > 0 and bool((self.pool.refs[self.held] > 1).any())
 
-    def same_pages(self, other: "Rows") -> bool:
+    def same_pages(self, other: "TableRows") -> bool:
         """Whether both hold the same pages, and as much of them."""
         same = self.pool is other.pool and np.array_equal(self.lengths, other.lengths)
         return same and np.array_equal(self.table, other.table) and not (self.holed or other.holed)

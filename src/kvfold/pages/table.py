@@ -11,7 +11,7 @@ from kvfold.pages.rows import nearly_even, spans
 
 
 class PageTable(Moving):
-    """Which pages each row holds, and room for more tokens: see `Rows` for what it keeps, `Planes` for what lies there.
+    """Which pages each row holds, and room for more: see `TableRows` for what it keeps, `Planes` for what lies there.
 
     Where an arena has no room for what a call needs it raises OutOfPages, and nothing has changed.
     """
