@@ -93,9 +93,9 @@ class DepthSegment(PagedSegment):
         """The name that a column of this side's has on the pages."""
         return name if name == POSITION else f"{name}.{self.side}"
 
-    def names(self) -> list[str]:
+    def names(self) -> dict[str, str]:
         mine = [name.removesuffix(f".{self.side}") for name in self.pool.planes if name.endswith(f".{self.side}")]
-        return [POSITION, *(name for name in mine if name not in NORMS.values())]
+        return {name: self.own(name) for name in (POSITION, *mine) if name not in NORMS.values()}
 
     def encode(self, what: str, states: Tensor) -> dict[str, Tensor]:
         return {what: F.normalize(states.float(), dim=-1), **self.norms(what, states)}

@@ -50,9 +50,9 @@ class PagedSegment:
         """The plane of a column."""
         return name
 
-    def names(self) -> list[str]:
-        """The columns."""
-        return [name for name in self.pool.planes if name not in self.codes]
+    def names(self) -> dict[str, str]:
+        """The columns, and their planes."""
+        return {name: name for name in self.table.pool.planes if name not in self.codes}
 
     def like(self: S, table: PageTable, rows: np.ndarray) -> S:
         """A segment over the table of some of our sequences."""
@@ -112,7 +112,10 @@ class PagedSegment:
         return self.own(LOG_MASS) in self.pool.planes
 
     def columns(self) -> tuple[Bool[Tensor, "B H T"], Mapping[str, Tensor]]:
-        return self._rows(self.table.valid()), {name: self.column(name) for name in self.names()}
+        table = self.table
+        shape = (table.rows // self.heads, self.heads, table.longest)
+        names = {name: table.dense(plane).reshape(shape) for name, plane in self.names().items()}
+        return table.valid().view(shape), names
 
     def dense(self) -> Chunk:
         valid, columns = self.columns()
@@ -136,13 +139,18 @@ class PagedSegment:
 
     def add_columns(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Make planes for columns that have none yet; the columns by the names of their planes."""
-        mine = {self.own(name): column for name, column in columns.items()}
-        for name, column in mine.items():
-            self.pool.add_plane(name, Plane(None, column.dtype))
+        mine, pool = {}, self.table.pool
+        for name, column in columns.items():
+            plane = self.own(name)
+            mine[plane] = column
+            if plane not in pool.specs:
+                pool.add_plane(plane, Plane(None, column.dtype))
         return mine
 
     def keep(self, mask: Tensor, columns: Mapping[str, Tensor], *, slack: bool = False) -> None:
-        rows = {name: column.flatten(0, 1) for name, column in self.add_columns(columns).items()}
+        rows = self.add_columns(columns)
+        for name, column in rows.items():
+            rows[name] = column.flatten(0, 1)
         ops.keep_pages(self.table, mask.flatten(0, 1), rows, slack=slack)
 
     def amend(self, slots: Tensor, keys: Tensor | None, values: Tensor | None) -> None:

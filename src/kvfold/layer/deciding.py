@@ -39,7 +39,7 @@ class Moment:
             images, ids = images and images.of_rows(chosen), None if ids is None else ids[chosen.to(ids.device)]
         return Place(
             **vars(self.site), scale=self.scale, module=self.module, prompt=torch.from_numpy(prompt),
-            seen=torch.from_numpy(seen), compact=self.rows.groups[group].method.compact, step=self.plan.shared(group),
+            seen=torch.from_numpy(seen), compact=self.rows.groups[group].method.compact, step=self.plan.steps.setdefault(group, {}),
             token_ids=ids, images=images,
         )  # fmt: skip
 
@@ -50,10 +50,9 @@ class Moment:
         if order is not None and ATTENTION in memo:
             left = memo[ATTENTION]
             memo = {**memo, ATTENTION: left.gather(-1, order[:, :, None, None].expand_as(left))}
-        bounds = (stored.valid.shape[2],) if len(segments) == 1 else self.stored.bounds()
+        bounds, held = ((stored.valid.shape[2],), (segments[0][0],)) if len(segments) == 1 else self.stored.laid()
         if new is not None:
             stored = join([stored, new]) if stored.valid.shape[2] else new
-        held = tuple(form for form, _ in segments)
         return LayerView(stored, queries, self.place(), order=order, bounds=bounds, held=held, memo=memo)
 
     def without_queries(self) -> LayerView:

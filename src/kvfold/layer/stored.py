@@ -75,12 +75,15 @@ class Stored:
         held = [segment for _, segment in self.segments if segment.longest]
         return held[0].lengths() if len(held) == 1 and self.ordered else self.counts()
 
-    def bounds(self) -> tuple[int, ...]:
-        """Where each segment's slots end, counted through all."""
-        return tuple(np.cumsum([segment.longest for _, segment in self.segments]).tolist())
+    def laid(self) -> tuple[tuple[int, ...], tuple[Format, ...]]:
+        """Where each segment's slots end, counted through all, and their formats."""
+        ends = np.cumsum([segment.longest for _, segment in self.segments]).tolist()
+        return tuple(ends), tuple(form for form, _ in self.segments)
 
     def tokens(self) -> tuple[Chunk, Int[Tensor, "B H T"] | None]:
         """All tokens in the order of the text, and where they lie (see `LayerView.order`)."""
+        if len(self.segments) == 1 and self.ordered:
+            return self.segments[0][1].dense(), None
         chunks = [segment.dense() for _, segment in self.segments if segment.longest]
         if not chunks:
             return self.segments[0][1].dense(), None

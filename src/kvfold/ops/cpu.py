@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+"""As what the kernels read floats that NumPy does not know, or not well."""
 _set = threading.local()  # Numba's number of threads is one of each Python thread
 
 
@@ -30,7 +32,7 @@ def widths_fit(*widths: int) -> bool:
     """Whether rows of these many numbers can be read in whole vectors."""
     from kvfold.ops.simd import LANES
 
-    return all(width % LANES == 0 for width in widths)
+    return not any([width % LANES for width in widths])
 
 
 def use_threads() -> int:
@@ -54,8 +56,7 @@ def floats(x: Tensor) -> np.ndarray:
 
 def bits(x: Tensor) -> np.ndarray:
     """A tensor as the kernels read it, contiguous: bfloat16 as uint16, float16 as int16, others as they are."""
-    kind = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}.get(x.dtype, x.dtype)
-    array: np.ndarray = x.contiguous().view(kind).numpy()
+    array: np.ndarray = x.contiguous().view(BITS.get(x.dtype, x.dtype)).numpy()
     return array
 
 

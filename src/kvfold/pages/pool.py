@@ -60,6 +60,7 @@ class PagePool:
         self, planes: Mapping[str, Plane], device: torch.device, page_size: int = PAGE_SIZE, arena: Limit | None = None
     ):
         self.specs = dict(planes)
+        self.per_page = any(spec.per_page for spec in planes.values())  # whether some plane has one entry for a page
         self.page_size = page_size
         self.device = device
         self.arena = arena
@@ -116,6 +117,7 @@ class PagePool:
                 self.arena.reserve(self.pages, self.pages * spec.page_nbytes(self.page_size))
             self.specs[name] = spec
             self.planes[name] = self._empty(spec, self.pages)
+            self.per_page |= spec.per_page
 
     def grow(self, pages: int) -> None:
         """Add free pages; page numbers stay valid."""

@@ -67,5 +67,5 @@ def keep_pages(table: Any, mask: Bool[Tensor, "R T"], columns: Mapping[str, Tens
 
     `slack`: few tokens may leave holes; the rest of a row moves up when a page's worth of them has gathered.
     """
-    assert not any(spec.per_page for spec in table.pool.specs.values()), "what a page has once holds for its tokens"
+    assert not table.pool.per_page, "what a page has once holds for its tokens"
     select("keep_pages", table.pool.planes["keys"])(table, mask, columns, slack=slack)

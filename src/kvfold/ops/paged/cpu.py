@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.ops.cpu import bits, fits, floats, holds, use_threads, widths_fit
+from kvfold.ops.cpu import BITS, fits, floats, holds, use_threads, widths_fit
 from kvfold.ops.dispatch import register
 from kvfold.ops.paged import naive
 
@@ -149,4 +149,6 @@ def _set_columns(table: Any, columns: Mapping[str, Tensor]) -> None:
 
 def _rows(new: Tensor) -> np.ndarray:
     """(R, T, ...) as (R, T, W), the way pools show their planes."""
-    return bits(new if new.dim() == 3 else new[..., None])
+    kind = BITS.get(new.dtype, new.dtype)
+    array: np.ndarray = (new if new.dim() == 3 else new[..., None]).contiguous().view(kind).numpy()
+    return array
