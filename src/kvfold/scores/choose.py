@@ -82,5 +82,5 @@ def drop_from(view: LayerView, first: Int[Tensor, "B H"], number: Int[Tensor, "B
     """
     least, most = map(int, number.aminmax())
     which = torch.arange(max(0, most), device=number.device)
-    slots = torch.searchsorted(view.rank, first[..., None] + which)
+    slots = torch.searchsorted(view.rank.contiguous(), first[..., None] + which)
     return Drop(slots if least == most else slots.masked_fill(which >= number[..., None], -1))
