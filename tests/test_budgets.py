@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfold.budgets import allocate, check_budget, round_shares
+from kvfold.budgets import allocate, check_budget, is_all, round_shares
 from kvfold.budgets.allocate import exempt_layers
 from kvfold.options import check_choice, check_int, check_ints, check_number
 
@@ -33,6 +33,17 @@ def test_a_cap_hands_on_in_proportion():
     assert round_shares(np.array([10.0, 6.0, 1.0]), 7).tolist() == [7, 7, 3]  # what is handed on is capped too
     assert round_shares(np.array([10.0, 0.0]), 4).tolist() == [4, 4]
     assert round_shares(np.array([10.0, 10.0]), 4).tolist() == [4, 4]
+
+
+def test_all_is_a_fraction():
+    assert is_all(1.0) and not any(map(is_all, (1, 0.999, 2, True)))
+
+
+@MANY
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 4), st.integers(1, 3))
+def test_of_an_even_share_only_a_text_that_is_shorter_changes_anything(budget, seen, layers, heads):
+    capped = allocate(budget, 1, min(budget, seen), layers, heads)
+    assert capped == allocate(budget, 1, seen, layers, heads) == ((min(budget, seen),) * heads,) * layers
 
 
 @MANY

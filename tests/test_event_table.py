@@ -13,7 +13,7 @@ from kvfold.methods import Method, Pipeline, Wrapper, list_methods, parse
 from kvfold.methods._merging import Merging
 from kvfold.methods.events import EVENTS, TRAITS
 from kvfold.methods.h2o import H2O
-from kvfold.methods.scored import Over
+from kvfold.methods.scored import Over, Scored
 from kvfold.methods.snapkv import SnapKV
 from kvfold.views.decisions import Drop, Keep, Read
 from views import kept, random_view
@@ -95,6 +95,15 @@ def test_an_event_of_another_package_is_handed_on_or_refused(wrapper, name):
     after = name in ("after_prefill", "after_decode")
     assert (outer is not None) == (merges if after else EVENTS[name].wrapped)
     assert outer is None or outer.listens(name)
+
+
+@pytest.mark.usefixtures("scratch_methods")
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("step", [Scored.after_prefill, Scored.at_step])
+def test_a_ranking_at_every_step_is_no_choice_of_its_own(wrapper, step):
+    another(after_decode=step)
+    outer, plain = wrapped(wrapper, "test-another"), wrapped(wrapper, "snapkv")
+    assert outer.listens("after_decode") and not plain.listens("after_decode")
 
 
 @pytest.mark.usefixtures("scratch_methods")

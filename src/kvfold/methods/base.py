@@ -238,7 +238,7 @@ class Pipeline(Compound):
             self._at_most_one(event.alone, [stage for stage in self.stages if stage.listens(name)])
         for name, trait in TRAITS.items():
             self._at_most_one(trait.alone, [stage for stage in self.stages if getattr(stage, name)])
-        late = [str(stage) for stage in self.stages if stage.listens("after_prompt")]
+        late = [stage for stage in self.stages if stage.listens("after_prompt")]
         if late and self.shares_layers:
             raise ValueError(
                 f"method={self} lets layers share tokens that {late[0]} would drop afterwards: it decides when a "

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -48,7 +47,7 @@ class H2O(Scored):
         return attention + view.columns[SCORE] if SCORE in view.columns else attention
 
     def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
-        return recent(view, (counts * self.recent).floor().to(torch.int64))
+        return recent(view, (counts * self.recent).long())
 
     def carried(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Mapping[str, Tensor]:
         return {SCORE: scores}

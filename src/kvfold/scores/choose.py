@@ -76,7 +76,11 @@ def _lowest(scores: Float[Tensor, "B H T"], number: int) -> Int[Tensor, "B H N"]
 
 
 def drop_from(view: LayerView, first: Int[Tensor, "B H"], number: Int[Tensor, "B H"]) -> Drop:
-    """Drop `number` tokens of each (row, head), from its how-manieth `first` on; for a step at which few go."""
-    which = torch.arange(max(0, int(number.max())), device=view.rank.device)
-    slots = torch.searchsorted(view.rank, first[..., None] + which)
-    return Drop(slots.masked_fill((which >= number[..., None]) | (slots == view.rank.shape[-1]), -1))
+    """Drop `number` tokens of each (row, head), from its how-manieth `first` on; for a step at which few go.
+
+    There must be as many there.
+    """
+    least, most = map(int, number.aminmax())
+    which = torch.arange(max(0, most), device=number.device)
+    slots = torch.searchsorted(view.rank.contiguous(), first[..., None] + which)
+    return Drop(slots if least == most else slots.masked_fill(which >= number[..., None], -1))

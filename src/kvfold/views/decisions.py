@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch.nn.functional as F
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -34,11 +34,10 @@ class Drop:
 
     def staying(self, valid: Bool[Tensor, "B H T"]) -> Bool[Tensor, "B H T"]:
         """Those of the tokens `valid` that stay."""
-        if not self.slots.shape[-1]:
-            return valid
-        size = valid.shape[-1]
-        one_more = F.pad(valid, (0, 1))  # one behind the last: for none
-        return one_more.scatter_(-1, self.slots.long() % (size + 1), False)[..., :size]
+        slots, places = self.slots, torch.arange(valid.shape[-1], device=valid.device)
+        for i in range(slots.shape[-1]):
+            valid = valid & (places != slots[..., i : i + 1])
+        return valid
 
 
 @dataclass(frozen=True)

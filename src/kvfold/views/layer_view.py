@@ -142,7 +142,7 @@ class LayerView(TokenView):
             mask = decision.mask & self.valid
             earlier = tuple((form, others & ~mask) for form, others in self.formats)
             return replace(self, formats=(*earlier, (decision.format, mask)))
-        if isinstance(decision, Keep | Drop):
+        if isinstance(decision, (Keep, Drop)):
             tokens = self.tokens.but(decision.staying(self.valid), {**self.columns, **decision.columns})
             memo = dict(self.memo)
             memo.pop(ATTENTION, None)  # what is left attends anew, but what all queries gave each does not change
