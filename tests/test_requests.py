@@ -9,7 +9,7 @@ import torch
 
 import kvfold
 from kvfold.hf.prompt import Prompt
-from kvfold.layer.plan import Pass
+from kvfold.layer.plan import Plan
 from kvfold.methods import Method
 from kvfold.views import LookAhead, Reader, ReadOn, answered
 from models import feed, subject, tokens
@@ -96,7 +96,7 @@ def by_hand(method: str, prompt: Mapping[str, Any]) -> tuple[list[type], list[li
     """What a method asks for after a prompt of which all is stored, answered by hand; and what each layer keeps."""
     cache = kvfold.Cache(subject("llama"), "full")
     feed(subject("llama"), cache, *prompt.values())
-    view = Prompt(cache, Pass(prefill=True, token_ids=prompt["input_ids"]))
+    view = Prompt(cache, Plan(prefill=True, token_ids=prompt["input_ids"]))
     work, kinds, answer, decisions = kvfold.parse(method).after_prompt(view), [], None, None
     while decisions is None:
         try:

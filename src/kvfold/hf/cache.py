@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from kvfold.hf.anatomy import attention_modules
 from kvfold.hf.batch import Batch
 from kvfold.hf.call.hooks import use_kvfold, watch
-from kvfold.hf.call.host import Host
+from kvfold.hf.call.host import Host, check_reads_on
 from kvfold.hf.layers import PagedLayer, WindowLayer, held_bytes, storage_bytes
 from kvfold.hf.prompt import Prompt
 from kvfold.hf.report import Report, layer_report
@@ -47,6 +47,7 @@ class Cache(Batch):
         chosen = parse(method, **options)
         if prefill_chunk is not None:
             check_int("prefill_chunk", prefill_chunk, 2)
+            check_reads_on(chosen)
         check_model(model, chosen)
         plan = layers_of(model)
         paged = any(type(layer) is DynamicLayer for layer in plan)

@@ -39,8 +39,8 @@ class Moment:
             images, ids = images and images.of_rows(chosen), None if ids is None else ids[chosen.to(ids.device)]
         return Place(
             **vars(self.site), scale=self.scale, module=self.module, prompt=torch.from_numpy(prompt),
-            seen=torch.from_numpy(seen), compact=self.rows.groups[group].method.compact, step=self.plan.steps.setdefault(group, {}),
-            token_ids=ids, images=images,
+            seen=torch.from_numpy(seen), compact=self.rows.groups[group].method.compact,
+            step=self.plan.steps.setdefault(group, {}), token_ids=ids, images=images,
         )  # fmt: skip
 
     def view(self, queries: Queries, new: Chunk | None = None, memo: dict[str, Tensor] | None = None) -> LayerView:

@@ -245,6 +245,13 @@ class Pipeline(Compound):
                 "prompt has been read once more"
             )
 
+    def drops_stored(self) -> Method | None:
+        """A stage that may drop, whatever is read, single stored tokens of a format that can't; None: there is none."""
+        if self.format is None or self.format.traits.addressed == "token" or self.format.traits.requantises:
+            return None
+        events = [name for name, event in EVENTS.items() if event.stored]
+        return next((stage for stage in self.stages if any(map(stage.listens, events))), None)
+
     def _at_most_one(self, what: str, stages: list[Method]) -> None:
         if what and len(stages) > 1:
             both = " and ".join(map(str, stages[:2]))

@@ -82,6 +82,8 @@ class Event:
     """Whether a method that wraps another one hands it on: what is said there does not depend on who is kept."""
     alone: str = ""
     """What at most one stage of a composition may do here, where it is only one."""
+    stored: bool = False
+    """Whether what is decided here is about tokens that are stored, also when a layer reads its first prompt."""
 
 
 EVENTS: dict[str, Event] = {
@@ -90,11 +92,11 @@ EVENTS: dict[str, Event] = {
     ),
     "admit": Event("before a prompt's new tokens attend, layer by layer", _let_in_by_all, wrapped=True),
     "after_prefill": Event("after a forward pass over more than one token, layer by layer", _in_turn),
-    "after_decode": Event("after a forward pass over one generated token, layer by layer", _in_turn),
+    "after_decode": Event("after a forward pass over one generated token, layer by layer", _in_turn, stored=True),
     "before_attend": Event("before a generated token attends, layer by layer", _read_for_all),
-    "after_layer": Event("after a layer is stored", _of_one_layer),
-    "after_forward": Event("after the last layer is stored", _of_all_layers),
-    "after_prompt": Event("after the forward pass over a prompt is over", _after_questions),
+    "after_layer": Event("after a layer is stored", _of_one_layer, stored=True),
+    "after_forward": Event("after the last layer is stored", _of_all_layers, stored=True),
+    "after_prompt": Event("after the forward pass over a prompt is over", _after_questions, stored=True),
 }
 """All events. A new one is a line here, and a method of `Method`."""
 

@@ -17,6 +17,17 @@ from kvfold.methods.base import Decisions, Method
 from kvfold.views import answered
 
 
+def check_reads_on(method: Method) -> None:
+    """ValueError where a method would drop, after a further prompt, tokens that their format can't drop alone."""
+    form = method.format
+    firm = form is not None and form.traits.addressed != "token" and not form.traits.requantises
+    if firm and method.listens("after_prefill"):
+        raise ValueError(
+            f"method={method} would drop single tokens of an earlier prompt from {form}, which holds them by the page: "
+            "give the format requantise=True, or read the text as one prompt"
+        )
+
+
 class Host(Modal):
     """The part of a cache that one call of the model needs."""
 
@@ -82,13 +93,7 @@ class Host(Modal):
     def _check_further_prompt(self) -> None:
         """ValueError where a method would drop, after this prompt, tokens that their format can't drop alone."""
         for group in self.rows.groups:
-            form = group.method.format
-            firm = form is not None and form.traits.addressed != "token" and not form.traits.requantises
-            if firm and group.method.listens("after_prefill"):
-                raise ValueError(
-                    f"method={group.method} would drop tokens of the last prompt from {form}, which drops none alone: "
-                    "give the format requantise=True, or read the text as one prompt"
-                )
+            check_reads_on(group.method)
             if len(self.rows.groups) > 1 and (group.method.own_prefill or group.method.listens("after_prompt")):
                 raise ValueError(
                     f"method={group.method} reads a prompt in its own way, which it can't beside rows of other "
