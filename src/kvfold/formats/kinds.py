@@ -8,9 +8,11 @@ import torch
 
 from kvfold.formats.dense import Dense
 from kvfold.formats.depth import Depth
+from kvfold.formats.fp8 import Fp8
+from kvfold.formats.int4 import Int4
 from kvfold.formats.segment import Format
 
-KINDS: dict[str, type[Any]] = {"dense": Dense, "depth": Depth}
+KINDS: dict[str, type[Any]] = {"dense": Dense, "depth": Depth, "fp8": Fp8, "int4": Int4}
 """All formats, by the names that files have for them."""
 
 
