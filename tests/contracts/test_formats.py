@@ -7,18 +7,19 @@ import torch
 
 import kvfold
 from calibrated import SMALL
-from families import LIMITED, METHODS
+from families import ANYWHERE, LIMITED, METHODS, each
 from kvfold.formats import Dense
 from kvfold.methods.registry import parse
 from models import feed, follow, grow, subject, tokens
 
 pytestmark = pytest.mark.usefixtures("scratch_methods")
 FORMATS = {
-    "bf16": 0.05,
+    "bf16": 0.03,
     "fp8": 0.2,
-    "int4(group=8, channels=8, tail=8, requantise=True)": 0.9,
+    "int4(group=8, channels=8, tail=8, requantise=True)": 0.7,
 }
-"""Formats as they stand behind a method, and how far logits of the tiny models may be from those of float32."""
+"""Formats as they stand behind a method, and how far the tiny models' next logits may be from those of float32, of
+their length. (The worst were .011, .124 and .599 of 38 methods; medians .008, .078 and .100.)"""
 IDS = ["bf16", "fp8", "int4"]
 STEPS = torch.arange(5, 45).view(2, 20)
 HOLDS = [info.slug for info in kvfold.list_methods() if info.kind != "quantize"]
@@ -63,7 +64,7 @@ def bits(plane: torch.Tensor) -> torch.Tensor:
     return plane.contiguous().view(torch.uint8)
 
 
-each_method = pytest.mark.parametrize("slug", HOLDS)
+each_method = each(HOLDS)
 each_format = pytest.mark.parametrize("form", FORMATS, ids=IDS)
 
 
@@ -76,16 +77,13 @@ def test_the_prompt_is_exact_and_steps_are_near(slug, form):
     model = subject("llama")
     plain, (_, cache) = kvfold.Cache(model, slug, **options), made(slug, form)
     truth, got = feed(model, plain, *prompt.values()), feed(model, cache, *prompt.values())
-    if not parse(slug, **options).listens("after_prompt"):  # that one reads on from what is stored
-        torch.testing.assert_close(got[:, -1], truth[:, -1], atol=1e-4, rtol=0)
-        assert [cache.kept(i) for i in range(3)] == [plain.kept(i) for i in range(3)]
-    assert cache.nbytes < plain.nbytes
-    mask, far = prompt["attention_mask"], []
-    for token in STEPS[:, :3].T:
-        mask = grow(mask)
-        truth, got = (feed(model, c, token[:, None], mask) for c in (plain, cache))
-        far.append((truth - got).abs().max())
-    assert max(far) < FORMATS[form]
+    torch.testing.assert_close(got[:, -1], truth[:, -1], atol=1e-4, rtol=0)
+    reads_on = parse(slug, **options).listens("after_prompt")  # from what is stored, so that it may choose others
+    assert reads_on or [cache.kept(i) for i in range(3)] == [plain.kept(i) for i in range(3)]
+    assert cache.nbytes < plain.nbytes or (form not in ("bf16", "fp8") and slug in ANYWHERE)  # one short head, a page
+    mask = grow(prompt["attention_mask"])
+    truth, got = (feed(model, c, STEPS[:, :1], mask) for c in (plain, cache))
+    assert (truth - got).norm() < FORMATS[form] * truth.norm() * (3 if reads_on else 1)
 
 
 @each_method

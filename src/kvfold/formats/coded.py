@@ -69,7 +69,7 @@ class CodedPages(PagedSegment):
     def encode_values(self, values: Float[Tensor, "N Dv"]) -> dict[str, Tensor]:
         """What planes hold of N values."""
         shared = self.value_size // self.pool.planes["value_scale"].shape[-1]
-        wide = values.reshape(len(values), -1, shared)
+        wide = values.reshape(len(values), self.value_size // shared, shared)
         parts = [quantise(some, 2, self._kind) for some in torch.split(wide, _at_once(self.value_size))]
         codes, scale, zero = (torch.cat(x) for x in zip(*parts, strict=True))
         return {"values": pack(codes.flatten(1)), "value_scale": scale[..., 0], "value_zero": zero[..., 0]}

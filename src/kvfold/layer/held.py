@@ -119,17 +119,25 @@ class Held:
         self.stored.open.replayed()
         self.number = self.rows.number
 
-    def mark(self) -> list[np.ndarray]:
-        """What each segment holds, for `rewind`."""
-        return [segment.counts().copy() for _, segment in self.segments]
+    def mark(self) -> list[np.ndarray | Segment]:
+        """What each segment holds, for `rewind`: how much, or where a crop would leave traces, a fork of it."""
+        everyone = np.arange(self.batch)
+        return [
+            segment.counts().copy() if form.traits.crops == "exact" else segment.select(everyone)
+            for form, segment in self.segments
+        ]
 
-    def rewind(self, mark: list[np.ndarray]) -> None:
+    def rewind(self, mark: list[np.ndarray | Segment]) -> None:
         """Take back everything that was appended since; nothing may have been decided in between."""
         if not mark:
             self.clear()
             return
-        for (_, segment), counts in zip(self.segments, mark, strict=True):
-            segment.truncate(counts)
+        for place, ((form, segment), before) in enumerate(zip(self.segments, mark, strict=True)):
+            if isinstance(before, np.ndarray):
+                segment.truncate(before)
+            else:
+                segment.clear()
+                self.stored.segments[place] = (form, before)
         self.number = self.rows.number
 
     def drop_from(self, limit: np.ndarray) -> None:
