@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfold.formats import Dense
 from kvfold.methods import Method, MethodInfo, Pipeline, list_methods, method, parse
+from kvfold.pages import Arena, OutOfPages
 from kvfold.views import LayerView
 from kvfold.views.decisions import Drop, Keep, Read, Rewrite, Store
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Arena",
     "Cache",
     "Dense",
     "Drop",
@@ -20,6 +22,7 @@ __all__ = [
     "LayerView",
     "Method",
     "MethodInfo",
+    "OutOfPages",
     "Pipeline",
     "Read",
     "Rewrite",

@@ -221,3 +221,64 @@ def test_two_threads_give_what_they_give_one_after_the_other():
     for (kept, logits), found in zip(alone, together, strict=True):
         assert found is not None and found[0] == kept
         np.testing.assert_allclose(found[1].numpy(), logits.numpy(), atol=1e-5)
+
+
+# -- a bound on the bytes of all ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method", ["full", "h2o(budget=0.5)", "full | fp8", "full | int4(group=8, channels=8, tail=8)"]
+)
+def test_an_arena_gives_what_a_cache_of_its_own_gives(method):
+    model, prompt = subject("llama"), tokens(40, 23)
+    arena = kvfold.Arena(1 << 22)
+    own, pooled = kvfold.Cache(model, method), kvfold.Cache(model, method, arena=arena)
+    mask = prompt["attention_mask"]
+    one, two = (feed(model, cache, *prompt.values()) for cache in (own, pooled))
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=0)
+    for step in range(12):
+        mask = grow(mask)
+        token = torch.tensor([[5 + step], [7 + step]])
+        one, two = (feed(model, cache, token, mask) for cache in (own, pooled))
+        torch.testing.assert_close(two, one, atol=1e-4, rtol=0)
+    assert [own.kept(i) for i in range(3)] == [pooled.kept(i) for i in range(3)]
+    assert 0 < arena.used_nbytes <= arena.nbytes <= arena.capacity
+    pooled.reset()
+    assert arena.used_nbytes == 0
+
+
+def test_no_room_for_a_token_is_said_before_any_layer_has_read_it():
+    """Rows share an arena; when it is full a row leaves, and the others go on as alone."""
+    model, (one, two, three) = requests("gemma3", ["full", "h2o(budget=0.4)", "full"])
+    arena = kvfold.Arena(90_000)
+    batch = Batch(model)
+    batch.cache = kvfold.Cache(model, "full", arena=arena)
+    for request in (one, two, three):
+        cache = kvfold.Cache(model, request.method, arena=arena)
+        feed(model, cache, request.ids, torch.ones_like(request.ids))
+        batch.cache.join(cache)
+        batch.rows.append(request)
+        batch.step.append(0)
+    steps = 0
+    with pytest.raises(kvfold.OutOfPages, match=r"out of pages: \d+ more need \d+ bytes; \d+ of the arena's 90000"):
+        while True:
+            batch.decode()
+            steps += 1
+            assert arena.nbytes <= arena.capacity and steps < 40
+    held = [batch.cache.kept(core.layer) for core in batch.cache.paged]
+    assert batch.cache.rows.seen.tolist() == [len(r.ids[0]) + steps for r in batch.rows] and steps > 2
+    batch.leave(2)
+    batch.decode()
+    assert [batch.cache.kept(core.layer)[0][0][: len(one.ids[0])] for core in batch.cache.paged] == [
+        rows[0][0][: len(one.ids[0])] for rows in held
+    ]
+
+
+def test_caches_of_different_arenas_do_not_join():
+    model, prompt = subject("llama"), tokens(20)
+    caches = [kvfold.Cache(model, "full", arena=arena) for arena in (None, kvfold.Arena(1 << 20))]
+    for cache in caches:
+        feed(model, cache, *prompt.values())
+    with pytest.raises(ValueError, match="come out of another arena"):
+        caches[0].join(caches[1])
+    assert [cache.rows.batch for cache in caches] == [1, 1]

@@ -1,6 +1,6 @@
 """Attention over a few stored tokens at a time, for formats whose keys and values are worked out when they are read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ from kvfold import ops
 from kvfold.formats.tokens import LOG_MASS, POSITION
 from kvfold.rotation import Compact
 
+Answer = tuple[Float[Tensor, "B H G Q Dv"], Float[Tensor, "B H G Q"], Float[Tensor, "B H G Q T"] | None]
+"""Output, log-sum-exp, and what each slot got of each query where that is known."""
 BLOCK_ELEMENTS = 1 << 22
 """Numbers in float32 held at once while attending: 16 MB."""
 
@@ -40,8 +42,9 @@ def attend_blocks(
     read: Bool[Tensor, "B H T"] | None = None,
     compact: Compact | None = None,
     multiple: int = 1,
-) -> tuple[Float[Tensor, "B H G Q Dv"], Float[Tensor, "B H G Q"]]:
-    """(out, lse) over the slots that are `valid`, and `read` where that is given: the definition, a block at a time.
+    weights: bool = False,
+) -> Answer:
+    """Over the slots that are `valid`, and `read` where that is given: the definition of attention, block by block.
 
     `block(start, stop)` and `column(name, start, stop)` give what slots hold; blocks are of a `multiple` of slots. With
     `mass` the column `LOG_MASS` is added to the logits. No copy of all keys or values is ever there.
@@ -50,6 +53,7 @@ def attend_blocks(
     queries = q.reshape(b, h, g * n, d).float()
     ranks = None if compact is None else valid.cumsum(-1) - 1
     seen = valid if read is None else valid & read
+    asked: list[Tensor] = []
     out = queries.new_zeros(b, h, g * n, value_size)
     lse = queries.new_full((b, h, g * n), -torch.inf)
     step = max(16, BLOCK_ELEMENTS // max(1, b * h * max(g * n, d, value_size)))
@@ -65,9 +69,27 @@ def attend_blocks(
         if mass:
             logits += column(LOG_MASS, start, stop)[:, :, None]
         logits.masked_fill_(~seen[:, :, None, start:stop], -torch.inf)
+        if weights:
+            asked.append(logits)
         sums = logits.logsumexp(-1)
         share = torch.exp(logits - sums.masked_fill(sums == -torch.inf, 0.0)[..., None])
         if some.value_scale is not None:
             share *= some.value_scale[:, :, None]
         out, lse = ops.merge([(out, lse), (share @ some.values.float(), sums)])
-    return out.view(b, h, g, n, -1).to(q.dtype), lse.view(b, h, g, n)
+    left = None
+    if weights:
+        left = torch.exp(torch.cat(asked, -1) - lse[..., None]) if asked else out[..., :0]
+        left = left.nan_to_num(0.0).view(b, h, g, n, -1)
+    return out.view(b, h, g, n, -1).to(q.dtype), lse.view(b, h, g, n), left
+
+
+def merged(parts: Sequence[Answer], *, weights: bool) -> Answer:
+    """Partial answers over slots that follow each other as one; weights of all of them, None where one has none."""
+    if len(parts) == 1:
+        return parts[0]
+    out, lse = ops.merge([part[:2] for part in parts])
+    lefts = [part[2] for part in parts if part[2] is not None]
+    if not weights or len(lefts) < len(parts):
+        return out, lse, None
+    shares = [torch.exp(own - lse).nan_to_num(0.0)[..., None] for _, own, _ in parts]
+    return out, lse, torch.cat([left * share for left, share in zip(lefts, shares, strict=True)], -1)

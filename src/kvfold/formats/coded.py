@@ -130,11 +130,10 @@ class CodedPages(PagedSegment):
             pages = start // self.group, stop // self.group
             return Block(self._key_pages(*pages), self._value_pages(*pages))
 
-        out, lse = attend_blocks(
+        return attend_blocks(
             q, scale, self.valid(), self.value_size, block, self.column, mass=self.weighed,
-            read=read, compact=compact, multiple=self.group,
+            read=read, compact=compact, multiple=self.group, weights=weights,
         )  # fmt: skip
-        return out, lse, None
 
     def _key_pages(self, first: int, last: int) -> Float[Tensor, "B H T D"]:
         codes, scale, zero = (self.table.paged(name, first, last) for name in ("keys", "key_scale", "key_zero"))

@@ -119,10 +119,10 @@ class DepthSegment(TokenSegment):
             return Block(self.plane("keys", start, stop), self.plane("values", start, stop), *norms)
 
         width = self.pool.planes["values"].shape[-1]
-        out, lse = attend_blocks(
-            q, scale, self.valid(), width, block, self.column, mass=self.weighed, read=read, compact=compact
+        return attend_blocks(
+            q, scale, self.valid(), width, block, self.column, mass=self.weighed, read=read, compact=compact,
+            weights=weights,
         )  # fmt: skip
-        return out, lse, None
 
     def append_shared(
         self, above: "DepthSegment", lower: Chunk, upper: Chunk, keys: Float[Tensor, "B H T D"],

@@ -82,7 +82,7 @@ class Fp8Segment(TokenSegment):
             return Block(*codes, *(self.plane(name, start, stop) for name in SCALES.values()))
 
         width = self.pool.planes["values"].shape[-1]
-        out, lse = attend_blocks(
-            q, scale, self.valid(), width, block, self.column, mass=self.weighed, read=read, compact=compact
+        return attend_blocks(
+            q, scale, self.valid(), width, block, self.column, mass=self.weighed, read=read, compact=compact,
+            weights=weights,
         )  # fmt: skip
-        return out, lse, None

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.formats.tokens import Chunk
+from kvfold.pages import PagePool
 from kvfold.rotation import Compact, Rope
 
 
@@ -90,6 +91,10 @@ class Segment(Protocol):
 
     def lengths(self) -> np.ndarray:
         """Slots of each row that are not behind its last token, (B, H)."""
+        ...
+
+    def pages_for(self, more: np.ndarray) -> dict[PagePool, int]:
+        """Pages that must be free, by pool, for `more[b, h]` more tokens, for `Arena.check`."""
         ...
 
     def attend(

@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold import ops
+from kvfold.formats.blocked import merged
 from kvfold.formats.dense import DenseSegment
 from kvfold.formats.paged import PagedSegment, one_each
 from kvfold.formats.tokens import Chunk, join
@@ -98,22 +99,22 @@ class TailedSegment(ABC, Generic[C]):
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         """One softmax over both."""
         if compact is not None and compact.slots is None:
-            compact = Compact(compact.rope, torch.cat([part.valid() for part in self.parts], -1).cumsum(-1) - 1)
+            compact = replace(compact, slots=torch.cat([part.valid() for part in self.parts], -1).cumsum(-1) - 1)
         found, start = [], 0
         for part in self.parts:
             stop = start + part.longest
             if stop > start or part is self.tail:
                 here = None if read is None else read[..., start:stop]
                 turn = None if compact is None else compact.of(start, stop)
-                found.append(part.attend(q, scale, read=here, compact=turn)[:2])
+                found.append(part.attend(q, scale, read=here, compact=turn, weights=weights))
             start = stop
-        return *ops.merge(found), None
+        return merged(found, weights=weights)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         self.append(one_each(k, v, positions), even=True)
-        return self.attend(q, scale)
+        return self.attend(q, scale, weights=weights)
 
     # -- rows and pages ----------------------------------------------------------------------------------------
 

@@ -85,6 +85,8 @@ class Batch(Host):
                     raise ValueError(f"method={group.method} lets layers share memory: its rows can't join others")
             if cache.reading is not None:
                 raise ValueError(f"method={cache.method} chose what of its text was read: its rows can't join others")
+        if self.arena is not other.arena:
+            raise ValueError("other's pages come out of another arena than ours: rows keep theirs")
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             if not isinstance(mine, PagedLayer):
                 check_join(mine, theirs)

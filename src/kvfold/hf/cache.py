@@ -26,6 +26,7 @@ from kvfold.layer.rows import Rows
 from kvfold.methods.base import Method
 from kvfold.methods.registry import parse
 from kvfold.options import check_int
+from kvfold.pages import Arena
 from kvfold.views import LayerView
 
 
@@ -37,13 +38,16 @@ class Cache(Batch):
     their window and linear-attention layers their state: no method sees them. With `prefill_chunk` the model reads
     longer inputs in chunks of so many tokens, and the method decides after each: no layer ever holds more than its
     budget and a chunk (the answer is then not that of one pass, but for `full`; see docs/architecture.md).
+    With an `arena` its pages come out of that, which bounds the bytes of all caches that have it: a generated token
+    for which there is no room raises OutOfPages before any layer has read it.
 
     Raises ValueError for a model that can't work, naming what is missing, and for options that don't fit.
     """
 
     def __init__(
-        self, model: PreTrainedModel, method: str | Method = "full", *, prefill_chunk: int | None = None, **options: Any
-    ):
+        self, model: PreTrainedModel, method: str | Method = "full", *, prefill_chunk: int | None = None,
+        arena: Arena | None = None, **options: Any,
+    ):  # fmt: skip
         chosen = parse(method, **options)
         if prefill_chunk is not None:
             check_int("prefill_chunk", prefill_chunk, 2)
@@ -51,7 +55,7 @@ class Cache(Batch):
         check_model(model, chosen)
         plan = layers_of(model)
         paged = any(type(layer) is DynamicLayer for layer in plan)
-        self.model, self.prefill_chunk = model, prefill_chunk
+        self.model, self.prefill_chunk, self.arena = model, prefill_chunk, arena
         self.rows = Rows(chosen.bind(model) if paged else chosen)
         super().__init__(self._layers(plan))
         if not paged:
@@ -75,7 +79,7 @@ class Cache(Batch):
                         f"method={self.method} needs RoPE with fixed angles to move tokens; "
                         f"{type(self.model).__name__} has none that it could use in layer {index}"
                     )
-                layers.append(PagedLayer(self, KVLayer(self.rows, index, paged, len(plan), rope)))
+                layers.append(PagedLayer(self, KVLayer(self.rows, index, paged, len(plan), rope, self.arena)))
             elif type(layer) is DynamicSlidingWindowLayer:
                 layers.append(WindowLayer(sliding_window=layer.sliding_window))
             else:
@@ -197,7 +201,8 @@ class Cache(Batch):
         """
         self.settle_pending()
         other = type(self).__new__(type(self))
-        other.model, other.prefill_chunk, other.rows = self.model, self.prefill_chunk, self.rows.fork()
+        other.model, other.prefill_chunk, other.arena = self.model, self.prefill_chunk, self.arena
+        other.rows = self.rows.fork()
         layers = [
             self._fork_layer(layer, other) if isinstance(layer, PagedLayer) else copy.deepcopy(layer)
             for layer in self.layers

@@ -26,8 +26,8 @@ def commit(stored: Stored, view: LayerView, new: Chunk | None, *, slack: bool = 
         staying = staying & ~mask
     promoted = _write_over(stored, view, staying, held)
     # What goes elsewhere is fetched before its slots are overwritten.
-    fetched = [(number, _fetch(view, mask)) for number, mask in moves]
-    fresh = _fresh(view, new, staying, promoted, held)
+    fetched = [(number, _fetch(stored, view, mask)) for number, mask in moves]
+    fresh = _fresh(stored, view, new, staying, promoted, held)
     _keep(stored, view, staying if promoted is None else staying & ~promoted, held, slack)
     if fresh is not None:
         stored.append(fresh)
@@ -48,6 +48,7 @@ def _stay(stored: Stored, view: LayerView, new: Chunk | None, held: int, slack: 
 
 
 def _fresh(
+    stored: Stored,
     view: LayerView,
     new: Chunk | None,
     staying: Bool[Tensor, "B H T"],
@@ -57,7 +58,7 @@ def _fresh(
     """The tokens that the open segments get: new ones, and before them those that were written over elsewhere."""
     if promoted is not None:
         behind = torch.arange(staying.shape[-1], device=staying.device) >= held
-        return _fetch(view, staying & (promoted | behind))
+        return _fetch(stored, view, staying & (promoted | behind))
     if new is None:
         return None
     columns = {name: column[..., held:] for name, column in view.columns.items()}
@@ -88,7 +89,7 @@ def _write_over(stored: Stored, view: LayerView, staying: Tensor, held: int) -> 
             return None
     touched = _touched(stored, view, held) & staying
     inside = touched & here
-    tokens = _fetch(view, inside)
+    tokens = _fetch(stored, view, inside)
     if tokens is not None:
         places = _at(view, inside)
         for number in set(stored.opened.tolist()):
@@ -144,13 +145,23 @@ def _slots(mask: Bool[Tensor, "B H T"]) -> Int[Tensor, "B H N"]:
     return torch.argsort((~mask).byte(), dim=-1, stable=True)[..., :most]
 
 
-def _fetch(view: LayerView, mask: Bool[Tensor, "B H T"]) -> Chunk | None:
-    """The marked tokens as a chunk of their own; None where there are none."""
+def _fetch(stored: Stored, view: LayerView, mask: Bool[Tensor, "B H T"]) -> Chunk | None:
+    """The marked tokens as a chunk of their own; None where there are none.
+
+    Where nothing is written over, and all lie in one segment, no other segment is asked for keys and values.
+    """
     slots = _slots(mask)
     if not slots.shape[-1]:
         return None
-    tokens = view.tokens.take(slots)
-    return Chunk(tokens.keys, tokens.values, mask.gather(-1, slots), tokens.columns)
+    valid, tokens = mask.gather(-1, slots), view.tokens.take(slots)
+    if not (view.rewritten or view.amended):
+        homes = torch.unique(view.home.gather(-1, slots)[valid]).tolist()
+        if len(homes) == 1 and homes[0] >= 0:
+            start = 0 if homes[0] == 0 else view.bounds[homes[0] - 1]
+            places = (_at(view, mask) - start).clamp(min=0, max=view.bounds[homes[0]] - start - 1)
+            own = stored.segments[homes[0]][1].dense().take(places)
+            return Chunk(own.keys, own.values, valid, tokens.columns)
+    return Chunk(tokens.keys, tokens.values, valid, tokens.columns)
 
 
 def _at(view: LayerView, mask: Bool[Tensor, "B H T"]) -> Int[Tensor, "B H N"]:

@@ -8,11 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvfold import ops
 from kvfold.formats import POSITION, Chunk, Format, Segment, Spec, join
+from kvfold.formats.blocked import Answer, merged
 from kvfold.rotation import Compact
-
-Answer = tuple[Float[Tensor, "B H G Q Dv"], Float[Tensor, "B H G Q"], Float[Tensor, "B H G Q T"] | None]
 
 
 class Stored:
@@ -119,7 +117,7 @@ class Stored:
                 turn = None if compact is None else compact.of(start, stop)
                 parts.append(segment.attend(q, scale, read=here, compact=turn, weights=weights))
             start = stop
-        return _merged(parts, weights)
+        return merged(parts, weights=weights)
 
     def step(
         self, q: Float[Tensor, "B H G 1 D"], k: Tensor, v: Tensor, positions: Int[Tensor, "B 1"], scale: float,
@@ -136,7 +134,7 @@ class Stored:
                 parts.append(segment.step(q, k, v, positions, scale, weights=weights))
             elif segment.longest:
                 parts.append(segment.attend(q, scale, weights=weights))
-        return _merged(parts, weights)
+        return merged(parts, weights=weights)
 
     def append(self, chunk: Chunk, *, even: bool = False) -> None:
         """Add the chunk's valid tokens to the segments that are open for their rows; `even`: all are valid."""
@@ -203,18 +201,6 @@ class Stored:
         for _, segment in self.segments:
             segment.clear()
         self.ordered = True
-
-
-def _merged(parts: list[Answer], weights: bool) -> Answer:
-    """Partial answers as one; weights of all of them, or None where one has none."""
-    if len(parts) == 1:
-        return parts[0]
-    out, lse = ops.merge([part[:2] for part in parts])
-    if not weights or any(part[2] is None for part in parts):
-        return out, lse, None
-    shares = [torch.exp(own - lse).nan_to_num(0.0)[..., None] for _, own, _ in parts]
-    lefts = [left for _, _, left in parts if left is not None]
-    return out, lse, torch.cat([left * share for left, share in zip(lefts, shares, strict=True)], -1)
 
 
 def as_stored(slots: Tensor, order: Tensor | None) -> Tensor:

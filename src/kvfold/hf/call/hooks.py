@@ -138,6 +138,9 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
     call.token_ids, call.plan = (ids if isinstance(ids, torch.Tensor) else None), None
     call.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
     call.images = find_images(cache, call.token_ids, call.mask)
+    read = ids if ids is not None else kwargs.get("inputs_embeds")
+    if call.marks is not None and isinstance(read, torch.Tensor):
+        cache.check_pass(read.shape[1])
     return changed
 
 

@@ -79,8 +79,8 @@ class Host(Modal):
     def _plan(self, tokens: int) -> Plan:
         call, mode, rows = self.call, self.mode, self.rows
         prefill, later = self.reads_prompt(tokens), self.pending.recording and rows.width > 0
-        if prefill and not later and mode.listening and rows.width:
-            self._check_further_prompt()
+        if call.marks is None:  # else the hook has asked, before any layer had read
+            self.check_pass(tokens)
         prompts = None
         if prefill and isinstance(mode.prefilling, tuple):
             prompts = np.isin(np.arange(rows.batch), mode.prefilling)
@@ -90,8 +90,33 @@ class Host(Modal):
             images=call.images,
         )  # fmt: skip
 
+    def check_pass(self, tokens: int) -> None:
+        """Raise, before any layer has read, where a pass over so many tokens can't be.
+
+        ValueError where a method would drop tokens that their format can't drop alone, or reads prompts in its own way
+        beside rows of others; OutOfPages where an arena has no room for a generated token in every layer. (What a
+        prompt leaves of its tokens is known when they were read.)
+        """
+        if not self.rows.width:
+            return
+        if not self.reads_prompt(tokens):
+            self._check_room()
+        elif self.mode.listening and not self.pending.recording:
+            self._check_further_prompt()
+
+    def _check_room(self) -> None:
+        if self.arena is None:
+            return
+        wanted: dict[Any, int] = {}
+        for core in self.paged:
+            stored, heads = core.stored, core.stored.spec.heads
+            for number in np.unique(stored.opened):
+                more = np.repeat((stored.opened == number).astype(np.int32)[:, None], heads, 1)
+                for pool, pages in stored.segments[number][1].pages_for(more).items():
+                    wanted[pool] = wanted.get(pool, 0) + pages
+        self.arena.check(wanted)
+
     def _check_further_prompt(self) -> None:
-        """ValueError where a method would drop, after this prompt, tokens that their format can't drop alone."""
         for group in self.rows.groups:
             check_reads_on(group.method)
             if len(self.rows.groups) > 1 and (group.method.own_prefill or group.method.listens("after_prompt")):

@@ -14,6 +14,7 @@ from kvfold.hf.call.reading import Reading
 from kvfold.hf.layers import PagedLayer
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.rows import Rows
+from kvfold.pages import Arena
 from kvfold.views import LayerView
 
 
@@ -39,6 +40,8 @@ class Modal(HFCache):
     layers: list[Any]
     model: Any
     prefill_chunk: int | None
+    arena: Arena | None
+    """What its pages come out of; None: they are the cache's own."""
     rows: Rows
     paged: list[KVLayer]
     """The layers whose tokens are on pages, in order."""
