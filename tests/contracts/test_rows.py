@@ -223,7 +223,7 @@ def test_two_threads_give_what_they_give_one_after_the_other():
         np.testing.assert_allclose(found[1].numpy(), logits.numpy(), atol=1e-5)
 
 
-# -- a bound on the bytes of all ---------------------------------------------------------------------------
+# -- a bound on the bytes of all ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

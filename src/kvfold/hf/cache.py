@@ -203,11 +203,7 @@ class Cache(Batch):
         other = type(self).__new__(type(self))
         other.model, other.prefill_chunk, other.arena = self.model, self.prefill_chunk, self.arena
         other.rows = self.rows.fork()
-        layers = [
-            self._fork_layer(layer, other) if isinstance(layer, PagedLayer) else copy.deepcopy(layer)
-            for layer in self.layers
-        ]
-        Host.__init__(other, layers)
+        Host.__init__(other, [_forked(layer, other) for layer in self.layers])
         other.reading = self.reading
         return other
 
@@ -221,12 +217,6 @@ class Cache(Batch):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a kvfold cache belongs to its model and can't be pickled; use cache.save(path) and Cache.load")
 
-    @staticmethod
-    def _fork_layer(layer: PagedLayer, owner: "Cache") -> PagedLayer:
-        forked = PagedLayer(owner, layer.core.fork(owner.rows))
-        forked.is_initialized = layer.is_initialized or layer.core.width > 0
-        return forked
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a safetensors file, by a temporary name first. See kvfold.hf.saving.file."""
         save(self, path)
@@ -236,6 +226,15 @@ class Cache(Batch):
         """Read a cache that `save` wrote for this model. Raises ValueError where it does not fit the model."""
         loaded: Cache = load(path, lambda method, chunk: cls(model, method, prefill_chunk=chunk))
         return loaded
+
+
+def _forked(layer: Any, owner: Cache) -> Any:
+    """A layer for a fork: over the same pages, or a copy."""
+    if not isinstance(layer, PagedLayer):
+        return copy.deepcopy(layer)
+    forked = PagedLayer(owner, layer.core.fork(owner.rows))
+    forked.is_initialized = layer.is_initialized or layer.core.width > 0
+    return forked
 
 
 def layers_of(model: PreTrainedModel) -> list[Any]:

@@ -137,6 +137,7 @@ class Held:
                 segment.truncate(before)
             else:
                 segment.clear()
+                before.truncate(before.counts())  # which gives back what the pages have grown by
                 self.stored.segments[place] = (form, before)
         self.number = self.rows.number
 
