@@ -1,4 +1,4 @@
-"""What is compiled beforehand is what decoding calls: an array of another kind would be compiled for at the first token."""
+"""What is compiled beforehand is what decoding calls: an array of another kind would be compiled for when it comes."""
 
 import numpy as np
 import torch

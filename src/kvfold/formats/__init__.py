@@ -2,6 +2,8 @@
 
 from kvfold.formats.dense import Dense, DenseSegment
 from kvfold.formats.depth import Depth, DepthSegment
+from kvfold.formats.fp8 import Fp8, Fp8Segment
+from kvfold.formats.int4 import Int4, Int4Segment
 from kvfold.formats.paged import PagedSegment
 from kvfold.formats.segment import Format, Segment, Spec, Traits
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk, join
@@ -15,6 +17,10 @@ __all__ = [
     "Depth",
     "DepthSegment",
     "Format",
+    "Fp8",
+    "Fp8Segment",
+    "Int4",
+    "Int4Segment",
     "LateChunk",
     "PagedSegment",
     "Segment",

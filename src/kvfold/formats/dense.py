@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kvfold import ops
-from kvfold.formats.paged import PagedSegment, open_table, restored
+from kvfold.formats.by_token import TokenSegment
+from kvfold.formats.paged import open_table, restored
 from kvfold.formats.segment import Segment, Spec, Traits
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk
 from kvfold.options import check_choice, check_int
@@ -48,7 +49,7 @@ class Dense:
         return self.open(Spec.of(chunk))
 
 
-class DenseSegment(PagedSegment):
+class DenseSegment(TokenSegment):
     """Keys and values as they are."""
 
     def encode(self, what: str, states: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvfold.formats.blocked import Block, attend_blocks
-from kvfold.formats.paged import PagedSegment, open_table, restored
+from kvfold.formats.by_token import TokenSegment
+from kvfold.formats.paged import open_table, restored
 from kvfold.formats.segment import Segment, Spec, Traits
 from kvfold.formats.tokens import POSITION, Chunk
 from kvfold.options import check_choice, check_int
@@ -56,7 +57,7 @@ class Depth:
             raise ValueError(f"upto={upto!r} must be {spec.rows} ints")
         if state is not None and (state.dim() != 2 or len(state) != spec.rows):
             raise ValueError(f"state={tuple(state.shape)} must be ({spec.rows}, N)")
-        if isinstance(twin, PagedSegment) and not planes.keys() <= twin.pool.specs.keys():
+        if isinstance(twin, DepthSegment) and not planes.keys() <= twin.pool.specs.keys():
             lacking = sorted(planes.keys() - twin.pool.specs.keys())
             raise ValueError(f"{lacking[0]} is not among what the segment that holds the same pages has")
         tokens = {name: plane for name, plane in tensors.items() if name != "state"}
@@ -70,7 +71,7 @@ class Depth:
         return self.open(Spec.of(chunk))
 
 
-class DepthSegment(PagedSegment):
+class DepthSegment(TokenSegment):
     """Directions on pages that the other layer's segment may hold too, by reference counts, as two beams hold theirs.
 
     Lengths and all columns but the position belong to one side; they lie on the same pages, under names of their own.
@@ -116,9 +117,9 @@ class DepthSegment(PagedSegment):
             norms = (self.column(norm, start, stop) for norm in (KEY_NORM, VALUE_NORM))
             return Block(self.plane("keys", start, stop), self.plane("values", start, stop), *norms)
 
-        valid, width = self._rows(self.table.valid()), self.pool.planes["values"].shape[-1]
+        width = self.pool.planes["values"].shape[-1]
         out, lse = attend_blocks(
-            q, scale, valid, width, block, self.column, mass=self.weighed, read=read, compact=compact
+            q, scale, self.valid(), width, block, self.column, mass=self.weighed, read=read, compact=compact
         )  # fmt: skip
         return out, lse, None
 
@@ -145,7 +146,7 @@ class DepthSegment(PagedSegment):
         """Whether both hold the same pages, or nothing."""
         return not (self.longest or other.longest) or self.table.same_pages(other.table)
 
-    def same_pages(self, other: Segment) -> bool:
+    def same_pages(self, other: Any) -> bool:
         return isinstance(other, DepthSegment) and self.twin(other)
 
     def like(self, table: PageTable, rows: np.ndarray) -> "DepthSegment":
@@ -153,7 +154,7 @@ class DepthSegment(PagedSegment):
         kept = None if known is None else known[torch.from_numpy(rows).to(known.device)]
         return DepthSegment(table, self.heads, self.compute, self.side, self.upto[rows], kept)
 
-    def join(self, other: Segment) -> None:
+    def join(self, other: Any) -> None:
         if not isinstance(other, DepthSegment) or other.side != self.side:
             raise ValueError(f"other={other!r} must be a DepthSegment of side {self.side}")
         known = [x.remembered for x in (self, other) if x.batch]

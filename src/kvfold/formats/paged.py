@@ -1,5 +1,6 @@
 """What segments on pages have in common, whatever their planes mean."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -8,43 +9,33 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from kvfold import ops
 from kvfold.formats.segment import Segment, Spec
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk
 from kvfold.pages import PagePool, PageTable, Plane
-from kvfold.pages.rows import spans
 from kvfold.rotation import Compact
 
 S = TypeVar("S", bound="PagedSegment")
 
 
-class PagedSegment:
-    """Tokens on pages, one row of the page table for each (sequence, KV head).
+class PagedSegment(ABC):
+    """Tokens on pages, one row of the page table for each (sequence, KV head)."""
 
-    A format says what it writes for keys and values (`encode`), and how it reads them (`states`, `attend`).
-    """
-
-    codes = ("keys", "values")
+    codes: tuple[str, ...] = ("keys", "values")
     """Planes that are no columns."""
 
     def __init__(self, table: PageTable, heads: int, compute: torch.dtype):
         self.table, self.heads, self.compute = table, heads, compute
 
-    # -- what a format has of its own --------------------------------------------------------------------------
-
-    def encode(self, what: str, states: Tensor) -> dict[str, Tensor]:
-        """What the planes hold of "keys" or "values" (B, H, T, D)."""
-        raise NotImplementedError
-
+    @abstractmethod
     def states(self, what: str) -> Tensor:
         """All "keys" or "values", (B, H, T, D), as the model computes in."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attend(
         self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None,
         weights: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        raise NotImplementedError
+        """See `Segment.attend`."""
 
     def own(self, name: str) -> str:
         """The plane of a column."""
@@ -111,28 +102,16 @@ class PagedSegment:
         """Whether tokens have a mass."""
         return self.own(LOG_MASS) in self.pool.planes
 
+    def valid(self) -> Bool[Tensor, "B H T"]:
+        """Which slots are tokens."""
+        return self._rows(self.table.valid())
+
     def columns(self) -> tuple[Bool[Tensor, "B H T"], Mapping[str, Tensor]]:
-        return self._rows(self.table.valid()), {name: self.column(name) for name in self.names()}
+        return self.valid(), {name: self.column(name) for name in self.names()}
 
     def dense(self) -> Chunk:
         valid, columns = self.columns()
         return LateChunk(lambda: self.states("keys"), lambda: self.states("values"), valid, columns)
-
-    def step(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        wide = positions[:, None].expand(-1, self.heads, -1)
-        self.append(Chunk(k, v, torch.ones_like(wide, dtype=torch.bool), {POSITION: wide}), even=True)
-        return self.attend(q, scale, weights=weights)
-
-    def append(self, chunk: Chunk, *, even: bool = False) -> None:
-        planes = self.encode("keys", chunk.keys) | self.encode("values", chunk.values)
-        self.add(planes | self.add_columns(chunk.columns), None if even else chunk.valid)
-
-    def add(self, planes: Mapping[str, Tensor], valid: Tensor | None) -> None:
-        """Write planes (B, H, T, ...) of new tokens; `valid`: which are (None: all)."""
-        rows = {name: plane.flatten(0, 1) for name, plane in planes.items()}
-        ops.append_pages(self.table, rows, None if valid is None else valid.flatten(0, 1))
 
     def add_columns(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Make planes for columns that have none yet; the columns by the names of their planes."""
@@ -141,24 +120,12 @@ class PagedSegment:
             self.pool.add_plane(name, Plane(None, column.dtype))
         return mine
 
-    def keep(self, mask: Tensor, columns: Mapping[str, Tensor], *, slack: bool = False) -> None:
-        rows = {name: column.flatten(0, 1) for name, column in self.add_columns(columns).items()}
-        ops.keep_pages(self.table, mask.flatten(0, 1), rows, slack=slack)
-
-    def amend(self, slots: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
-        chosen = slots.flatten(0, 1)
-        some = chosen >= 0
-        rows, at = some.nonzero()[:, 0].cpu().numpy(), chosen[some].cpu().numpy()
-        new = {} if keys is None else self.encode("keys", keys)
-        new |= {} if values is None else self.encode("values", values)
-        self.table.write(rows, at, {name: plane.flatten(0, 1)[some] for name, plane in new.items()})
-
     def truncate(self, counts: np.ndarray, *, slack: bool = False) -> None:
         self.table.cut(counts.reshape(-1))
         self.table.trim(slack=slack)
 
     def cropped(self, limit: np.ndarray) -> None:
-        """Nothing is remembered beside the tokens."""
+        return  # nothing is remembered beside the tokens
 
     # -- rows and pages ----------------------------------------------------------------------------------------
 
@@ -166,10 +133,10 @@ class PagedSegment:
         wide = (np.asarray(rows)[:, None] * self.heads + np.arange(self.heads)).reshape(-1)
         return self.like(self.table.select(wide), np.asarray(rows))
 
-    def join(self, other: Segment) -> None:
+    def join(self, other: Any) -> None:
         """Raises ValueError where it is no segment of the same format and sizes."""
         mine, theirs = ((type(x).__name__, getattr(x, "heads", 0), getattr(x, "compute", None)) for x in (self, other))
-        if not isinstance(other, PagedSegment) or mine != theirs:
+        if mine != theirs:
             raise ValueError(f"other={theirs} (format, heads, dtype) must be {mine}, as this segment is")
         self.table.join(other.table)
 
@@ -190,16 +157,17 @@ class PagedSegment:
     def shared(self) -> bool:
         return self.table.shared
 
-    def same_pages(self, other: Segment) -> bool:
+    def same_pages(self, other: Any) -> bool:
         return isinstance(other, PagedSegment) and self.longest > 0 and self.table.same_pages(other.table)
 
     def state(self, *, of: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Closes holes first, so that what is read back lies as this does."""
-        if self.table.holed:
-            self.keep(self.columns()[0], {})
-        rows, slots = spans(np.zeros_like(self.table.lengths), self.table.lengths)
-        tensors = {} if of is not None else self.table.read(self.pool.planes, rows, slots)
-        return {"counts": self.counts().tolist()}, tensors
+        return {"counts": self.counts().tolist()}, {} if of is not None else self.table.flat()
+
+
+def one_each(k: Tensor, v: Tensor, positions: Tensor) -> Chunk:
+    """One token for each row, (B, H, 1, D) at text positions (B, 1)."""
+    wide = positions[:, None].expand(-1, k.shape[1], -1)
+    return Chunk(k, v, torch.ones_like(wide, dtype=torch.bool), {POSITION: wide})
 
 
 def open_table(form: Any, spec: Spec, planes: Mapping[str, Plane], page_size: int, **options: Any) -> PageTable:
@@ -224,10 +192,14 @@ def said_counts(spec: Spec, said: Mapping[str, Any], name: str = "counts") -> np
     return counts.astype(np.int64)
 
 
-def check_tensors(tensors: Mapping[str, Tensor], planes: Mapping[str, Plane], total: int) -> None:
-    """Raise ValueError unless there is a tensor of `total` tokens for each plane, and all others are columns."""
+def check_tensors(
+    tensors: Mapping[str, Tensor], planes: Mapping[str, Plane], counts: np.ndarray, page_size: int = 1
+) -> None:
+    """Raise ValueError unless there is a tensor of so many tokens for each plane, and all others are columns."""
+    tokens, pages = int(counts.sum()), int((-(-counts // page_size)).sum())
     for name in planes | tensors.keys():
         found, spec = tensors.get(name), planes.get(name)
+        total = pages if spec is not None and spec.per_page else tokens
         shape = (total,) if spec is None or spec.width is None else (total, spec.width)
         if found is None or tuple(found.shape) != shape or (spec is not None and found.dtype != spec.dtype):
             held = None if found is None else (tuple(found.shape), found.dtype)
@@ -246,9 +218,13 @@ def restored(
         segment = opened()
         segment.table = twin.table.fork()
         return segment
-    check_tensors(tensors, planes, int(counts.sum()))
-    segment = opened()
+    check_tensors(tensors, planes, counts)
+    return refilled(opened(), counts, tensors)
+
+
+def refilled(segment: S, counts: np.ndarray, tensors: Mapping[str, Tensor]) -> S:
+    """An empty segment with the tokens of a state that has been looked at."""
     for name, plane in tensors.items():
         segment.pool.add_plane(name, Plane(None, plane.dtype))
-    segment.table.add(counts.reshape(-1), {name: plane.to(spec.device) for name, plane in tensors.items()})
+    segment.table.add(counts.reshape(-1), {name: plane.to(segment.pool.device) for name, plane in tensors.items()})
     return segment

@@ -79,11 +79,11 @@ class Moving(Planes):
     def drop_pages(self, gone: np.ndarray) -> None:
         """Drop the pages that `gone` (R, M) marks, with all their tokens; what is behind them moves up, uncopied.
 
-        Rows have no room for more tokens then, and must have had no holes. The pool keeps its size: see `trim`.
+        Only full pages, and the last of a row; there must be no holes. The pool keeps its size: see `trim`.
         """
         first = np.arange(self.table.shape[1]) * self.pool.page_size
         tokens = np.clip(self.lengths[:, None] - first, 0, self.pool.page_size)
-        stays = (tokens > 0) & ~gone
+        stays = (self.table >= 0) & ~(gone & (tokens > 0))
         self.pool.release(self.table[(self.table >= 0) & ~stays])
         order = np.argsort(~stays, axis=1, kind="stable")[:, : max(stays.sum(1), default=0)]
         self.table = np.take_along_axis(np.where(stays, self.table, np.int32(-1)), order, 1)

@@ -53,6 +53,12 @@ class Planes(Rows):
         pages, offsets = self._at(rows, slots)
         return {name: self.pool.planes[name][pages, offsets] for name in names}
 
+    def flat(self) -> dict[str, Tensor]:
+        """Every plane without gaps, row by row, as `PageTable.add` takes them: (N, ...), holes included."""
+        pages, offsets = self._at(*self.spans())
+        begun, specs = pages[offsets == 0], self.pool.specs
+        return {n: x[begun] if specs[n].per_page else x[pages, offsets] for n, x in self.pool.planes.items()}
+
     def put(self, planes: Mapping[str, Tensor], start: int, stop: np.ndarray) -> None:
         """Write `planes` (R, T, ...) over the slots from `start` to `stop[r]` of row r; no page may be shared."""
         if not planes or self.regular:

@@ -130,6 +130,10 @@ class Rows:
         holes = self.holes.copy() if known else np.zeros((self.rows, self.pool.page_size), dtype=np.int32)
         return holes, self.hole_count.copy()
 
+    def spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """Row and slot of all slots, row by row."""
+        return spans(np.zeros_like(self.lengths), self.lengths)
+
     def cut(self, counts: np.ndarray) -> None:
         """Keep the first `counts[r]` tokens of each row, and the holes right behind them; the pages stay."""
         lengths = np.minimum(counts, self.counts).astype(np.int32)

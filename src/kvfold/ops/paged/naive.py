@@ -21,7 +21,7 @@ def attend_pages(
     def rows(plane: Tensor) -> Tensor:
         return plane.reshape(b, h, *plane.shape[1:])
 
-    keys, values = rows(table.dense("keys")), rows(table.dense("values"))
+    keys, values = rows(table.dense("keys")).to(q.dtype), rows(table.dense("values"))
     if compact is not None:
         keys = compact.rotate_keys(keys, rows(table.dense(position)), rows(table.valid().cumsum(1) - 1))
     bias = None if mass is None else rows(table.dense(mass))
@@ -31,7 +31,7 @@ def attend_pages(
         bias = torch.where(seen, torch.zeros((), device=seen.device) if bias is None else bias, -torch.inf)
     # The heads of a group, and all their queries, read the same keys: one block of G * Q queries per KV head.
     block = q.reshape(b, h, g * n, d)
-    keys, bias = keys.to(q.dtype), None if bias is None else bias[:, :, None]
+    bias = None if bias is None else bias[:, :, None]
     out, lse = attend(block, keys, values.to(q.dtype), scale, bias)
     shaped = out.view(b, h, g, n, values.shape[-1]), lse.view(b, h, g, n)
     if not weights:

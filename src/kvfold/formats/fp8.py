@@ -1,0 +1,88 @@
+"""Fp8: keys and values in eight bits (float8_e4m3fn), a scale for each token's key and one for its value."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfold.formats.blocked import Block, attend_blocks
+from kvfold.formats.by_token import TokenSegment
+from kvfold.formats.paged import open_table, restored
+from kvfold.formats.segment import Segment, Spec, Traits
+from kvfold.formats.tokens import POSITION
+from kvfold.options import check_int
+from kvfold.pages import PAGE_SIZE, Plane
+from kvfold.rotation import Compact
+
+KEY_SCALE, VALUE_SCALE = "key_scale", "value_scale"
+"""Planes (float32): what a token's codes are multiplied by."""
+SCALES = {"keys": KEY_SCALE, "values": VALUE_SCALE}
+CODE = torch.float8_e4m3fn
+LARGEST = torch.finfo(CODE).max
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """Each key and each value is codes times its largest magnitude / 448: a number is off by at most 1/16 of itself.
+
+    (Or, if it is that small, by the 458,752nd part of the largest.) Addressable token by token, exact to crop; what is
+    amended is rounded. Attention reads the codes, a block of tokens at a time. A number that is not finite makes its
+    vector NaN.
+    """
+
+    page_size: int = PAGE_SIZE
+
+    traits: ClassVar[Traits] = Traits()
+
+    def __post_init__(self) -> None:
+        check_int("page_size", self.page_size, 1)
+
+    def planes(self, spec: Spec) -> dict[str, Plane]:
+        """What its pages hold from the start: codes as bytes, which all operations can move."""
+        codes = {"keys": Plane(spec.key_size, torch.uint8), "values": Plane(spec.value_size, torch.uint8)}
+        scales = {name: Plane(None, torch.float32) for name in SCALES.values()}
+        return codes | scales | {POSITION: Plane(None, torch.int32)}
+
+    def open(self, spec: Spec) -> "Fp8Segment":
+        return Fp8Segment(open_table(self, spec, self.planes(spec), self.page_size), spec.heads, spec.dtype)
+
+    def restore(
+        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
+    ) -> "Fp8Segment":
+        return restored(lambda: self.open(spec), self.planes(spec), spec, said, tensors, twin)
+
+
+class Fp8Segment(TokenSegment):
+    """Codes of eight bits, and their scales."""
+
+    codes = ("keys", "values", KEY_SCALE, VALUE_SCALE)
+
+    def encode(self, what: str, states: Tensor) -> dict[str, Tensor]:
+        wide = states.float()
+        most = wide.abs().amax(-1)
+        # A scale so small that it vanished would be divided by; a vector of zeros has none, and 1 will do.
+        scale = (most / LARGEST).clamp(min=torch.finfo(torch.float32).tiny).masked_fill(most == 0, 1.0)
+        codes = (wide / scale[..., None]).clamp(-LARGEST, LARGEST).to(CODE)
+        return {what: codes.view(torch.uint8), SCALES[what]: scale}
+
+    def states(self, what: str) -> Tensor:
+        return (self._codes(what) * self.plane(SCALES[what])[..., None]).to(self.compute)
+
+    def _codes(self, what: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.plane(what, start, stop).view(CODE).float()
+
+    def attend(
+        self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None,
+        weights: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        def block(start: int, stop: int) -> Block:
+            codes = (self._codes(what, start, stop) for what in ("keys", "values"))
+            return Block(*codes, *(self.plane(name, start, stop) for name in SCALES.values()))
+
+        width = self.pool.planes["values"].shape[-1]
+        out, lse = attend_blocks(
+            q, scale, self.valid(), width, block, self.column, mass=self.weighed, read=read, compact=compact
+        )  # fmt: skip
+        return out, lse, None

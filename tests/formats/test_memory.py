@@ -1,0 +1,130 @@
+"""Bytes held and bytes written, in every format."""
+
+import numpy as np
+import pytest
+import torch
+from format_cases import (
+    ALL,
+    ARENA,
+    DV,
+    FORMATS,
+    LENGTHS,
+    OPERATIONS,
+    B,
+    D,
+    H,
+    arena_of,
+    chunk,
+    held,
+    opened,
+    reachable,
+    same,
+)
+
+from kvfold.formats import Dense, Depth, Fp8, Int4
+from kvfold.pages import Arena, OutOfPages
+
+
+@ALL
+def test_bytes_are_those_of_all_tensors_that_can_be_reached(form):
+    segment = opened(form, chunk(LENGTHS))
+    assert segment.nbytes == reachable(segment)
+    for operation in OPERATIONS.values():
+        operation(form, segment)
+        assert segment.nbytes == reachable(segment)
+    segment.append(chunk(9), even=True)
+    fork = segment.select(np.arange(B))
+    assert fork.nbytes == reachable(fork)
+    counted = set()
+    assert segment.bytes_beside(counted) + fork.bytes_beside(counted) == reachable([segment, fork])
+
+
+@ALL
+def test_bytes_in_an_arena_are_those_of_the_pages_held(form):
+    room, other = Arena(1 << 22), Arena(1 << 22)
+    segment = opened(form, chunk(LENGTHS), arena=room)
+    used = room.used_nbytes
+    assert segment.row_nbytes().sum() == used
+    fork, more = segment.select(np.arange(B)), opened(form, chunk(20), arena=room)
+    assert segment.nbytes == fork.nbytes == opened(form, chunk(LENGTHS), arena=other).nbytes
+    assert room.used_nbytes == used + more.row_nbytes().sum()
+    counted = set()
+    parts = [x.bytes_beside(counted) for x in (segment, fork, more)]
+    tables = [part.table for x in (segment, fork, more) for part in getattr(x, "parts", [x])]
+    beside = sum(a.nbytes for t in tables for a in (t.table, t.lengths, t.holes, t.hole_count))
+    beside += sum(x.upto.nbytes for x in (segment, fork, more)) if isinstance(form, Depth) else 0
+    assert sum(parts) == room.used_nbytes + beside
+
+
+BYTES = {
+    "dense": lambda d, dv, n: n * (d + dv) + 4,
+    "bf16": lambda d, dv, n: 2 * (d + dv) + 4,
+    "depth": lambda d, dv, n: n * (d + dv) + 4 + 2 * 4,
+    "fp8": lambda d, dv, n: d + dv + 4 + 2 * 4,
+    "int4": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n * dv / 4,
+    "int4-anew": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n * dv / 8,
+}
+"""Bytes of a token, with its position, where the model's numbers have n bytes."""
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_bytes_are_as_few_as_promised(name, dtype):
+    segment = opened(FORMATS[name], chunk(1600, dtype=dtype, mass=False))
+    tokens, wanted = 1600 * B * H, BYTES[name](D, DV, dtype.itemsize)
+    assert segment.nbytes < 1.06 * tokens * wanted + (8 + 16) * B * H * (D + DV) * dtype.itemsize  # and a tail
+    assert segment.nbytes > tokens * wanted
+
+
+@ALL
+@ARENA
+def test_one_more_token_is_written_where_it_goes_and_nowhere_else(form, arena):
+    """Every other page stays bit for bit what it was, under its own number."""
+    segment = opened(form, chunk(LENGTHS), arena=arena_of(arena))
+    for step in range(60):
+        tables = [part.table for part in getattr(segment, "parts", [segment])]
+        before = [(t.pool, t.lengths, t.table, {n: x.clone() for n, x in t.pool.planes.items()}) for t in tables]
+        segment.append(chunk(1, 100 + step), even=True)
+        for table, (pool, lengths, pages, planes) in zip(tables, before, strict=True):
+            if table.pool is not pool:  # a regular table has moved to a larger block, as it does now and then
+                assert table.regular and isinstance(form, Dense | Depth | Fp8)
+                continue
+            coded, size = isinstance(form, Int4) and table is tables[0], table.pool.page_size
+            more = int((table.lengths - lengths).sum()) if coded else B * H
+            for name, old in planes.items():
+                new, spec = table.pool.planes[name][: len(old)], table.pool.specs[name]
+                changed = torch.ne(new, old).reshape(*old.shape[: 1 if spec.per_page else 2], -1).any(-1)
+                assert int(changed.sum()) <= (more // size if spec.per_page else more), name
+            if coded:
+                assert np.array_equal(table.table[:, : pages.shape[1]][pages >= 0], pages[pages >= 0])
+        if isinstance(form, Int4):
+            assert (segment.tail.counts() <= form.tail + form.group - 1).all()
+
+
+@ALL
+def test_a_full_arena_refuses_whole_steps(form):
+    room, given = Arena(1 << 22), chunk([[41, 17], [3, 30], [9, 8]])
+    segment = opened(form, given, arena=room)
+    fork = segment.select(np.arange(B))
+    room.capacity = room.nbytes
+    refused = 0
+    for step in range(80):
+        new, before = chunk([[1, 0], [1, 1], [3, 0]], 100 + step), held(segment)
+        counts, pages = new.valid.sum(-1).numpy(), segment.pages_for(new.valid.sum(-1).numpy())
+        try:
+            segment.append(new)
+        except OutOfPages:
+            refused += 1
+            assert same(held(segment), before) and any(count > pool.free for pool, count in pages.items())
+            if refused == 1:
+                fork.clear()
+            else:
+                room.capacity += 4096
+        else:
+            assert (segment.counts().sum() - counts.sum()) == sum(len(row["keys"]) for row in before)
+    assert refused > 2 and room.nbytes <= room.capacity
+    room.capacity = 1 << 22
+    room.check(segment.pages_for(np.full((B, H), 40)))
+    sizes = [pool.pages for pool in room.pools]
+    segment.append(chunk(40, seed=3), even=True)
+    assert [pool.pages for pool in room.pools] == sizes  # what it had asked for was enough
