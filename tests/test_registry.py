@@ -19,8 +19,8 @@ SHIPPED = {"full", "h2o", "kvmerger", "snapkv", "streamingllm", "tova"}
 
 def test_public_names():
     assert kvfold.__all__ == [
-        "Arena", "Cache", "Dense", "Drop", "Keep", "LayerView", "Method", "MethodInfo", "OutOfPages", "Pipeline", "Read",
-        "Rewrite", "Store", "list_methods", "load", "method", "parse",
+        "Arena", "Cache", "Dense", "Drop", "Keep", "LayerView", "Method", "MethodInfo", "OutOfPages", "Pipeline",
+        "Read", "Rewrite", "Store", "list_methods", "load", "method", "parse",
     ]  # fmt: skip
     with pytest.raises(AttributeError, match="'kvfold' has no attribute 'Cahce'"):
         kvfold.Cahce  # noqa: B018

@@ -56,6 +56,8 @@ class CodedPages(PagedSegment):
 
     def add_pages(self, tokens: Flat) -> None:
         """Tokens in the model's numbers become pages, of which each row gets whole ones."""
+        if not tokens.counts.any():
+            return
         columns = {name: plane for name, plane in tokens.planes.items() if name not in ("keys", "values")}
         keys = self.encode_keys(tokens.planes["keys"].reshape(-1, self.group, self.key_size))
         self.table.add(tokens.counts, columns | keys | self.encode_values(tokens.planes["values"]))

@@ -22,10 +22,11 @@ class Flat:
         rows = np.concatenate([np.repeat(np.arange(len(x.counts)), x.counts) for x in (self, other)])
         order = torch.from_numpy(np.argsort(rows, kind="stable"))
         both = {**other.planes, **self.planes}
-        planes = {name: torch.cat([x._plane(name, like) for x in (self, other)]) for name, like in both.items()}
+        planes = {name: torch.cat([x.plane(name, like) for x in (self, other)]) for name, like in both.items()}
         return Flat(self.counts + other.counts, {name: x[order.to(x.device)] for name, x in planes.items()})
 
-    def _plane(self, name: str, like: Tensor) -> Tensor:
+    def plane(self, name: str, like: Tensor) -> Tensor:
+        """One of the planes; zeros like another's where it is lacking."""
         return self.planes[name] if name in self.planes else like.new_zeros(int(self.counts.sum()), *like.shape[1:])
 
     def split(self, counts: np.ndarray) -> tuple["Flat", "Flat"]:
