@@ -179,7 +179,9 @@ def test_another_version_and_an_unknown_method(tmp_path):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"shape": [1, 16, 16]}, "counts="), ({"shape": [2, 16, 8]}, "values="), ({"dtype": "bfloat16"}, "values=.*float32.* must be .*bfloat16"),
+        ({"shape": [1, 16, 16]}, "counts="),
+        ({"shape": [2, 16, 8]}, "values="),
+        ({"dtype": "bfloat16"}, "keys=.*float32.* must be .*bfloat16"),
         ({"seen": [40]}, "counts="),
     ],
     ids=str,

@@ -206,7 +206,7 @@ def check_tensors(
 ) -> None:
     """Raise ValueError unless there is a tensor of so many tokens for each plane, and all others are columns."""
     tokens, pages = int(counts.sum()), int((-(-counts // page_size)).sum())
-    for name in planes | tensors.keys():
+    for name in (*planes, *sorted(tensors.keys() - planes.keys())):
         found, spec = tensors.get(name), planes.get(name)
         total = pages if spec is not None and spec.per_page else tokens
         shape = (total,) if spec is None or spec.width is None else (total, spec.width)
