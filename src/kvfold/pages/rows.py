@@ -9,21 +9,6 @@ from torch import Tensor
 from kvfold.pages.pool import PagePool
 
 
-class Frozen:
-    """An array that is read-only once it is set: whoever has sent a copy of it sees by identity that it is the same."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = f"_{name}"
-
-    def __get__(self, rows: Any, owner: type | None = None) -> np.ndarray:
-        array: np.ndarray = getattr(rows, self.name)
-        return array
-
-    def __set__(self, rows: Any, array: np.ndarray) -> None:
-        array.flags.writeable = False
-        setattr(rows, self.name, array)
-
-
 class Rows:
     """`table` is (R, M) page numbers, -1 where a row has no page; `lengths` is (R,) slots.
 
@@ -32,7 +17,11 @@ class Rows:
     was dropped: a page's worth of them gathers before the rest of the row moves up.
     """
 
-    table, lengths, holes, hole_count = Frozen(), Frozen(), Frozen(), Frozen()
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Read-only once it is set: whoever has sent a copy of it sees by identity that it is still the same.
+        if isinstance(value, np.ndarray):
+            value.flags.writeable = False
+        super().__setattr__(name, value)
 
     def __init__(self, pool: PagePool, rows: int, *, scattered: bool = False):
         self.pool = pool
