@@ -11,7 +11,7 @@ import kvfold
 from kvfold import ops
 from kvfold.formats import LOG_MASS, POSITION, Chunk, Depth, DepthSegment, Format, Segment, Spec, blocked, depth
 from kvfold.hf.rope import find_rope
-from kvfold.pages import PageTable
+from kvfold.pages import Arena, PageTable
 from kvfold.rotation import Compact
 from models import feed, follow, subject, tokens
 
@@ -198,6 +198,73 @@ def test_pages_come_back_with_the_next_merge():
         segment.truncate(np.full((B, H), 8))
     add(below, above, chunk([4, 4], seed=2), chunk([4, 4], seed=3))
     assert below.pool.pages <= 4 * B * H  # of 50 each; one to grow
+
+
+def test_what_one_amends_the_other_keeps():
+    lower, upper = chunk([21, 13]), chunk([21, 13], seed=1)
+    below, above = together(lower, upper)
+    slots = torch.full((B, H, 1), 4)
+    new = torch.randn(B, H, 1, D)
+    above.amend(slots, new, None)
+    assert_close(above.dense().keys[:, :, 4:5], new, atol=1e-5, rtol=0)
+    assert_close(above.dense().values[:, :, 4], between(lower.values, upper.values)[:, :, 4], atol=1e-5, rtol=1e-5)
+    same(below, lower, lower.keys, lower.values)
+    assert not below.twin(above)
+
+
+@pytest.mark.parametrize("arena", [False, True])
+def test_layers_that_are_joined_to_empty_ones_share_as_before(arena):
+    room = Arena(1 << 20) if arena else None
+    lower, upper = chunk([21, 13]), chunk([21, 13], seed=1)
+    specs = [Spec.of(lower, layer=layer, arena=room) for layer in (1, 2)]
+    pairs = [[Depth(side, page_size=4).open(spec) for side, spec in enumerate(specs)] for _ in range(2)]
+    add(*pairs[1], lower, upper)
+    for side, (mine, theirs) in enumerate(zip(*pairs, strict=True)):
+        theirs.upto, theirs.remembered = np.array([21, 13]), torch.full((B, 4), float(side))
+        with pytest.raises(ValueError, match="both have been gone through, or neither"):
+            mine.join(theirs)
+        mine.remembered = torch.zeros(B, 4)
+        mine.join(theirs)
+        assert mine.upto.tolist() == [0, 0, 21, 13] and mine.remembered[:, 0].tolist() == [0, 0, side, side]
+        assert mine.batch == 2 * B and not theirs.longest
+    below, above = pairs[0]
+    assert below.twin(above) and below.longest == 21
+    assert_close(above.dense().keys[B][:, :20], between(lower.keys, upper.keys)[0, :, :20], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="DepthSegment of side 0"):
+        below.join(pairs[1][1])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_state_has_what_is_remembered_and_shared_pages_once(shared):
+    lower, upper = chunk([21, 13]), chunk([21, 13], seed=1)
+    below, above = together(lower, upper)
+    below.upto, below.remembered = np.array([21, 13]), torch.rand(B, 4)
+    if not shared:
+        above.keep(above.valid() & (above.column(POSITION) > 0), {})
+    assert below.same_pages(above) == shared
+    first, second = below.state(), above.state(of="1.1" if shared else None)
+    assert first[0]["upto"] == [21, 13] and (not second[1]) == shared
+    spec = Spec.of(lower)
+    one = Depth(0, page_size=4).restore(spec, *first)
+    two = Depth(1, page_size=4).restore(spec, *second, twin=one if shared else None)
+    assert one.same_pages(two) == shared and torch.equal(one.remembered, below.remembered) and two.remembered is None
+    for mine, theirs in ((one, below), (two, above)):
+        assert mine.upto.tolist() == theirs.upto.tolist()
+        assert torch.equal(mine.dense().keys, theirs.dense().keys)
+        assert mine.dense().columns.keys() == theirs.dense().columns.keys()
+    with pytest.raises(ValueError, match=r"key_norm.1 is not among"):
+        Depth(1, page_size=4).restore(spec, above.state(of="1.1")[0], {}, twin=lone(lower))
+    with pytest.raises(ValueError, match=r"state=\(3, 4\) must be \(2, N\)"):
+        Depth(0, page_size=4).restore(spec, first[0], {**first[1], "state": torch.ones(3, 4)})
+
+
+def test_a_crop_forgets_what_was_gone_through():
+    segment = lone(chunk([21, 13]))
+    segment.upto = np.array([21, 13])
+    segment.cropped(np.array([15, 15]))
+    assert segment.upto.tolist() == [15, 13]
+    segment.drop_tokens()
+    assert segment.longest == 0 and segment.upto.tolist() == [15, 13]
 
 
 def test_a_file_holds_what_is_shared_once(tmp_path):

@@ -128,3 +128,29 @@ def test_a_full_arena_refuses_whole_steps(form):
     sizes = [pool.pages for pool in room.pools]
     segment.append(chunk(40, seed=3), even=True)
     assert [pool.pages for pool in room.pools] == sizes  # what it had asked for was enough
+
+
+@ALL
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
+def test_what_finds_no_room_changes_nothing(form, operation, shared):
+    """The same operation with ever more room: refused as a whole, or done as it is done elsewhere."""
+    done, free = [], 0
+    lone = opened(form, chunk(LENGTHS))
+    OPERATIONS[operation](form, lone)
+    while not done:
+        room = Arena(1 << 22)
+        segment = opened(form, chunk(LENGTHS), arena=room)
+        fork = segment.select(np.arange(B)) if shared else segment
+        room.capacity, before = room.nbytes + free, held(segment)
+        try:
+            OPERATIONS[operation](form, segment)
+        except OutOfPages:
+            found = [{n: x for n, x in row.items() if n != "age" or n in before[0]} for row in held(segment)]
+            assert same(found, before) and room.nbytes <= room.capacity
+        else:
+            assert same(held(segment), held(lone))
+            done.append(free)
+        assert segment is fork or same([{n: x for n, x in r.items() if n != "age"} for r in held(fork)], before)
+        free += 500
+    assert free <= 40_000 and (shared or operation.startswith(("append", "a column", "keep", "note")) or free == 500)

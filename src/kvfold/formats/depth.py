@@ -152,12 +152,13 @@ class DepthSegment(TokenSegment):
 
     def like(self, table: PageTable, rows: np.ndarray) -> "DepthSegment":
         known = self.remembered
-        kept = None if known is None else known[torch.from_numpy(rows).to(known.device)]
+        kept = None if known is None else known[rows.tolist()]
         return DepthSegment(table, self.heads, self.compute, self.side, self.upto[rows], kept)
 
     def join(self, other: Any) -> None:
         if not isinstance(other, DepthSegment) or other.side != self.side:
-            raise ValueError(f"other={other!r} must be a DepthSegment of side {self.side}")
+            found = f"{type(other).__name__} of side {getattr(other, 'side', None)}"
+            raise ValueError(f"other={found} must be a DepthSegment of side {self.side}")
         known = [x.remembered for x in (self, other) if x.batch]
         if any(x is None for x in known) and any(x is not None for x in known):
             raise ValueError("other: its text and ours must both have been gone through, or neither")

@@ -31,8 +31,9 @@ class Int4:
     token. As soon as a (row, head) has `tail + group` tokens in its tail, the oldest `group` of them become a page:
     once, for codes are never made anew as the cache grows, and streaming gives the codes of one shot.
     A page is dropped whole. With `requantise` any token may be dropped or amended: those of its row that stay, from
-    the first page on that loses some, are rounded once more; fewer than a page go back in front of the tail. A crop
-    leaves what was rounded as it is, and puts the rest of a page that it cuts into the tail.
+    the first page on that loses some, are rounded once more (at every step that drops one of them); fewer than a page
+    go back in front of the tail. A crop leaves what was rounded as it is, and puts the rest of a page that it cuts into
+    the tail.
     Differs from the paper: keys and values are flushed together, and the tail never runs empty.
     """
 
@@ -80,9 +81,9 @@ class Int4:
         if (coded % self.group).any() or (coded > counts).any():
             raise ValueError(f"coded={said['coded']} must be multiples of group={self.group}, counts={said['counts']}")
         if twin is not None:
-            if not isinstance(twin, Int4Segment) or not np.array_equal(twin.counts(), counts):
-                raise ValueError(f"counts={said['counts']} must be those of the segment that holds the same pages")
-            return twin.select(np.arange(spec.rows))
+            if isinstance(twin, Int4Segment) and np.array_equal([twin.counts(), twin.coded.counts()], [counts, coded]):
+                return twin.select(np.arange(spec.rows))
+            raise ValueError(f"counts={said['counts']} must be those of the segment that holds the same pages")
         strange = sorted(name for name in tensors if name.partition(".")[0] not in ("coded", "tail"))
         if strange:
             raise ValueError(f"tensors: {strange[0]!r} must begin with 'coded.' or 'tail.'")
@@ -115,6 +116,8 @@ class Int4Segment(TailedSegment[CodedPages]):
         beyond = np.maximum(moved - self.tail.counts(), 0)
         # A row that is coded beyond its tail begins a page where it had a part of one.
         tail = self.tail.table.pages_for((more - beyond).reshape(-1)) + int((beyond > 0).sum())
+        if self.tail.table.holed and self.tail.shared:  # holes are closed first, on pages of its own
+            tail += int(self.tail.table.needed.sum()) + self.tail.table.rows
         return {self.coded.pool: int(moved.sum()) // self.form.group, self.tail.pool: tail}
 
     def _moved(self, more: np.ndarray) -> np.ndarray:
@@ -199,6 +202,8 @@ class Int4Segment(TailedSegment[CodedPages]):
         if bool(some.any()):
             if not self.form.requantise:
                 raise ValueError("slots name tokens of pages that are coded: that takes Int4(requantise=True)")
+            if self.shared:  # a copy of a page for each of them, if it comes to that
+                self.ask({self.coded.pool: int(some.sum()), self.tail.pool: int((flat >= cut).sum())})
             rows, at = some.nonzero()[:, 0].cpu().numpy(), flat[some].cpu().numpy()
             self.coded.rewrite(rows, at, *(None if x is None else x.flatten(0, 1)[some] for x in (keys, values)))
         self.tail.amend(torch.where(slots < cut, -1, slots - cut), keys, values)

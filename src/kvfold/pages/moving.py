@@ -56,7 +56,9 @@ class Moving(Planes):
             self.pool.release(self.table[spare])
             self.table = np.where(spare, np.int32(-1), self.table)[:, :longest].copy()
             self.regular = False
-        elif nearly_even(needed) and not self.scattered:
+            if not (self.exclusive and self.pool.free):  # it may have been these that others held
+                return
+        if nearly_even(needed) and not self.scattered:
             self.relocate(longest)
         else:
             self._scatter_to_exact(needed)
@@ -102,9 +104,12 @@ class Moving(Planes):
         for name in theirs.specs.keys() & mine.specs.keys():
             if theirs.specs[name] != mine.specs[name]:
                 raise ValueError(f"other has column {name!r} as {theirs.specs[name]}; ours is {mine.specs[name]}")
+        if not len(self.held) and theirs.arena is mine.arena:
+            mine, theirs = theirs, mine  # we go on where the other's tokens lie
         for name in theirs.specs.keys() - mine.specs.keys():
             mine.add_plane(name, theirs.specs[name])
-        tables = [self.table, other.table if theirs is mine else other._copied(mine)]
+        self.pool = mine
+        tables = [self.table, other.table if other.pool is mine else other._copied(mine)]
         width = max(table.shape[1] for table in tables)
         if self.holed or other.holed:
             (holes, count), (more, others) = self.copy_holes(), other.copy_holes()
@@ -114,7 +119,7 @@ class Moving(Planes):
         if not self.holed:
             self.fill_holes()
         self.regular, self._room = False, 0
-        if theirs is mine:
+        if other.pool is mine:
             other.forget()
         other.release()
         if not self.scattered and self.exclusive and nearly_even(self.needed):

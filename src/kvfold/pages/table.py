@@ -147,9 +147,10 @@ class PageTable(Moving):
 
     def _own(self, rows: np.ndarray, slots: np.ndarray) -> None:
         """Copy-on-write: slots of rows are about to be written."""
-        if not self.pool.shared:
+        index = slots // self.pool.page_size
+        if not self.pool.shared or not (self.pool.refs[self.table[rows, index]] > 1).any():
             return
-        rows, index = np.unique(np.stack([rows, slots // self.pool.page_size]), axis=1)
+        rows, index = np.unique(np.stack([rows, index]), axis=1)
         old = self.table[rows, index]
         pages, first, writers = np.unique(old, return_index=True, return_counts=True)
         copied = self.pool.refs[old] > 1
