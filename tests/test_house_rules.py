@@ -108,3 +108,25 @@ def test_no_two_classes_have_one_name():
     assert not found, "one word has one meaning:\n" + "\n".join(
         f"{name}: {', '.join(at)}" for name, at in found.items()
     )
+
+
+def segment_questions(source: str) -> list[int]:
+    """Lines that ask whether something is of a segment's class."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "isinstance"
+        and any("Segment" in ast.unparse(each) for each in node.args[1:])
+    ]
+
+
+def test_nobody_outside_formats_asks_for_a_segments_class():
+    assert segment_questions("x = isinstance(y, list)\nif isinstance(s, a.DenseSegment | None):\n    pass") == [2]
+    found = {
+        str(path.relative_to(ROOT)): lines
+        for path in SOURCES
+        if "src" in path.parts and "formats" not in path.parts
+        if (lines := segment_questions(path.read_text(encoding="utf-8")))
+    }
+    assert not found, f"what differs between formats is in the protocol or the traits: {found}"

@@ -52,7 +52,7 @@ class Asking:
         bias = None
         if valid is not None:
             bias = torch.zeros(valid.shape, device=k.device).masked_fill(~valid, -torch.inf)[:, None, None]
-        out, lse = ops.attend(self.q.view(b, h, hq // h * n, d), k, v, self.scale, bias)
+        out, lse = ops.attend(self.q.reshape(b, h, hq // h * n, d), k, v, self.scale, bias)
         return out.view(b, hq, n, -1), lse.view(b, hq, n)
 
     def stored(

@@ -1,0 +1,44 @@
+"""A layer's passes apart from any model: new tokens that see each other all, copies that take no block's mode along."""
+
+import pytest
+import torch
+
+import kvfold
+from kvfold.layer.layer import KVLayer
+from kvfold.layer.plan import Plan
+from kvfold.layer.rows import Rows
+from kvfold.methods.full import Full
+from models import feed, grow, subject, tokens
+
+
+@pytest.mark.parametrize("lengths", [(9, 9), (9, 5)], ids=["even", "padded"])
+def test_a_block_sees_itself_and_all_that_is_stored(lengths):
+    generator = torch.Generator().manual_seed(0)
+    layer = KVLayer(Rows(Full()), 0)
+    q, k, v = (torch.randn(2, heads, 15, 8, generator=generator) for heads in (4, 2, 2))
+    first, block = slice(0, 6), slice(6, 15)
+    layer.attend(q[:, :, first], k[:, :, first], v[:, :, first], None, 0.3, Plan(prefill=True))
+    valid = torch.arange(9) >= torch.tensor([[9 - n] for n in lengths])
+    out = layer.attend(q[:, :, block], k[:, :, block], v[:, :, block], valid, 0.3, Plan(prefill=True, block=True))
+    for row, length in enumerate(lengths):
+        seen = [*range(6), *range(15 - length, 15)]
+        for head in range(4):
+            weights = (q[row, head, 15 - length :] @ k[row, head // 2, seen].T * 0.3).softmax(-1)
+            torch.testing.assert_close(out[row, head, 9 - length :], weights @ v[row, head // 2, seen])
+    assert layer.counts().tolist() == [[6 + n] * 2 for n in lengths]
+
+
+@pytest.mark.parametrize("block", ["undecided", "prefilling", "observed", "tentative"])
+def test_a_fork_made_within_a_block_is_free_of_it(block):
+    """It held 37 tokens under a budget of 32, for ever."""
+    model, prompt = subject("llama"), tokens(40, 30)
+    cache, seen = kvfold.Cache(model, "h2o(budget=16)"), []
+    feed(model, cache, *prompt.values())
+    given = (seen.append,) if block == "observed" else ()
+    with getattr(cache, block)(*given):
+        fork = cache.fork()
+    mask = grow(prompt["attention_mask"])
+    for each in (cache, fork):
+        feed(model, each, torch.tensor([[5], [7]]), mask)
+        assert each.paged[0].counts().tolist() == [[16, 16]] * 2
+    assert fork.kept(1) == cache.kept(1) and not seen and fork.mode == cache.mode
