@@ -12,9 +12,10 @@ from models import feed, grow, subject, tokens
 METHODS = [
     "full", "h2o(budget=0.4)", "streamingllm(budget=12)", "snapkv(budget=0.5)", "tova(budget=10)",
     "kvmerger(budget=0.5)", "kvfold(budget=0.5)", "cam(budget=0.4)", "d2o(budget=0.6)", "keepkv(budget=0.5)",
-    "streamingllm(budget=12, positions='compact')",
+    "streamingllm(budget=12, positions='compact')", "cake(budget=0.5)", "kvzip(budget=0.5)", "snapkv(budget=0.5) | fp8",
+    "full | int4(group=8, channels=8, tail=8)",
 ]  # fmt: skip
-LENGTHS = [40, 23, 57, 9, 31, 18, 64, 50, 12, 35, 28]
+LENGTHS = [40, 23, 57, 9, 31, 18, 64, 50, 12, 35, 28, 44, 26, 39, 33]
 
 
 class Request:
@@ -62,8 +63,10 @@ class Batch:
         logits = feed(self.model, self.cache, token, mask)
         for row, (request, step) in enumerate(zip(self.rows, self.step, strict=True)):
             truth = request.truth[step + 1]
-            torch.testing.assert_close(logits[row : row + 1, -1:], truth, atol=2e-4, rtol=0)
-            assert int(logits[row, -1].argmax()) == int(truth[0, -1].argmax())
+            # The last bit of a key may round to another code.
+            atol = 2e-4 if "|" not in request.method else 0.05
+            torch.testing.assert_close(logits[row : row + 1, -1:], truth, atol=atol, rtol=0)
+            assert "|" in request.method or int(logits[row, -1].argmax()) == int(truth[0, -1].argmax())
             held = [self.cache.kept(core.layer)[row] for core in self.cache.paged]
             assert held == request.held[step], f"row {row}, {request.method}"
         self.step = [s + 1 for s in self.step]
@@ -190,6 +193,61 @@ def test_what_cannot_join_is_refused_before_anything_changes(case):
     with pytest.raises(ValueError, match=message):
         cache.retire([0, 0]) if other is None else cache.join(other)
     assert (cache.kept(0), cache.nbytes, cache.rows.batch) == before
+
+
+@pytest.mark.parametrize(("name", "method", "message"), [
+    ("gemma3", "full", "has windows or recurrent states"), ("qwen3-next", "full", "has windows or recurrent states"),
+    ("llama", "kvzip(budget=0.5)", "reads a prompt in its own way"), ("llama", "cake(budget=0.5)", "in its own way"),
+])  # fmt: skip
+def test_prompts_beside_generated_tokens_are_refused_where_they_would_be_wrong(name, method, message):
+    model, (one, two) = requests(name, [method] * 2, steps=1)
+    batch = Batch(model, method)
+    batch.join(one)
+    batch.join(two)
+    width = batch.cache.get_seq_length()
+    before = [batch.cache.kept(core.layer) for core in batch.cache.paged]
+    with batch.cache.prefilling(rows=(1,)), pytest.raises(ValueError, match=message):
+        feed(model, batch.cache, torch.ones(2, 3).long(), torch.ones(2, width + 3).long())
+    assert [batch.cache.kept(core.layer) for core in batch.cache.paged] == before
+    batch.decode()
+
+
+def test_a_cache_keeps_its_own_method_whoever_joins():
+    model, (one, two) = requests("llama", ["h2o(budget=0.4)", "full"], steps=1)
+    batch = Batch(model)
+    batch.join(one)
+    batch.join(two)
+    assert "h2o" in batch.cache.report().method and "full" in batch.cache.report().method
+    batch.cache.retire([0, 1])
+    assert str(batch.cache.method) == "full()"
+    with pytest.raises(ValueError, match=r"rows=\[\] must name at least one row"):
+        kvfold.Cache(model).take([])
+
+
+def test_a_crop_that_a_window_refuses_changes_nothing():
+    model = subject("gemma3")
+    cache = kvfold.Cache(model, "full")
+    feed(model, cache, *tokens(30).values())
+    before = cache.rows.seen.tolist(), [cache.kept(core.layer) for core in cache.paged], cache.get_seq_length()
+    with pytest.raises(RuntimeError, match="crop"):
+        cache.crop(-5)
+    assert (cache.rows.seen.tolist(), [cache.kept(c.layer) for c in cache.paged], cache.get_seq_length()) == before
+
+
+def test_a_row_goes_to_a_file_and_comes_back_into_the_arena(tmp_path):
+    model, (one,) = requests("llama", ["h2o(budget=0.4)"], steps=2)
+    arena = kvfold.Arena(1 << 20)
+    batch = Batch(model)
+    batch.cache = kvfold.Cache(model, arena=arena)
+    cache = kvfold.Cache(model, one.method, arena=arena)
+    feed(model, cache, one.ids, torch.ones_like(one.ids))
+    cache.save(tmp_path / "row")
+    cache.reset()
+    assert arena.used_nbytes == 0
+    batch.cache.join(kvfold.Cache.load(tmp_path / "row", model, arena=arena))
+    batch.rows, batch.step = [one], [0]
+    batch.decode()
+    assert arena.used_nbytes > 0
 
 
 def test_two_threads_give_what_they_give_one_after_the_other():

@@ -11,7 +11,7 @@ from kvfold import ops
 from kvfold.formats.tokens import LOG_MASS, POSITION
 from kvfold.rotation import Compact
 
-Answer = tuple[Float[Tensor, "B H G Q Dv"], Float[Tensor, "B H G Q"], Float[Tensor, "B H G Q T"] | None]
+Answer = tuple[Float[Tensor, "B H G Q Dv"], Float[Tensor, "B H G Q"], Float[Tensor, "B H G Q _"] | None]
 """Output, log-sum-exp, and what each slot got of each query where that is known."""
 BLOCK_ELEMENTS = 1 << 22
 """Numbers in float32 held at once while attending: 16 MB."""

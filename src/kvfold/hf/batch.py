@@ -24,15 +24,18 @@ class Batch(Host):
         """Take back the last `-tokens_to_remove` tokens of every row, then run what waited for it."""
         count = int(tokens_to_remove)  # a tensor from transformers before 5.17
         drop = -count if count <= 0 else max(0, self.get_seq_length() - count)
-        if self.reading is not None:
-            self.reading = self.reading.drop(drop)
-        width = self.rows.width
-        self.rows.drop(drop)
-        for layer in self.layers:
+        for core in self.paged:
+            never = [str(form) for form, _ in core.segments if drop and form.traits.crops == "never"]
+            if never:
+                raise ValueError(f"crop({count}): {never[0]} can't take tokens back")
+        reading = None if self.reading is None else self.reading.drop(drop)
+        for layer in self.layers:  # those first that may refuse, when nothing has changed yet
             if not isinstance(layer, PagedLayer):
                 layer.crop(-drop)
-            elif drop:
-                layer.core.drop_from(self.rows.seen)
+        width, self.reading = self.rows.width, reading
+        self.rows.drop(drop)
+        for core in self.paged if drop else ():
+            core.drop_from(self.rows.seen)
         if drop and self.paged:  # windows that hold some of a narrowed text know by its positions where it ends
             for layer in self.layers:
                 if isinstance(layer, WindowLayer):
@@ -165,3 +168,8 @@ class Batch(Host):
     def batch_size(self) -> int:
         """Rows of the batch, -1 before the first forward pass."""
         return self.rows.batch or -1
+
+    @property
+    def text_tokens(self) -> int | None:
+        """Tokens of text given, where the method chose what of it was read."""
+        return None if self.reading is None else int(self.reading.given.sum())

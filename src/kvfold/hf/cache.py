@@ -12,8 +12,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvfold.hf.anatomy import attention_modules
 from kvfold.hf.batch import Batch
+from kvfold.hf.call.call import Call
+from kvfold.hf.call.checking import check_reads_on
 from kvfold.hf.call.hooks import use_kvfold, watch
-from kvfold.hf.call.host import Host, check_reads_on
+from kvfold.hf.call.host import Host
 from kvfold.hf.layers import PagedLayer, WindowLayer, held_bytes, storage_bytes
 from kvfold.hf.prompt import Prompt
 from kvfold.hf.report import Report, layer_report
@@ -39,7 +41,8 @@ class Cache(Batch):
     longer inputs in chunks of so many tokens, and the method decides after each: no layer ever holds more than its
     budget and a chunk (the answer is then not that of one pass, but for `full`; see docs/architecture.md).
     With an `arena` its pages come out of that, which bounds the bytes of all caches that have it: a generated token
-    for which there is no room raises OutOfPages before any layer has read it.
+    for which there is no page raises OutOfPages before any layer has read it. What a prompt keeps is known when it was
+    read, and new columns of a method when it makes them: then OutOfPages leaves this cache to be `reset()`.
 
     Raises ValueError for a model that can't work, naming what is missing, and for options that don't fit.
     """
@@ -55,7 +58,7 @@ class Cache(Batch):
         check_model(model, chosen)
         plan = layers_of(model)
         paged = any(type(layer) is DynamicLayer for layer in plan)
-        self.model, self.prefill_chunk, self.arena = model, prefill_chunk, arena
+        self.model, self.prefill_chunk, self.arena, self.call = model, prefill_chunk, arena, Call()
         self.rows = Rows(chosen.bind(model) if paged else chosen)
         super().__init__(self._layers(plan))
         if not paged:
@@ -103,11 +106,6 @@ class Cache(Batch):
             layer.core.dense_bytes(self.text_tokens) if isinstance(layer, PagedLayer) else storage_bytes(layer)
             for layer in self.layers
         )
-
-    @property
-    def text_tokens(self) -> int | None:
-        """Tokens of text given, where the method chose what of it was read."""
-        return None if self.reading is None else int(self.reading.given.sum())
 
     @property
     def kept_tokens(self) -> float:
@@ -182,6 +180,8 @@ class Cache(Batch):
     def take(self, rows: Sequence[int]) -> "Cache":
         """A cache that holds these rows, in this order; pages are shared until one of the two writes them."""
         chosen = self._checked(rows)
+        if not len(chosen):
+            raise ValueError(f"rows={list(rows)!r} must name at least one row of the batch")
         other = self.fork()
         other._choose(chosen)
         return other
@@ -189,7 +189,7 @@ class Cache(Batch):
     def reset(self) -> None:
         """Forget everything that was read."""
         # New layers: transformers' own keep the batch size and the past recording of what they have read.
-        self.rows = Rows(self.rows.groups[0].method)
+        self.rows = Rows(self.rows.own)
         self.layers = self._layers(layers_of(self.model))
         self._begin()
 
@@ -202,7 +202,7 @@ class Cache(Batch):
         self.settle_pending()
         other = type(self).__new__(type(self))
         other.model, other.prefill_chunk, other.arena = self.model, self.prefill_chunk, self.arena
-        other.rows = self.rows.fork()
+        other.rows, other.call = self.rows.fork(), Call()
         Host.__init__(other, [_forked(layer, other) for layer in self.layers])
         other.reading = self.reading
         return other
@@ -222,9 +222,12 @@ class Cache(Batch):
         save(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel) -> "Cache":
-        """Read a cache that `save` wrote for this model. Raises ValueError where it does not fit the model."""
-        loaded: Cache = load(path, lambda method, chunk: cls(model, method, prefill_chunk=chunk))
+    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, arena: Arena | None = None) -> "Cache":
+        """Read a cache that `save` wrote for this model. Raises ValueError where it does not fit the model.
+
+        `arena`: what its pages come out of; OutOfPages where that has no room for it.
+        """
+        loaded: Cache = load(path, lambda method, chunk: cls(model, method, prefill_chunk=chunk, arena=arena))
         return loaded
 
 

@@ -65,8 +65,10 @@ class Report:
 class Reportable(Protocol):
     """The parts of a cache that a report reads."""
 
-    method: Any
     layers: list[Any]
+
+    @property
+    def method_text(self) -> str: ...
 
     @property
     def text_tokens(self) -> int | None: ...
@@ -98,4 +100,4 @@ def layer_report(cache: Reportable) -> Report:
             mean = float(counts.mean()) if some else 0.0
             dense = core.dense_bytes(cache.text_tokens)
             rows.append(LayerReport(index, "paged", mean, least, most, held, dense))
-    return Report(str(cache.method), cache.nbytes, cache.dense_nbytes, tuple(rows))
+    return Report(cache.method_text, cache.nbytes, cache.dense_nbytes, tuple(rows))

@@ -52,8 +52,9 @@ class Asking:
         bias = None
         if valid is not None:
             bias = torch.zeros(valid.shape, device=k.device).masked_fill(~valid, -torch.inf)[:, None, None]
+            bias = bias.expand(-1, h, -1, -1)
         out, lse = ops.attend(self.q.reshape(b, h, hq // h * n, d), k, v, self.scale, bias)
-        return out.view(b, hq, n, -1), lse.view(b, hq, n)
+        return out.reshape(b, hq, n, -1), lse.reshape(b, hq, n)
 
     def stored(
         self, stored: Stored, *, read: Tensor | None = None, after: bool = False, weights: bool = False
@@ -64,7 +65,7 @@ class Asking:
         """
         counts = stored.counts()
         (b, hq, n, d), h, compact = self.q.shape, counts.shape[1], self.compact
-        grouped = self.q.view(b, h, hq // h, n, d)
+        grouped = self.q.reshape(b, h, hq // h, n, d)
         if compact is not None:
             slots = torch.from_numpy(counts - (0 if after else n)).to(self.q.device)
             grouped = compact.rotate_queries(grouped, self.positions, slots)

@@ -30,8 +30,8 @@ class Moment:
     scale: float
     module: Any
 
-    def place(self, group: int = 0, rows: np.ndarray | None = None) -> Place:
-        """Where a group's view stands; `rows`: of the batch, None: all."""
+    def place(self, group: int = 0, rows: np.ndarray | None = None, event: str = "") -> Place:
+        """Where a group's view stands; `rows`: None for all. `event`: which, where its rows differ in that."""
         prompt, seen, images, ids = self.rows.prompt, self.rows.seen, self.plan.images, self.plan.token_ids
         if rows is not None:
             chosen = torch.from_numpy(rows)
@@ -40,7 +40,7 @@ class Moment:
         return Place(
             **vars(self.site), scale=self.scale, module=self.module, prompt=torch.from_numpy(prompt),
             seen=torch.from_numpy(seen), compact=self.rows.groups[group].method.compact,
-            step=self.plan.steps.setdefault(group, {}), token_ids=ids, images=images,
+            step=self.plan.steps.setdefault((group, event), {}), token_ids=ids, images=images,
         )  # fmt: skip
 
     def view(self, queries: Queries, new: Chunk | None = None, memo: dict[str, Tensor] | None = None) -> LayerView:
@@ -69,15 +69,19 @@ class Moment:
         parts = self.plan.parts
         if len(parts) == 1 and parts[0].rows is None:
             return self._run(parts[0], view)
-        found = [(part.rows, self._run(part, self.of_group(view, part.group, part.rows))) for part in parts]
+        groups = [part.group for part in parts]
+        found = []
+        for part in parts:
+            event = part.event if groups.count(part.group) > 1 else ""
+            found.append((part.rows, self._run(part, self.of_group(view, part.group, part.rows, event))))
         return combined(view, found)
 
-    def of_group(self, view: LayerView, group: int, rows: np.ndarray | None) -> LayerView:
+    def of_group(self, view: LayerView, group: int, rows: np.ndarray | None, event: str = "") -> LayerView:
         """A view of the rows that a group's method decides about."""
         if rows is None:
             return view
         names = self.rows.groups[group].names | {POSITION}
-        return view.of_rows(torch.from_numpy(rows).to(view.valid.device), self.place(group, rows), names)
+        return view.of_rows(torch.from_numpy(rows).to(view.valid.device), self.place(group, rows, event), names)
 
     def _run(self, part: Part, view: LayerView) -> LayerView:
         with torch.autocast(view.positions.device.type, enabled=False):

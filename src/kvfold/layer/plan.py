@@ -75,8 +75,8 @@ class Plan:
     greedy: Int[Tensor, "B K"] | None = None
     """What the model would say after each of the pass's last K columns; set when a prompt's pass is over."""
     narrow: Narrow | None = None
-    steps: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """What the layers share for the length of the pass, by group."""
+    steps: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
+    """What the layers share for the length of the pass, by group (and event, where a group's rows differ in that)."""
     waiting: dict[int, Queries] = field(default_factory=dict)
     """Queries of the layers (by ordinal) whose events wait for a crop."""
 
@@ -101,7 +101,7 @@ class Plan:
 
     def shared(self, group: int) -> dict[str, Any]:
         """The context that the layers of the pass share, of one group's method."""
-        return self.steps.setdefault(group, {})
+        return self.steps.setdefault((group, ""), {})
 
     def cropped(self, columns: int) -> "Plan":
         """The same pass without its last columns."""

@@ -31,12 +31,13 @@ class Rows:
     """
 
     def __init__(self, method: Method):
-        self.groups: tuple[Group, ...] = (Group(method),)
+        self.own = method
+        """The method of rows that no other batch brought."""
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was read, and how many rows there were; of several methods the first stays."""
-        self.groups = (replace(self.groups[0], rows=None, names=frozenset()),)
+        """Forget what was read, and how many rows there were."""
+        self.groups: tuple[Group, ...] = (Group(self.own),)
         self.seen, self.prompt = EMPTY, EMPTY
         self.width = self.width_before = self.number = 0
         self._clock: Tensor | None = None  # `seen` on the device, (B, 1)
@@ -195,7 +196,7 @@ class Rows:
 
     def fork(self) -> "Rows":
         """The same, by itself."""
-        other = Rows(self.groups[0].method)
+        other = Rows(self.own)
         other.groups, other.seen, other.prompt = self.groups, self.seen, self.prompt
         other.width, other.width_before, other.number = self.width, self.width, self.number
         return other

@@ -2,33 +2,24 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from kvfold.hf.call.call import Call
-from kvfold.hf.call.modes import Modal, Mode
+from kvfold.hf.call.checking import Checked
+from kvfold.hf.call.modes import Mode
 from kvfold.hf.call.pending import Pending
 from kvfold.hf.call.reading import Reading
 from kvfold.hf.layers import PagedLayer, WindowLayer, mark_of
 from kvfold.layer.late import Done, carry_out
 from kvfold.layer.plan import Plan
-from kvfold.methods.base import Decisions, Method
+from kvfold.methods.base import Decisions
 from kvfold.views import answered
 
 
-def check_reads_on(method: Method) -> None:
-    """ValueError where a method would drop, after a further prompt, tokens that their format can't drop alone."""
-    form = method.format
-    firm = form is not None and form.traits.addressed != "token" and not form.traits.requantises
-    if firm and method.listens("after_prefill"):
-        raise ValueError(
-            f"method={method} would drop single tokens of an earlier prompt from {form}, which holds them by the page: "
-            "give the format requantise=True, or read the text as one prompt"
-        )
-
-
-class Host(Modal):
+class Host(Checked):
     """The part of a cache that one call of the model needs."""
 
     def __init__(self, layers: list[Any]):
@@ -44,11 +35,6 @@ class Host(Modal):
         """How far the layers have read: another tuple as soon as one of them has read on."""
         return (self.rows.width, *(mark_of(layer) for layer in self.layers if not isinstance(layer, PagedLayer)))
 
-    @property
-    def method(self) -> Method:
-        """The method that decides. Raises ValueError where rows have different ones."""
-        return self.rows.method
-
     def for_model(self, model: Any) -> "Host":
         """An empty cache of a model, of this cache's kind, that keeps everything."""
         raise NotImplementedError
@@ -62,10 +48,6 @@ class Host(Modal):
         raise NotImplementedError
 
     # -- forward passes --------------------------------------------------------------------------------------
-
-    def reads_prompt(self, tokens: int) -> bool:
-        """Whether a pass over so many tokens would count as a prompt, not as generated ones."""
-        return tokens > 1 or self.rows.width == 0 or bool(self.mode.prefilling)
 
     def enter(self, ordinal: int, tokens: int) -> Plan:
         """A paged layer is about to attend: the pass it belongs to, a new one when the layers start over."""
@@ -90,41 +72,6 @@ class Host(Modal):
             images=call.images,
         )  # fmt: skip
 
-    def check_pass(self, tokens: int) -> None:
-        """Raise, before any layer has read, where a pass over so many tokens can't be.
-
-        ValueError where a method would drop tokens that their format can't drop alone, or reads prompts in its own way
-        beside rows of others; OutOfPages where an arena has no room for a generated token in every layer. (What a
-        prompt leaves of its tokens is known when they were read.)
-        """
-        if not self.rows.width:
-            return
-        if not self.reads_prompt(tokens):
-            self._check_room()
-        elif self.mode.listening and not self.pending.recording:
-            self._check_further_prompt()
-
-    def _check_room(self) -> None:
-        if self.arena is None:
-            return
-        wanted: dict[Any, int] = {}
-        for core in self.paged:
-            stored, heads = core.stored, core.stored.spec.heads
-            for number in np.unique(stored.opened):
-                more = np.repeat((stored.opened == number).astype(np.int32)[:, None], heads, 1)
-                for pool, pages in stored.segments[number][1].pages_for(more).items():
-                    wanted[pool] = wanted.get(pool, 0) + pages
-        self.arena.check(wanted)
-
-    def _check_further_prompt(self) -> None:
-        for group in self.rows.groups:
-            check_reads_on(group.method)
-            if len(self.rows.groups) > 1 and (group.method.own_prefill or group.method.listens("after_prompt")):
-                raise ValueError(
-                    f"method={group.method} reads a prompt in its own way, which it can't beside rows of other "
-                    "methods: read it in a cache of its own, and join that"
-                )
-
     def leave(self, ordinal: int, plan: Plan) -> None:
         """A paged layer has stored its tokens: decisions about it and earlier ones, and after the last about all."""
         if plan.defer:
@@ -133,6 +80,8 @@ class Host(Modal):
             self._late_events(ordinal, plan)
 
     def _late_events(self, ordinal: int, plan: Plan) -> None:
+        if plan.prompts is not None:  # whose rows read a prompt was refused, see `check_pass`
+            plan = replace(plan, prefill=False)
         for number, group in enumerate(self.rows.groups):
             method, done = group.method, Done(self.paged[: ordinal + 1], plan, number)
             if method.listens("after_layer"):
@@ -175,16 +124,6 @@ class Host(Modal):
             for core in self.paged:
                 self._late_events(core.ordinal, plan)
         self._hear()
-
-    def check_consumed(self) -> None:
-        """Raise RuntimeError if a layer got keys that no attention function has seen."""
-        layer, self.call.unread = self.call.unread, None
-        if layer is not None:
-            raise RuntimeError(
-                f"layer {layer.core.layer} of {type(self.model).__name__} updated the cache, but its attention did "
-                'not call the function registered as "kvfold" with the keys that it got: it ignores '
-                "transformers' AttentionInterface, or changes the keys first"
-            )
 
     # -- calls of the model ----------------------------------------------------------------------------------
 

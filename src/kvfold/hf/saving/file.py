@@ -160,7 +160,9 @@ def _stored(
     """What a paged layer's header and tensors say. ValueError unless they belong together: heads, sizes, tokens."""
     heads, keys, values = state["shape"]
     site, dtype = core.site, getattr(torch, state["dtype"])
-    spec = Spec(len(state["seen"]), heads, keys, values, dtype, device, layer=site.layer, rope=site.rope)
+    spec = Spec(
+        len(state["seen"]), heads, keys, values, dtype, device, layer=site.layer, rope=site.rope, arena=core.arena
+    )
     segments = []
     for number, said in enumerate(state["formats"]):
         name, form = f"{index}.{number}", format_from(said)
