@@ -16,12 +16,13 @@ from kvfold.rotation import Compact, Rope
 
 @dataclass(frozen=True)
 class Traits:
-    """What a format can do, checked when a method is composed with it."""
+    """What a format can do. What is addressed is checked when a method is composed with it, crops when one comes."""
 
     addressed: Literal["token", "page", "whole"] = "token"
     """What can be dropped or written over by itself: a token, a page of them, or nothing."""
     frame: Literal["rotated", "unrotated"] = "rotated"
-    """Whether keys are held as the model rotated them. A key that is held un-rotated can be put anywhere."""
+    """Whether keys are held as the model rotated them. A key that is held un-rotated can be put anywhere. (So far all
+    are rotated.)"""
     crops: Literal["exact", "approximate", "never"] = "exact"
     """What is left after a crop: what would be there had the tokens never come; that but for rounding; no crop."""
     requantises: bool = False
