@@ -69,7 +69,7 @@ def test_an_eviction_at_every_step_needs_requantise():
     ("options", "message"),
     [
         ({"group": 7}, "group=7"), ({"group": 9}, "group=9 must be even"), ({"channels": 0}, "channels=0"),
-        ({"tail": -1}, "tail=-1"), ({"requantise": 2}, "requantise=2"),
+        ({"tail": -1}, "tail=-1"),
     ],
 )  # fmt: skip
 def test_options_that_cannot_be(options, message):

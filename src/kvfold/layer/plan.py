@@ -86,10 +86,10 @@ class Plan:
     """Tokens that each row (B,) had read before it."""
     ones: bool = True
     """Whether no new token is padding."""
-    valid: Bool[Tensor, "B Q"] | None = None
-    """Which of the new tokens are not padding."""
-    positions: Int[Tensor, "B Q"] | None = None
-    """Where in the text each new token stands."""
+    valid: Bool[Tensor, "B N"] | None = None
+    """Which of the new tokens are not padding; those that a crop takes back are still there."""
+    positions: Int[Tensor, "B N"] | None = None
+    """Where in the text each of them stands."""
     step: bool = False
     """Whether each row reads one generated token, nothing is moved, read selectively, observed or put off."""
     parts: tuple[Part, ...] = ()
