@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -81,6 +82,39 @@ def attend_blocks(
         left = torch.exp(torch.cat(asked, -1) - lse[..., None]) if asked else out[..., :0]
         left = left.nan_to_num(0.0).view(b, h, g, n, -1)
     return out.view(b, h, g, n, -1).to(q.dtype), lse.view(b, h, g, n), left
+
+
+@runtime_checkable
+class Part(Protocol):
+    """What answers for some of the slots: a segment, or a piece of one."""
+
+    @property
+    def longest(self) -> int:
+        """Slots of the longest row."""
+        ...
+
+    def attend(
+        self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None,
+        weights: bool = False,
+    ) -> Answer:  # fmt: skip
+        """See `Segment.attend`."""
+        ...
+
+
+def attend_parts(
+    parts: Sequence[Part], q: Float[Tensor, "B H G Q D"], scale: float, read: Bool[Tensor, "B H T"] | None,
+    compact: Compact | None, *, weights: bool,
+) -> Answer:  # fmt: skip
+    """Over segments whose slots follow each other, as one; empty ones are not asked, but for the last of empty ones."""
+    found, start = list[Answer](), 0
+    for part in parts:
+        stop = start + part.longest
+        if stop > start or (part is parts[-1] and not found):
+            here = None if read is None else read[..., start:stop]
+            turn = None if compact is None else compact.of(start, stop)
+            found.append(part.attend(q, scale, read=here, compact=turn, weights=weights))
+        start = stop
+    return merged(found, weights=weights)
 
 
 def merged(parts: Sequence[Answer], *, weights: bool) -> Answer:

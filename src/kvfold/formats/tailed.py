@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.formats.blocked import merged
+from kvfold.formats.blocked import attend_parts
 from kvfold.formats.dense import DenseSegment
 from kvfold.formats.paged import PagedSegment, one_each
 from kvfold.formats.tokens import Chunk, join
@@ -100,15 +100,7 @@ class TailedSegment(ABC, Generic[C]):
         """One softmax over both."""
         if compact is not None and compact.slots is None:
             compact = replace(compact, slots=torch.cat([part.valid() for part in self.parts], -1).cumsum(-1) - 1)
-        found, start = [], 0
-        for part in self.parts:
-            stop = start + part.longest
-            if stop > start or part is self.tail:
-                here = None if read is None else read[..., start:stop]
-                turn = None if compact is None else compact.of(start, stop)
-                found.append(part.attend(q, scale, read=here, compact=turn, weights=weights))
-            start = stop
-        return merged(found, weights=weights)
+        return attend_parts(self.parts, q, scale, read, compact, weights=weights)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool

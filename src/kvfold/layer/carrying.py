@@ -85,7 +85,8 @@ def _write_over(stored: Stored, view: LayerView, staying: Tensor, held: int) -> 
             in_place = (amend.slots >= 0) & (amend.slots < held) & here.gather(-1, real)
             stored.open.amend(torch.where(in_place, amend.slots, -1), amend.keys, amend.values)
         slots = torch.cat([amend.slots for amend in view.amended], -1)
-        if bool(((slots < 0) | (slots >= held) | here.gather(-1, slots.clamp(min=0))).all()):
+        done = here | ~staying  # what goes need not be written
+        if bool(((slots < 0) | (slots >= held) | done.gather(-1, slots.clamp(min=0))).all()):
             return None
     touched = _touched(stored, view, held) & staying
     inside = touched & here

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.formats import POSITION, Chunk, Format, Segment, Spec, join
-from kvfold.formats.blocked import Answer, merged
+from kvfold.formats.blocked import Answer, attend_parts, merged
 from kvfold.rotation import Compact
 
 
@@ -109,15 +109,7 @@ class Stored:
         self, q: Float[Tensor, "B H G Q D"], scale: float, compact: Compact | None, read: Tensor | None, weights: bool
     ) -> Answer:
         """(out, lse) over all segments, merged; `weights` (see `Segment.attend`) of all their slots."""
-        parts, start = list[Answer](), 0
-        for _, segment in self.segments:
-            stop = start + segment.longest
-            if stop > start or (segment is self.segments[-1][1] and not parts):
-                here = None if read is None else read[..., start:stop]
-                turn = None if compact is None else compact.of(start, stop)
-                parts.append(segment.attend(q, scale, read=here, compact=turn, weights=weights))
-            start = stop
-        return merged(parts, weights=weights)
+        return attend_parts([segment for _, segment in self.segments], q, scale, read, compact, weights=weights)
 
     def step(
         self, q: Float[Tensor, "B H G 1 D"], k: Tensor, v: Tensor, positions: Int[Tensor, "B 1"], scale: float,
