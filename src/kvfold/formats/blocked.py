@@ -85,7 +85,7 @@ def attend_blocks(
 
 
 @runtime_checkable
-class Part(Protocol):
+class Answering(Protocol):
     """What answers for some of the slots: a segment, or a piece of one."""
 
     @property
@@ -102,7 +102,7 @@ class Part(Protocol):
 
 
 def attend_parts(
-    parts: Sequence[Part], q: Float[Tensor, "B H G Q D"], scale: float, read: Bool[Tensor, "B H T"] | None,
+    parts: Sequence[Answering], q: Float[Tensor, "B H G Q D"], scale: float, read: Bool[Tensor, "B H T"] | None,
     compact: Compact | None, *, weights: bool,
 ) -> Answer:  # fmt: skip
     """Over segments whose slots follow each other, as one; empty ones are not asked, but for the last of empty ones."""
