@@ -1,12 +1,15 @@
 """Rows that join and leave a batch: whatever methods, budgets and formats the others have, each goes on as alone."""
 
 import threading
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 
 import kvfold
+from kvfold import Keep, Rewrite
+from kvfold.formats import POSITION, Chunk
 from models import feed, grow, subject, tokens
 
 METHODS = [
@@ -340,3 +343,25 @@ def test_caches_of_different_arenas_do_not_join():
     with pytest.raises(ValueError, match="come out of another arena"):
         caches[0].join(caches[1])
     assert [cache.rows.batch for cache in caches] == [1, 1]
+
+
+@pytest.mark.usefixtures("scratch_methods")
+def test_a_rewrite_sets_the_columns_that_it_gives_alone_beside_other_rows():
+    @kvfold.method("forgetful", title="Forgets its marks", kind="merge")
+    @dataclass(frozen=True)
+    class Forgetful(kvfold.Method):
+        def after_prefill(self, view):
+            return Keep(view.valid, {"mark": torch.ones(view.valid.shape)})
+
+        def after_decode(self, view):
+            return Rewrite(Chunk(view.keys, view.values, view.valid, {POSITION: view.positions}))
+
+    model, pair = requests("llama", ["forgetful", "full"], steps=1)
+    batch = Batch(model)
+    for request in pair:
+        batch.join(request)
+    _, columns = batch.cache.paged[0].segments[0][1].columns()
+    assert bool((columns["mark"][0] > 0).any())
+    batch.decode()
+    _, columns = batch.cache.paged[0].segments[0][1].columns()
+    assert not bool(columns["mark"].any())

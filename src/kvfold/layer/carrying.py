@@ -1,12 +1,14 @@
 """From what a view says to what the segments hold: only what a decision touches is written."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from kvfold.formats import Chunk
 from kvfold.layer.stored import Stored, as_stored
 from kvfold.views import LayerView
+from kvfold.views.decisions import Amend
 
 
 def commit(stored: Stored, view: LayerView, new: Chunk | None, *, slack: bool = False) -> None:
@@ -74,46 +76,34 @@ def _write_over(stored: Stored, view: LayerView, staying: Tensor, held: int) -> 
     """Write over stored tokens where they lie; those for which that can't be, None if there are none."""
     if not held or not (view.rewritten or view.amended):
         return None
-    open_for = torch.from_numpy(stored.opened).to(staying.device)[:, None, None]
-    here = (view.home == open_for) & staying
+    home = view.home
+    here = staying & (home == torch.from_numpy(stored.opened).to(home.device)[:, None, None])
     for number, (form, _) in enumerate(stored.segments):
         if form.traits.addressed != "token":
-            here &= view.home != number
-    if not view.rewritten and stored.lone_open is not None and len(stored.segments) == 1 and view.order is None:
-        for amend in view.amended:  # as decode steps do: nothing but these few is looked at
-            real = amend.slots.clamp(min=0)
-            in_place = (amend.slots >= 0) & (amend.slots < held) & here.gather(-1, real)
-            stored.open.amend(torch.where(in_place, amend.slots, -1), amend.keys, amend.values)
-        slots = torch.cat([amend.slots for amend in view.amended], -1)
-        done = here | ~staying  # what goes need not be written
-        if bool(((slots < 0) | (slots >= held) | done.gather(-1, slots.clamp(min=0))).all()):
-            return None
-    touched = _touched(stored, view, held) & staying
-    inside = touched & here
-    tokens = _fetch(stored, view, inside)
-    if tokens is not None:
-        places = _at(view, inside)
+            here &= home != number
+    elsewhere = F.pad(torch.zeros_like(staying), (0, 1))  # one slot more, for what is not marked
+    for amend in [_rewriting(stored, view, held)] if view.rewritten else view.amended:
+        slots = amend.slots.clamp(min=0)
+        stays = (amend.slots >= 0) & (amend.slots < held) & staying.gather(-1, slots)
+        inside, homes = stays & here.gather(-1, slots), home.gather(-1, slots)
+        places = slots if view.order is None else view.order.gather(-1, slots.clamp(max=held - 1))
         for number in set(stored.opened.tolist()):
             start = 0 if number == 0 else view.bounds[number - 1]
-            ours = (view.home.gather(-1, _slots(inside)) == number) & tokens.valid
-            stored.segments[number][1].amend(torch.where(ours, places - start, -1), tokens.keys, tokens.values)
-    outside = touched & ~here
-    return outside if bool(outside.any()) else None
+            ours = torch.where(inside & (homes == number), places - start, -1)
+            stored.segments[number][1].amend(ours, amend.keys, amend.values)
+        elsewhere.scatter_(-1, slots.masked_fill(~stays | inside, staying.shape[-1]), True)
+    promoted = elsewhere[..., :-1]
+    return promoted if bool(promoted.any()) else None
 
 
-def _touched(stored: Stored, view: LayerView, held: int) -> Bool[Tensor, "B H T"]:
-    """Which stored tokens have other keys or values than their segments hold."""
-    touched = torch.zeros_like(view.valid)
-    if view.rewritten:
-        old, _ = stored.tokens()
-        differs = (view.keys[:, :, :held] != old.keys).any(-1) | (view.values[:, :, :held] != old.values).any(-1)
-        touched[..., :held] = differs
-    for amend in view.amended:
-        padded = torch.cat([touched, torch.zeros_like(touched[..., :1])], -1)
-        slots = amend.slots.masked_fill(amend.slots < 0, touched.shape[-1])
-        touched = padded.scatter(-1, slots, True)[..., :-1]
-    touched[..., held:] = False
-    return touched & view.valid
+def _rewriting(stored: Stored, view: LayerView, held: int) -> Amend:
+    """A view's rewriting as the stored slots whose keys or values are now others."""
+    old, _ = stored.tokens()
+    differs = (view.keys[:, :, :held] != old.keys).any(-1) | (view.values[:, :, :held] != old.values).any(-1)
+    touched = differs & view.valid[..., :held]
+    slots = _slots(touched)
+    new = view.tokens.take(slots)
+    return Amend(slots.masked_fill(~touched.gather(-1, slots), -1), new.keys, new.values)
 
 
 def _keep(stored: Stored, view: LayerView, staying: Tensor, held: int, slack: bool) -> None:

@@ -162,6 +162,8 @@ def combined(view: LayerView, found: Sequence[tuple[np.ndarray | None, LayerView
         rows = torch.from_numpy(chosen).to(device)
         valid[rows] = some.valid
         changed = changed | some.changed
+        for name in set(columns) - set(some.columns) if some.rewritten else ():  # it has those that it was given alone
+            columns[name] = columns[name].index_fill(0, rows, 0)
         for name, column in some.columns.items():
             if some.rewritten or name in some.changed:
                 old = columns.get(name)
