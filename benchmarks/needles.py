@@ -12,6 +12,7 @@ from kvfold.evaluation.records import write_whole
 from kvfold.evaluation.report import make_report
 from kvfold.evaluation.report.cells import ALL_LENGTHS, Cell
 from kvfold.evaluation.report.markdown import MEANING, budget_name
+from kvfold.evaluation.report.records import ratio_note
 
 HERE = Path(__file__).parent
 INTRO = """# Needles by length
@@ -38,10 +39,13 @@ def table(cells: Sequence[Cell]) -> str:
 
 def page(results: Path) -> str:
     """The tables of all models and protocols."""
-    found = [cell for cell in make_report([results]).cells if cell.task == "niah" and cell.length != ALL_LENGTHS]
+    report = make_report([results])
+    found = [cell for cell in report.cells if cell.task == "niah" and cell.length != ALL_LENGTHS]
     if not found:
         raise ValueError(f"results={str(results)!r} hold no task niah")
     parts = [INTRO.format(depths=max(cell.n for cell in found))]
+    if note := ratio_note(report.results.records):
+        parts.append(f"{note}\n")
     for setup in dict.fromkeys(cell.setup for cell in found):
         about = f"## {setup.model}, {setup.dtype}, protocol: {setup.protocol}\n\n{MEANING[setup.protocol]}.\n\n"
         parts.append(about + table([cell for cell in found if cell.setup == setup]) + "\n")

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from inspect import getdoc
 from pathlib import Path
 from statistics import median
@@ -19,17 +20,21 @@ from typing import Any
 
 from kvfold import artefacts
 from kvfold.evaluation.records import write_whole
-from kvfold.evaluation.report import make_report
+from kvfold.evaluation.report import make_report, read_results
 from kvfold.evaluation.report.cells import ALL_LENGTHS
 from kvfold.evaluation.report.charts import COLORS, REFERENCE
 from kvfold.evaluation.report.markdown import budget_name
+from kvfold.evaluation.report.records import ratio_note
 from kvfold.methods import MethodInfo, list_methods
+from kvfold.testing import CONTRACTS
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs/methods"
 RESULTS, MERGING = ROOT / "benchmarks/results", ROOT / "benchmarks/merging.md"
 AGREED = [RESULTS / f"merging-{model}.json" for model in ("smollm2-135m-instruct", "gemma3-270m")]
 README, ROW = ROOT / "README.md", re.compile(r"^\| `([^`]+)` \|(?: \d+\.\d+ / \d\.\d+ \|)+$", re.MULTILINE)
+CONTRIBUTING, EXAMPLE = ROOT / "CONTRIBUTING.md", ROOT / "src/kvfold/methods/snapkv.py"
+OVERVIEW, NAMED = ROOT / "docs/agreement.svg", ("kvfold", "h2o", "snapkv", "keepkv", "streamingllm")
 CURVES, LEADERBOARD = RESULTS / "curves", ROOT / "benchmarks/leaderboard.md"
 DIFFERS = re.compile(r"\bDiffers from the (paper|code):\s")
 SPELLED = {
@@ -90,6 +95,13 @@ def measured(folder: Path = CURVES) -> list[Point]:
     ]
 
 
+@cache
+def caveat(name: str) -> str:
+    """What is to be said of the ratios of a folder of results, if anything."""
+    folder = RESULTS / name
+    return ratio_note(read_results([folder]).records) if (folder / "results.jsonl").is_file() else ""
+
+
 def pages(points: Sequence[Point]) -> dict[str, str]:
     """All files by name, less the charts."""
     infos, rows = methods(), leaderboard(LEADERBOARD.read_text(encoding="utf-8"))
@@ -146,6 +158,58 @@ def readme() -> str:
         return f"| `{line[1]}` | " + " | ".join(f"{cell['kl']:.3f} / {cell['top1']:.2f}" for cell in cells) + " |"
 
     return ROW.sub(row, README.read_text(encoding="utf-8"))
+
+
+def contributing() -> str:
+    """CONTRIBUTING.md: its example is the method that ships, its table what the contracts ask."""
+    source, text = EXAMPLE.read_text(encoding="utf-8"), CONTRIBUTING.read_text(encoding="utf-8")
+    rows = [[f"`{each.__name__}`", cell(" ".join((getdoc(each) or "").split()))] for each in CONTRACTS]
+    promises = f"<!-- contracts -->\n{table(['contract', 'what it asks'], rows)}\n<!-- end -->"
+    text = re.sub(r"<!-- contracts -->.*?<!-- end -->", lambda _: promises, text, flags=re.DOTALL)
+    return re.sub(r"```python\n.*?```", lambda _: f"```python\n{source}```", text, count=1, flags=re.DOTALL)
+
+
+def overview() -> Any:
+    """README.md's table as a chart: KL over the budget on both models, some methods named and the others grey."""
+    import altair as alt
+
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in AGREED]
+    names = [row[1] for row in ROW.finditer(README.read_text(encoding="utf-8"))]
+    others = "other methods of the table"
+    colors = dict(zip(NAMED, COLORS, strict=False)) | {others: REFERENCE}
+    points = [
+        {"model": one["model"], "method": name, "who": name if name in NAMED else others, "budget": budget,
+         "kl": one["summary"][f"{name}@{budget}"]["kl"]}
+        for one in found for name in names for budget in (0.5, 0.35, 0.2, 0.1)
+    ]  # fmt: skip
+    scale = alt.Scale(domain=list(colors), range=list(colors.values()))
+    legend = alt.Legend(
+        title=None, orient="bottom", columns=6, symbolType="stroke", symbolStrokeWidth=3, symbolOpacity=1,
+        labelFontSize=12,
+    )  # fmt: skip
+
+    def panel(model: str) -> Any:
+        mine = alt.Chart(alt.Data(values=[point for point in points if point["model"] == model])).encode(
+            x=alt.X(
+                "budget:Q", title="tokens kept of the prompt", scale=alt.Scale(domain=[0.09, 0.51], nice=False),
+                axis=alt.Axis(format="%", values=[0.1, 0.2, 0.35, 0.5], grid=False),
+            ),
+            y=alt.Y("kl:Q", title=None, scale=alt.Scale(type="log", domain=[0.0004, 2], nice=False),
+                    axis=alt.Axis(values=[0.001, 0.01, 0.1, 1], format="~g")),
+            color=alt.Color("who:N", scale=scale, legend=legend),
+            detail="method:N",
+        )  # fmt: skip
+        grey = mine.transform_filter(f"datum.who == '{others}'").mark_line(opacity=0.45, strokeWidth=1)
+        named = mine.transform_filter(f"datum.who != '{others}'").mark_line(
+            strokeWidth=2, point=alt.OverlayMarkDef(size=30)
+        )
+        return (grey + named).properties(width=370, height=260, title=model)
+
+    return styled(alt.hconcat(*(panel(one["model"]) for one in found), spacing=40)).properties(
+        title=alt.TitleParams(
+            "KL divergence from the full cache (nats, lower is better)", anchor="start", color=REFERENCE, fontSize=14
+        )
+    )
 
 
 def agreement(
@@ -249,9 +313,12 @@ def usage(info: MethodInfo) -> Iterator[str]:
     call = ", ".join([f'model, "{info.slug}"', *(f"{name}={value!r}" for name, value in given.items())])
     yield f'```sh\n{command} --ask "Who stole the stone?"\n```'
     yield (
-        f'```python\nimport kvfold\n\nmodel, tokenizer = kvfold.load("smollm2-135m-instruct")\n'
+        "```python\nfrom pathlib import Path\n\nimport kvfold\n\n"
+        'model, tokenizer = kvfold.load("smollm2-135m-instruct")\n'
+        'text = Path("document.txt").read_text(encoding="utf-8")\n'
         f'inputs = tokenizer(text, return_tensors="pt")\ncache = kvfold.Cache({call})\n'
-        "model.generate(**inputs, past_key_values=cache, max_new_tokens=64)\n```"
+        "output = model.generate(**inputs, past_key_values=cache, max_new_tokens=32)\n"
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))\n```'
     )
     if "calibration" in info.options:
         yield "It needs numbers that are measured on the model once. Those of the bundled models ship; for another:"
@@ -268,7 +335,8 @@ def curve(info: MethodInfo, points: Sequence[Point]) -> Iterator[str]:
     yield wrapped(
         "Agreement with the full cache on running text (suite `curves`: 1,200 tokens of which the last 32 are forced, "
         "means over documents with 95 % bootstrap intervals, KL in nats, lower is better; top-1 is the share of equal "
-        "greedy tokens; bytes are those of the whole cache, sliding windows included). Dashed: the median of all."
+        "greedy tokens; bytes are those of the whole cache, sliding windows included). Dashed: the median of all. "
+        + caveat("curves")
     )
     yield f"![KL, top-1 and bytes against the budget](charts/{info.slug}.svg)"
     head = ["model", "budget", "KL", "top-1", "KV bytes of full"]
@@ -298,7 +366,7 @@ def standing(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
     if not rows:
         yield "Not in the [leaderboard](../../benchmarks/leaderboard.md) yet."
         return
-    yield "In the [leaderboard](../../benchmarks/leaderboard.md):"
+    yield wrapped(f"In the [leaderboard](../../benchmarks/leaderboard.md). {caveat('leaderboard')}".strip())
     head = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "method"]
     yield table(head, [[row.get(name, "") for name in head] for row in rows])
 
@@ -336,9 +404,14 @@ def chart(slug: str, points: Sequence[Point]) -> Any:
         panel("top1", "equal greedy tokens", alt.Scale(zero=False, domainMax=1)),
         panel("ratio", "KV bytes / full", alt.Scale(domain=[0, 1])),
     ]
+    return styled(alt.hconcat(*panels, spacing=50, bounds="flush"))
+
+
+def styled(chart: Any) -> Any:
+    """Without a background, and grey where there is no colour: for white pages and for black ones."""
     grey = {"labelColor": REFERENCE, "titleColor": REFERENCE}
     return (
-        alt.hconcat(*panels, spacing=50, bounds="flush").configure(background="transparent").configure_view(stroke=None)
+        chart.configure(background="transparent").configure_view(stroke=None)
         .configure_axis(**grey, gridColor=REFERENCE, gridOpacity=0.25, domainColor=REFERENCE, tickColor=REFERENCE)
         .configure_legend(labelColor=REFERENCE).configure_title(color=REFERENCE, fontSize=12)
     )  # fmt: skip
@@ -355,6 +428,7 @@ def main() -> None:
         write_whole(PAGES / name, text.encode())
     write_whole(MERGING, merging().encode())
     write_whole(README, readme().encode())
+    write_whole(CONTRIBUTING, contributing().encode())
     drawn = draw(points, [name.removesuffix(".md") for name in made]) if points else 0
     print(f"{len(made)} pages, {drawn} charts in {PAGES.relative_to(ROOT)}")
 
@@ -367,6 +441,7 @@ def draw(points: Sequence[Point], among: Sequence[str]) -> int:
         print("no charts: they need altair and vl-convert-python (pip install 'kvfold[plot]')", file=sys.stderr)
         return 0
     (PAGES / "charts").mkdir(exist_ok=True)
+    write_whole(OVERVIEW, vl_convert.vegalite_to_svg(overview().to_dict()).encode())
     slugs = [slug for slug in dict.fromkeys(point.method for point in points) if slug in among]
     for slug in slugs:
         svg = vl_convert.vegalite_to_svg(chart(slug, points).to_dict())

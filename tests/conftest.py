@@ -1,19 +1,24 @@
 """What all tests share."""
 
+import os
 import sys
 from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
+os.environ["KVFOLD_PROBES"] = "off"  # nothing of a test lies in the user's folder
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 sys.path.insert(0, str(Path(__file__).parent))  # `import models`
 
 # Models are slow and shared machines slower: no deadline, few examples, the same ones on every run.
 settings.register_profile("kvfold", deadline=None, max_examples=6, derandomize=True, print_blob=False)
 settings.register_profile("quick", settings.get_profile("kvfold"), max_examples=2)  # `make test-fast`
+settings.register_profile(  # `make mutants`: that a test fails is enough, the least example takes minutes
+    "mutants", settings.get_profile("kvfold"), phases=(Phase.explicit, Phase.generate), database=None
+)
 settings.load_profile("kvfold")
 
 

@@ -9,8 +9,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Dyna
 from transformers.models.auto import CONFIG_MAPPING
 
 from calibrated import calibrate
+from kvfold.testing import VOCAB, feed, grow
+from kvfold.testing import follow as follow
+from kvfold.testing import positions as positions
+from kvfold.testing import tokens as tokens
 
-VOCAB = 97
 COMMON = dict(
     vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=None,
@@ -100,18 +103,6 @@ def subject(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return _shared(name, dtype, "subject")
 
 
-def tokens(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
-    """Random prompts of these lengths as one left-padded batch: input_ids and attention_mask."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        if length:
-            ids[row, -length:] = torch.randint(3, VOCAB, (length,), generator=generator)
-            mask[row, -length:] = 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def pictured(name: str, *rows: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
     """Prompts with images as a left-padded batch: a row is texts of these lengths, with an image between each two."""
     generator = torch.Generator().manual_seed(seed)
@@ -134,25 +125,9 @@ def pictured(name: str, *rows: tuple[int, ...], seed: int = 0) -> dict[str, Tens
     return {**given, "pixel_values": torch.randn(count, 3, 8, 8, generator=generator)}
 
 
-def positions(mask: Tensor, new: int) -> Tensor:
-    """position_ids of the last `new` columns, as `generate` makes them: padding not counted."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)[:, -new:]
-
-
 def dynamic(model: PreTrainedModel) -> DynamicCache:
     """transformers' own cache for this model."""
     return DynamicCache(config=model.config)
-
-
-@torch.no_grad()
-def feed(model: PreTrainedModel, cache: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """One forward pass over `ids`, the last columns of the text that `mask` covers: their logits."""
-    return model(ids, attention_mask=mask, position_ids=positions(mask, ids.shape[1]), past_key_values=cache).logits
-
-
-def grow(mask: Tensor, columns: int = 1) -> Tensor:
-    """The mask with `columns` more tokens in every row."""
-    return torch.cat([mask, mask.new_ones(len(mask), columns)], 1)
 
 
 def greedy(model: PreTrainedModel, cache: Any, ids: Tensor, mask: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -164,13 +139,3 @@ def greedy(model: PreTrainedModel, cache: Any, ids: Tensor, mask: Tensor, steps:
         logits.append(feed(model, cache, chosen[-1], mask))
         chosen.append(logits[-1].argmax(-1))
     return torch.cat(chosen, 1), torch.cat(logits, 1)
-
-
-@torch.no_grad()
-def follow(model: PreTrainedModel, cache: Any, ids: Tensor, mask: Tensor, forced: Tensor) -> Tensor:
-    """The logits of a prompt's last token and of `forced` (B, N) fed one by one after it: (B, N + 1, V)."""
-    logits = [feed(model, cache, ids, mask)[:, -1:]]
-    for column in range(forced.shape[1]):
-        mask = grow(mask)
-        logits.append(feed(model, cache, forced[:, column : column + 1], mask))
-    return torch.cat(logits, 1)

@@ -155,11 +155,12 @@ def test_good_budgets(budget):
 @pytest.mark.parametrize(
     ("check", "good", "bad"),
     [
-        (lambda x: check_int("n", x, 3), [3, 4], [2, 3.0, True, "3", None]),
+        (lambda x: check_int("n", x, 3), [3, 4, 2**31 - 1], [2, 3.0, True, "3", None, 10**20]),
         (lambda x: check_int("n", x, 1, odd=True), [1, 5], [0, 2, -1]),
         (lambda x: check_number("n", x, 0.0, 1.0), [0, 1, 0.5], [-0.1, 1.1, float("nan"), True, "1", None]),
+        (lambda x: check_number("n", x, 0.0), [0, 1e9], [float("inf"), 1e300]),
         (lambda x: check_choice("n", x, ("a", "b")), ["a", "b"], ["c", None, ["a"], 1]),
-        (lambda x: check_ints("n", x), [(), (0, -1), [1]], [(0.5,), 3, "01", (True,), None]),
+        (lambda x: check_ints("n", x), [(), (0, -1)], [(0.5,), 3, "01", (True,), None, [1]]),
     ],
 )
 def test_checks_of_options_name_the_option_and_the_value(check, good, bad):

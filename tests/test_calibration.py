@@ -124,5 +124,17 @@ def test_refused():
         calibrate("snapkv", run_of(subject("llama")))
     with pytest.raises(ValueError, match="answered none of the 2 prompts of kind 'copy'"):
         calibrate("headkv", run_of(subject("llama"), samples=2, length=500))
-    with pytest.raises(ValueError, match="a prompt of 20 tokens must leave room"):
+    with pytest.raises(ValueError, match=r"length=100: .* one of 20 tokens has no room"):
         next(questions(run_of(None), "copy", 1, 100))
+
+
+def test_a_length_without_room_says_how_long_it_must_be():
+    run = run_of(None, Template())
+    with pytest.raises(ValueError, match=r"length=128: .* one of 25 tokens has no room .* at least (\d+)") as said:
+        next(questions(run, "copy", 4, 128))
+    least = int(str(said.value).rpartition(" ")[2])
+    assert next(questions(run, "copy", 4, least)).prompt.numel() < least / 5
+    with pytest.raises(ValueError, match="length="):
+        next(questions(run, "copy", 4, least - 5))
+    with pytest.raises(ValueError, match="texts: one has"):
+        next(questions(run, "copy", 4, 9000))

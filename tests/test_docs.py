@@ -36,6 +36,7 @@ def test_pages_are_up_to_date():
     said = BUILD["README"].read_text(encoding="utf-8")
     assert said == BUILD["readme"](), "run: python docs/build.py"
     assert len(BUILD["ROW"].findall(said)) > 10
+    assert BUILD["CONTRIBUTING"].read_text(encoding="utf-8") == BUILD["contributing"](), "run: python docs/build.py"
 
 
 def test_every_method_has_a_page_and_links_lead_somewhere():
@@ -66,6 +67,7 @@ def test_a_curve_is_a_table_and_a_chart():
     convert = pytest.importorskip("vl_convert")
     svg = convert.vegalite_to_svg(BUILD["chart"]("h2o", made).to_dict())
     assert svg.startswith("<svg") and "KL from full" in svg and len(svg) < 60_000
+    assert (ROOT / "docs/agreement.svg").read_text() == convert.vegalite_to_svg(BUILD["overview"]().to_dict())
 
 
 def test_curves_are_read_from_a_result_folder(tmp_path):

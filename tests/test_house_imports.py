@@ -24,6 +24,7 @@ ROOMS = {
     "models": "transformers",
     "hf": "models layer methods warm views formats artefacts pages ops rotation budgets options transformers",
     "probes": "hf methods merges scores views formats artefacts ops rotation budgets options transformers",
+    "testing": "hf methods transformers",
     "conversations": "hf methods views formats artefacts ops options transformers",
     "diffusion": "hf methods views formats ops options",
     "reuse": "hf layer methods views formats pages ops options",

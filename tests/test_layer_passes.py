@@ -42,3 +42,39 @@ def test_a_fork_made_within_a_block_is_free_of_it(block):
         feed(model, each, torch.tensor([[5], [7]]), mask)
         assert each.paged[0].counts().tolist() == [[16, 16]] * 2
     assert fork.kept(1) == cache.kept(1) and not seen and fork.mode == cache.mode
+
+
+@pytest.mark.parametrize("block", ["undecided", "prefilling", "tentative", "observed"])
+def test_a_block_that_fails_is_over(block):
+    cache = kvfold.Cache(subject("llama"), "h2o(budget=16)")
+    before = cache.mode
+    with pytest.raises(ZeroDivisionError), getattr(cache, block)(*[print] * (block == "observed")):
+        assert cache.mode != before
+        raise ZeroDivisionError
+    assert cache.mode == before
+
+
+def test_a_token_after_passes_without_a_trace_stands_where_it_would_have():
+    model, prompt = subject("llama"), tokens(20, 13)
+    cache, mask = kvfold.Cache(model, "full"), grow(prompt["attention_mask"])
+    feed(model, cache, *prompt.values())
+    feed(model, cache, torch.tensor([[5], [7]]), mask)
+    with cache.tentative():
+        feed(model, cache, torch.tensor([[6], [8]]), grow(mask))
+        feed(model, cache, torch.tensor([[6], [8]]), grow(mask, 2))
+    feed(model, cache, torch.tensor([[9], [9]]), grow(mask))
+    assert cache.kept(1) == [[list(range(22))] * 2, [list(range(15))] * 2]
+
+
+def test_a_captured_step_counts_as_one_that_ran():
+    rows, captured = Rows(Full()), Rows(Full())
+    device, valid = torch.device("cpu"), torch.arange(6) >= torch.tensor([[0], [2]])
+    for each in (rows, captured):
+        each.begin(Plan(prefill=True), 2, 6, valid, device)
+    for _ in range(3):
+        rows.begin(Plan(prefill=False), 2, 1, None, device)
+        captured.clock(device).add_(1)  # what the graph does on the device
+        captured.replayed()
+    for each in (rows, captured):
+        assert (each.seen.tolist(), each.prompt.tolist(), each.clock(device).tolist()) == ([9, 7], [6, 4], [[9], [7]])
+        assert (each.width, each.width_before, each.number) == (9, 8, 4)

@@ -84,6 +84,8 @@ def test_even_rows_lie_side_by_side_and_ragged_ones_read_the_same():
     for table in (even, ragged):
         write(table, [1, 3], first=50)
         assert rows(table) == [[*range(6), 50], [*range(6, 12), 51, 52, 53]]
+        for start, stop in np.ndindex(9, 10):
+            assert torch.equal(table.dense("age", start, stop), table.dense("age")[:, start:stop])
 
 
 def test_tail_is_the_same_place_in_every_row_or_none():
@@ -134,6 +136,23 @@ def test_select_repeats_rows_and_drops_rows():
     assert rows(chosen) == [[*range(10, 15), 70], [*range(10, 15), 71], [*range(5), 72], [*range(10, 15), 73]]
 
 
+@pytest.mark.parametrize("chosen", [[1, 0], [0, 0], [1, 1], [0, 1]])
+def test_as_many_rows_in_another_order(chosen):
+    table = PageTable(pool(), 2)
+    write(table, [6, 6])
+    assert table.regular and rows(table.select(np.array(chosen))) == [rows(table)[row] for row in chosen]
+
+
+def test_of_those_who_write_a_page_at_once_one_keeps_it():
+    table = PageTable(pool(), 1)
+    write(table, [3])
+    beams, page = table.select(np.array([0, 0, 0])), table.table[0, 0]
+    table.release()
+    write(beams, [1, 1, 1], first=70)
+    assert (beams.table == page).sum() == 1 and beams.pool.pages == 3
+    assert rows(beams) == [[0, 1, 2, 70], [0, 1, 2, 71], [0, 1, 2, 72]]
+
+
 def test_a_fork_that_goes_out_of_scope_lets_go():
     table = PageTable(pool(), 2)
     write(table, [5, 5])
@@ -153,6 +172,16 @@ def test_trim_gives_back_every_page_past_the_end(counts):
     table.trim()
     assert table.pool.pages == table.pool.used == sum(-(-count // 4) for count in counts)
     assert rows(table) == before
+
+
+@pytest.mark.parametrize("over", [7, 8])
+def test_trim_with_slack_leaves_few_pages_where_they_are(over):
+    """One in 16 of what is held and a page a row: lest a step that gives what it took moves all tokens."""
+    table = PageTable(pool(), 2)
+    write(table, [440, 440])
+    table.cut(np.array([4 * (110 - over)] * 2))
+    table.trim(slack=True)
+    assert table.table.shape[1] == (110 if over == 7 else 110 - over)
 
 
 def test_trim_of_shared_pages_leaves_them_to_the_others():
@@ -209,6 +238,35 @@ def test_a_narrower_dtype_is_rounded_once():
     assert torch.equal(segment.dense().keys, rounded) and segment.pool.planes["keys"].dtype == torch.bfloat16
     segment.keep(torch.arange(9).expand(1, 2, 9) % 2 == 0, {})
     assert torch.equal(segment.dense().keys, rounded[:, :, ::2])
+
+
+@pytest.mark.parametrize("left", range(8))
+def test_a_cut_counts_tokens_and_no_holes(left):
+    """Holes in front of it, behind it and right at it."""
+    chunk = tokens(1, 2, 9, seed=0)
+    segment = Dense(page_size=16).segment(chunk)
+    segment.append(chunk)
+    segment.keep((torch.arange(9) % 5 != 1).expand(1, 2, 9), {}, slack=True)
+    assert segment.table.holed
+    segment.truncate(np.array([[left, 7]]))
+    valid, columns = segment.columns()
+    assert segment.counts().tolist() == [[left, 7]]
+    assert columns[POSITION][0, 0][valid[0, 0]].tolist() == [0, 2, 3, 4, 5, 7, 8][:left]
+
+
+@pytest.mark.parametrize("holed", [(True, False), (False, True), (True, True)])
+def test_rows_that_are_joined_keep_their_holes(holed):
+    parts, expected = [], []
+    for some in holed:
+        chunk = tokens(1, 2, 9, seed=0)
+        parts.append(Dense(page_size=16).segment(chunk))
+        parts[-1].append(chunk)
+        parts[-1].keep((torch.arange(9) != (4 if some else 9)).expand(1, 2, 9), {}, slack=True)
+        assert parts[-1].table.holed == some
+        expected += [[place for place in range(9) if place != 4 or not some]] * 2
+    parts[0].join(parts[1])
+    valid, columns = (x.flatten(0, 1) for x in (parts[0].valid(), parts[0].column(POSITION)))
+    assert [places[here].tolist() for places, here in zip(columns, valid, strict=True)] == expected
 
 
 def test_kept_tokens_stay_in_order():

@@ -105,6 +105,15 @@ def test_pools_grow_in_steps():
     assert len(storages) < 45 and rows(some) == [list(range(1600))]
 
 
+def test_pools_that_grow_together_share_what_is_left():
+    arena = Arena(171 * BYTES)
+    one, two = table(arena), table(arena, key="b")
+    for some in (one, two):
+        write(some, [320])
+    arena.check({one.pool: 1, two.pool: 1})
+    assert (one.pool.free, two.pool.free) == (10, 1) and arena.nbytes <= arena.capacity
+
+
 def test_what_is_free_at_the_end_of_one_pool_goes_to_another():
     arena = Arena(10 * BYTES)
     one, two, three = table(arena), table(arena), table(arena, key="b")

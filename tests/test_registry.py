@@ -1,9 +1,11 @@
 """Finding methods, their text form, and the public names."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +24,7 @@ def test_public_names():
         "Arena", "Cache", "Dense", "Drop", "Keep", "LayerView", "Method", "MethodInfo", "OutOfPages", "Pipeline",
         "Read", "Rewrite", "Store", "list_methods", "load", "method", "parse",
     ]  # fmt: skip
+    assert all(getattr(kvfold, name) is not None and name in dir(kvfold) for name in kvfold.__all__)
     with pytest.raises(AttributeError, match="'kvfold' has no attribute 'Cahce'"):
         kvfold.Cahce  # noqa: B018
 
@@ -36,6 +39,7 @@ import kvfold
 from kvfold.methods.base import registry
 assert "transformers" not in sys.modules, "transformers"
 assert registry == {}, registry
+assert set(kvfold.__all__) <= set(dir(kvfold)), dir(kvfold)
 after = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
 assert torch.equal(state[0], after[0]) and state[1:] == after[1:]
 slugs = [info.slug for info in kvfold.list_methods()]
@@ -243,3 +247,35 @@ def test_a_slug_or_kind_that_can_not_be():
         with pytest.raises(ValueError, match="slug="):
             method(slug, title="Mine", kind="evict")
     assert get_method("snapkv").cls is SnapKV
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["-" * 100_000 + "1", "[" * 100_000, "not " * 100_000 + "1", "1+" * 50_000 + "1", "9" * 4000, "10**20"],
+    ids=["minus", "lists", "not", "sums", "digits", "power"],
+)
+def test_texts_that_no_method_has_are_refused_in_few_words(options):
+    with pytest.raises(ValueError, match=r"method='kvfold|window=") as error:
+        kvfold.parse(f"kvfold(window={options})")
+    assert len(str(error.value)) < 800
+
+
+def test_a_long_composition_is_read_in_linear_time():
+    assert len(kvfold.parse("full|" * 2000 + "full").stages) == 2001
+    with pytest.raises(ValueError, match="is unknown") as error:
+        kvfold.parse("a" * 10**6)
+    assert len(str(error.value)) < 2000
+
+
+def test_classes_of_methods_are_typed_and_there_by_name():
+    """An editor sees them in a block that only type checkers read; whoever imports one gets it."""
+    source = Path(kvfold.methods.__file__).read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^    from (kvfold\.methods\.\w+) import (\w+) as \2$", source, re.MULTILINE))
+    mine = [info.cls for info in list_methods() if info.cls.__module__.startswith("kvfold.")]
+    assert shown == {cls.__module__: cls.__name__ for cls in mine}
+    from kvfold.methods import KVFold, SnapKV
+
+    assert SnapKV is get_method("snapkv").cls and str(SnapKV(window=8)) == str(kvfold.parse("snapkv(window=8)"))
+    assert KVFold is get_method("kvfold").cls
+    with pytest.raises(AttributeError, match=r"'kvfold.methods' has no attribute 'SnapKw'"):
+        kvfold.methods.SnapKw  # noqa: B018

@@ -88,3 +88,14 @@ def test_pack_and_unpack():
     assert packed[0, 0, :4].tolist() == [0, 2, 3, 5] and packed[1, 1, :3].tolist() == [0, 1, 3]
     for x in (view.positions, view.keys, view.valid):
         assert torch.equal(view.unpack(view.pack(x)), x)
+
+
+def test_what_is_no_number_is_ranked_and_never_empties_a_head():
+    """What always stays first, then what overflowed, numbers, and -inf and NaN last; ties to the earlier."""
+    view = random_view(T=6)
+    nan, inf = float("nan"), float("inf")
+    scores, always = torch.tensor([[[nan, inf, 1.0, -inf, 2.0, 0.0]]]), torch.tensor([[[False] * 5 + [True]]])
+    order = [5, 1, 4, 2, 0, 3]
+    for count in range(7):
+        kept = keep_top(view, scores, torch.tensor([[count]]), always).mask[0, 0].nonzero()[:, 0].tolist()
+        assert kept == sorted(order[:count])

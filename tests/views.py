@@ -148,3 +148,11 @@ def full_probabilities(view: LayerView, row: int) -> Tensor:
 def top(scores: Sequence[float], count: int) -> list[int]:
     """Indices of the `count` highest scores, the earlier one where they tie, ascending."""
     return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
+
+
+def spared(total: int, count: int, window: int, sinks: int = 0) -> list[int]:
+    """Of `total` tokens, those that are among the `count` that stay whatever their score; both ends without room."""
+    if count < window + max(sinks, min(4, window // 2)):
+        sinks = min(count // 2, max(sinks, 4))
+        window = count - sinks
+    return sorted({*range(min(sinks, total)), *range(max(0, total - window), total)})

@@ -1,47 +1,44 @@
-"""kvfold: long contexts with a small KV cache, for any transformers model."""
+"""kvfold: long contexts with a small KV cache, for transformers models."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kvfold.formats import Dense
-from kvfold.methods import Method, MethodInfo, Pipeline, list_methods, method, parse
-from kvfold.pages import Arena, OutOfPages
-from kvfold.views import LayerView
-from kvfold.views.decisions import Drop, Keep, Read, Rewrite, Store
-
 if TYPE_CHECKING:
-    from kvfold.hf.cache import Cache
-    from kvfold.models.load import load
+    from kvfold.formats import Dense as Dense
+    from kvfold.hf.cache import Cache as Cache
+    from kvfold.methods import Method as Method
+    from kvfold.methods import MethodInfo as MethodInfo
+    from kvfold.methods import Pipeline as Pipeline
+    from kvfold.methods import list_methods as list_methods
+    from kvfold.methods import method as method
+    from kvfold.methods import parse as parse
+    from kvfold.models.load import load as load
+    from kvfold.pages import Arena as Arena
+    from kvfold.pages import OutOfPages as OutOfPages
+    from kvfold.views import LayerView as LayerView
+    from kvfold.views.decisions import Drop as Drop
+    from kvfold.views.decisions import Keep as Keep
+    from kvfold.views.decisions import Read as Read
+    from kvfold.views.decisions import Rewrite as Rewrite
+    from kvfold.views.decisions import Store as Store
 
 __version__ = "0.1.0"
-__all__ = [
-    "Arena",
-    "Cache",
-    "Dense",
-    "Drop",
-    "Keep",
-    "LayerView",
-    "Method",
-    "MethodInfo",
-    "OutOfPages",
-    "Pipeline",
-    "Read",
-    "Rewrite",
-    "Store",
-    "list_methods",
-    "load",
-    "method",
-    "parse",
-]
+_PLACES = {
+    "Cache": "hf.cache", "load": "models.load", "Dense": "formats", "LayerView": "views",
+    **dict.fromkeys(["Arena", "OutOfPages"], "pages"),
+    **dict.fromkeys(["Method", "MethodInfo", "Pipeline", "list_methods", "method", "parse"], "methods"),
+    **dict.fromkeys(["Drop", "Keep", "Read", "Rewrite", "Store"], "views.decisions"),
+}  # fmt: skip
+__all__ = sorted(_PLACES)
 
 
 def __getattr__(name: str) -> Any:
-    # transformers takes seconds to import; methods, formats and kernels do not need it.
-    if name == "Cache":
-        from kvfold.hf.cache import Cache
+    # torch and transformers take seconds to import: `kvfold --help` needs neither.
+    if name not in _PLACES:
+        raise AttributeError(f"module 'kvfold' has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"kvfold.{_PLACES[name]}"), name)
+    return found
 
-        return Cache
-    if name == "load":
-        from kvfold.models.load import load
 
-        return load
-    raise AttributeError(f"module 'kvfold' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

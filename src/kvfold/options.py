@@ -3,32 +3,44 @@
 from collections.abc import Collection
 
 
-def check_int(name: str, value: object, low: int, odd: bool = False) -> None:
-    """Raise ValueError unless `value` is an int >= `low` (and odd, where asked)."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (odd and value % 2 == 0):
-        raise ValueError(f"{name}={value!r} must be an{' odd' if odd else ''} int >= {low}")
+def shown(value: object) -> str:
+    """A value as an error shows it, cut where it is long."""
+    if isinstance(value, int) and value.bit_length() > 999:  # Python does not print longer ones
+        return f"an int of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def check_number(name: str, value: object, low: float, high: float) -> None:
+LARGEST = 2**31 - 1
+"""More tokens than any text has, and what an int32 holds."""
+
+
+def check_int(name: str, value: object, low: int, odd: bool = False, high: int = LARGEST) -> None:
+    """Raise ValueError unless `value` is an int in [`low`, `high`] (and odd, where asked)."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high or (odd and value % 2 == 0):
+        raise ValueError(f"{name}={shown(value)} must be an{' odd' if odd else ''} int >= {low} and <= {high}")
+
+
+def check_number(name: str, value: object, low: float, high: float = LARGEST) -> None:
     """Raise ValueError unless `value` is a number in [low, high]."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{name}={value!r} must be a number in [{low}, {high}]")
+        raise ValueError(f"{name}={shown(value)} must be a number in [{low}, {high}]")
 
 
 def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+        raise ValueError(f"{name}={shown(value)} must be one of {', '.join(map(repr, allowed))}")
 
 
 def check_ints(name: str, values: object) -> None:
-    """Raise ValueError unless `values` is a tuple or list of ints."""
-    ints = isinstance(values, tuple | list) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+    """Raise ValueError unless `values` is a tuple of ints."""
+    ints = isinstance(values, tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
     if not ints:
-        raise ValueError(f"{name}={values!r} must be a tuple of ints")
+        raise ValueError(f"{name}={shown(values)} must be a tuple of ints")
 
 
 def check_name(name: str, value: object, allowed: str) -> None:
     """Raise ValueError unless `value` is None or a text that is not empty; `allowed` says what it names."""
     if value is not None and not (isinstance(value, str) and value):
-        raise ValueError(f"{name}={value!r} must be {allowed}")
+        raise ValueError(f"{name}={shown(value)} must be {allowed}")

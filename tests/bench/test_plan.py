@@ -87,6 +87,32 @@ def test_experts_that_no_token_picks_are_not_read() -> None:
     assert planned.read_bytes(1) < planned.read_bytes(2) < planned.read_bytes(64) <= planned.weight_bytes
 
 
+def test_quantised_weights_by_hand() -> None:
+    """Tables stay as they are, and what a step does not read of the experts is as small as the rest."""
+    for family in ("llama", "gemma3", "qwen3-next"):
+        whole, few = shape(family), replace(shape(family), weight_bits=4.5)
+        tables = whole.embedding * (1 if whole.tied else 2)
+        assert few.weight_bytes == pytest.approx((whole.parameters - tables) * 4.5 / 8 + 4 * tables, abs=1)
+        assert replace(whole, weight_bits=32.0).read_bytes(2) == whole.read_bytes(2)
+        unread = whole.expert_parameters * (1 - whole.experts_used / whole.experts) ** 2 if whole.experts else 0
+        read = few.weight_bytes - unread * 4.5 / 8 - (0 if whole.tied else 4 * whole.embedding)
+        assert few.read_bytes(2) == pytest.approx(read, abs=2) and few.active_parameters == whole.active_parameters
+
+
+def test_chunks_by_hand() -> None:
+    """The activations of a chunk, and a chunk in each layer, in place of the activations of the prompt."""
+
+    def reserve(chunk: int | None) -> int:
+        plan = make_plan(shape("llama"), GPU, parse("full"), dtype="float32", context=400, reserve=0.0, chunk=chunk)
+        return plan.reserve_bytes
+
+    assert reserve(None) == shape("llama").activation_bytes(400)
+    assert reserve(64) == shape("llama").activation_bytes(64) + shape("llama").dense_bytes(64)
+    assert reserve(1000) == reserve(400)
+    with pytest.raises(ValueError, match="chunk=0 must be at least 1"):
+        reserve(0)
+
+
 def test_a_decode_step_by_hand() -> None:
     """Llama: 3 layers, 2 KV heads of 16 + 16 numbers, 4 bytes each and 4 for the position; 19 pages for 300 tokens."""
     plan, planned = made("llama", "full", batch=2), shape("llama")

@@ -12,15 +12,6 @@ from transformers import PreTrainedTokenizerFast
 from models import build
 
 
-@pytest.fixture(autouse=True)
-def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables as on a wide terminal, whoever runs the tests."""
-    from kvfold.cli import common
-
-    monkeypatch.setattr(common.stdout, "_width", 180)
-    monkeypatch.setattr(common.stdout, "_height", 50)
-
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of 97 tokens: the printable ASCII characters, one token each."""

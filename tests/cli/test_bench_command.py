@@ -71,7 +71,7 @@ def test_run_as_json(folder: Path) -> None:
     found = got(*words, "--steps", "2", "--rounds", "1", "--prefill-batch", "1")
     assert set(found) == {
         "bench", "machine", "model", "dtype", "context", "batch", "prefill_batch", "steps", "rounds", "weight_bytes",
-        "read_bandwidth", "rows", "skipped",
+        "read_bandwidth", "rows", "skipped", "probe_seconds",
     }  # fmt: skip
     assert {row["contender"] for row in found["rows"]} >= {"DynamicCache", "full", "snapkv"}
     for row in found["rows"]:

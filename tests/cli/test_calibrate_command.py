@@ -13,6 +13,8 @@ from models import build
 def test_refused_before_anything_is_loaded():
     with pytest.raises(ValueError, match="method='snapkv' needs no calibration; those that do: attention-gate, comp"):
         calibrate_command("snapkv", model="nowhere")
+    with pytest.raises(ValueError, match=r"method='headkvv' is unknown \(did you mean 'headkv'"):
+        calibrate_command("headkvv", model="nowhere")
     with pytest.raises(ValueError, match=r"out='gates.tsv' must end in .json"):
         calibrate_command("duoattention", model="nowhere", out=Path("gates.tsv"))
     with pytest.raises(ValueError, match=r"out='gates.json' must end in .safetensors"):

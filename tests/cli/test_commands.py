@@ -1,5 +1,6 @@
 """The commands on a tiny model: what they print, what they refuse, and with which exit code."""
 
+import inspect
 import io
 import json
 import subprocess
@@ -107,6 +108,9 @@ def test_compare_measures_against_full(folder: Path, document: Path, tmp_path: P
         assert row["kl"] < 1e-6 and row["top1"] == 1.0 and row["answer"] == full["answer"]
     page = chart.read_text()
     assert "vega" in page and "streamingllm" in page and "https://cdn" not in page
+    said = [line for line in result.stderr.splitlines() if line.startswith(tuple(row["method"] for row in rows))]
+    assert said[0].startswith("full: ") and said[1].startswith("kvmerger 0.5: ") and len(said) == 7
+    assert "all methods about" in result.stderr
 
 
 def test_compare_prints_a_table(folder: Path, document: Path) -> None:
@@ -114,6 +118,25 @@ def test_compare_prints_a_table(folder: Path, document: Path) -> None:
     result = runner.invoke(app, words, env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
     assert "h2o" in result.stdout and "full" in result.stdout and "top-1" in result.stdout
+    assert "the probe" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "--budget", "16"), ("compare", "--methods", "kvfold", "--budget", "16"),
+        ("bench", "run", "--methods", "kvfold", "--context", "30", "--batch", "1", "--steps", "1", "--rounds", "1"),
+        ("bench", "growth", "--methods", "kvfold", "--budget", "8", "--context", "20,40", "--steps", "1",
+         "--rounds", "1"),
+    ],
+)  # fmt: skip
+def test_what_the_probe_took_is_said_beside_timings(folder: Path, document: Path, words: tuple[str, ...]) -> None:
+    text = [] if words[0] == "bench" else ["--file", str(document), "--max-new-tokens", "3"]
+    result = runner.invoke(app, [*words, "--model", str(folder), *text])
+    assert result.exit_code == 0, result.output
+    assert "Once for this model, and in no time here: the probe, copying" in " ".join(result.output.split())
+    found = json.loads(runner.invoke(app, [*words, "--model", str(folder), *text, "--json"]).stdout)
+    assert found["probe_seconds"]["copying"] > 0
 
 
 def test_all_is_every_method() -> None:
@@ -143,7 +166,8 @@ def test_methods_and_models_as_json() -> None:
         (["-o", "window"], "option='window' must be of the form name=value"),
         (["-o", "windw=3"], "kvfold has no option windw=3"),
         (["--file", "missing.txt"], "file='missing.txt' is not a file"),
-        (["--max-new-tokens", "400"], "the model's context is 512"),
+        (["--max-new-tokens", "400"], "the model's context is 512; --context 112 cuts the document"),
+        (["--max-new-tokens", "9000"], "the model's context is 512; ask for fewer new tokens"),
     ],
 )
 def test_wrong_usage_ends_with_2(
@@ -175,7 +199,7 @@ def test_answers_are_not_markup() -> None:
     row = CompareRow("h2o", 0.5, "[bold] see [/INST]", 5.0, 50, 100, 100, 1.0, 2.0, 0.9, 0.1)
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(tables_of([row], "title"))
+        console.print(*tables_of([row], "title"))
     assert "[bold] see [/INST]" in capture.get()
 
 
@@ -190,14 +214,105 @@ def test_numbers_fit_eighty_columns_and_equal_answers_are_said_once() -> None:
     ]
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(tables_of(rows, "title"))
+        for table in tables_of(rows, "title"):
+            console.print(table)
     lines = capture.get().splitlines()
     numbers = next(line.split() for line in lines if line.startswith(" streamingllm"))
     assert numbers == ["streamingllm", "0.35", "2215", "98.9", "MiB", "0.352", "118.8", "s", "113.1", "0.95", "0.031"]
     assert " ".join(" ".join(lines).split()).count("The name of") == 3
-    whose = [line.partition("  ")[0] for line in lines if line.startswith(("full ", "streamingllm ", "kvfold "))]
-    assert whose == ["full", "streamingllm 0.35", "kvfold 0.35"]
+    whose = [line.partition("  ")[0] for line in lines if line.startswith(("full,", "kvfold "))]
+    assert whose == ["full, streamingllm 0.35", "kvfold 0.35"]
     assert " ".join(" ".join(lines).split()).endswith("kvfold 0.35 No.")
+
+
+@pytest.mark.parametrize("words", [["compare", "--methods", "streamingllm"], ["methods"], ["models"]])
+def test_no_terminal_is_too_narrow_for_a_name(folder: Path, document: Path, words: list[str]) -> None:
+    """Where a row does not fit, each of its cells has a line."""
+    if words[0] == "compare":
+        words = [*words, "--model", str(folder), "--file", str(document), "--max-new-tokens", "2"]
+    result = runner.invoke(app, words, env={"COLUMNS": "40"})
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 40
+    assert ("streamingllm" if words[0] != "models" else "smollm2-135m-instruct") in result.stdout.split()
+
+
+def test_a_pipe_has_no_width(folder: Path, document: Path) -> None:
+    result = runner.invoke(app, ["methods"], env={"COLUMNS": None})
+    assert 80 < max(map(len, result.stdout.splitlines())) <= 180
+
+
+def test_run_and_compare_say_what_a_limit_cuts(folder: Path, document: Path) -> None:
+    words = ["--model", str(folder), "--file", str(document), "--context", "100", "--max-new-tokens", "2"]
+    for command in ("run", "compare"):
+        result = runner.invoke(app, [command, *words, "--json"])
+        got = json.loads(result.stdout)
+        whole = got["prompt_tokens"] + got["cut_tokens"]
+        assert got["prompt_tokens"] <= 100 < whole == len(document.read_text())
+        assert f"cut {got['cut_tokens']} of {whole} tokens" in result.stderr
+    assert "cut" not in runner.invoke(app, ["run", *words[:4], "--max-new-tokens", "2"]).stderr
+
+
+def test_an_answer_is_written_as_it_comes(folder: Path, document: Path) -> None:
+    words = ["run", "--model", str(folder), "--file", str(document), "--max-new-tokens", "30", "--method", "full"]
+    said = json.loads(runner.invoke(app, [*words, "--json"]).stdout)["answer"]
+    assert runner.invoke(app, words, env={"COLUMNS": "20"}).stdout.strip() == said
+
+
+def test_one_method_with_its_options() -> None:
+    text = " ".join(runner.invoke(app, ["methods", "snapkv"]).stdout.split())
+    assert "arXiv:2404.14469" in text and "Differs from the paper" in text and "window 32 queries at the" in text
+    found = json.loads(runner.invoke(app, ["methods", "snapkv", "--json"]).stdout)
+    assert found["slug"] == "snapkv" and found["meanings"]["window"].startswith("queries at")
+
+
+def test_a_budget_of_one_is_one_token_and_said_so(folder: Path, document: Path) -> None:
+    words = ["run", "--model", str(folder), "--file", str(document), "--max-new-tokens", "1", "--method", "h2o"]
+    for given, said in (("1", True), ("1.0", False), ("2", False)):
+        result = runner.invoke(app, [*words, "--budget", given, "--json"])
+        assert ("one token per KV head; 1.0 keeps everything" in result.stderr) == said
+
+
+def test_a_hub_that_is_not_there_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], document: Path
+) -> None:
+    """Not five times with a pause between: a name is mistyped more often than a network is back in a minute."""
+    asked: list[str] = []
+
+    def refuse(name: str, **_: object) -> None:
+        asked.append(name)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("kvfold.models.load.model_info", refuse)
+    words = ["--model", "smolm2-135m"]
+    for command in (["run", "--file", document, *words], ["plan", "--device", "L4", *words]):
+        code, _, err = call(monkeypatch, capsys, *command)
+        assert code == 1 and "did you mean 'smollm2-135m-instruct'" in err and "no network" in err
+    assert asked == ["smolm2-135m"] * 2
+
+
+def test_a_folder_without_a_tokenizer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, document: Path, tmp_path: Path
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    code, _, err = call(monkeypatch, capsys, "run", "--model", tmp_path, "--file", document)
+    assert code == 1 and "has no tokenizer that transformers can read" in err
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["run", "--help"], ["bench", "run", "--help"]])
+def test_help_needs_no_torch(words: list[str]) -> None:
+    script = f"""
+import sys
+sys.argv[1:] = {words}
+from kvfold.cli import main
+try:
+    main()
+except SystemExit:
+    print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split("\n")[-2].split()
+    assert "kvfold.cli" in loaded and not {"torch", "transformers", "numpy"} & set(loaded)
 
 
 def test_an_empty_document_is_refused_on_standard_input(
@@ -211,3 +326,12 @@ def test_an_empty_document_is_refused_on_standard_input(
 def test_the_module_runs_as_a_program() -> None:
     done = subprocess.run([sys.executable, "-m", "kvfold", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == kvfold.__version__
+
+
+def test_the_librarys_own_method_is_among_the_defaults() -> None:
+    from kvfold.cli import bench, compare, plan
+    from kvfold.evaluation.sweep import suite
+
+    commands = (compare.compare_command, plan.plan, bench.run_command, bench.growth_command)
+    shown = [inspect.signature(command).parameters["methods"].default.split(",") for command in commands]
+    assert all("kvfold" in names for names in [*shown, suite("smoke")["methods"]])

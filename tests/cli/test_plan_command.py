@@ -46,7 +46,7 @@ def test_json_has_every_row_and_what_it_rests_on(config: Path) -> None:
     got = json.loads(result.stdout)
     assert set(got) == {
         "model", "parameters", "active_parameters", "active_parameters_estimated", "device", "dtype", "context",
-        "batch", "reserve", "versions", "rows",
+        "batch", "reserve", "weight_bits", "prefill_chunk", "versions", "rows",
     }  # fmt: skip
     assert got["device"] == find_device("L4").to_dict()
     assert (got["dtype"], got["context"], got["batch"]) == ("bfloat16", 512, 3)
@@ -69,11 +69,35 @@ def test_a_folder_and_its_config_are_the_same(folder: Path, config: Path) -> Non
 
 
 def test_the_table_says_what_does_not_fit(config: Path) -> None:
-    words = ["plan", "--model", str(config), "--memory", "1MB", "--bandwidth", "1GB/s", "--flops", "1T"]
+    words = ["plan", "--model", str(config), "--memory", "99KB", "--bandwidth", "1GB/s", "--flops", "1T"]
     result = runner.invoke(app, [*words, "--context", "512"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
-    assert "too much" in result.stdout and "kvmerger 0.35" in result.stdout and "its bound" in result.stdout
     assert "datasheet" in result.stdout
+    row = next(line.split() for line in result.stdout.splitlines() if line.startswith("kvfold 0.35"))
+    assert row[6:] == ["too", "much", "none"]  # and no speed
+    assert "Nothing fits in 0.10 MB" in result.stdout
+    assert result.stdout.endswith("--prefill-chunk 512 and --weight-bits 4.5 may help.\n")
+
+
+LLAMA_8B = """{"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072}"""
+
+
+def test_eight_billion_weights_read_a_long_text_on_24_gb_in_chunks(tmp_path: Path) -> None:
+    (tmp_path / "8b.json").write_text(LLAMA_8B)
+    words = ["plan", "--model", str(tmp_path / "8b.json"), "--device", "RTX4090"]
+    found = {}
+    for given in ("", "--prefill-chunk 512", "--prefill-chunk 512 --weight-bits 4.5", "--weight-bits 4.5"):
+        result = runner.invoke(app, [*words, *given.split()], env={"COLUMNS": "80"})
+        assert result.exit_code == 0, result.output
+        *table, last = result.stdout.splitlines()
+        assert max(map(len, table)) <= 80 and all(f"\n{name} 0.35 " in result.stdout for name in ("kvfold", "snapkv"))
+        found[given] = last
+    nothing, chunks, both, bits = found.values()
+    assert nothing.startswith("Nothing fits in 24.00 GB: snapkv 0.35 takes 38.36 GB")
+    assert chunks.startswith("All but full fit in 24.00 GB, and snapkv 0.35 answers most, 1 row, at most 47.8 tokens/s")
+    assert both.startswith("All but full fit") and "2 rows at once" in both and "may help" not in both
+    assert bits.startswith("Nothing fits") and bits.endswith("; --prefill-chunk 512 may help.")
 
 
 def test_the_chart_opens_without_a_network(config: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """A tiny model with a tokenizer of bytes, in a folder that `kvfold.load` takes."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +50,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if binary is None:
+        pytest.skip("needs a Chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=binary, args=FLAGS)
+        yield browser
+        browser.close()

@@ -98,6 +98,20 @@ def test_a_batch_answers_what_its_examples_do(asker, loaded, protocol):
         assert len(outcome.queries) == 3
 
 
+@pytest.mark.parametrize("protocol", ["aware", "agnostic", "turns"])
+def test_a_ratio_is_of_the_full_cache_before_it_answers(asker, loaded, protocol):
+    """So contenders of one method have one ratio, whenever they are asked."""
+    queries = tuple(replace(query, max_new_tokens=40) for query in (RED, BLUE, LAST))
+    methods = contenders(loaded[0], ("full", None), ("snapkv", 0.4), ("snapkv", 0.4))
+    found = asker.ask([replace(ONE, queries=queries), replace(TWO, queries=queries)], protocol, methods)
+    full, again, first, second = ([o.measured["nbytes"] / o.measured["full_nbytes"] for o in found[i : i + 2]]
+                                  for i in range(0, 8, 2))  # fmt: skip
+    assert full == again == [1.0, 1.0] and first == second and max(first) < 1
+    prompt = asker.prompter.prompt(ONE)
+    length = len(prompt.head if protocol == "agnostic" else prompt.whole[0])
+    assert found[0].measured["prompt_tokens"] == length and found[0].measured["kept_tokens"] == length
+
+
 def generated(model, tokenizer, prompt, count):
     cache = Cache(model, "full")
     out = model.generate(torch.tensor([prompt]), past_key_values=cache, max_new_tokens=count, do_sample=False)

@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvfold.cli.app import app
+from kvfold.evaluation.worker import Worker
 
 
 def run(*words: object) -> str:
@@ -22,8 +23,27 @@ def test_flags_make_a_sweep_and_a_table(tiny, tmp_path):
     rows = {(row["method"], row["budget"], row["task"]): row for row in found["rows"]}
     assert rows["full", None, "agreement(forced=8)"]["score"] == 0.0
     assert {row["task"] for row in found["rows"]} >= {"niah", "agreement(forced=8)"}
-    table = run(*words)  # all is there already
-    assert "protocol aware" in table and "snapkv" in table and "40" in table
+    done = CliRunner().invoke(app, ["eval", *map(str, words)], env={"COLUMNS": "60"})  # all is there already
+    assert {"protocol", "aware", "snapkv", "40"} <= set(done.stdout.split())
+    assert f"\nkvfold report {tmp_path / 'x'} --out page.html\n" in done.stderr  # as it can be pasted
+
+
+def test_a_stopped_sweep_says_that_it_can_go_on(tiny, tmp_path, monkeypatch):
+    words = ["eval", "--tasks", "agreement(forced=8),niah", "--models", str(tiny), "--methods", "h2o", "--lengths"]
+    words += ["300", "--samples", "1", "--out", str(tmp_path / "x")]
+    run_unit, stopped = Worker.run, []
+
+    def stop_second(self, *args):
+        stopped.append(args)
+        if len(stopped) == 2:
+            raise KeyboardInterrupt
+        return run_unit(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "run", stop_second)
+        done = CliRunner().invoke(app, words)
+    assert done.exit_code not in (0, 2) and "the same command goes on with what is in" in done.stderr
+    assert CliRunner().invoke(app, words).exit_code == 0 and len(stopped) == 2
 
 
 def test_a_file_and_what_flags_change_in_it(tiny, tmp_path):

@@ -17,6 +17,7 @@ def test_a_table_for_each_protocol(tmp_path: Path) -> None:
     assert "protocol: aware" in text and "protocol: agnostic" in text
     rows = [line for line in text.splitlines() if line.startswith("| `full` | - | 1.000 |")]
     assert len(rows) == 2 and all(line.count("|") == 6 for line in rows)
+    assert "too small" not in text
 
 
 def test_without_needles_there_is_no_table(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The page in a real browser: figures are drawn, filters and the drill-down work, nothing is fetched, nothing fails."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,6 @@ from report_folders import METHODS, MODELS, NASTY, write_folder
 
 pytestmark = pytest.mark.slow
 
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 DRAWN = "#figure-budget svg.marks, #figure-cost svg.marks, #figure-depth svg.marks"
 
 
@@ -28,18 +23,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     (folder / "page.html").write_text(make_report([run]).html(), encoding="utf-8")
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if binary is None:
-        pytest.skip("needs a Chromium")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=binary, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=[(1280, "light"), (800, "dark")], ids=["wide", "narrow"])

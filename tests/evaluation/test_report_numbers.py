@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,8 +13,9 @@ from kvfold.evaluation.report import SweepReport, make_report, read_results
 from kvfold.evaluation.report.cells import ALL_LENGTHS, ALL_TASKS, Cell, choices
 from kvfold.evaluation.report.depths import depths_of, spots
 from kvfold.evaluation.report.drilldown import drilldown, kept_digits
-from kvfold.evaluation.report.page import embedded
+from kvfold.evaluation.report.page import embedded, page, page_data
 from kvfold.evaluation.report.ranking import paired_differences, standings
+from kvfold.evaluation.report.records import ratio_note
 from kvfold.evaluation.report.strata import ReportContender
 from report_folders import NASTY, write_folder
 
@@ -190,6 +192,18 @@ def test_markdown_names_the_protocol_above_every_table(report: SweepReport):
     assert len(set(rows)) == 1 and len(rows) == 2 + 1 + 5 * 4
     h2o = next(line for line in text.splitlines() if line.startswith("| h2o | 25 %"))
     assert h2o.endswith("| 0.250 | 30 | 6 |") and "†" in h2o
+
+
+def test_ratios_of_a_full_cache_that_had_grown_are_said_to_be_too_small(report: SweepReport):
+    records = report.results.records
+    assert ratio_note(records) == "" and "too small" not in report.markdown()
+    grown = [replace(r, full_nbytes=r.full_nbytes * 5 // 4) if r.method == "h2o" else r for r in records]
+    assert "up to 25.0 % larger" in ratio_note(grown)
+    results = replace(report.results, records=tuple(grown))
+    later = replace(report, results=results)
+    assert ratio_note(grown) in later.markdown()
+    data = page_data(results, report.strata, report.cells, [], [])
+    assert data["caveat"] == ratio_note(grown) and data["caveat"] in page(data)
 
 
 def test_perplexity_is_pooled_by_its_metric(tmp_path: Path):

@@ -7,12 +7,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmark_files import benchmark_file
 from kvfold.evaluation.tasks import Setting, make_examples
 from kvfold.evaluation.tasks._words import wonderwords
 from kvfold.evaluation.tasks.ruler_fwe import counts
+from kvfold.evaluation.tasks.ruler_niah import DEPTHS
 
 NEEDLE = re.compile(r"One of the special magic (numbers|words|uuids) for (\S+) is: (\S+)\.")
 NIAH = {
@@ -32,6 +34,17 @@ def test_needles_are_found_by_reading_all_of_them(tokenizer: Any, name: str, wan
         assert wanted[0] in (None, len(needles))
         assert example.context.count(keys[0]) == len(query.answers) // len(keys)
         assert (query.max_new_tokens, query.metric) == (128, "contains_all")
+
+
+@pytest.mark.parametrize("name", NIAH)
+def test_needles_stand_anywhere(tokenizer: Any, name: str) -> None:
+    depths = [example.info["depth"] for example in make_examples(f"ruler/niah_{name}", Setting(tokenizer, 9000, 30))]
+    assert min(depths) < 0.2 and max(depths) > 0.8
+
+
+def test_depths_are_those_of_ruler() -> None:
+    """scripts/data/synthetic/niah.py: `np.round(np.linspace(0, 100, num=40, endpoint=True)).astype(int)`, per cent."""
+    assert [round(100 * depth) for depth in DEPTHS] == np.round(np.linspace(0, 100, 40)).astype(int).tolist()
 
 
 def test_niah_prompts_are_those_of_ruler(tokenizer: Any) -> None:

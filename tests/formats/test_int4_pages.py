@@ -129,6 +129,21 @@ def test_rows_flush_each_in_its_own_time():
         assert np.array_equal(after[2:][before[2:] >= 0], before[2:][before[2:] >= 0])
 
 
+def test_what_cuts_a_page_is_refused_and_changes_nothing():
+    tokens = chunk([[30, 30], [30, 30]])
+    segment = opened(FORM, tokens)
+    before = held(segment)
+    mask = segment.columns()[0].clone()
+    mask[0, 1, 3] = False
+    with pytest.raises(ValueError, match=r"mask drops some tokens of a page of 8, not all.*requantise=True"):
+        segment.keep(mask, {})
+    slots = torch.full((2, 2, 1), -1)
+    slots[1, 0] = 3
+    with pytest.raises(ValueError, match=r"slots name tokens of pages that are coded.*requantise=True"):
+        segment.amend(slots, torch.zeros(2, 2, 1, D), None)
+    assert same(held(segment), before)
+
+
 def test_whole_pages_go_without_a_code_written():
     segment = opened(FORM, chunk(48))
     planes = {name: plane.clone() for name, plane in segment.coded.table.flat().items()}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from format_cases import ALL, ARENA, LENGTHS, B, arena_of, chunk, held, mask_for, opened, query, same
+from format_cases import ALL, ARENA, FORMATS, LENGTHS, B, arena_of, chunk, held, mask_for, opened, query, same
 
 from kvfold.formats import POSITION, Depth, Int4, Spec
 from kvfold.pages import Arena
@@ -34,6 +34,17 @@ def test_a_restored_segment_goes_on_bit_for_bit(form, arena, worn):
     left, right = segment.state(), again.state()
     assert left[0] == right[0] and left[1].keys() == right[1].keys()
     assert all(torch.equal(left[1][name], right[1][name]) for name in left[1])
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS.values() if form.traits.addressed == "token"], ids=str)
+def test_holes_are_not_stored(form):
+    segment = opened(form, given := chunk(LENGTHS))
+    valid, columns = segment.columns()
+    segment.keep(valid & (columns[POSITION] != 2), {}, slack=True)
+    assert segment.table.holed
+    said, tensors = segment.state()
+    again = form.restore(Spec.of(given), said, tensors)
+    assert same(held(again), held(segment)) and again.counts().tolist() == [[40, 16], [0, 29], [8, 7]]
 
 
 @ALL

@@ -81,6 +81,20 @@ def test_embeddings_and_positions_are_cut_too():
     torch.testing.assert_close(got[mask.bool()], want[mask.bool()], atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_further_turn_with_padding(name):
+    """Before it, and between the turns of a row that says less."""
+    first, second = tokens(40, 27), tokens(35, 22, seed=1)
+    masks = [first["attention_mask"], torch.cat([first["attention_mask"], second["attention_mask"]], 1)]
+    model, plain = subject(name), dynamic(reference(name))
+    cache = kvfold.Cache(model, "full", prefill_chunk=11)
+    for turn, mask in zip((first, second), masks, strict=True):
+        want = feed(reference(name), plain, turn["input_ids"], mask)
+        got = feed(model, cache, turn["input_ids"], mask)
+        real = turn["attention_mask"].bool()
+        torch.testing.assert_close(got[real], want[real], atol=2e-4, rtol=0)
+
+
 def test_the_last_chunk_is_never_a_lone_token():
     assert chunk_ends(61, 20) == [20, 40, 59, 61] and chunk_ends(60, 20) == [20, 40, 60] and chunk_ends(5, 20) == [5]
 

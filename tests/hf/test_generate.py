@@ -228,6 +228,16 @@ def test_crop_equals_never_having_had_them(name, drop, pad):
     assert cache.paged[0].kept() == keeps
 
 
+def test_a_budget_is_a_share_of_what_a_crop_left_of_the_prompt():
+    prompt = tokens(40, 40)
+    model, cache = make("llama", "streamingllm", budget=0.5)
+    with cache.undecided():
+        feed(model, cache, *prompt.values())
+    cache.crop(-20)
+    feed(model, cache, prompt["input_ids"][:, 20:21], prompt["attention_mask"][:, :21])
+    assert cache.kept_tokens == 10
+
+
 def test_crop_all():
     prompt = tokens(20, 13)
     model, cache = make()

@@ -8,6 +8,7 @@ import torch
 
 import kvfold
 from kvfold import Keep, Method
+from kvfold.hf.call.reading import Reading
 from kvfold.hf.shared_prefill import prefill_many
 from models import PAGED, build, dynamic, feed, follow, grow, reference, subject, tokens
 
@@ -114,6 +115,12 @@ def test_chunks_are_cut_from_what_is_read():
     cut = kvfold.Cache(model, reading(TWICE, last=5), prefill_chunk=16)
     follow(model, cut, *prompt.values(), STEPS)
     assert cut.kept(0)[0][0] == [*range(25, 36)]
+
+
+def test_what_is_taken_back_is_counted_without_padding():
+    valid = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]]).bool()
+    left = Reading.plain(valid).drop(3)
+    assert left.given.tolist() == [3, 0] and torch.equal(left.valid, valid[:, :3])
 
 
 def test_forks_files_rows_and_crops():

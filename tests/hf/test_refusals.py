@@ -11,6 +11,7 @@ from transformers import (
 )
 
 import kvfold
+from kvfold.hf.argument import cache_in, name_of
 from models import COMMON, build, feed, grow, subject, tokens
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -116,18 +117,20 @@ def test_attention_that_ignores_the_interface(changed):
     attention = model.model.layers[1].self_attn
     real = type(attention).forward
 
-    def ignore(hidden_states, past_key_values=None, **kwargs):
+    def ignore(hidden_states, **kwargs):
         keys = hidden_states.new_zeros(*hidden_states.shape[:1], 2, hidden_states.shape[1], 16)
-        past_key_values.update(keys, keys, 1)
+        cache_in(kwargs).update(keys, keys, 1)
         return hidden_states, None
 
-    def copy(hidden_states, past_key_values=None, **kwargs):
+    def copy(hidden_states, **kwargs):
+        held = cache_in(kwargs)
+
         class Copying:
-            def update(self, *args):
-                keys, values = past_key_values.update(*args)
+            def update(self, *args, **more):
+                keys, values = held.update(*args, **more)
                 return keys * 1.0, values
 
-        return real(attention, hidden_states=hidden_states, past_key_values=Copying(), **kwargs)
+        return real(attention, hidden_states=hidden_states, **{**kwargs, name_of(real): Copying()})
 
     attention.forward = ignore if changed == "ignored" else copy
     cache = kvfold.Cache(model)
@@ -137,8 +140,8 @@ def test_attention_that_ignores_the_interface(changed):
 
 def test_the_last_layer_ignores_the_interface():
     model = build("llama-one-layer")
-    model.model.layers[0].self_attn.forward = lambda hidden_states, past_key_values, **kwargs: (
-        past_key_values.update(hidden_states[:, None], hidden_states[:, None], 0)[1][:, 0], None
+    model.model.layers[0].self_attn.forward = lambda hidden_states, **kwargs: (
+        cache_in(kwargs).update(hidden_states[:, None], hidden_states[:, None], 0)[1][:, 0], None
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="layer 0 of LlamaForCausalLM updated the cache"):
         feed(model, kvfold.Cache(model), *tokens(8).values())

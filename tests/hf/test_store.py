@@ -120,7 +120,9 @@ def test_other_weights(tmp_path):
     refused(tmp_path / "c", build("llama", seed=1), "a LlamaForCausalLM with other weights than this one's")
 
 
-@pytest.mark.parametrize("part", ["model.embed_tokens", "model.layers.0.self_attn.v_proj"])
+@pytest.mark.parametrize(
+    "part", ["model.embed_tokens", "model.layers.0.self_attn.v_proj", "model.layers.2.self_attn.k_proj"]
+)
 def test_one_weight_that_differs(part, tmp_path):
     saved(tmp_path / "c")
     model = build("llama")

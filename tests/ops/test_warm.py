@@ -1,9 +1,14 @@
 """What is compiled beforehand is what decoding calls: an array of another kind would be compiled for later."""
 
+import logging
+
+import numba
 import numpy as np
+import pytest
 import torch
 
 from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, Spec
+from kvfold.ops.cpu import warm
 from kvfold.ops.paged import cpu_kernels
 from kvfold.warm import warm_up
 
@@ -33,3 +38,14 @@ def test_decoding_compiles_nothing_after_warming_up():
             x.append(chunk, even=True)
             x.attend(q, 0.3, read=x.columns()[0])
     assert signatures() == before
+
+
+def test_what_is_compiled_is_said_and_nothing_else(caplog: pytest.LogCaptureFixture):
+    """However long it takes: a busy machine reads kernels from disk as slowly as a quick one compiles them."""
+    first, second = (numba.njit(lambda x: x + 1) for _ in range(2))
+    with caplog.at_level(logging.WARNING, "kvfold"):
+        warm(lambda: (first(1), second(1)), "these")
+        assert [record.getMessage() for record in caplog.records] == ["compiling the CPU kernels for these"]
+        caplog.clear()
+        warm(lambda: (first(2), second(2)), "these")
+        assert not caplog.records

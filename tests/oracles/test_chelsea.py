@@ -120,9 +120,11 @@ def test_sinks_and_the_end_are_left_alone():
         assert (after.columns[LOG_MASS][0, :, slot] == 0).all()
 
 
-def slow(keys: Tensor, values: Tensor, free: list[int], need: int, chunk: int) -> dict[int, tuple[Tensor, Tensor, int]]:
+def slow(
+    keys: Tensor, values: Tensor, free: list[int], need: int, chunk: int, counts: list[int] | None = None
+) -> dict[int, tuple[Tensor, Tensor, int]]:
     """The card's rounds for one head: what stands in each slot in the end, and how many tokens it is."""
-    state = {i: (keys[i], values[i], 1) for i in range(len(keys))}
+    state = {i: (keys[i], values[i], counts[i] if counts else 1) for i in range(len(keys))}
     while need:
         found = []
         for start in range(0, len(free), chunk):
@@ -141,9 +143,13 @@ def slow(keys: Tensor, values: Tensor, free: list[int], need: int, chunk: int) -
     return state
 
 
+@pytest.mark.parametrize("turn", [1, 2])
 @pytest.mark.parametrize(("budget", "chunk"), [(30, 8), (12, 8), (12, 5), (7, 64), (9, 2)])
-def test_against_a_loop(budget, chunk):
+def test_against_a_loop(budget, chunk, turn):
+    """On a second turn tokens stand for 1 to 9: centroids of a round are matched by the mean of all that they hold."""
     view = random_view(B=2, H=2, T=48, left_pad=(0, 7), seed=budget)
+    counts = torch.randint(1, 10, (2, 2, 48)) if turn == 2 else torch.ones(2, 2, 48, dtype=torch.long)
+    view = replace(view, tokens=view.tokens.but(view.valid, {**view.columns, LOG_MASS: counts.float().log()}))
     method = Chelsea(budget=budget, chunk=chunk, sinks=2, window=3)
     after = view
     for decision in method.after_prefill(view):
@@ -154,7 +160,8 @@ def test_against_a_loop(budget, chunk):
         sinks, window = min(2, budget // 4), max(1, min(3, budget // 4))
         for head in range(2):
             free = list(range(sinks, total - window))
-            state = slow(alone.keys[0, head], alone.values[0, head], free, total - budget, chunk)
+            own = counts[row, head, -total:].tolist()
+            state = slow(alone.keys[0, head], alone.values[0, head], free, total - budget, chunk, own)
             here = after.valid[row, head]
             assert after.positions[row, head][here].tolist() == sorted(state)
             for slot in here.nonzero()[:, 0].tolist():

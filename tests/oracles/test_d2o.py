@@ -11,6 +11,9 @@ from torch.testing import assert_close
 
 from kvfold.budgets.allocate import allocate
 from kvfold.formats import LOG_MASS
+from kvfold.layer.layer import KVLayer
+from kvfold.layer.plan import Plan
+from kvfold.layer.rows import Rows
 from kvfold.methods.base import decided
 from kvfold.methods.d2o import APART, D2O, SCORE, THRESHOLD, spread
 from kvfold.methods.full import Full
@@ -49,7 +52,7 @@ def test_skipped_layers_are_paid_by_the_others():
 def test_the_spread_of_variances_over_heads():
     view = random_view(B=1, H=3, T=4)
     scores = torch.tensor([[[1.0, 1, 1, 1], [0, 0, 0, 4], [2, 2, 0, 0]]])  # variances 0, 4 and 4/3
-    assert spread(view, scores).item() == pytest.approx((0 + 1 + 1 / 3) / 3, abs=1e-5)
+    assert spread(view, scores[:, :, None]).item() == pytest.approx((0 + 1 + 1 / 3) / 3, abs=1e-5)
 
 
 def folded(method: D2O, keys: list[list[float]], values: list[list[float]], stays: list[int], before: float = 0.0):
@@ -135,13 +138,11 @@ def test_oracle_6_a_threshold_out_of_reach_only_evicts():
 
 def slow(views: list[LayerView], row: int, budget: int, method: D2O) -> list[list[tuple[list[int], list[Tensor]]]]:
     """The card's steps 1 to 8 for one row without its padding: kept slots and their merged keys, by layer and head."""
-    sums = []
-    for view in views:
-        probs = full_probabilities(view, row)
-        sums.append(probs.sum(1).view(view.heads, -1, probs.shape[-1]).sum(1))
+    apart = [full_probabilities(view, row).sum(1) for view in views]
+    sums = [found.view(view.heads, -1, found.shape[-1]).sum(1) for view, found in zip(views, apart, strict=True)]
     signals = []
-    for found in sums:
-        variance = [float(np.var(head.numpy(), ddof=1)) for head in found]
+    for found in apart:
+        variance = [float(np.var(head.numpy(), ddof=1)) for head in found]  # of query heads
         low, high = min(variance), max(variance)
         signals.append(sum((x - low) / (high - low + 1e-6) for x in variance) / len(variance))
     total = sums[0].shape[-1]
@@ -175,10 +176,10 @@ def slow(views: list[LayerView], row: int, budget: int, method: D2O) -> list[lis
     return result
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_against_a_loop(seed):
+@pytest.mark.parametrize(("seed", "heads"), [(0, 2), (1, 2), (2, 1)])
+def test_against_a_loop(seed, heads):
     method = D2O(budget=11, skip=(), sinks=2)
-    views = views_of(3, seed, B=2, H=2, G=2, T=34, D=8, left_pad=(0, 7))
+    views = views_of(3, seed, B=2, H=heads, G=4 // heads, T=34, D=8, left_pad=(0, 7))
     done = Layers(method, views).done
     for row in range(2):
         for layer, heads in enumerate(slow(views, row, 11, method)):
@@ -204,6 +205,33 @@ def test_while_decoding_one_leaves_and_merges_alone():
     ]
     assert 0 < sum(merged) < len(merged)
     assert (stored.columns[SCORE][stored.valid] > 0).all()
+
+
+def test_while_decoding_scores_add_up():
+    """The token that goes got the least of all queries since it came, whatever merged into its key meanwhile."""
+    view = random_view(H=2, G=2, T=40, D=16, seed=3)
+    q, k, v = view.queries.states, view.keys, view.values
+    method, prompt, budget = D2O(budget=12, recent=0.25, skip=(), sinks=2), 10, 12
+    cache = KVLayer(Rows(method), 0)
+    cache.attend(q[:, :, :prompt], k[:, :, :prompt], v[:, :, :prompt], None, 0.25, Plan(prefill=True))
+    sums = full_probabilities(view, 0)[:, :prompt].sum(1).view(2, 2, -1).sum(1)  # H T
+    held, forgetful = [list(range(prompt))] * 2, 0
+    for t in range(prompt, 40):
+        stored, here = cache.stored.tokens()[0], slice(t, t + 1)
+        for head in range(2):
+            keys = {p: stored.keys[0, head, i] for i, p in enumerate(stored.positions[0, head].tolist())}
+            keys = torch.stack([keys[p] for p in held[head]] + [k[0, head, t]])
+            held[head] = [*held[head], t]
+            got = (q[0, 2 * head : 2 * head + 2, t] @ keys.T * 0.25).softmax(-1).sum(0)
+            sums[head, held[head]] += got
+            if len(held[head]) > budget:
+                free = held[head][2 : budget + 1 - 3]
+                gone = min(free, key=lambda p, h=head: sums[h, p].item())
+                forgetful += gone != free[int(got[2 : budget + 1 - 3].argmin())]
+                held[head].remove(gone)
+        cache.attend(q[:, :, here], k[:, :, here], v[:, :, here], None, 0.25, Plan(prefill=False))
+        assert cache.kept()[0] == held
+    assert forgetful > 20  # the newest query alone would have dropped others
 
 
 @pytest.mark.parametrize("weights", ["convex", "cosine_mean"])

@@ -81,9 +81,10 @@ def slow(view: LayerView, row: int, budget: int, sinks: int) -> dict[int, list[i
     fixed = {*range(sinks), total - 1}
     anchors = top([float("inf") if i in fixed else s for i, s in enumerate(scores)], budget)
     buckets: dict[int, list[int]] = {c: [] for c in anchors}
+    taking = [c for c in anchors if c not in fixed]  # as in the code
     for t in range(total):
-        gaps = [abs(t - c) for c in anchors]
-        buckets[anchors[gaps.index(min(gaps))]].append(t)
+        gaps = [abs(t - c) for c in taking]
+        buckets[t if t in fixed else taking[gaps.index(min(gaps))]].append(t)
     return buckets
 
 

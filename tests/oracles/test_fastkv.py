@@ -9,13 +9,23 @@ from kvfold.methods.fastkv import FastKV
 from kvfold.scores import smooth
 from kvfold.views.decisions import Keep, Propagate
 from models import build, feed, follow, subject, tokens
-from views import asked_view, random_view
+from views import asked_view, kept, random_view, spared
 
 
 def going_on(method: FastKV, view) -> list[list[int]]:
     """Columns that go on."""
     mask = next(d.mask for d in decided(method.after_prefill(view)) if isinstance(d, Propagate))
     return [row.nonzero()[:, 0].tolist() for row in mask]
+
+
+def test_by_default_fewer_go_on_than_came_and_more_than_are_kept():
+    view = random_view(H=2, T=200)
+    assert (len(going_on(FastKV(), view)[0]), len(kept(FastKV(), view)[0][0])) == (40, 20)
+
+
+def test_the_first_tokens_go_on_where_few_do():
+    view = random_view(H=2, T=40)
+    assert going_on(FastKV(propagated=10, budget=10), view) == [spared(40, 10, 8)] == [[0, 1, 2, 3, *range(34, 40)]]
 
 
 @pytest.mark.parametrize("pool", ["max", "avg"])
@@ -70,14 +80,14 @@ def test_oracle_all_kept_is_full_attention(name):
 def test_oracle_layers_before_the_cut_are_the_full_models():
     model, prompt = subject("llama"), tokens(60)
     keys = {}
-    for method in ("full", "fastkv(layer=1)"):
+    for method in ("full", "fastkv(layer=1, budget=0.25)"):
         cache, here = kvfold.Cache(model, method), {}
         with cache.observed(lambda view, here=here: here.__setitem__(view.place.layer, view.keys)):
             feed(model, cache, *prompt.values())
         keys[method] = here
     for layer in (0, 1):
-        assert torch.equal(keys["full"][layer], keys["fastkv(layer=1)"][layer])
-    assert keys["fastkv(layer=1)"][2].shape[2] == 15  # what the budget keeps is more than a fifth
+        assert torch.equal(keys["full"][layer], keys["fastkv(layer=1, budget=0.25)"][layer])
+    assert keys["fastkv(layer=1, budget=0.25)"][2].shape[2] == 15  # what the budget keeps is more than a fifth
 
 
 def test_without_a_cut_it_is_snapkv():

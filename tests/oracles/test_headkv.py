@@ -1,5 +1,7 @@
 """HeadKV against its card: the shares of heads, the tokens that SnapKV picks, the scores of the calibration."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -112,6 +114,15 @@ def test_bad_options(options, unchecked):
     ((name, _),) = options.items()
     with pytest.raises(ValueError, match=f"{name}="):
         HeadKV(**options)
+
+
+def test_the_window_is_that_of_the_score():
+    view, table = random_view(H=2, G=2, T=60), ((1.0, 1.0, 3.0, 3.0),)
+    for score, window in (("snapkv(window=16, kernel=3)", 16), ("h2o", 0)):
+        own = HeadKV(budget=24, score=score, heads=table)
+        assert kept(own, view) == kept(replace(own, window=window), view)
+    with pytest.raises(ValueError, match=r"window=8 must be that of score='snapkv', 32; None takes it"):
+        HeadKV(score="snapkv", window=8)
 
 
 @pytest.mark.parametrize("score", ["adakv", "pyramidkv(beta=2.0)", "headkv"])

@@ -121,7 +121,7 @@ def test_oracle_4_a_threshold_out_of_reach_is_the_base_policy():
 
 
 @pytest.mark.parametrize("mode", ["zip", "bias"])
-@pytest.mark.parametrize("stretch", [2.0, float("inf")])
+@pytest.mark.parametrize("stretch", [2.0, 1e9])
 def test_oracle_5_the_current_answer_is_kept_whatever_the_keys(mode, stretch):
     view = random_view(B=2, H=3, T=50, D=16, left_pad=(0, 12), seed=7)
     mask = (view.rank % 3 == 0) & view.valid

@@ -12,7 +12,7 @@ from kvfold.methods.kvcrush import ANCHORS, KVCrush, representatives
 from kvfold.scores import top_mask
 from kvfold.views import LayerView
 from kvfold.views.decisions import Keep
-from views import kept, random_view, row_of, run, top
+from views import kept, random_view, row_of, run, spared, top
 
 FOUR = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]]).bool().T[None]  # A, B, C, D: 1 H P
 
@@ -85,7 +85,9 @@ def slow_kvcrush(view: LayerView, row: int, method: KVCrush, budget: int) -> lis
     """The card, token by token, for one row without its padding; SnapKV scores."""
     alone = row_of(view, row)
     scores, total = method.inner.scores(alone)[0].tolist(), alone.valid.shape[-1]
-    window = min(method.inner.window, budget, total)
+    if len(ends := spared(total, budget, method.inner.window)) == budget:
+        return [ends] * len(scores)
+    window = method.inner.window
     middle = total - window
     bits = [top(head[:middle], middle // 2) for head in scores]
     anchor = {"zeros": [0, 0, 0], "ones": [1, 1, 1], "alternating": [0, 1, 0]}[method.anchor]

@@ -10,6 +10,7 @@ import torch
 import kvfold
 from kvfold import artefacts
 from kvfold.formats import LOG_MASS
+from kvfold.merges import fold_by_attention
 from kvfold.methods.kvfold import AGAIN, QUERIES, SCORE, KVFold
 from kvfold.scores.reach import reach
 from kvfold.views.decisions import Keep
@@ -268,10 +269,21 @@ def test_nothing_folds_above_the_threshold():
 def test_mass_is_carried_through_turns():
     model, prompt = subject("llama"), tokens(50, 31)
     cache = kvfold.Cache(model, "kvfold(budget=12, threshold=-1.0)")
-    logits = follow(model, cache, *prompt.values(), torch.arange(5, 13).view(2, 4))
-    assert logits.isfinite().all()
-    stored = cache.paged[0].stored.tokens()[0]
-    assert (stored.columns[LOG_MASS][stored.valid] >= 0).all() and stored.columns[LOG_MASS].max() > 0
+    ids, mask = prompt.values()
+    feed(model, cache, ids[:, :30], mask[:, :30])
+    before = [core.stored.tokens()[0] for core in cache.paged]
+    before = [(tokens.positions.clone(), tokens.columns[LOG_MASS].clone(), tokens.valid.clone()) for tokens in before]
+    feed(model, cache, ids[:, 30:], mask)
+    grew = 0
+    for core, (places, mass, valid) in zip(cache.paged, before, strict=True):
+        stored = core.stored.tokens()[0]
+        for row, head, slot in stored.valid.nonzero().tolist():
+            same = valid[row, head] & (places[row, head] == stored.positions[row, head, slot])
+            if same.any():
+                was, now = mass[row, head][same].item(), stored.columns[LOG_MASS][row, head, slot].item()
+                assert now >= was - 1e-6  # it stands for no less than after the first turn
+                grew += was > 0.1
+    assert grew > 3
 
 
 def test_options(unchecked):
@@ -285,3 +297,41 @@ def test_options(unchecked):
         with pytest.raises(ValueError, match=message):
             KVFold(**options)
     assert kvfold.parse(str(kvfold.parse("kvfold", fade=None))) == KVFold(fade=None)
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_sinks_and_the_newest_at_tiny_budgets(count):
+    """One token at least is recent, a quarter of them in all; sinks come next, up to 4."""
+    last = min(max(1, count // 4), count)
+    sinks = min(4, count - 1)
+    view = random_view(T=30, seed=1)
+    always = KVFold(budget=count, heads="even").always(view)[0, 0].nonzero()[:, 0].tolist()
+    assert always == [*range(sinks), *range(30 - last, 30)] and len(always) <= count
+
+
+def test_a_window_that_is_all_of_the_text_has_no_votes():
+    """What the last queries say of their own tokens does not count; the sum over all queries still ranks them."""
+    view = random_view(H=2, T=12, seed=2)
+    wide, none = (KVFold(budget=6, window=w, heads="even") for w in (12, 0))
+    attention, _ = wide.attention(view)
+    assert torch.equal(*(m.worth(view, attention, m.last(view)[0]) for m in (wide, none)))
+
+
+def test_a_fold_of_two_turns_stands_for_all_of_them():
+    """The mass that a token had before stays when another one folds into it: both ratios multiply."""
+    view = random_view(T=9, D=8, seed=4)
+    k, v = view.keys.clone(), view.values.clone()
+    k[:, :, 1] = k[:, :, 2] = k[:, :, 6] = k[:, :, 1]
+    q = view.queries.states
+    first = prompt_view(q, k, v)
+    earlier = torch.zeros(1, 1, 9)
+    earlier[..., 2] = math.log(2.0)  # slot 1 went into it
+    here = torch.ones(1, 1, 9, dtype=torch.bool)
+    here[..., 1] = False
+    view = replace(first, tokens=first.tokens.but(here, {**first.columns, LOG_MASS: earlier}))
+    kept = here.clone()
+    kept[..., 6] = False
+    even = torch.ones(1, 1, 9)
+    _, _, columns = fold_by_attention(view, kept, even, even, threshold=0.99)
+    assert columns[LOG_MASS][0, 0, 2].item() == pytest.approx(math.log(2.0) + math.log(2.0))
+    assert columns[LOG_MASS][0, 0, 0].item() == 0.0

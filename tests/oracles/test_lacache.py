@@ -11,7 +11,7 @@ from kvfold.layer.layer import KVLayer
 from kvfold.layer.plan import Plan
 from kvfold.layer.rows import Rows
 from kvfold.methods.lacache import LaCache
-from views import kept, random_view
+from views import kept, random_view, spared
 
 
 def streamed(
@@ -133,6 +133,21 @@ def test_against_a_loop(layers, span, overlap, sinks, size):
     for layer in (0, layers // 2, layers - 1):
         for tokens in (size + 1, 2 * size, 3 * size + 5):
             assert streamed(method, layers, tokens, layer) == slow_lacache(method, layers, layer, size, [1] * tokens)
+
+
+@pytest.mark.parametrize(("layers", "size"), [(4, 17), (4, 18), (6, 16)])
+def test_every_length_of_ladders_that_free_several_tokens(layers, size):
+    """The oldest rungs stay, whatever of the newest a ladder reaches."""
+    method = LaCache(budget=size, span=1, sinks=2)
+    for layer in (0, layers - 1):
+        for tokens in range(size + 1, 3 * size + 5):
+            assert streamed(method, layers, tokens, layer) == slow_lacache(method, layers, layer, size, [1] * tokens)
+
+
+def test_a_budget_without_room_for_a_ladder_keeps_both_ends():
+    method = LaCache(budget=8, span=15)
+    for feeds in ([40], [40, 1, 1, 1], [1] * 43):
+        assert streamed(method, 30, sum(feeds), 3, feeds) == spared(sum(feeds), 8, 43)
 
 
 @pytest.mark.parametrize("tokens", [17, 30, 60, 200])

@@ -148,8 +148,8 @@ def test_in_decoding_a_short_text_grows_until_it_fills_the_budget():
 
 
 def members(k: torch.Tensor, anchors: list[int]) -> list[torch.Tensor]:
-    """The mean of each anchor's bucket: itself and the tokens that are next to it in the text, ties to the earlier."""
-    near = [min(anchors, key=lambda c: (abs(t - c), c)) for t in range(len(k))]
+    """The mean of each anchor's bucket: itself and, but for both ends, what is next to it, ties to the earlier."""
+    near = [t if t in anchors else min(anchors[1:-1], key=lambda c: (abs(t - c), c)) for t in range(len(k))]
     return [k[[t for t, c in enumerate(near) if c == anchor]].mean(0) for anchor in anchors]
 
 

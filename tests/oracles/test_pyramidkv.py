@@ -10,7 +10,7 @@ from kvfold.budgets.allocate import allocate
 from kvfold.methods.pyramidkv import PyramidKV, pyramid
 from kvfold.methods.snapkv import SnapKV
 from kvfold.views import LayerView
-from views import full_probabilities, kept, random_view, top
+from views import full_probabilities, kept, random_view, spared, top
 
 OWN = "snapkv(window=4, kernel=3)"
 
@@ -84,7 +84,7 @@ def slow(view: LayerView, row: int, head: int, count: int) -> list[int]:
     total = probs.shape[-1]
     votes = [float(probs[:, -4:, j].sum(1).mean()) for j in range(total - 4)]
     pooled = [sum(votes[max(0, j - 1) : j + 2]) / 3 for j in range(total - 4)]
-    return [*top(pooled, count - 4), *range(total - 4, total)]
+    return spared(total, count, 4) if count < 6 else [*top(pooled, count - 4), *range(total - 4, total)]
 
 
 @pytest.mark.parametrize("budget", [10, 0.25])

@@ -117,6 +117,11 @@ def test_oracle_4_how_many_heads():
     assert 36 <= sum(chosen) <= 39
 
 
+def test_a_ratio_protects_one_head_at_least():
+    assert retrieval_heads(((0.1,), (0.3,), (0.2,)), 0.01) == ((False,), (True,), (False,))
+    assert not any(map(any, retrieval_heads(((0.1, 0.3),), 0.0)))
+
+
 def test_oracle_5_the_buffer_of_a_long_text():
     view = random_view(H=2, T=64)
     states, wide = torch.zeros(1, 2, 20_000, 1), torch.ones(1, 2, 20_000, dtype=torch.bool)

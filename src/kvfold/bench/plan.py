@@ -71,6 +71,7 @@ class ModelShape:
 
     `embedding` is the input table, which is looked up and not multiplied; `tied`: it is the output matrix, too.
     `expert_parameters` are those of all experts of all layers, of which a token uses `experts_used` of `experts`.
+    `weight_bits`: of a stored weight that is in no table, scales included; None: as `itemsize`.
     """
 
     layers: tuple[LayerShape, ...]
@@ -85,6 +86,7 @@ class ModelShape:
     expert_parameters: int = 0
     experts: int = 0
     experts_used: int = 0
+    weight_bits: float | None = None
 
     @property
     def active_parameters(self) -> int:
@@ -98,12 +100,17 @@ class ModelShape:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
-        return self.parameters * self.itemsize
+        tables = self.embedding * (1 if self.tied else 2)
+        return self._weighed(self.parameters - tables) + tables * self.itemsize
+
+    def _weighed(self, parameters: int) -> int:
+        """Bytes of weights that are in no table."""
+        return round(parameters * (8 * self.itemsize if self.weight_bits is None else self.weight_bits) / 8)
 
     def read_bytes(self, batch: int) -> int:
         """Bytes of weights that a decode step reads: not an input table of its own, and of the experts those used."""
-        unread = self.expert_parameters * (1 - self._share(batch)) + (0 if self.tied else self.embedding)
-        return self.weight_bytes - round(unread) * self.itemsize
+        unread = self._weighed(round(self.expert_parameters * (1 - self._share(batch))))
+        return self.weight_bytes - unread - (0 if self.tied else self.embedding) * self.itemsize
 
     @property
     def body(self) -> int:
@@ -133,7 +140,7 @@ class ModelShape:
         )
 
     def activation_bytes(self, context: int) -> int:
-        """Estimate of what one row's prompt takes while it is read in one pass, the cache not counted.
+        """Estimate of what one row's prompt, or chunk of it, takes while it is read, the cache not counted.
 
         Three tensors as wide as the feed-forward layer, three as wide as the model, one layer's keys and values.
         """
@@ -313,14 +320,15 @@ class MemoryPlan:
 
 def make_plan(
     shape: ModelShape, device: Device, method: Method, *, dtype: str, context: int, batch: int = 1,
-    reserve: float = 0.05, name: str | None = None,
+    reserve: float = 0.05, name: str | None = None, chunk: int | None = None,
 ) -> MemoryPlan:  # fmt: skip
     """What `method` comes to for prompts of `context` tokens in a batch of `batch` rows.
 
-    `reserve` is a share of the device's memory that is left alone, beside the activations of one row's prompt.
-    Raises ValueError for a context or batch below 1, a reserve outside [0, 1), and a dtype the device lacks.
+    `reserve` is a share of the device's memory that is left alone, beside the activations of one row's prompt; with
+    `chunk` beside those of so many tokens, which every layer may hold over its budget. Raises ValueError for a
+    context, batch or chunk below 1, a reserve outside [0, 1), and a dtype the device lacks.
     """
-    for what, value in (("context", context), ("batch", batch)):
+    for what, value in (("context", context), ("batch", batch), ("chunk", 1 if chunk is None else chunk)):
         if value < 1:
             raise ValueError(f"{what}={value} must be at least 1")
     if not 0.0 <= reserve < 1.0:
@@ -340,7 +348,9 @@ def make_plan(
         kept.append(sum(tokens) / max(1, len(tokens)))
     dense = shape.dense_bytes(context)
     whole = tuple(float(layer.tokens(context)) for layer in shape.layers)
-    held = round(reserve * device.memory) + shape.activation_bytes(context)
+    held = round(reserve * device.memory) + shape.activation_bytes(min(context, chunk or context))
+    if chunk is not None:
+        held += shape.dense_bytes(min(context, chunk))
     room = max(0, device.memory - shape.weight_bytes - held)
 
     def step(rows: int, row_bytes: int, tokens: tuple[float, ...]) -> float:

@@ -10,12 +10,13 @@ Budget = float | int
 
 
 def check_budget(budget: object, name: str = "budget") -> None:
-    """Raise ValueError unless `budget` is a float in (0, 1] or an int >= 1."""
-    whole = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
+    """Raise ValueError unless `budget` is a float in (0, 1] or an int in [1, 2^31)."""
+    whole = isinstance(budget, int) and not isinstance(budget, bool) and 1 <= budget < 2**31
     part = isinstance(budget, float) and 0.0 < budget <= 1.0
     if not (whole or part):
         raise ValueError(
-            f"{name}={budget!r} must be a fraction of the prompt (float in (0, 1]) or tokens per KV head (int >= 1)"
+            f"{name}={budget!r} must be a fraction of the prompt (float in (0, 1]) or tokens per KV head (int >= 1 and "
+            "< 2^31)"
         )
 
 

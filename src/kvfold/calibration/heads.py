@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvfold.calibration.questions import NeedleQuestion, questions
 from kvfold.calibration.run import Run
+from kvfold.hf.argument import with_cache
 from kvfold.hf.cache import Cache
 from kvfold.views import LayerView
 
@@ -80,7 +81,7 @@ def answered(run: Run, asked: NeedleQuestion, observe: Callable[[LayerView], Non
     """Feed a prompt and its answer, showing every layer's view; whether the model would have said half of it."""
     cache, count = Cache(run.model, "full"), len(asked.answer)
     with cache.observed(observe):
-        logits = run.model(asked.fed.to(run.model.device), past_key_values=cache, logits_to_keep=count).logits
+        logits = run.model(asked.fed.to(run.model.device), logits_to_keep=count, **with_cache(run.model, cache)).logits
     said: Int[Tensor, " N"] = logits[0].argmax(-1).cpu()
     return bool((said == torch.tensor(asked.answer)).float().mean() >= COUNTS_FROM)
 

@@ -59,7 +59,10 @@ class NeedleQuestion:
 
 
 def questions(run: Run, kind: str, samples: int, length: int) -> Iterator[NeedleQuestion]:
-    """Prompts of a fifth of `length` to all of it, needles of `kind` "copy" or "reason" at depths 0.05 to 0.95."""
+    """Prompts of a fifth of `length` to all of it, needles of `kind` "copy" or "reason" at depths 0.05 to 0.95.
+
+    Raises ValueError for a `length` whose fifth has no room, and for texts that are shorter than a prompt.
+    """
     rng = random.Random(f"{run.seed}:{kind}")
     for i in range(samples):
         if kind == "copy":
@@ -68,11 +71,11 @@ def questions(run: Run, kind: str, samples: int, length: int) -> Iterator[Needle
         else:
             parts = REASON[i % len(REASON)]
         size = int(length * (1 + i * 4 // max(1, samples - 1)) / 5)
-        yield _question(run.tokenizer, rng.choice(list(run.texts))[1], parts, size, rng)
+        yield _question(run.tokenizer, rng.choice(list(run.texts))[1], parts, size, length, rng)
 
 
 def _question(
-    tokenizer: Any, text: str, parts: tuple[str, str, str, str, str], size: int, rng: random.Random
+    tokenizer: Any, text: str, parts: tuple[str, str, str, str, str], size: int, length: int, rng: random.Random
 ) -> NeedleQuestion:
     before, needle, after, asked, answer = parts
     head, tail = frame(tokenizer, asked)
@@ -80,8 +83,13 @@ def _question(
     reply = _ids(tokenizer, answer if getattr(tokenizer, "chat_template", None) else f" {answer}")
     room = size - len(head) - len(tail) - len(reply) - sum(map(len, pieces))
     words = _ids(tokenizer, text)
-    if room < 16 or len(words) < room:
-        raise ValueError(f"a prompt of {size} tokens must leave room for the question, and no text may be shorter")
+    if room < 16:
+        raise ValueError(
+            f"length={length}: prompts are a fifth of that and longer, and one of {size} tokens has no room for its "
+            f"question and 16 tokens of text; length must be at least {5 * (size - room + 16)}"
+        )
+    if len(words) < room:
+        raise ValueError(f"texts: one has {len(words)} tokens, and a prompt of {size} needs {room} of it")
     start = rng.randrange(len(words) - room + 1)
     cut = start + int(room * rng.uniform(0.05, 0.95))
     first = [*head, *words[start:cut], *pieces[0]]

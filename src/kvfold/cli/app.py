@@ -9,7 +9,7 @@ from kvfold.cli import bench, calibrate, compare, eval, methods, models, plan, r
 
 app = typer.Typer(
     name="kvfold",
-    help="Long contexts with a small KV cache, for any transformers model.",
+    help="Long contexts with a small KV cache, for transformers models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,7 +35,7 @@ def _version(show: bool | None) -> None:
 def _root(
     version: bool | None = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it."),
 ) -> None:
-    """Long contexts with a small KV cache, for any transformers model."""
+    """Long contexts with a small KV cache, for transformers models."""
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """`kvfold bench`: decode attention alone, a model end to end, and how cost grows with the text."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from kvfold.cli import common
@@ -66,7 +64,7 @@ def kernels_command(
 @app.command("run")
 def run_command(
     model: common.Model = "smollm2-135m-instruct",
-    methods: Methods = "full,snapkv,kvmerger",
+    methods: Methods = "full,kvfold,snapkv",
     budget: Annotated[str, typer.Option("--budget", help="Fraction of the prompt, or tokens per KV head.")] = "0.2",
     context: Annotated[int, typer.Option("--context", min=2, help="Prompt tokens, random ones.")] = 6000,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows that decode together.")] = 8,
@@ -85,6 +83,7 @@ def run_command(
     """Decode and prefill a model with each method, beside transformers' caches and beside their bounds."""
     wanted, kind = methods_of(methods, budget), known_dtype(dtype)
 
+    from kvfold.artefacts.probed import probe_seconds
     from kvfold.bench import chart as charts
     from kvfold.bench import contenders as c
     from kvfold.bench import peers, tables
@@ -123,7 +122,7 @@ def run_command(
         result |= {
             "model": model, "dtype": kind, "context": context, "batch": batch, "prefill_batch": prefill_batch,
             "steps": steps, "rounds": rounds, "weight_bytes": weights, "read_bandwidth": rate.to_dict(),
-            "rows": [row.to_dict() for row in rows], "skipped": skipped,
+            "rows": [row.to_dict() for row in rows], "skipped": skipped, "probe_seconds": probe_seconds(lm),
         }  # fmt: skip
     title = f"{model}, {context:,} tokens, batch {batch}, {kind}, on {hardware(result)}"
     table = tables.run_table(rows, rate.bytes_per_second, weights, title)
@@ -133,7 +132,7 @@ def run_command(
 @app.command("growth")
 def growth_command(
     model: common.Model = "smollm2-135m-instruct",
-    methods: Methods = "full,streamingllm,h2o",
+    methods: Methods = "full,kvfold,streamingllm,h2o",
     budget: Annotated[str, typer.Option("--budget", help="Fraction of the prompt, or tokens per KV head.")] = "512",
     context: Annotated[str, typer.Option("--context", help="Prompt tokens, several.")] = "512,1024,2048,4096",
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows that are read together.")] = 1,
@@ -150,6 +149,7 @@ def growth_command(
     if len(contexts) < 2:
         raise ValueError(f"context={context!r} must be at least two different numbers of tokens")
 
+    from kvfold.artefacts.probed import probe_seconds
     from kvfold.bench import chart as charts
     from kvfold.bench import contenders as c
     from kvfold.bench import tables
@@ -167,6 +167,7 @@ def growth_command(
             "model": model, "dtype": kind, "batch": batch, "steps": steps, "rounds": rounds,
             "weight_bytes": c.weight_bytes(lm), "read_bandwidth": rate.to_dict(),
             "rows": [row.to_dict() for row in rows], "exponents": [each.to_dict() for each in found],
+            "probe_seconds": probe_seconds(lm),
         }  # fmt: skip
     title = f"{model}, batch {batch}, {kind}, on {hardware(result)}"
     table = tables.growth_table(rows, found, rate.bytes_per_second, title)
@@ -265,6 +266,7 @@ def finish(
     result: dict[str, Any], table: Table, json: bool, out: Path | None, chart: Path | None, draw: Callable[[], Any]
 ) -> None:
     """Print, write and draw a result."""
+    from kvfold.artefacts.probed import probe_note
     from kvfold.bench.machine import write_json
     from kvfold.evaluation.chart import save_chart
 
@@ -274,13 +276,12 @@ def finish(
     if json:
         common.print_json(result)
     else:
-        # A file or a pipe has no width of its own, and these tables are wide.
-        console = common.stdout if common.stdout.is_terminal or "COLUMNS" in os.environ else Console(width=180)
-        console.print(table)
+        common.show(table)
+        if note := probe_note(result.get("probe_seconds", {})):
+            print(note)
         for left_out in result.get("skipped", ()):
-            common.stdout.print(f"left out: {left_out['contender']}: {left_out['reason']}", markup=False)
-    if (busy := result["machine"]["cores_busy_elsewhere"]) is not None and busy > 0.2:
-        common.stderr.print(f"other programs kept {busy:.2f} cores busy meanwhile: the seconds are worth little")
+            print(f"left out: {left_out['contender']}: {left_out['reason']}")
+    common.say_busy(result["machine"]["cores_busy_elsewhere"])
     if chart is not None:
         save_chart(draw(), chart)
         common.stderr.print(f"chart: {chart}")

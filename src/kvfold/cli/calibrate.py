@@ -29,9 +29,11 @@ def calibrate_command(
     from kvfold.calibration import CALIBRATIONS, TRAINED, Run, calibrate
     from kvfold.evaluation.tasks.base import Setting
     from kvfold.evaluation.tasks.texts import documents
+    from kvfold.methods import get_method
     from kvfold.models.load import load
 
     if method not in CALIBRATIONS:
+        get_method(method)  # raises for a name that no method has
         raise ValueError(f"method={method!r} needs no calibration; those that do: {', '.join(CALIBRATIONS)}")
     suffix = TENSORS if method in TRAINED else TABLES
     if out is not None and out.suffix != suffix:
@@ -51,4 +53,4 @@ def calibrate_command(
     else:
         about = made.model
         line = f"{path}: {about['layers']} layers, {about['kv_heads']} KV heads of {about['name']}"
-        common.stdout.print(line, soft_wrap=True, markup=False)
+        print(line)

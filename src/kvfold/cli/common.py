@@ -2,28 +2,56 @@
 
 import ast
 import json
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.table import Table
 
 from kvfold import __version__
 
 stderr = Console(stderr=True)
-stdout = Console()
 
 Model = Annotated[str, typer.Option("--model", help="Bundled name, transformers id, folder, or GGUF file.")]
 File = Annotated[Path, typer.Option("--file", help="The document, a UTF-8 text file; - reads standard input.")]
 Ask = Annotated[str | None, typer.Option("--ask", help="A question about it, put after the document.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
-Context = Annotated[int | None, typer.Option("--context", min=16, help="Longest prompt; cut from its middle.")]
+SHORTEST = 16
+Context = Annotated[int | None, typer.Option("--context", min=SHORTEST, help="Longest prompt; cut from its middle.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16 (default: by device).")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 Chat = Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template, if it has one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+def show(what: RenderableType) -> None:
+    """On standard output. A file or a pipe has no width of its own: there a table is as wide as it likes to be.
+
+    Where a terminal is too narrow for a row of a table, each cell gets a line.
+    """
+    console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=180)
+    if (
+        isinstance(what, Table)
+        and console.measure(what, options=console.options.update(width=999)).minimum > console.width
+    ):
+        what = turned(what)
+    console.print(what)
+
+
+def turned(table: Table) -> Table:
+    """A table with a line for each cell: the column's name, then what stands there; rows apart."""
+    lines = Table(title=table.title, box=None, show_header=False, pad_edge=False)
+    lines.add_column(style="dim")
+    lines.add_column(overflow="fold")
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        for column, cell in zip(table.columns, row, strict=True):
+            lines.add_row(str(column.header).replace("\n", " "), cell)
+        lines.add_row()
+    return lines
 
 
 def read_document(path: Path) -> str:
@@ -43,15 +71,32 @@ def check_fits(model: Any, tokens: int, new: int) -> None:
     """Raise ValueError where prompt and answer exceed the model's context."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and tokens + new > limit:
-        raise ValueError(
-            f"the prompt has {tokens} tokens and the answer up to {new}, but the model's context is {limit}; "
-            f"--context {limit - new} cuts the document in its middle"
+        room = limit - new
+        way_out = (
+            f"--context {room} cuts the document in its middle" if room >= SHORTEST else "ask for fewer new tokens"
         )
+        raise ValueError(
+            f"the prompt has {tokens} tokens and the answer up to {new}, but the model's context is {limit}; {way_out}"
+        )
+
+
+def read_prompt(tokenizer: Any, document: str, ask: str | None, *, chat: bool, context: int | None) -> tuple[Any, int]:
+    """The prompt's ids (1, T), and how many tokens `context` cut from it, which is said on stderr, too."""
+    from kvfold.evaluation.prompts import build_prompt
+
+    ids = whole = build_prompt(tokenizer, document, ask, chat=chat)["input_ids"]
+    if context is not None and whole.shape[1] > context:
+        ids = build_prompt(tokenizer, document, ask, chat=chat, limit=context)["input_ids"]
+    if cut := whole.shape[1] - ids.shape[1]:
+        stderr.print(f"cut {cut:,} of {whole.shape[1]:,} tokens, from the document's middle", highlight=False)
+    return ids, cut
 
 
 def number(text: str) -> float | int:
     """A budget from the command line: 512 is tokens per KV head, 0.35 a fraction. Raises ValueError."""
     try:
+        if text.strip() == "1":
+            stderr.print("budget 1 is one token per KV head; 1.0 keeps everything", highlight=False)
         return int(text) if text.strip().lstrip("-").isdigit() else float(text)
     except ValueError:
         raise ValueError(f"budget={text!r} must be a fraction (0.35) or tokens per KV head (512)") from None
@@ -74,6 +119,12 @@ def options(pairs: list[str]) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     return {"kvfold": __version__} | {name: version(name) for name in ("torch", "transformers")}
+
+
+def say_busy(cores: float | None) -> None:
+    """Say on stderr that other programs kept cores busy while something was timed."""
+    if cores is not None and cores > 0.2:
+        stderr.print(f"other programs kept {cores:.2f} cores busy meanwhile: the seconds are worth little")
 
 
 def print_json(data: Any) -> None:

@@ -1,13 +1,12 @@
 """`kvfold compare`: methods side by side on one document."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich import box
-from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -30,15 +29,22 @@ def compare_command(
     dtype: common.Dtype = None,
     device: common.Device = "cpu",
     chat: common.Chat = True,
-    chart: Annotated[Path | None, typer.Option("--chart", help="Write memory against agreement (.html, .png).")] = None,
+    chart: Annotated[
+        Path | None, typer.Option("--chart", help="Write a page (.html) or its charts alone (.png).")
+    ] = None,
     json: common.Json = False,
 ) -> None:
     """Compare methods on one document: answer, memory, time, agreement with the full cache."""
     budgets = [common.number(part) for part in budget.split(",")]
 
+    import torch
+
+    from kvfold.artefacts.probed import probe_note, probe_seconds
+    from kvfold.bench.machine import Elsewhere
     from kvfold.evaluation.chart import check_chart_path, memory_against_agreement, save_chart
     from kvfold.evaluation.compare import compare, method_names, with_budget
-    from kvfold.evaluation.prompts import build_prompt
+    from kvfold.evaluation.comparison import answers_of, comparison_page
+    from kvfold.evaluation.records import write_whole
     from kvfold.models.load import load
 
     names = method_names(methods)
@@ -49,37 +55,61 @@ def compare_command(
         check_chart_path(chart)
     document = common.read_document(file)
     lm, tokenizer = load(model, dtype=dtype, device=device)
-    ids = build_prompt(tokenizer, document, ask, chat=chat, limit=context)["input_ids"]
+    ids, cut = common.read_prompt(tokenizer, document, ask, chat=chat, context=context)
     common.check_fits(lm, ids.shape[1], max_new_tokens)
+    others, begun = Elsewhere(), 0.0
+    timed = sum(name != "full" for name in names)
+
+    def say(row: "CompareRow") -> None:
+        ((answer, (who,)),) = answers_of([row]).items()
+        common.stderr.print(f"{who}: {answer}", markup=False, highlight=False)
+        if row.method == "full" and timed:
+            took = time.perf_counter() - begun
+            left = took * timed + (took + took * timed / 4) * (len(budgets) > 1)
+            common.stderr.print(f"(that took {took:.0f} s; all methods about {left:.0f} s more)", highlight=False)
+
     with common.stderr.status("") as status:
-        rows = compare(
-            lm, tokenizer, ids, names, budgets, max_new_tokens=max_new_tokens,
-            tick=lambda what: status.update(f"{ids.shape[1]} tokens: {what}"),
-        )  # fmt: skip
-    title = f"{model}, {ids.shape[1]} tokens of {file.name}"
+
+        def tick(what: str) -> None:
+            nonlocal begun
+            status.update(f"{ids.shape[1]:,} tokens: {what}")
+            begun = time.perf_counter() if what == "full" else begun  # when the warm-up is over
+
+        rows = compare(lm, tokenizer, ids, names, budgets, max_new_tokens=max_new_tokens, tick=tick, made_row=say)
+    busy = others.cores()
+    title = f"{model}, {ids.shape[1]:,} tokens of {file.name}"
     if json:
         about = {
-            "model": model, "prompt_tokens": ids.shape[1], "question": ask, "device": str(lm.device),
+            "model": model, "prompt_tokens": ids.shape[1], "cut_tokens": cut, "question": ask, "device": str(lm.device),
             "dtype": str(lm.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+            "probe_seconds": probe_seconds(lm),
         }  # fmt: skip
         common.print_json({**about, "versions": common.versions(), "rows": [row.to_dict() for row in rows]})
     else:
-        common.stdout.print(tables_of(rows, title))
+        for table in tables_of(rows, title):
+            common.show(table)
+        if note := probe_note(probe_seconds(lm)):
+            print(note)
+    common.say_busy(busy)
     if chart is not None:
-        save_chart(memory_against_agreement(rows, title), chart)
+        if chart.suffix == ".html":
+            write_whole(chart, comparison_page(rows, title, ask).encode())
+        else:
+            save_chart(memory_against_agreement(rows, title), chart)
         common.stderr.print(f"chart: {chart}")
 
 
-def tables_of(rows: Sequence["CompareRow"], title: str) -> Group:
+def tables_of(rows: Sequence["CompareRow"], title: str) -> tuple[Table, Table]:
     """The rows for a rich console of 80 columns: what was measured, and below it what was answered.
 
     Answers are text, whatever brackets they hold; what several rows answer is said once.
     """
+    from kvfold.evaluation.comparison import answers_of
+
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("method", overflow="fold", min_width=12)
     for name in ("budget", "kept", "KV cache", "of full", "prefill", "tokens/s", "top-1", "KL"):
         table.add_column(name, justify="right", no_wrap=True)
-    answered: dict[str, dict[str, list[str]]] = {}  # by whom, with which budgets
     for row in rows:
         seconds = "-" if row.prefill_seconds is None else f"{row.prefill_seconds:.1f} s"
         rate = "-" if row.decode_tokens_per_second is None else f"{row.decode_tokens_per_second:.1f}"
@@ -88,11 +118,9 @@ def tables_of(rows: Sequence["CompareRow"], title: str) -> Group:
             row.method, budget or "-", f"{row.kept_tokens:.0f}", common.size(row.nbytes), f"{row.ratio:.3f}", seconds,
             rate, f"{row.top1:.2f}", f"{row.kl:.3f}",
         )  # fmt: skip
-        answered.setdefault(" ".join(row.answer.split()), {}).setdefault(row.method, []).append(budget)
     answers = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 1, 0))
     answers.add_column(overflow="fold", max_width=32)
     answers.add_column(overflow="fold")
-    for answer, whose in answered.items():
-        names = [" ".join([method, *budgets]).strip() for method, budgets in whose.items()]
-        answers.add_row(Text("\n".join(names)), Text(answer))
-    return Group(table, answers)
+    for answer, whose in answers_of(rows).items():
+        answers.add_row(Text(", ".join(whose)), Text(answer or "(nothing)"))
+    return table, answers

@@ -1,5 +1,6 @@
 """`kvfold eval`: what compression costs, on tasks: accuracy and agreement for methods at budgets."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,14 +105,19 @@ def run_with_progress(sweep: "Sweep", folder: Path, device: str, ray: str | None
             failed = f" ({done.failed} failed)" if done.failed else ""
             bar.update(job, description=done.now + failed, completed=done.done - start, total=done.total - start)
 
-        if ray is not None:
-            return run_on_ray(sweep, folder, ray, device=device, retry_failed=retry_failed, tick=tick)
-        return run_sweep(sweep, folder, device=device, retry_failed=retry_failed, tick=tick)
+        try:
+            if ray is not None:
+                return run_on_ray(sweep, folder, ray, device=device, retry_failed=retry_failed, tick=tick)
+            return run_sweep(sweep, folder, device=device, retry_failed=retry_failed, tick=tick)
+        except KeyboardInterrupt:
+            common.stderr.print(f"stopped; the same command goes on with what is in {folder}", soft_wrap=True)
+            raise
 
 
 def _show(folder: Path, sweep: "Sweep", done: "Done", json: bool) -> None:
     from kvfold.evaluation.report import make_report
     from kvfold.evaluation.report.cells import ALL_LENGTHS
+    from kvfold.evaluation.report.page import can_draw
 
     cells = [cell for cell in make_report([folder]).cells if cell.length == ALL_LENGTHS]
     if json:
@@ -130,9 +136,13 @@ def _show(folder: Path, sweep: "Sweep", done: "Done", json: bool) -> None:
             shown = ["-" if cell is None else _number(cell.score, cell.higher) for cell in found]
             budget = "-" if one.budget is None else str(one.budget)
             table.add_row(one.method, budget, "-" if ratio is None else f"{ratio:.3f}", *shown)
-        common.stdout.print(table)
+        common.show(table)
     failed = f", {done.failed} of them new failures" if done.failed else ""
-    common.stderr.print(f"{done.done} results in {folder}{failed}; kvfold report {folder} --out page.html")
+    command = f"kvfold report {shlex.quote(str(folder))} --out page.html"
+    # Lines of their own, which no console wraps: commands are there to be pasted.
+    common.stderr.print(f"{done.done} results in {folder}{failed}. A page of them:\n{command}", soft_wrap=True)
+    if not can_draw():
+        common.stderr.print("It draws with altair: pip install 'kvfold[plot]'", markup=False)
 
 
 def _number(score: float | None, higher: bool) -> str:
@@ -155,5 +165,5 @@ def _list(json: bool) -> None:
         table.add_column(name, overflow="fold")
     for each in tasks:
         table.add_row(each.name, each.title, each.paper, ", ".join(f"{k}={v!r}" for k, v in each.options.items()))
-    common.stdout.print(table)
-    common.stdout.print(f"suites: {', '.join(list_suites())}")
+    common.show(table)
+    print(f"suites: {', '.join(list_suites())}")

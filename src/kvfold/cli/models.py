@@ -22,4 +22,4 @@ def models(json: common.Json = False) -> None:
     for info in infos:
         held = common.size(info.nbytes) if info.folder else "not yet"
         table.add_row(info.name, info.title, f"{info.context_length:,}", info.licence, held, info.source)
-    common.stdout.print(table)
+    common.show(table)

@@ -1,10 +1,12 @@
 """`kvfold plan`: bytes, batches and bounds on speed for a model on a device, before anything is loaded."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from kvfold.cli import common
@@ -27,11 +29,17 @@ def plan(
     flops: Annotated[str | None, typer.Option("--flops", help="Dense matrix products, such as 165T.")] = None,
     context: Annotated[int | None, typer.Option("--context", help="Prompt tokens (default: the model's most).")] = None,
     batch: Annotated[int, typer.Option("--batch", help="Rows that decode together.")] = 1,
-    methods: Annotated[str, typer.Option("--methods", help="Slugs, separated by commas.")] = "full,snapkv,kvmerger",
+    methods: Annotated[str, typer.Option("--methods", help="Slugs, separated by commas.")] = "full,kvfold,snapkv",
     budget: Annotated[str, typer.Option("--budget", help="One or several, separated by commas.")] = "0.35",
     dtype: Annotated[
         str, typer.Option("--dtype", help="Of weights and cache: bfloat16, float16, float32.")
     ] = "bfloat16",
+    weight_bits: Annotated[
+        float | None, typer.Option("--weight-bits", min=0.5, max=64, help="Of quantised weights, scales included: 4.5.")
+    ] = None,
+    prefill_chunk: Annotated[
+        int | None, typer.Option("--prefill-chunk", min=1, help="Read the prompt in chunks.")
+    ] = None,
     reserve: Annotated[float, typer.Option("--reserve", help="Share of the memory to leave alone.")] = 0.05,
     chart: Annotated[Path | None, typer.Option("--chart", help="Draw it over the context (.html, .png).")] = None,
     json: common.Json = False,
@@ -60,7 +68,7 @@ def plan(
 
     with common.stderr.status(f"reading the shape of {model}"):
         config = read_config(model)
-        shape = shape_of(without_weights(config, dtype))
+        shape = replace(shape_of(without_weights(config, dtype)), weight_bits=weight_bits)
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     tokens = context if context is not None else limit or 8192
     if limit is not None and tokens > limit:
@@ -68,9 +76,12 @@ def plan(
 
     def plans(tokens: int) -> list["MemoryPlan"]:
         return [
-            make_plan(shape, on, made, dtype=dtype, context=tokens, batch=batch, reserve=reserve, name=name)
+            make_plan(
+                shape, on, made, dtype=dtype, context=tokens, batch=batch, reserve=reserve, name=name,
+                chunk=prefill_chunk,
+            )
             for name, made in wanted.items()
-        ]
+        ]  # fmt: skip
 
     rows = plans(tokens)
     title = f"{model}, {tokens:,} tokens, batch {batch}, {dtype}, on {on.name}"
@@ -78,11 +89,15 @@ def plan(
         about = {
             "model": model, "parameters": shape.parameters, "active_parameters": shape.active_parameters,
             "active_parameters_estimated": shape.experts > 0, "device": on.to_dict(), "dtype": dtype,
-            "context": tokens, "batch": batch, "reserve": reserve,
+            "context": tokens, "batch": batch, "reserve": reserve, "weight_bits": weight_bits,
+            "prefill_chunk": prefill_chunk,
         }  # fmt: skip
         common.print_json({**about, "versions": common.versions(), "rows": [row.to_dict() for row in rows]})
     else:
-        common.stdout.print(table_of(rows, title, caption_of(shape, rows[0], on.memory)))
+        common.show(table_of(rows, title))
+        common.show(caption_of(shape, rows[0], on.memory))
+        untried = [("--prefill-chunk 512", prefill_chunk), ("--weight-bits 4.5", weight_bits)]
+        print(verdict(rows, on.memory, [flag for flag, given in untried if given is None]))
     if chart is not None:
         curve = [row for each in contexts_up_to(tokens) for row in plans(each)]
         save_chart(chart_of(curve, on.memory, f"{model}, {dtype}, on {on.name}"), chart)
@@ -98,7 +113,7 @@ def read_config(name: str) -> Any:
     from transformers import AutoConfig
 
     from kvfold.models.bundled import Bundled
-    from kvfold.models.load import convert_bundled, find, unknown
+    from kvfold.models.load import check_hub, convert_bundled, find, unknown
 
     path = Path(name).expanduser()
     if path.suffix == ".json":
@@ -113,6 +128,8 @@ def read_config(name: str) -> Any:
             raise ValueError(
                 f"model={name!r} is a GGUF file: plan takes a config; `kvfold run` converts it to a folder"
             )
+        elif isinstance(place, str):
+            check_hub(place)
     try:
         return AutoConfig.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:
@@ -157,22 +174,57 @@ def caption_of(shape: "ModelShape", row: "MemoryPlan", memory: int) -> str:
     )
 
 
-def table_of(rows: Sequence["MemoryPlan"], title: str, caption: str) -> Table:
-    """The rows for a rich console."""
-    table = Table(title=title, caption=caption, caption_justify="left")
+def table_of(rows: Sequence["MemoryPlan"], title: str) -> Table:
+    """The rows for a rich console of 80 columns. What does not fit has no speed."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("method", overflow="fold")
+    units = [max(getattr(row, name) for row in rows) >= 1e9 for name in ("kv_bytes", "total_bytes")]
+    cache, in_all = ((1e9, "GB") if large else (1e6, "MB") for large in units)
     for name in (
-        "method", "kept/head", "KV cache", "of dense", "in all", "tokens/s", "gain", "its bound",
-        "largest batch", "tokens/s then", "first token s",
+        "kept\n/head", f"cache\n{cache[1]}", "of\ndense", f"in all\n{in_all[1]}", "tokens\n/s", "gain",
+        "most\nrows", "tokens\n/s then", "first\ntoken",
     ):  # fmt: skip
-        table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
+        speed = (
+            [rounded(row.tokens_per_second), f"{row.gain:.2f}", f"{row.largest_batch:,}",
+             rounded(row.largest_tokens_per_second), duration(row.prefill_seconds)]
+            if row.fits else ["too", "much", f"{row.largest_batch:,}" if row.largest_batch else "none"]
+        )  # fmt: skip
         table.add_row(
-            row.method, f"{row.kept_tokens:,.0f}", amount(row.kv_bytes), f"{row.kv_bytes / row.dense_kv_bytes:.3f}",
-            amount(row.total_bytes) + ("" if row.fits else ", too much"), f"{row.tokens_per_second:,.1f}",
-            f"{row.gain:.3f}", f"{row.gain_bound:.3f}", f"{row.largest_batch:,}",
-            f"{row.largest_tokens_per_second:,.0f}" if row.largest_batch else "-", f"{row.prefill_seconds:.3g}",
+            row.method, f"{row.kept_tokens:,.0f}", f"{row.kv_bytes / cache[0]:,.2f}",
+            f"{row.kv_bytes / row.dense_kv_bytes:.3f}", f"{row.total_bytes / in_all[0]:,.2f}", *speed,
         )  # fmt: skip
     return table
+
+
+def rounded(rate: float) -> str:
+    """A rate with a digit behind the point where it is small."""
+    return f"{rate:,.0f}" if rate >= 1000 else f"{rate:.1f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or milliseconds."""
+    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{1e3 * seconds:.2g} ms"
+
+
+def verdict(rows: Sequence["MemoryPlan"], memory: int, untried: Sequence[str]) -> str:
+    """One sentence: what fits, and which of it answers most; or what is in the way. `untried`: flags that may help."""
+    fitting, over = [row for row in rows if row.fits], [row.method for row in rows if not row.fits]
+    also = f"; {' and '.join(untried)} may help" if over and untried else ""
+    if not fitting:
+        least = min(rows, key=lambda row: row.total_bytes)
+        return (
+            f"Nothing fits in {amount(memory)}: {least.method} takes {amount(least.total_bytes)}, of which weights "
+            f"are {amount(least.weight_bytes)} and the reserve {amount(least.reserve_bytes)}{also}."
+        )
+    best = max(fitting, key=lambda row: row.largest_tokens_per_second)
+    most = "1 row" if best.largest_batch == 1 else f"{best.largest_batch:,} rows at once"
+    others = (
+        f"All of them fit in {amount(memory)}" if not over else f"All but {', '.join(over)} fit in {amount(memory)}"
+    )
+    speed = f"{best.method} answers most, {most}, at most {rounded(best.largest_tokens_per_second)} tokens/s together"
+    return f"{others}, and {speed}{also}."
 
 
 def lines_of(rows: Sequence["MemoryPlan"]) -> dict[str, str]:

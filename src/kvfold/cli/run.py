@@ -2,7 +2,6 @@
 
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 
@@ -25,23 +24,30 @@ def run(
     layers: Annotated[bool, typer.Option("--layers", help="Also print what each layer holds.")] = False,
     json: common.Json = False,
 ) -> None:
-    """Read a document with one method, answer a question about it, and say what that took."""
-    from kvfold.methods import parse
+    """Read a document with one method, answer a question about it, and say what that took.
 
+    The answer is written as it comes.
+    """
     given = common.options(option)
     if budget is not None:
         given["budget"] = common.number(budget)
+
+    from kvfold.methods import parse
+
     chosen = parse(method, **given)
     document = common.read_document(file)
 
+    import torch
+    from transformers import TextStreamer
+
+    from kvfold.artefacts.probed import probe_note, probe_seconds
     from kvfold.evaluation.decoding import decode, prefill
     from kvfold.evaluation.memory import resident_bytes
-    from kvfold.evaluation.prompts import build_prompt
     from kvfold.hf.cache import Cache
     from kvfold.models.load import load
 
     lm, tokenizer = load(model, dtype=dtype, device=device)
-    ids = build_prompt(tokenizer, document, ask, chat=chat, limit=context)["input_ids"]
+    ids, cut = common.read_prompt(tokenizer, document, ask, chat=chat, context=context)
     common.check_fits(lm, ids.shape[1], max_new_tokens)
     cache = Cache(lm, chosen)
     before = resident_bytes()
@@ -50,12 +56,16 @@ def run(
         held = cache.report()
         kept = cache.kept_tokens
         after = resident_bytes()
-        answer = decode(lm, cache, read.logits, max_new_tokens)
+    written = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
+    answer = decode(lm, cache, read.logits, max_new_tokens, None if written is None else written.put)
+    if written is not None:
+        written.end()
     result = {
         "model": model,
         "method": str(chosen),
         "answer": tokenizer.decode(answer.tokens, skip_special_tokens=True).strip(),
         "prompt_tokens": ids.shape[1],
+        "cut_tokens": cut,
         "kept_tokens": kept,
         "nbytes": held.nbytes,
         "dense_nbytes": held.dense_nbytes,
@@ -65,6 +75,7 @@ def run(
         "resident_bytes_after_prefill": after,
         "new_tokens": len(answer.tokens),
         "prefill_seconds": read.seconds,
+        "probe_seconds": probe_seconds(lm),
         "decode_tokens_per_second": answer.rate,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "device": str(lm.device),
@@ -74,7 +85,6 @@ def run(
     if json:
         common.print_json({**result, "layers": held.to_dict()["layers"]} if layers else result)
         return
-    common.stdout.print(result["answer"], highlight=False, markup=False)
     table = Table(box=None, show_header=False)
     rate = f"{answer.rate:.1f} tokens/s" if answer.rate else "-"
     for name, value in (
@@ -86,5 +96,7 @@ def run(
     ):
         table.add_row(f"[dim]{name}[/dim]", value)
     common.stderr.print(table)
+    if note := probe_note(probe_seconds(lm)):
+        common.stderr.print(note)
     if layers:
         common.stderr.print(held.table())

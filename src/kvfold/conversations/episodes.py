@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from kvfold.conversations.topics import Cluster, Encoder, Turn, cluster, embed, encoder_of, segments
 from kvfold.hf.anatomy import text_decoder
+from kvfold.hf.argument import with_cache
 from kvfold.hf.cache import Cache
 from kvfold.hf.words import WORDS
 from kvfold.methods.base import Method
@@ -81,7 +82,7 @@ class Episodes:
         head, _ = self._frame()
         ids = torch.cat([head, *map(self._ids, self.segments)], 1)
         with torch.no_grad(), self._watched(cache):
-            self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+            self.model(input_ids=ids, logits_to_keep=1, **with_cache(self.model, cache))
         return Episode(about, cache, ids)
 
     def route(self, text: str) -> int:
@@ -101,7 +102,9 @@ class Episodes:
         fork = episode.cache.fork()
         with fork.undecided():
             given = {"max_new_tokens": max_new_tokens, "do_sample": False, **options}
-            said = self.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=fork, **given)
+            said = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), **with_cache(self.model, fork), **given
+            )
         text: str = self.tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
         return text.strip()
 
@@ -124,7 +127,7 @@ class Episodes:
         episode.cluster = episode.cluster.joined(number, self.vectors)
         new = self._ids(text)
         with torch.no_grad(), episode.cache.undecided():
-            self.model(input_ids=new, past_key_values=episode.cache, logits_to_keep=1)
+            self.model(input_ids=new, logits_to_keep=1, **with_cache(self.model, episode.cache))
         episode.ids = torch.cat([episode.ids, new], 1)
         if episode.cache.kept_tokens > self.budget(episode.ids.shape[1]) + self.block:
             self.episodes[where] = self.built(episode.cluster)

@@ -127,7 +127,7 @@ class Asker:
                     at = read(self.model, cache, ids, new)
                     seconds = {"prefill_seconds": (self._now() - start) / len(new)}
                 if number == 0:
-                    self._measure(cache, made[0], new, mine, seconds)
+                    self._measure(cache, [outcomes[e] for e in asked.examples], new, mine, seconds)
                 self._answer(batch, asked, cache, at, truth, mine)
             except Exception as error:
                 for outcome in mine:
@@ -147,16 +147,19 @@ class Asker:
         return time.perf_counter()
 
     def _measure(
-        self, cache: Cache, full: Cache | Exception, new: Tensor, mine: Sequence[Outcome], seconds: dict[str, float]
+        self, cache: Cache, full: Sequence[Outcome], new: Tensor, mine: Sequence[Outcome], seconds: dict[str, float]
     ) -> None:
-        """What the cache holds right after the prompt; bytes are a row's share of the batch."""
-        assert isinstance(full, Cache), "without the full cache there is nothing to measure against"
+        """What the cache holds right after the prompt; bytes are a row's share of the batch.
+
+        `full`: the full cache's outcomes, measured before the others' (it may have answered since, and grown).
+        """
         rows, shares = len(new), kept_share(cache, new.sum(1).numpy())
         counts = np.mean([core.counts().mean(1) for core in cache.paged], axis=0) if cache.paged else np.zeros(rows)
-        for row, outcome in enumerate(mine):
+        nbytes = cache.nbytes // rows
+        for row, (outcome, whole) in enumerate(zip(mine, full, strict=True)):
             outcome.measured = {
                 "prompt_tokens": int(new[row].sum()), "kept_tokens": round(float(counts[row]), 3),
-                "nbytes": cache.nbytes // rows, "full_nbytes": full.nbytes // rows, "kept": shares[row],
+                "nbytes": nbytes, "full_nbytes": whole.measured.get("nbytes", nbytes), "kept": shares[row],
             }  # fmt: skip
             outcome.timing = {"prefill_seconds": None, **seconds, "decode_seconds": 0.0, "decode_tokens": 0}
 

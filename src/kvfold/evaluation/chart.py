@@ -5,27 +5,26 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.evaluation.compare import CompareRow
+from kvfold.evaluation.report.charts import looks
+from kvfold.evaluation.report.page import can_draw
 
 SUFFIXES = (".html", ".png", ".svg", ".json")
 
 
 def check_chart_path(path: Path) -> None:
-    """Raise ValueError unless charts can be written there: known suffix, folder there, altair installed."""
+    """Raise ValueError unless charts can be written there: known suffix, folder there, kvfold[plot] installed."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"chart={str(path)!r} must end in one of {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
         raise ValueError(f"chart={str(path)!r}: there is no folder {str(path.parent)!r}")
-    try:
-        import altair  # noqa: F401
-    except ImportError:
-        raise ValueError("chart: needs altair; pip install 'kvfold[plot]'") from None
+    if not can_draw():
+        raise ValueError("chart: needs altair and vl-convert-python; pip install 'kvfold[plot]'")
 
 
-def memory_against_agreement(rows: Sequence[CompareRow], title: str) -> Any:
-    """An altair chart: bytes held over the full cache's across, mean KL and equal greedy tokens up; a line a method."""
+def agreement_panels(rows: Sequence[CompareRow], legend: Any = None, **size: Any) -> tuple[Any, Any]:
+    """Two altair charts over the bytes held of the full cache's: mean KL, and equal greedy tokens; a line a method."""
     import altair as alt
 
-    best = [row for row in rows if row.method != "full"]
     points = [
         {
             "method": row.method,
@@ -35,30 +34,45 @@ def memory_against_agreement(rows: Sequence[CompareRow], title: str) -> Any:
             "equal greedy tokens": row.top1,
             "answer": row.answer,
         }
-        for row in best
+        for row in rows
+        if row.method != "full"
     ]
-    order = list(dict.fromkeys(row.method for row in best))
+    colors = {
+        name: color
+        for name, (color, _) in looks(list(dict.fromkeys(row.method for row in rows))).items()
+        if name != "full"
+    }
+    scale = alt.Scale(domain=list(colors), range=list(colors.values()))
     base = alt.Chart(alt.Data(values=points)).encode(
-        x=alt.X("KV bytes / full:Q", axis=alt.Axis(format="%"), scale=alt.Scale(zero=False, padding=12)),
-        color=alt.Color("method:N", sort=order),
-        shape=alt.Shape("method:N", sort=order, legend=None),
+        x=alt.X(
+            "KV bytes / full:Q", title="KV bytes of the full cache's", axis=alt.Axis(format="%", tickCount=5),
+            scale=alt.Scale(zero=False, nice=False, padding=16),
+        ),
+        color=alt.Color("method:N", scale=scale, legend=legend),
         tooltip=[alt.Tooltip(f"{name}:N") for name in ("method", "budget", "answer")]
         + [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("KV bytes / full", "mean KL (nats)")],
+    )  # fmt: skip
+
+    def panel(field: str, scale: Any, caption: str, form: str) -> Any:
+        marks = base.encode(y=alt.Y(f"{field}:Q", title=None, scale=scale, axis=alt.Axis(format=form, tickCount=6)))
+        lines, dots = marks.mark_line(opacity=0.6), marks.mark_point(size=70, filled=True, opacity=1)
+        return (lines + dots).properties(height=280, title=caption, **size)
+
+    most, least = max([row.kl for row in rows]), min([row.top1 for row in rows])
+    # A root spreads the small divergences, which are the good ones; both axes end where the numbers do.
+    kl = alt.Scale(type="sqrt", domain=[0, 1.1 * most or 0.1], nice=False)
+    equal = alt.Scale(domain=[max(0.0, min(least, 0.95) - 0.05), 1.01], nice=False, clamp=True)
+    return (
+        panel("mean KL (nats)", kl, "KL divergence from full, nats (lower is better)", ".2~f"),
+        panel("equal greedy tokens", equal, "Same next token as full (higher is better)", "%"),
     )
 
-    def panel(field: str, scale: Any, caption: str) -> Any:
-        marks = base.encode(y=alt.Y(f"{field}:Q", scale=scale))
-        lines = marks.mark_line(opacity=0.6, clip=True)
-        dots = marks.mark_point(size=70, filled=True, clip=True)
-        return (lines + dots).properties(width=380, height=300, title=caption)
 
-    left = panel("mean KL (nats)", alt.Scale(type="symlog", constant=0.01), "Divergence from full (lower is better)")
-    right = panel(
-        "equal greedy tokens",
-        alt.Scale(domain=[0, 1.02], nice=False),
-        "Same next token as full (higher is better)",
-    )
-    return alt.hconcat(left, right).properties(title=title)
+def memory_against_agreement(rows: Sequence[CompareRow], title: str) -> Any:
+    """Both panels of `agreement_panels` side by side, with a legend."""
+    import altair as alt
+
+    return alt.hconcat(*agreement_panels(rows, alt.Legend(title=None, orient="top"), width=380)).properties(title=title)
 
 
 def save_chart(chart: Any, path: Path) -> None:

@@ -94,8 +94,9 @@ def compare(
     *,
     max_new_tokens: int = 64,
     tick: Callable[[str], None] = lambda _: None,
+    made_row: Callable[[CompareRow], None] = lambda _: None,
 ) -> list[CompareRow]:
-    """Every method at every budget on one prompt (1, T); the first row is `full`.
+    """Every method at every budget on one prompt (1, T); the first row is `full`. `made_row` gets each as it comes.
 
     At the first budget each method reads the prompt itself and is timed. At further budgets one exact prefill
     serves all that it can (their times are None): the same tokens are stored, see `prefill_many`.
@@ -124,12 +125,14 @@ def compare(
 
     def row(
         name: str, budget: Any, made: GreedyAnswer, held: tuple[float, int, int], prefill_s: Any, found: Agreement
-    ) -> CompareRow:
+    ) -> None:
         text = tokenizer.decode(made.tokens, skip_special_tokens=True).strip()
         rate = made.rate if prefill_s is not None else None
-        return CompareRow(name, budget, text, *held, full_nbytes, prefill_s, rate, found.top1, found.kl)
+        rows.append(CompareRow(name, budget, text, *held, full_nbytes, prefill_s, rate, found.top1, found.kl))
+        made_row(rows[-1])
 
-    rows = [row("full", None, answer, sizes, read.seconds, agree(truth))]
+    rows: list[CompareRow] = []
+    row("full", None, answer, sizes, read.seconds, agree(truth))
     del whole
     for name, method, budget in wanted:
         tick(f"{name} at {budget}")
@@ -138,7 +141,7 @@ def compare(
         held = (cache.kept_tokens, cache.nbytes, cache.dense_nbytes)
         logits = _forced(model, cache, own.logits, answer.tokens)
         made = decode(model, cache, own.logits, max_new_tokens)
-        rows.append(row(name, budget, made, held, own.seconds, agree(logits, method)))
+        row(name, budget, made, held, own.seconds, agree(logits, method))
     if later:
         tick("further budgets")
         caches = [Cache(model, method) for _, method, _ in later]
@@ -150,7 +153,7 @@ def compare(
             held = (cache.kept_tokens, cache.nbytes, cache.dense_nbytes)
             logits = _forced(model, cache, begin, answer.tokens)
             made = decode(model, cache, begin, max_new_tokens)
-            rows.append(row(name, budget, made, held, None, agree(logits, method)))
+            row(name, budget, made, held, None, agree(logits, method))
             cache.reset()
     return rows
 

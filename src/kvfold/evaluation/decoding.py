@@ -1,6 +1,7 @@
 """Greedy decoding with a clock: what `kvfold run` and `kvfold compare` measure."""
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import Cache as HFCache
 from transformers import PreTrainedModel
 
+from kvfold.hf.argument import with_cache
 from kvfold.hf.cache import Cache
 from kvfold.hf.greedy import end_tokens
 
@@ -49,21 +51,27 @@ def prefill(model: PreTrainedModel, ids: Tensor, cache: HFCache, chunk: int | No
     out: Any = None
     with cache.prefilling() if isinstance(cache, Cache) else nullcontext():
         for part in torch.split(ids, chunk or ids.shape[1], dim=1):
-            out = model(input_ids=part.to(model.device), past_key_values=cache, logits_to_keep=1)
+            out = model(input_ids=part.to(model.device), logits_to_keep=1, **with_cache(model, cache))
     sync(model.device)
     return Prefilled(out.logits[0, -1].float(), time.perf_counter() - start)
 
 
 @torch.no_grad()
-def decode(model: PreTrainedModel, cache: HFCache, first: Tensor, count: int) -> GreedyAnswer:
-    """At most `count` greedy tokens, from the logits of the first on."""
+def decode(
+    model: PreTrainedModel, cache: HFCache, first: Tensor, count: int, put: Callable[[Tensor], None] | None = None
+) -> GreedyAnswer:
+    """At most `count` greedy tokens, from the logits of the first on; `put` gets each (1,) as it comes."""
     ends = end_tokens(model)
     tokens = [int(first.argmax())]
     sync(model.device)
     start = time.perf_counter()
-    while len(tokens) < count and tokens[-1] not in ends:
-        step = torch.tensor([[tokens[-1]]], device=model.device)
-        tokens.append(int(model(input_ids=step, past_key_values=cache).logits[0, -1].argmax()))
+    while True:
+        step = torch.tensor([[tokens[-1]]])
+        if put is not None:
+            put(step[0])
+        if len(tokens) == count or tokens[-1] in ends:
+            break
+        tokens.append(int(model(input_ids=step.to(model.device), **with_cache(model, cache)).logits[0, -1].argmax()))
     sync(model.device)
     return GreedyAnswer(tokens, time.perf_counter() - start)
 
@@ -74,5 +82,5 @@ def teacher_forced(model: PreTrainedModel, cache: HFCache, first: Tensor, tokens
     logits = [first]
     for token in tokens[:-1]:
         step = torch.tensor([[token]], device=model.device)
-        logits.append(model(input_ids=step, past_key_values=cache).logits[0, -1].float())
+        logits.append(model(input_ids=step, **with_cache(model, cache)).logits[0, -1].float())
     return torch.stack(logits)

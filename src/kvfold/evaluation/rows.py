@@ -11,6 +11,7 @@ from transformers import Cache as HFCache
 from transformers import PreTrainedModel
 
 from kvfold.evaluation.decoding import sync
+from kvfold.hf.argument import with_cache
 
 
 @dataclass
@@ -48,7 +49,7 @@ def inputs(model: PreTrainedModel, ids: Tensor, new: Tensor, before: Tensor | No
 def read(model: PreTrainedModel, cache: HFCache, ids: Tensor, new: Tensor, before: Tensor | None = None) -> ReadRows:
     """Read `ids` into `cache`."""
     given = inputs(model, ids, new, before)
-    logits = model(**given, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+    logits = model(**given, logits_to_keep=1, **with_cache(model, cache)).logits[:, -1].float()
     return ReadRows(new.to(model.device) if before is None else torch.cat([before, new.to(before.device)], 1), logits)
 
 

@@ -6,40 +6,42 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from kvfold.hf.adopting import Adopting
 from kvfold.hf.anatomy import attention_modules
-from kvfold.hf.batch import Batch
 from kvfold.hf.call.call import Call
 from kvfold.hf.call.checking import check_reads_on
 from kvfold.hf.call.hooks import use_kvfold, watch
 from kvfold.hf.call.host import Host
 from kvfold.hf.layers import PagedLayer, WindowLayer, held_bytes, storage_bytes
-from kvfold.hf.prompt import Prompt
 from kvfold.hf.report import Report, layer_report
 from kvfold.hf.rope import find_rope
 from kvfold.hf.saving.file import load, save
 from kvfold.hf.support import check_model
 from kvfold.layer.layer import KVLayer
-from kvfold.layer.plan import Plan
 from kvfold.layer.rows import Rows
 from kvfold.methods.base import Method
 from kvfold.methods.registry import parse
 from kvfold.options import check_int
 from kvfold.pages import Arena
-from kvfold.views import LayerView
 
 
-class Cache(Batch):
+class Cache(Adopting):
     """A transformers cache that holds its tokens on pages and lets a method decide which.
 
-    `method` is a slug, a composition as text, or a Method; `options` go to the method. Sets the model's attention
-    implementation to "kvfold", which without this cache computes what "sdpa" does. Sliding-window layers keep
-    their window and linear-attention layers their state: no method sees them. With `prefill_chunk` the model reads
-    longer inputs in chunks of so many tokens, and the method decides after each: no layer ever holds more than its
-    budget and a chunk (the answer is then not that of one pass, but for `full`; see docs/architecture.md).
+    To use: pass it to `generate` or a model; `reset`, `fork`, `save`, `load`.
+    To look: `nbytes`, `dense_nbytes`, `kept_tokens`, `kept(layer)`, `report()`, `row_nbytes()`, `method`.
+    Rows of many requests: `join`, `retire`, `take`. Blocks: `prefilling`, `undecided`, `observed`, `tentative`.
+    What else help() lists is for transformers, hooks and kvfold itself.
+
+    `method` is a slug, a composition as text, or a Method; `options` such as a budget go to the method, in a
+    composition each to the one stage that has it. Sets the model's attention implementation to "kvfold", which without
+    this cache computes what "sdpa" does. Sliding-window layers keep their window and linear-attention layers their
+    state: no method sees them. With `prefill_chunk` the model reads longer inputs in chunks of so many tokens, and the
+    method decides after each: no layer ever holds more than its budget and a chunk (the answer is then not that of one
+    pass, but for `full`; see docs/architecture.md).
     With an `arena` its pages come out of that, which bounds the bytes of all caches that have it: a generated token
     for which there is no page raises OutOfPages before any layer has read it. What a prompt keeps is known when it was
     read, and new columns of a method when it makes them: then OutOfPages leaves this cache to be `reset()`.
@@ -89,9 +91,6 @@ class Cache(Batch):
                 layers.append(layer)
         return layers
 
-    def for_model(self, model: Any) -> "Cache":
-        return type(self)(model, "full")
-
     # -- what a user reads -----------------------------------------------------------------------------------
 
     @property
@@ -132,48 +131,6 @@ class Cache(Batch):
         """Tokens and bytes of each layer; prints as a table."""
         self.settle_pending()
         return layer_report(self)
-
-    # -- prompts of others -----------------------------------------------------------------------------------
-
-    def prompt_of(self, plan: Plan, group: int) -> Prompt:
-        return Prompt(self, plan, group)
-
-    @property
-    def shares_prefill(self) -> bool:
-        """Whether `adopt` may fill this cache from another's pass: it reads prompts at once, and as they are."""
-        return self.prefill_chunk is None and not self.method.own_prefill
-
-    def adopt(self, view: LayerView, *, wait: bool = False) -> None:
-        """Fill one layer of this empty cache from another cache's view of its first pass. See `prefill_many`.
-
-        `wait`: `after_prompt` waits for `end_adoption`, which knows what the model says next.
-        """
-        if self.method.own_prefill:
-            raise ValueError(f"method={self.method} reads a prompt in its own way: it can't adopt another's prefill")
-        core, call = self.paged[view.place.ordinal], self.call
-        if core.ordinal == 0 or call.plan is None:
-            call.plan = Plan(
-                prefill=True, mask=view.queries.valid, token_ids=view.place.token_ids, images=view.place.images
-            )
-        plan, call.at = call.plan, core.ordinal
-        core.adopt(view, plan)
-        self.layers[core.layer].is_initialized = True
-        self.leave(core.ordinal, plan)
-        if core.ordinal == len(self.paged) - 1:
-            call.plan = None
-            if self.method.listens("after_prompt"):
-                self.pending.unheard = plan
-                if not wait and len(self.paged) == len(self.layers):  # else when windows are there: `settle_pending`
-                    self.settled(None)
-
-    def end_adoption(self, greedy: Tensor | None) -> None:
-        """The prompt that a cache adopted is over, its windows are there: what a method does with all of it.
-
-        `greedy` (B, K): what the model says after the last K columns.
-        """
-        if self.pending.unheard is not None:
-            self.pending.unheard.greedy = greedy
-        self.settle_pending()
 
     # -- copies and files ------------------------------------------------------------------------------------
 

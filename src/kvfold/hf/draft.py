@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvfold.hf.argument import with_cache
 from kvfold.hf.call.host import Host
 from kvfold.hf.greedy import Drafted, go_on
 from kvfold.hf.words import tokenizer_of
@@ -67,5 +68,5 @@ def look_ahead(
     with nullcontext() if observe is None else cache.observed(observe):
         given = {} if bool(mask.all()) else {"attention_mask": mask.long()}
         places = (mask.cumsum(1) - 1).clamp(min=0)
-        out = model(input_ids=ids, position_ids=places, past_key_values=cache, logits_to_keep=1, **given)
+        out = model(input_ids=ids, position_ids=places, logits_to_keep=1, **with_cache(model, cache), **given)
         return go_on(model, cache, out.logits[:, -1:].argmax(-1), mask, count)

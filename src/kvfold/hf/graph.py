@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from kvfold.hf.argument import cache_in, with_cache
 from kvfold.hf.cache import Cache
 from kvfold.hf.layers import PagedLayer
 from kvfold.layer.layer import format_of
@@ -63,16 +64,12 @@ class DecodeGraph:
         self._where: list[Tensor] = []
         self._token = self._logits = torch.empty(0)
         self._warm = False
-        self._given = {"past_key_values": cache, "use_cache": True}
+        self._given = {**with_cache(model, cache), "use_cache": True}
 
     def token_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The tokens (B, 1) of a call that the graph can answer, else None."""
         ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
-        if (
-            kwargs.get("past_key_values") is not self.cache
-            or self.cache.pending.recording
-            or not isinstance(ids, Tensor)
-        ):
+        if cache_in(kwargs) is not self.cache or self.cache.pending.recording or not isinstance(ids, Tensor):
             return None
         if ids.shape[1] != 1 or any(core.width == 0 or len(core.segments) != 1 for core in self.cache.paged):
             return None

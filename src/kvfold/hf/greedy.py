@@ -5,6 +5,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvfold.hf.argument import with_cache
 from kvfold.hf.call.host import Host
 
 LOOK = 8
@@ -38,7 +39,7 @@ def go_on(
         if masked:
             mask = torch.cat([mask, ~over if watched else torch.ones_like(over)], 1)
         given = {"attention_mask": mask.long()} if masked else {}
-        out = model(input_ids=ids[-1], position_ids=position, past_key_values=cache, logits_to_keep=1, **given)
+        out = model(input_ids=ids[-1], position_ids=position, logits_to_keep=1, **with_cache(model, cache), **given)
         ids.append(out.logits[:, -1:].argmax(-1))
         over = over | torch.isin(ids[-1], ends)
         position = position + 1

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from kvfold.hf.anatomy import text_decoder
+from kvfold.hf.argument import with_cache
 from kvfold.hf.call.host import Host
 from kvfold.hf.draft import drafter, look_ahead
 from kvfold.hf.greedy import go_on
@@ -61,11 +62,12 @@ class Prompt(Done):
         # The body may have no hooks that tell the cache of the padding.
         with cache.aside(observe), cache.prefilling():
             cache.call.mask = mask
-            text_decoder(cache.model)(
+            decoder = text_decoder(cache.model)
+            decoder(
                 input_ids=ids,
                 attention_mask=mask.long(),
                 position_ids=(seen + valid.cumsum(1) - 1).clamp(min=0),
-                past_key_values=cache,
+                **with_cache(decoder, cache),
                 use_cache=True,
             )
 
@@ -113,6 +115,6 @@ class Prompt(Done):
         with fork.undecided():
             fork.crop(-1)
             given = {"attention_mask": mask.long(), "position_ids": (seen - 1).clamp(min=0)}
-            out = cache.model(input_ids=self.ids.gather(1, last), past_key_values=fork, **given)
+            out = cache.model(input_ids=self.ids.gather(1, last), **with_cache(cache.model, fork), **given)
         found: Tensor = out.logits[:, -1:].argmax(-1)
         return found

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvfold.hf.argument import with_cache
 from kvfold.hf.cache import Cache
 from kvfold.hf.images import image_ids
 from kvfold.hf.layers import PagedLayer
@@ -35,7 +36,7 @@ def prefill_many(model: PreTrainedModel, inputs: dict[str, Tensor], caches: Sequ
 
     base = Cache(model, "full")
     with torch.no_grad(), base.observed(hand_out):
-        logits: Tensor = model(**inputs, past_key_values=base, **kwargs).logits
+        logits: Tensor = model(**inputs, **with_cache(model, base), **kwargs).logits
     late = any(cache.method.listens("after_prompt") for cache in caches)
     greedy = logits.argmax(-1) if late else None
     for cache in caches:

@@ -24,7 +24,8 @@ class Folded:
 
 
 def pivots(sets: Int[Tensor, "B H T"], importance: Float[Tensor, "B H T"]) -> Bool[Tensor, "B H T"]:
-    """The most important member of each set; ties go to the earlier token."""
+    """The most important member of each set; ties go to the earlier token, what is not a number counts as the least."""
+    importance = importance.nan_to_num(torch.finfo(importance.dtype).min)
     best = torch.full_like(importance, -torch.inf).scatter_reduce(-1, sets, importance, "amax")
     top = importance == best.gather(-1, sets)
     slot = torch.arange(sets.shape[-1], device=sets.device).expand_as(sets)

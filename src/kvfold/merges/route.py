@@ -59,17 +59,18 @@ def soft_match(
     the largest cosine (the earlier where they tie), and the `count` best pairs of a head join.
     """
     slots, here = few(among)
-    (b, h, n), size = slots.shape, -(-chunk // 2)
+    b, h, n = slots.shape
     if n < 2:
         return at_home(among)
+    chunk = min(chunk, n + n % 2)
     slots, here = F.pad(slots, (0, -n % chunk)), F.pad(here, (0, -n % chunk), value=False)
     unit = F.normalize(take(keys, slots).float(), dim=-1).view(b, h, -1, chunk, keys.shape[-1])
-    cosine = unit[..., ::2, :] @ unit[..., 1::2, :].mT  # B H C A B
+    cosine = (unit[..., ::2, :] @ unit[..., 1::2, :].mT).nan_to_num(-2.0)  # B H C A B; what is no number comes last
     pairs = here.view(b, h, -1, chunk)
     cosine = cosine.masked_fill(~(pairs[..., ::2, None] & pairs[..., None, 1::2]), -torch.inf)
     best = cosine.amax(-1)
     place = torch.arange(cosine.shape[-1], device=keys.device)
-    first = torch.where(cosine == best[..., None], place, size).amin(-1).clamp(max=cosine.shape[-1] - 1)
+    first = torch.where(cosine == best[..., None], place, cosine.shape[-1]).amin(-1).clamp(max=cosine.shape[-1] - 1)
     join = top_mask(best.flatten(2), count).view(best.shape)
     odd = slots.view(pairs.shape)[..., 1::2]
     even = slots.view(pairs.shape)[..., ::2]

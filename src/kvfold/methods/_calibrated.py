@@ -1,5 +1,6 @@
 """What the calibrated methods share: tables with a row for each paged layer, as options that `bind` fills."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from torch import Tensor, tensor
 
 from kvfold import artefacts
 from kvfold.methods.base import Method
+from kvfold.options import shown
 from kvfold.views import LayerView
 
 Table = tuple[tuple[float, ...], ...]
@@ -17,14 +19,21 @@ M = TypeVar("M", bound=Method)
 
 
 def check_table(name: str, table: object) -> None:
-    """Raise ValueError unless `table` is None, or rows of numbers, all as long as the first."""
+    """Raise ValueError unless `table` is None, or a tuple of rows (tuples) of finite numbers >= 0, all as long."""
     if table is None:
         return
-    rows = table if isinstance(table, tuple | list) else ()
-    lengths = {len(row) if isinstance(row, tuple | list) else 0 for row in rows}
-    numbers = all(isinstance(n, int | float) and n == n for row in rows for n in row) if lengths else False
-    if len(lengths) != 1 or 0 in lengths or not numbers:
-        raise ValueError(f"{name}={table!r} must be rows of numbers, one row for each paged layer, one number a head")
+    rows = table if isinstance(table, tuple) else ()
+    lengths = {len(row) if isinstance(row, tuple) else 0 for row in rows}
+    if len(lengths) != 1 or 0 in lengths or not all(_measured(n) for row in rows for n in row):
+        raise ValueError(
+            f"{name}={shown(table)} must be rows of finite numbers >= 0 as a tuple of tuples, one row for each paged "
+            "layer, one number a head"
+        )
+
+
+def _measured(number: object) -> bool:
+    real = isinstance(number, int | float) and not isinstance(number, bool)
+    return real and 0 <= number <= sys.float_info.max  # type: ignore[operator]
 
 
 def filled(method: M, model: Any, names: dict[str, str]) -> M:

@@ -19,12 +19,13 @@ def ends(view: LayerView, counts: Int[Tensor, "B H"], sinks: int) -> Bool[Tensor
     return view.valid & ((view.rank < first) | (view.rank == view.count[..., None] - 1))
 
 
-def into_buckets(view: LayerView, keep: Keep, mass: str) -> list[Decision]:
+def into_buckets(view: LayerView, keep: Keep, mass: str, apart: Bool[Tensor, "B H T"] | None = None) -> list[Decision]:
     """What goes joins the nearest token that stays, by place in the text; a bucket becomes its mean.
 
+    Those that are `apart` take nothing in; with no other in its head, what goes is dropped.
     `mass`: "counted" notes how many tokens a bucket stands for, and each weighs as many as it stands for.
     """
-    home = nearest_place(view.positions, view.valid & ~keep.mask, keep.mask)
+    home = nearest_place(view.positions, view.valid & ~keep.mask, keep.mask if apart is None else keep.mask & ~apart)
     many = log_mass(view).exp()
     columns = counted(view, home) if mass == "counted" else {}
     return [absorb(view, home, many / over_set(many, home)), Keep(keep.mask, {**keep.columns, **columns})]

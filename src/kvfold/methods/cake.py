@@ -9,7 +9,7 @@ from torch import Tensor
 from kvfold.budgets import is_all
 from kvfold.methods._cascade import Cascade
 from kvfold.methods.base import method
-from kvfold.methods.scored import recent
+from kvfold.methods.scored import exempt
 from kvfold.options import check_int, check_number
 from kvfold.scores import drop_lowest
 from kvfold.scores.smoothed import smoothed
@@ -41,9 +41,10 @@ class CAKE(Cascade):
     variance over the queries, both summed. After each layer all layers so far share the whole budget anew. In
     decoding each layer drops what the newest query, smoothed, looks at least outside the window. The paper tunes
     the temperatures for each model and budget; 1 is what its code falls back to.
-    Differs from the paper: each row of a batch has shares of its own; what a layer can't hold goes to the others in
-    proportion to their preference, not equally; a prompt that is less than a window over the budget is cut, too.
-    With no variance anywhere, as with one query, layers share evenly.
+    Differs from the paper: a budget without room for the window and 4 more tokens keeps both ends of the text; each row
+    of a batch has shares of its own; what a layer can't hold goes to the others in proportion to their preference, not
+    equally; a prompt that is less than a window over the budget is cut, too. With no variance anywhere, as with one
+    query, layers share evenly.
     """
 
     window: int = 32
@@ -58,7 +59,7 @@ class CAKE(Cascade):
         super().__post_init__()
         check_int("window", self.window, 1)
         check_int("kernel", self.kernel, 1, odd=True)
-        check_number("gamma", self.gamma, 0.0, float("inf"))
+        check_number("gamma", self.gamma, 0.0)
         check_number("tau1", self.tau1, 1e-3, 1e3)
         check_number("tau2", self.tau2, 1e-3, 1e3)
 
@@ -86,7 +87,7 @@ class CAKE(Cascade):
         return torch.stack(signals, 1)
 
     def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
-        return recent(view, counts.clamp(max=self.window))
+        return exempt(view, counts, self.window)
 
     def after_decode(self, view: LayerView) -> Keep | Drop | None:
         if is_all(self.budget):

@@ -51,7 +51,7 @@ class CaM(Merging):
         super().__post_init__()
         check_int("targets", self.targets, 1)
         check_choice("draw", self.draw, ("sampled", "expected"))
-        check_int("seed", self.seed, 0)
+        check_int("seed", self.seed, 0, high=2**63 - 1)
 
     @property
     def asks(self) -> frozenset[str]:  # type: ignore[override]
@@ -71,7 +71,9 @@ class CaM(Merging):
         """The values of the targets of all tokens that leave."""
         leaving, leaves = few(view.valid & ~kept)  # B H N
         ranks = kept.cumsum(-1)  # B H T
-        wanted = ranks.gather(-1, leaving)[..., None] + torch.arange(1, self.targets + 1, device=kept.device)
+        wanted = ranks.gather(-1, leaving)[..., None] + torch.arange(
+            1, min(self.targets, kept.shape[-1]) + 1, device=kept.device
+        )
         there = leaves[..., None] & (wanted <= ranks[..., -1:, None])  # B H N M
         slots = torch.searchsorted(ranks, wanted.flatten(2)).clamp(max=kept.shape[-1] - 1)
         many = there.sum(-1).clamp(min=1)

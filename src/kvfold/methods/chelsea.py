@@ -98,8 +98,6 @@ class Chelsea(Method):
             total = over_set(weight, step)
             keys, weight = mixed(keys, step, weight / total), total
             moved = free & (step != at_home(step))
-            if not bool(moved.any()):  # keys that are no numbers match nothing
-                break
             free, left, home = free & ~moved, left - moved.sum(-1), step.gather(-1, home)
         columns = counted(view, home) if self.mass == "counted" else {}
         share = many / over_set(many, home)

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvfold.budgets import is_all
 from kvfold.methods._calibrated import Table, check_table, filled, query_heads, table_of
 from kvfold.methods.base import method
-from kvfold.methods.scored import Scored, recent
+from kvfold.methods.scored import Scored, exempt
 from kvfold.options import check_int
 from kvfold.scores.pooled import common
 from kvfold.scores.smoothed import smoothed
@@ -40,8 +40,9 @@ class CompressKV(Scored):
     A layer's budget: `least` tokens, and of the rest its part of the error that compression makes there, at most
     three times the mean. `heads` (scores of the query heads: attention to the whole needle while it is recited) and
     `errors` (of the layers) come from `kvfold calibrate compresskv`. Acts at the end of a prompt.
-    Differs from the paper: no layer gets more than the prompt has, and the others get what is over; a budget under
-    `least` is shared evenly. The bounds are those of the code.
+    Differs from the paper: a budget without room for the window and 4 more tokens keeps both ends of the text; no layer
+    gets more than the prompt has, and the others get what is over; a budget under `least` is shared evenly. The bounds
+    are those of the code.
     """
 
     window: int = 8
@@ -85,7 +86,7 @@ class CompressKV(Scored):
         return torch.tensor(found, device=view.valid.device)[:, None].expand(-1, view.heads)
 
     def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
-        return recent(view, counts.clamp(max=self.window))
+        return exempt(view, counts, self.window)
 
 
 @lru_cache(maxsize=4096)

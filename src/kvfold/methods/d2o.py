@@ -1,7 +1,7 @@
 """D2O: layers share a budget, and what heavy hitters leave folds into its likest (arXiv:2406.13035)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -53,8 +53,11 @@ class D2O(Method):
     leaves each layer at a step and merges in the same way.
     Differs from the paper: it cuts at the end of the prompt, not one token later, and layers wait for the last one
     before they do. Shares are scaled so that they sum to the budget; `skip` layers are paid from it. Each KV head
-    decides by itself (the code: by the mean over heads of tokens of like rank); query heads of a group add up. Means
-    over the KV heads, min-max and `weights="convex"` as printed are reconstructed where paper and code differ.
+    decides by itself (the code: by the mean over heads of tokens of like rank); query heads of a group add up.
+    `recent=0.5`, one recent token for each heavy hitter, is the code's; the paper found three hitters for a recent one
+    best (0.25). `beta` is the code's, too (the paper's: 0.7, reconstructed). Of a further turn only its own queries say
+    how layers share. The means over query heads of their min-max (the code's; the paper has the variance itself) and
+    `weights="convex"` as printed are reconstructed where paper and code differ.
     """
 
     budget: Budget = 0.2
@@ -65,7 +68,7 @@ class D2O(Method):
     mass: str = "convex"
     skip: tuple[int, ...] = (0, 1, -1)
 
-    asks = frozenset({"column_sums", "attention"})
+    asks = frozenset({"attention"})
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
@@ -79,9 +82,9 @@ class D2O(Method):
     def after_prefill(self, view: LayerView) -> Keep | None:
         if is_all(self.budget):
             return None
-        scores = self.scores(view)
-        view.place.step.setdefault(self.info.slug, {})[view.place.ordinal] = spread(view, scores)
-        return Keep(view.valid, {SCORE: scores})
+        sums = sums_apart(view)
+        view.place.step.setdefault(self.info.slug, {})[view.place.ordinal] = spread(view, sums)
+        return Keep(view.valid, {SCORE: self.scores(view, sums.sum(2))})
 
     def after_forward(self, cache: CacheView) -> Mapping[int, list[Decision]]:
         found: dict[int, Tensor] = cache.step.get(self.info.slug, {})
@@ -102,11 +105,12 @@ class D2O(Method):
         # A layer is as large as its share, unless the text is still shorter than the budget.
         each = torch.tensor(tokens_each(self.budget, view.place.prompt, view.place.seen))
         short = (view.place.seen <= each).to(view.valid.device)[:, None]
-        return self.merged(view, torch.where(short, view.count, view.earlier.sum(-1)), self.scores(view))
+        counts = torch.where(short, view.count, view.earlier.sum(-1))
+        return self.merged(view, counts, self.scores(view, view.column_sums()))
 
-    def scores(self, view: LayerView) -> Float[Tensor, "B H T"]:
-        """Attention that each token got so far."""
-        attention = view.column_sums()
+    @staticmethod
+    def scores(view: LayerView, attention: Float[Tensor, "B H T"]) -> Float[Tensor, "B H T"]:
+        """Attention that each token got so far, `attention` in this pass."""
         return attention + view.columns[SCORE] if SCORE in view.columns else attention
 
     def shares(self, signals: np.ndarray, place: Place, fractions: list[float]) -> list[tuple[float, ...]]:
@@ -153,10 +157,18 @@ class D2O(Method):
         return held - APART, held[:, None, None].expand_as(cosine)
 
 
-def spread(view: LayerView, scores: Float[Tensor, "B H T"]) -> Float[Tensor, " B"]:
-    """How much the heads of a layer differ in the variance of what their tokens got, from 0 to 1."""
-    count = view.count
-    apart = (scores - scores.sum(-1, keepdim=True) / count.clamp(min=1)[..., None]).masked_fill(~view.valid, 0.0)
-    variance = apart.square().sum(-1) / (count - 1).clamp(min=1)
+def sums_apart(view: LayerView) -> Float[Tensor, "B H G T"]:
+    """The attention that each token got from all queries of this pass, query head by query head."""
+    asked = replace(view.queries, read=None)
+    group = asked.states.shape[1] // view.heads
+    own = (replace(asked, states=asked.states[:, g::group], lse=asked.lse[:, g::group]) for g in range(group))
+    return torch.stack([replace(view, queries=queries, memo={}).column_sums() for queries in own], 2)
+
+
+def spread(view: LayerView, sums: Float[Tensor, "B H G T"]) -> Float[Tensor, " B"]:
+    """How much the query heads of a layer differ in the variance of what their tokens got, from 0 to 1."""
+    count, real = view.count[:, :, None], view.valid[:, :, None]
+    apart = (sums - sums.sum(-1, keepdim=True) / count.clamp(min=1)[..., None]).masked_fill(~real, 0.0)
+    variance = (apart.square().sum(-1) / (count - 1).clamp(min=1)).flatten(1)  # B HG
     least, most = variance.amin(1, keepdim=True), variance.amax(1, keepdim=True)
-    return ((variance - least) / (most - least + 1e-6)).mean(1)
+    return ((variance - least) / (most - least + 1e-6)).mean(1).nan_to_num(1.0)

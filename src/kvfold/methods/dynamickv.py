@@ -10,7 +10,7 @@ from torch import Tensor
 from kvfold.budgets.layers import tokens_each
 from kvfold.methods._cascade import Cascade
 from kvfold.methods.base import method
-from kvfold.methods.scored import recent
+from kvfold.methods.scored import exempt
 from kvfold.methods.snapkv import SnapKV
 from kvfold.options import check_choice, check_int, check_number
 from kvfold.scores.pooled import line_up, split_top
@@ -39,8 +39,9 @@ class DynamicKV(Cascade):
     the last, one top-k over all layers so far shares the whole budget among them (`refresh=4` and `buffer=10` are
     the paper's); a layer that was cut does not grow again. Generated tokens are appended. The paper pools with
     "avg" for Llama and "max" for Mistral and Qwen.
-    Differs from the paper: scores are those of KV heads (mean of the group); each row has shares of its own; what a
-    layer can't hold goes to the others (the code loses it), and the integers sum to the budget.
+    Differs from the paper: a budget without room for the window and 4 more tokens keeps both ends of the text; scores
+    are those of KV heads (mean of the group); each row has shares of its own; what a layer can't hold goes to the
+    others (the code loses it), and the integers sum to the budget.
     """
 
     window: int = 8
@@ -54,7 +55,7 @@ class DynamicKV(Cascade):
         check_int("window", self.window, 1)
         check_int("kernel", self.kernel, 1, odd=True)
         check_choice("pool", self.pool, ("avg", "max"))
-        check_number("buffer", self.buffer, 1.0, float("inf"))
+        check_number("buffer", self.buffer, 1.0)
         check_int("refresh", self.refresh, 1)
 
     @property
@@ -82,4 +83,4 @@ class DynamicKV(Cascade):
         return split_top(line_up([votes.flatten(1) for votes in signals]), best.to(signals[0].device))
 
     def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
-        return recent(view, counts.clamp(max=self.window))
+        return exempt(view, counts, self.window)

@@ -34,14 +34,15 @@ SCORE = "elastic_cache_score"
 class ElasticCache(Method):
     """Anchors are the tokens with the most attention of all queries and heads; the others join the nearest anchor.
 
-    All heads of a layer have the same anchors and buckets; the first `sinks` tokens and the last are anchors. On a
+    All heads of a layer have the same anchors and buckets; the first `sinks` tokens and the last are anchors that take
+    nothing in (as in the code: a sink that is averaged with its neighbours is none, and short texts fall apart). On a
     further turn importance adds up, and what was merged merges again. In decoding nothing is scored or merged: a
     token goes for each that comes, `distance` from the end of what the prompt left (the middle, where that is
     shorter).
     Differs from the paper: its code compares `argsort` itself with a number, which keeps other tokens than the most
-    important, and adds up keys one slot off; here ranks are ranks. Every anchor takes tokens in, the first and the
-    last too (not in the code). In decoding the budget stays that of the prompt, and does not grow with the text. A
-    remainder of less than a token a head is left unused. Not the method of the same name for diffusion models.
+    important, and adds up keys one slot off; here ranks are ranks. Where there are no other anchors, nothing merges. In
+    decoding the budget stays that of the prompt, and does not grow with the text. A remainder of less than a token a
+    head is left unused. Not the method of the same name for diffusion models.
     """
 
     budget: Budget = 0.25
@@ -73,8 +74,9 @@ class ElasticCache(Method):
         if SCORE in view.columns:
             received = received + view.columns[SCORE]
         importance, counts = common(view, received), self.shared(view)
-        kept = keep_top(view, importance, counts, always=ends(view, counts, self.sinks))
-        return into_buckets(view, Keep(kept.mask, {SCORE: importance}), self.mass)
+        both = ends(view, counts, self.sinks)
+        kept = keep_top(view, importance, counts, always=both)
+        return into_buckets(view, Keep(kept.mask, {SCORE: importance}), self.mass, both)
 
     def after_decode(self, view: LayerView) -> Drop | None:
         if self.whole:

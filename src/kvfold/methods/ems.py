@@ -10,7 +10,7 @@ from torch import Tensor
 from kvfold.budgets import Budget, check_budget
 from kvfold.merges import FRAMES, absorb, at_home, counted, nearest, over_set, rope_for
 from kvfold.methods.base import Method, method
-from kvfold.methods.scored import recent
+from kvfold.methods.scored import exempt
 from kvfold.options import check_choice, check_int, check_number
 from kvfold.scores import keep_top
 from kvfold.views import LayerView
@@ -47,9 +47,9 @@ class EMS(Method):
     same mean. Redundancy is the product of the cosines of keys and values, both above 0. Keys keep the mean of their
     norms. Every head keeps as many tokens as its budget; how many are merged differs. Acts on prompts and on every
     generated token; the local score then fades by 1 / `window` a step.
-    Differs from the paper: there is no code, and the text was read in part. `window`, `similar`, `share`, `many`, the
-    maximum, the weights, what a merged token's scores are (sums) and decoding are reconstructed. The query heads of
-    a group add up.
+    Differs from the paper: a budget without room for the window and 4 more tokens keeps both ends of the text; there is
+    no code, and the text was read in part. `window`, `similar`, `share`, `many`, the maximum, the weights, what a
+    merged token's scores are (sums) and decoding are reconstructed. The query heads of a group add up.
     """
 
     budget: Budget = 0.25
@@ -66,9 +66,9 @@ class EMS(Method):
     def __post_init__(self) -> None:
         check_budget(self.budget)
         check_int("window", self.window, 1)
-        check_number("similar", self.similar, 0.0, float("inf"))
+        check_number("similar", self.similar, 0.0)
         check_number("share", self.share, 0.0, 1.0)
-        check_number("many", self.many, 0.0, float("inf"))
+        check_number("many", self.many, 0.0)
         check_choice("combine", self.combine, ("max", "sum"))
         check_choice("mass", self.mass, ("convex", "counted"))
         check_choice("frame", self.frame, FRAMES)
@@ -77,7 +77,7 @@ class EMS(Method):
         count = view.budget(self.budget)
         of_all, of_last = self.measured(view)
         scores = self.combined(view, of_all, of_last)
-        kept = keep_top(view, scores, count, always=recent(view, count.clamp(max=self.window))).mask
+        kept = keep_top(view, scores, count, always=exempt(view, count, self.window)).mask
         rope = rope_for(view, self.frame)
         keys = view.keys if rope is None else rope.shift(view.keys.float(), -view.positions)
         home, redundancy = nearest(self.middling(view, scores, kept, count), kept, keys, view.values)

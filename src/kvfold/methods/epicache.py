@@ -14,7 +14,7 @@ from kvfold.budgets.sensitive import by_sensitivity
 from kvfold.methods._calibrated import check_table, filled
 from kvfold.methods.base import Method, method
 from kvfold.options import check_choice, check_int, check_number
-from kvfold.scores import top_mask
+from kvfold.scores import ranked, top_mask
 from kvfold.scores.peaks import peaks
 from kvfold.views import LayerView, PromptView, ReadOn, Requests
 from kvfold.views.decisions import Keep
@@ -55,8 +55,9 @@ class EpiCache(Method):
     a chat.
     Differs from the paper: the instruction is in our words; the patched prompt follows the block (the official code
     starts it at the position of the block's last token); scores are float32; `floor` is paid for by the other layers
-    (the official code's 0.25 exceeds the budget). Without a tokenizer beside the weights the last 64 tokens of the
-    block are read again: the official code's SnapKV.
+    (the official code's 0.25 exceeds the budget), and sensitivities are not stretched to 0 to 1 over the layers (the
+    code does, the paper not); `sinks` are ours. Without a tokenizer beside the weights the last 64 tokens of the block
+    are read again: the official code's SnapKV.
     """
 
     budget: Budget = 8192
@@ -105,6 +106,8 @@ class EpiCache(Method):
             ids = prompt.ids.new_tensor(words, dtype=prompt.ids.dtype).expand(len(prompt.ids), -1)
             return ids, prompt.valid.any(1, keepdim=True).expand(-1, len(words))
         order = torch.argsort(prompt.valid.byte(), dim=1, stable=True)[:, -64:]  # padding first
+        # Then behind them: a sliding window counts columns, and between two texts of a row padding would fill it.
+        order = order.gather(1, torch.argsort(~prompt.valid.gather(1, order), dim=1, stable=True))
         return prompt.ids.gather(1, order), prompt.valid.gather(1, order)
 
     def counts(self, view: LayerView) -> Int[Tensor, "B H"]:
@@ -130,7 +133,7 @@ class EpiCache(Method):
         """What a layer keeps: its budget's best, of all heads together or of each."""
         count = count.to(scores.device)
         first = view.positions < count.clamp(max=self.sinks)[..., None]
-        ranks = scores.masked_fill(first, torch.inf).masked_fill(~view.valid, -torch.inf)
+        ranks = ranked(view, scores, first)
         if self.level == "pair-uniform":
             return top_mask(ranks, count)
         return top_mask(ranks.flatten(1)[:, None], count.sum(1, keepdim=True))[:, 0].view(ranks.shape)

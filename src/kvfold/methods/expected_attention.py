@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.methods.base import method
-from kvfold.methods.scored import Scored
+from kvfold.methods.scored import Scored, exempt
 from kvfold.options import check_int, check_number
 from kvfold.scores.expected import expected_attention, future_queries
 from kvfold.views import LayerView
@@ -46,7 +46,7 @@ class ExpectedAttention(Scored):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_int("future", self.future, 1)
+        check_int("future", self.future, 1, high=2**20)  # an angle of each is held
         check_int("sinks", self.sinks, 0)
         check_number("epsilon", self.epsilon, 0.0, 1e9)
 
@@ -57,4 +57,4 @@ class ExpectedAttention(Scored):
         return (attention + self.epsilon) * length
 
     def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
-        return view.valid & (view.rank < counts.clamp(max=self.sinks)[..., None])
+        return exempt(view, counts, 0, self.sinks)

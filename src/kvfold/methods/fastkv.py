@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
 from kvfold.methods.base import method
-from kvfold.methods.scored import Scored, recent
+from kvfold.methods.scored import Scored, both_ends, exempt
 from kvfold.ops import top_mask
 from kvfold.options import check_choice, check_int
 from kvfold.scores import keep_top, smooth
@@ -41,11 +41,13 @@ class FastKV(Scored):
     tokens (a prompt, a chunk, a further turn), on its new tokens; generated tokens pass all layers and are appended.
     The logits of the tokens that end early are gone: only those of the last token are the prompt's. Under assisted
     decoding all of them go on.
-    Differs from the code: no smaller share goes on than the budget keeps, so that budget 1.0 is the full cache.
-    `layer` counts the model's layers; where it names a sliding window, the next layer above that is on pages is
-    taken, else the last one; windows reach by text position.
+    Differs from the code: no smaller share goes on than the budget keeps, so that budget 1.0 is the full cache; so
+    `propagated` only says something above the budget (the paper's are 0.2 and 0.1). Of fewer tokens than the window and
+    4, the first go on too, or the later layers would have no sink. `layer` counts the model's layers; where it names a
+    sliding window, the next layer above that is on pages is taken, else the last one; windows reach by text position.
     """
 
+    budget: Budget = 0.1
     layer: int | None = None
     propagated: Budget = 0.2
     window: int = 8
@@ -71,7 +73,7 @@ class FastKV(Scored):
         return view.unpack(pooled).masked_fill(window, 0.0)
 
     def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
-        return recent(view, counts.clamp(max=self.window))
+        return exempt(view, counts, self.window)
 
     def after_prefill(self, view: LayerView) -> Sequence[Decision]:  # type: ignore[override]
         scores = self.scores(view)
@@ -91,9 +93,11 @@ class FastKV(Scored):
         """Which of the new tokens go on: the window, then those with the highest sums over heads."""
         new = view.queries.valid
         votes = scores[..., -view.new :].sum(1).masked_fill(~new, -torch.inf)
-        votes = votes.masked_fill(new & (new.flip(1).cumsum(1).flip(1) <= self.window), torch.inf)
         own = new.sum(1)
         least = own * torch.tensor(view.fraction(self.budget), device=own.device)
         wanted = own * self.propagated if isinstance(self.propagated, float) else torch.full_like(own, self.propagated)
         number = torch.maximum(wanted.floor(), least.ceil()).long().clamp(min=self.window + 1)
-        return top_mask(votes[:, None], torch.minimum(number, own)[:, None])[:, 0]
+        number = torch.minimum(number, own)[:, None]
+        first, last = both_ends(number, self.window)
+        ends = (new.cumsum(1) <= first) | (new.flip(1).cumsum(1).flip(1) <= last)
+        return top_mask(votes.masked_fill(new & ends, torch.inf)[:, None], number)[:, 0]

@@ -24,7 +24,7 @@ from kvfold.views import LayerView
         b_{l,h} = b - p + \frac{I_{l,h}}{\sum_{m,j} I_{m,j}} L H p
     """,
     options={
-        "window": "tokens of the score's own window, which no head has to give (w)",
+        "window": "tokens of the score's own window, which no head has to give (w); None: as `score` has it",
         "beta": "the pool that heads share by importance is 1 / beta of the budget",
         "table": 'which scores: "reason" (HeadKV-R2) or "copy" (HeadKV-R)',
         "heads": (
@@ -42,12 +42,12 @@ class HeadKV(Wrapper):
     from `kvfold calibrate headkv`: `table="reason"` (HeadKV-R2: attention to the right answer among distractors) or
     "copy" (HeadKV-R: the token that is copied is the most attended). Acts at the end of a prompt.
     Differs from the paper: a KV head has the mean of its group's scores, and the group votes together, before pooling
-    (the official code keeps a copy of the keys for each query head). What a short prompt cuts off a head's
-    share goes to the others.
+    (the official code keeps a copy of the keys for each query head). What a short prompt cuts off a head's share goes
+    to the others.
     """
 
     score: str = "snapkv(window=8, kernel=7, pool='max')"
-    window: int = 8
+    window: int | None = None
     beta: float = 1.5
     table: str = "reason"
     heads: Table | None = None
@@ -55,7 +55,11 @@ class HeadKV(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_int("window", self.window, 0)
+        own = getattr(self.inner, "window", None)
+        if self.window is not None:
+            check_int("window", self.window, 0)
+            if own is not None and own != self.window:
+                raise ValueError(f"window={self.window!r} must be that of score={self.score!r}, {own}; None takes it")
         check_number("beta", self.beta, 1.0, 1e6)
         check_choice("table", self.table, ("reason", "copy"))
         check_table("heads", self.heads)
@@ -70,7 +74,8 @@ class HeadKV(Wrapper):
         if is_all(self.budget):
             return view.count
         table = table_of(self, view, "heads", query_heads(view))
-        return by_heads(view, self.budget, Shares(table, view.heads, self.window, float(self.beta)))
+        window = getattr(self.inner, "window", 0) if self.window is None else self.window
+        return by_heads(view, self.budget, Shares(table, view.heads, window, float(self.beta)))
 
 
 def by_heads(view: LayerView, budget: Budget, shares: "Shares") -> Int[Tensor, "B H"]:

@@ -32,7 +32,7 @@ class JRTPrompt(Method):
     copies: int = 2
 
     def __post_init__(self) -> None:
-        check_int("copies", self.copies, 1)
+        check_int("copies", self.copies, 1, high=64)
 
     def read_order(self, prompt: RawPrompt) -> Int[Tensor, "B N"] | None:
         if self.copies == 1:

@@ -44,9 +44,12 @@ class KeepKV(Merging):
     "zip" where it can: its denominator may pass zero, and then, or past `stretch`, the slot takes the mean key and a
     bias ln(w_e + w_c) - ln s_r instead, which keeps the same mass (ours, as is "bias" everywhere). "votes" is what the
     official code does.
-    Differs from the paper: the query heads of a group share the mean of their scores, so the answer of none of them
-    is kept exactly, unless they agree. PyramidInfer's selection is any method here. `alpha` and `window` are not
-    given (reconstructed), nor is how the prompt is merged before it is cut, which this does not do.
+    Differs from the paper: the query heads of a group share the mean of their scores, so the answer of none of them is
+    kept exactly, unless they agree. PyramidInfer's selection is any method here. `alpha` and `window` are not given
+    (reconstructed), nor is how the prompt is merged before it is cut, which this does not do. An estimate is corrected
+    by how many queries saw its token, not by how many there were (reconstructed), so that a young token's is no
+    smaller. Their periodic mode, which builds the cache anew from a full one kept elsewhere, is not there; layers have
+    the budgets of `score`, not PyramidInfer's.
     """
 
     mode: str = "zip"
@@ -58,10 +61,10 @@ class KeepKV(Merging):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("mode", self.mode, ("zip", "votes", "bias"))
-        check_number("similar", self.similar, -1.0, float("inf"))
+        check_number("similar", self.similar, -1.0)
         check_int("window", self.window, 1)
         check_number("alpha", self.alpha, 0.0, 0.999999)
-        check_number("stretch", self.stretch, 1.0, float("inf"))
+        check_number("stretch", self.stretch, 1.0)
 
     def merged(self, view: LayerView, keep: Keep) -> list[Decision]:
         score, votes = self.estimate(view), log_mass(view)  # ln s, ln p

@@ -57,7 +57,7 @@ class Keyformer(H2O):
         check_number("tau_init", self.tau_init, 1e-3, 1e3)
         check_number("tau_end", self.tau_end, self.tau_init, 1e3)
         check_number("tau_delta", self.tau_delta, 0.0, 1e3)
-        check_int("seed", self.seed, 0)
+        check_int("seed", self.seed, 0, high=2**63 - 1)
 
     def scores(self, view: LayerView) -> Float[Tensor, "B H T"]:
         tau = self.tau(view).to(view.valid.device)[:, None, None, None, None]

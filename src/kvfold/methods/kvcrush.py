@@ -52,7 +52,7 @@ class KVCrush(Wrapper):
         super().__post_init__()
         check_number("share", self.share, 0.0, 1.0)
         check_choice("anchor", self.anchor, ANCHORS)
-        check_int("seed", self.seed, 0)
+        check_int("seed", self.seed, 0, high=2**63 - 1)
 
     def after_prefill(self, view: LayerView) -> Keep:
         scores = self.scores(view)

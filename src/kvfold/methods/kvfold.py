@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvfold import artefacts
+from kvfold.artefacts.probed import probe
 from kvfold.budgets import Budget, check_budget, is_all
 from kvfold.merges import fold_by_attention, refit
 from kvfold.methods._calibrated import Table, check_table, measured, query_heads, table_of
@@ -82,11 +82,11 @@ class KVFold(Method):
     regression, to what the last `refit` queries read before (as in Attention Matching, arXiv:2602.16284). Heads that
     copy get more of the budget (as retrieval heads do in HeadKV, arXiv:2410.19258, or RazorAttention,
     arXiv:2407.15891): the first cache of a model has it read a random text that repeats, and remembers an estimate of
-    what each layer would lose without the copies that a head reads. Acts at the end of a prompt (of every chunk, if it
-    is read in chunks); generated tokens are appended, and their queries don't count. On a further turn earlier sums
-    fade and new ones are added. Query heads of a group add up their attention. `quality="best"` also asks the model to
-    repeat the prompt (as KVzip does, arXiv:2505.23416), and adds the attention of that reading as a third share: about
-    twice the prefill, and two columns more.
+    what each layer would lose without the copies that a head reads (on disk, under a sample of the weights). Acts at
+    the end of a prompt (of every chunk, if it is read in chunks); generated tokens are appended, and their queries
+    don't count. On a further turn earlier sums fade and new ones are added. Query heads of a group add up their
+    attention. `quality="best"` also asks the model to repeat the prompt (as KVzip does, arXiv:2505.23416), and adds the
+    attention of that reading as a third share: about twice the prefill, and two columns more.
     This is the library's own method; docs/methods/kvfold.md has the ablations.
     """
 
@@ -108,10 +108,10 @@ class KVFold(Method):
         check_number("recent", self.recent, 0.0, 1.0)
         check_int("sinks", self.sinks, 0)
         if self.fade is not None:
-            check_number("fade", self.fade, 1e-6, math.inf)
+            check_number("fade", self.fade, 1e-6)
         check_int("window", self.window, 0)
         check_int("kernel", self.kernel, 1, odd=True)
-        check_number("votes", self.votes, 0.0, math.inf)
+        check_number("votes", self.votes, 0.0)
         check_number("threshold", self.threshold, -1.0, 2.0)
         check_choice("norm", self.norm, ("square", "norm", "none"))
         if isinstance(self.heads, str):
@@ -125,7 +125,7 @@ class KVFold(Method):
         if is_all(self.budget):
             return self  # nothing is shared
         if self.heads == "probed":
-            return replace(self, heads=artefacts.probe("copying", model))
+            return replace(self, heads=probe("copying", model))
         return replace(self, heads=measured("headkv", model, "reason")) if self.heads == "calibrated" else self
 
     @property

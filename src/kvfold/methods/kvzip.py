@@ -12,7 +12,7 @@ from kvfold.methods._repeated import repeated
 from kvfold.methods.base import Method, method
 from kvfold.methods.scored import recent
 from kvfold.options import check_choice, check_int
-from kvfold.scores import top_mask
+from kvfold.scores import ranked, top_mask
 from kvfold.scores.peaks import peaks
 from kvfold.views import LayerView, PromptView, Requests
 from kvfold.views.decisions import Keep
@@ -93,7 +93,7 @@ class KVzip(Method):
         for view, found, count in zip(views, scores, counts, strict=True):
             first = view.positions < (count - 1).clamp(min=0, max=self.prefix)[..., None]
             always = first | recent(view, count.clamp(max=1))
-            ranks.append(found.masked_fill(always, torch.inf).masked_fill(~view.valid, -torch.inf))
+            ranks.append(ranked(view, found, always))
         if self.level == "uniform":
             return [top_mask(rank, count) for rank, count in zip(ranks, counts, strict=True)]
         one = ranks[0].device  # layers may lie on several

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvfold.budgets import Budget, check_budget, is_all
 from kvfold.budgets.layers import tokens_each
 from kvfold.methods.base import Method, method
-from kvfold.methods.scored import recent
+from kvfold.methods.scored import exempt
 from kvfold.options import check_choice, check_int
 from kvfold.scores import keep_top
 from kvfold.views import LayerView
@@ -43,8 +43,8 @@ class LaCache(Method):
     Differs from the paper: the budget is never exceeded (the official code adds half a ladder to it), and after a
     prompt it is used up: of the last rungs to go, the newest stay. Ladders are laid for the budget rounded down, so
     that they are the same in all layers, and what is left of it goes to the newest of the dropped. A token at least
-    goes from every ladder, and a budget too small for sinks, a ladder and one token for each layer keeps the end of
-    the text first.
+    goes from every ladder, and a budget too small for sinks, a ladder and one token for each layer keeps both ends of
+    the text.
     """
 
     budget: Budget = 0.25
@@ -92,8 +92,10 @@ class LaCache(Method):
         # First what the ladders keep, the sinks before the rest of it; then the newest of what they do not.
         first = thinned.float() + (thinned & (alike.rank < self.sinks)).float()
         counts = even if fill else torch.minimum(even, thinned.sum(-1))
-        always = recent(alike, counts.clamp(max=view.place.layers))
-        kept = keep_top(alike, alike.rank + view.valid.shape[-1] * first, counts, always).mask
+        short = even < self.sinks + view.place.layers + self.rungs(view.place.layers)[1]  # no room for a ladder
+        counts = torch.where(short, even, counts)
+        ends = exempt(alike, even, int(view.valid.shape[-1]), self.sinks) & short[..., None]
+        kept = keep_top(alike, alike.rank + view.valid.shape[-1] * first, counts, ends).mask
         left = view.valid & ~kept if fill else over & view.valid & ~kept
         over = left & (left.flip(-1).cumsum(-1).flip(-1) <= (allowed - even)[..., None])
         return Keep(kept | over, {DONE: done.int().masked_fill(over, OVER)})

@@ -83,7 +83,9 @@ class PrefixKV(Cascade):
         return ends(view, counts, self.sinks)
 
     def cut(self, view: LayerView, kept: Keep) -> Decisions:
-        return kept if self.merge is None else into_buckets(view, kept, self.mass)
+        if self.merge is None:
+            return kept
+        return into_buckets(view, kept, self.mass, ends(view, kept.mask.sum(-1), self.sinks))
 
     def after_decode(self, view: LayerView) -> Drop | None:
         if is_all(self.budget):

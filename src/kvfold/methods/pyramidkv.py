@@ -38,7 +38,7 @@ class PyramidKV(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("beta", self.beta, 1.0, float("inf"))
+        check_number("beta", self.beta, 1.0)
         self.must_share_evenly()
 
     def counts(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Int[Tensor, "B H"]:

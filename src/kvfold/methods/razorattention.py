@@ -41,9 +41,10 @@ class RazorAttention(Method):
     all that lies between as one token that weighs as many as it stands for: ln N_d on its logit. Acts at the end of
     a prompt; generated tokens are appended, and a further prompt folds them. Not under `local` + `sinks` tokens, so
     for shorter texts than the paper's lower `local`. The scores of the KV heads come from `kvfold calibrate`. No
-    budget: memory follows from the ratios.
-    Differs from the paper: `local` and `share` are reconstructed, and so is the weight N_d (Huawei's toolkit has a
-    buffer of 251 tokens, `local=251, share=0.0`, and weight 1).
+    budget: memory follows from the ratios. A ratio above 0 protects one head at least: of fewer than 50 heads 1 % is
+    none, of 3 heads (gemma3-270m has no more on pages) 14 % too.
+    Differs from the paper: that least head is ours; `local` and `share` are reconstructed, and so is the weight N_d
+    (Huawei's toolkit has a buffer of 251 tokens, `local=251, share=0.0`, and weight 1).
     """
 
     induction_ratio: float = 0.14
@@ -100,8 +101,8 @@ class RazorAttention(Method):
 
 @lru_cache(maxsize=64)
 def retrieval_heads(scores: Table, ratio: float) -> tuple[tuple[bool, ...], ...]:
-    """The `ratio` share of all heads with the highest scores, ties to the earlier."""
+    """The `ratio` share of all heads with the highest scores, ties to the earlier; one at least if it is not 0."""
     flat = torch.tensor([score for row in scores for score in row], dtype=torch.float64)
     chosen = torch.zeros(len(flat), dtype=torch.bool)
-    chosen[flat.argsort(descending=True, stable=True)[: round(ratio * len(flat))]] = True
+    chosen[flat.argsort(descending=True, stable=True)[: max(round(ratio * len(flat)), ratio > 0)]] = True
     return tuple(tuple(row) for row in chosen.view(len(scores), -1).tolist())

@@ -10,7 +10,8 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
-from kvfold.methods.base import Method, MethodInfo, registry
+from kvfold.methods.base import Method, MethodInfo, Pipeline, registry
+from kvfold.options import shown
 
 _STAGE = re.compile(r"\s*([A-Za-z0-9][\w-]*)\s*(\(.*\))?\s*", re.DOTALL)
 
@@ -37,7 +38,7 @@ def get_method(slug: str) -> MethodInfo:
     if slug not in registry:
         near = get_close_matches(slug, registry, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"method={slug!r} is unknown{hint}; there are {', '.join(sorted(registry))}")
+        raise ValueError(f"method={shown(slug)} is unknown{hint}; there are {', '.join(sorted(registry))}")
     return registry[slug]
 
 
@@ -70,10 +71,8 @@ def parse(method: str | Method, **options: Any) -> Method:
         if name in given:
             raise ValueError(f"option {name!r} is given twice for {slug}: in the text and as an argument")
         given[name] = value
-    first, *others = [make(slug, given) for slug, given in stages]
-    for other in others:
-        first = first | other
-    return first
+    made = [make(slug, given) for slug, given in stages]
+    return made[0] if len(made) == 1 else Pipeline(tuple(made))
 
 
 def read_stages(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -120,7 +119,7 @@ def _split(text: str) -> list[str]:
 def _stage(text: str) -> tuple[str, dict[str, Any]]:
     found = _STAGE.fullmatch(text)
     if found is None:
-        raise ValueError(f"method={text.strip()!r} is not of the form slug or slug(option=value, ...)")
+        raise ValueError(f"method={shown(text.strip())} is not of the form slug or slug(option=value, ...)")
     slug, arguments = found[1], found[2] or "()"
     try:
         call = ast.parse(f"f{arguments}", mode="eval").body
@@ -132,6 +131,7 @@ def _stage(text: str) -> tuple[str, dict[str, Any]]:
         if twice := [word for word in words if words.count(word) > 1]:
             raise ValueError(f"{twice[0]} is given twice")
         given = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"method={text.strip()!r}: can't read the options {arguments} ({error})") from None
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # the last two: nested too deep to be read
+        why = str(error) or "nested too deep"
+        raise ValueError(f"method={shown(text.strip())}: can't read the options {arguments[:200]} ({why})") from None
     return slug, given

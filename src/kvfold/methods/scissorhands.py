@@ -7,9 +7,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.methods.base import method
-from kvfold.methods.scored import Scored, recent
+from kvfold.methods.scored import Scored, exempt
 from kvfold.options import check_int, check_number
-from kvfold.scores import top_mask
+from kvfold.scores import ranked, top_mask
 from kvfold.scores.rows import logit_rows
 from kvfold.views import LayerView
 from kvfold.views.decisions import Keep
@@ -34,10 +34,11 @@ class Scissorhands(Scored):
     The last `recent` tokens stay, and the first `sinks`. A prompt is cut to the budget; while decoding, a head that
     exceeds it drops the share `drop` of its budget at once (the paper: half, reconstructed), the older token where
     counts tie (ours). The cache is then smaller than its budget: by a quarter of it, on average.
+    Where the budget has no room for those and 4 more, the first 4 tokens and the newest stay.
     Differs from the paper: a token counts for the queries since it came, as a share of them, or nothing would be as
-    safe as to be young. What past queries said lives in a column, a mean over the tokens that they saw, whose memory
-    is `window` queries; the paper asks them again. Query heads of a group add up. All layers have the same
-    budget: the paper gives later ones more, after a measurement that it does not print (reconstructed).
+    safe as to be young. What past queries said lives in a column, a mean over the tokens that they saw, whose memory is
+    `window` queries; the paper asks them again. Query heads of a group add up. All layers have the same budget: the
+    paper gives later ones more, after a measurement that it does not print (reconstructed).
     """
 
     window: int = 400
@@ -70,8 +71,7 @@ class Scissorhands(Scored):
         return times / (group * asked).clamp(min=1)
 
     def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
-        last = counts.clamp(max=self.recent)
-        return recent(view, last) | (view.rank < (counts - last).clamp(max=self.sinks)[..., None])
+        return exempt(view, counts, self.recent, self.sinks)
 
     def after_prefill(self, view: LayerView) -> Keep:
         return self._cut(view, view.budget(self.budget))
@@ -85,6 +85,6 @@ class Scissorhands(Scored):
         scores = self.scores(view)
         if not (view.count > counts).any():
             return Keep(view.valid, {SCORE: scores})
-        ranked = scores.masked_fill(self.always(view, counts), torch.inf).masked_fill(~view.valid, -torch.inf)
-        mask = top_mask(ranked.flip(-1), counts).flip(-1)  # where scores tie, the later token stays
+        ranks = ranked(view, scores, self.always(view, counts))
+        mask = top_mask(ranks.flip(-1), counts).flip(-1)  # where scores tie, the later token stays
         return Keep(mask, {SCORE: scores})

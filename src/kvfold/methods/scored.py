@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -65,6 +66,27 @@ def without_budget(inner: Method) -> str:
     """A method's text, its budget left to whoever wraps it."""
     options = (f"{o.name}={getattr(inner, o.name)!r}" for o in fields(inner) if o.name != "budget")  # type: ignore[arg-type]
     return f"{inner.info.slug}({', '.join(options)})"
+
+
+SINKS = 4
+"""First tokens that share a budget without room for them and a method's window: without any, models babble."""
+
+
+def both_ends(counts: Int[Tensor, "*B"], window: int, sinks: int = 0) -> tuple[Int[Tensor, "*B"], Int[Tensor, "*B"]]:
+    """How many of the first and of the last tokens always stay, of `counts` in all: `sinks` and `window`.
+
+    Where they leave no room for `SINKS` more (half the window, if that is less), the first get half of all, at most
+    SINKS, and the last the rest: a window that uses up the budget of a short prompt would leave no sink.
+    """
+    short = counts < window + max(sinks, min(SINKS, window // 2))
+    first = torch.where(short, (counts // 2).clamp(max=max(sinks, SINKS)), sinks)
+    return first, torch.where(short, counts - first, window)
+
+
+def exempt(view: LayerView, counts: Int[Tensor, "B H"], window: int, sinks: int = 0) -> Bool[Tensor, "B H T"]:
+    """The first and the last tokens that stay whatever their score, see `both_ends`."""
+    first, last = both_ends(counts.to(view.valid.device), window, sinks)
+    return recent(view, last) | (view.valid & (view.rank < first[..., None]))
 
 
 def recent(view: LayerView, window: int | Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
@@ -167,4 +189,4 @@ class Wrapper(Scored, Over[Scored]):
         return self.after_prefill(view) if own else self.at_step(view)
 
 
-__all__ = ["Over", "Scored", "Wrapper", "recent", "without_budget"]
+__all__ = ["SINKS", "Over", "Scored", "Wrapper", "both_ends", "exempt", "recent", "without_budget"]

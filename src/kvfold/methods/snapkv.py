@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.methods.base import method
-from kvfold.methods.scored import Scored, recent
+from kvfold.methods.scored import Scored, exempt
 from kvfold.options import check_choice, check_int
 from kvfold.scores.smoothed import smoothed
 from kvfold.views import LayerView
@@ -29,9 +29,10 @@ class SnapKV(Scored):
     """Attention mass of the last `window` queries, smoothed along the sequence; the window itself always stays.
 
     Acts at the end of a prompt (of every chunk, if it is read in chunks; a chunk shorter than the window shrinks
-    the window); generated tokens are appended. A budget smaller than the window keeps its end.
-    Differs from the paper: the query heads of a group vote together (before pooling), so that one KV head keeps
-    one set of tokens and grouped-query models really shrink.
+    the window); generated tokens are appended. A budget without room for it and 4 more tokens keeps both ends of the
+    text, the first 4 and the newest (ours: the end alone leaves no sink, and the model babbles).
+    Differs from the paper: the query heads of a group vote together (before pooling), so that one KV head keeps one set
+    of tokens and grouped-query models really shrink.
     """
 
     window: int = 32
@@ -50,4 +51,4 @@ class SnapKV(Scored):
         return smoothed(view, votes, window, self.kernel, self.pool)
 
     def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
-        return recent(view, counts.clamp(max=self.window))
+        return exempt(view, counts, self.window)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
 from kvfold.methods.base import Method, method
-from kvfold.methods.scored import recent
+from kvfold.methods.scored import exempt
 from kvfold.options import check_choice, check_int, check_name
 from kvfold.scores import keep_top
 from kvfold.scores.peaks import peaks
@@ -42,10 +42,11 @@ class SpecKV(Method):
 
     When a prompt is over, `draft` (None: the model itself) says `lookahead` tokens greedily, up to its end token; the
     model reads them behind the whole prompt, and forgets them. They and the last `window` + 1 tokens ask.
-    Differs from the paper: `lookahead` is a number (there: as many as will be generated; a cache does not know); the
-    prompt is read with full attention (no vertical-slash pattern); the budget counts the prompt's last token, which
-    there is fed after the cut. On a further turn, or after a chunk, all that is held competes anew, and a `draft`
-    model reads what this pass brought alone (reconstructed). A prompt that fits its budget is not drafted for.
+    Differs from the paper: a budget without room for the window and 4 more tokens keeps both ends of the text;
+    `lookahead` is a number (there: as many as will be generated; a cache does not know); the prompt is read with full
+    attention (no vertical-slash pattern); the budget counts the prompt's last token, which there is fed after the cut.
+    On a further turn, or after a chunk, all that is held competes anew, and a `draft` model reads what this pass
+    brought alone (reconstructed). A prompt that fits its budget is not drafted for.
     """
 
     budget: Budget = 0.25
@@ -59,7 +60,7 @@ class SpecKV(Method):
     def __post_init__(self) -> None:
         check_budget(self.budget)
         check_name("draft", self.draft, "a model's name or folder, or None for the model itself")
-        check_int("lookahead", self.lookahead, 0)
+        check_int("lookahead", self.lookahead, 0, high=4096)
         check_int("window", self.window, 0)
         check_int("kernel", self.kernel, 1, odd=True)
         check_choice("pool", self.pool, ("max", "avg"))
@@ -100,7 +101,7 @@ class SpecKV(Method):
         """The prompt's end, and of the rest the highest votes of each neighbourhood."""
         counts = view.budget(self.budget)
         scores = smoothed(view, votes, view.last(self.window + 1), self.kernel, self.pool)
-        return keep_top(view, scores, counts, always=recent(view, counts.clamp(max=self.window + 1)))
+        return keep_top(view, scores, counts, always=exempt(view, counts, self.window + 1))
 
     def _fits(self, view: LayerView) -> bool:
         return bool((view.count <= view.budget(self.budget)).all())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget
 from kvfold.methods.base import Method, method
+from kvfold.methods.scored import both_ends
 from kvfold.options import check_choice, check_int, check_name
 from kvfold.views import LayerView, RawPrompt
 
@@ -39,9 +40,10 @@ class SpecPC(Method):
 
     `draft` (None: the model itself) reads the whole prompt; the model reads `budget` of its tokens as a prompt of
     its own, at positions without gaps. Each of the highest brings its neighbours, the nearest first.
-    Differs from the paper: a budget below the window keeps the window's end, ties go to the earlier token, importance
-    is float32, at least one token of a row is read. "mean" is a sum, as in the code: each query counts as much.
-    A further turn is a prompt of its own, of which as much is read, whatever is stored (reconstructed).
+    Differs from the paper: a budget without room for the window and 4 more tokens keeps both ends, ties go to the
+    earlier token, importance is float32, at least one token of a row is read. "mean" is a sum, as in the code: each
+    query counts as much. A further turn is a prompt of its own, of which as much is read, whatever is stored
+    (reconstructed).
     """
 
     budget: Budget = 0.25
@@ -60,7 +62,7 @@ class SpecPC(Method):
         check_budget(self.budget)
         check_name("draft", self.draft, "a model's name or folder, or None for the model itself")
         for name, low in (("window", 1), ("kernel", 1), ("neighbours", 0), ("skip", 0), ("lookahead", 1)):
-            check_int(name, getattr(self, name), low)
+            check_int(name, getattr(self, name), low, high=4096)  # tokens that are said, or looked through one by one
         for name, allowed in (("pool", ("max", "avg")), ("queries", ("max", "mean")), ("reduce", ("max", "mean"))):
             check_choice(name, getattr(self, name), allowed)
         check_choice("weighted", self.weighted, (True, False))
@@ -121,5 +123,6 @@ class SpecPC(Method):
         ranks = torch.arange(len(best), device=device) * len(offsets)
         for i, offset in enumerate(offsets):
             turn.scatter_reduce_(0, (best + offset).clamp(0, length - 1), ranks + i, "amin")
-        turn[length - min(self.window, count) :] = -1
+        first, last = both_ends(torch.tensor(count), self.window)
+        turn[:first], turn[length - int(last) :] = -1, -1
         return turn.sort(stable=True).indices[:count].sort().values

@@ -2,8 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from kvfold.budgets import Budget, check_budget
 from kvfold.methods.base import Method, method
+from kvfold.methods.scored import recent
 from kvfold.options import check_choice, check_int
 from kvfold.scores import drop_from
 from kvfold.views import LayerView
@@ -24,6 +29,7 @@ class StreamingLLM(Method):
 
     With `positions="compact"` the kept tokens are read as if they stood at 0, 1, 2, ... (the paper's rule for
     endless streams; needs the model's RoPE); "original" leaves them where they were, as most comparisons do.
+    A budget that would be all sinks is shared with the newest tokens.
     Differs from the paper: a prompt is read with full attention and cut once, not token by token.
     """
 
@@ -42,11 +48,14 @@ class StreamingLLM(Method):
         return self.positions == "compact"
 
     def after_prefill(self, view: LayerView) -> Keep:
-        budget = view.budget(self.budget)[..., None]
-        sinks = budget.clamp(max=self.sinks)
-        recent = view.rank >= view.count[..., None] - (budget - sinks)
-        return Keep(view.valid & ((view.rank < sinks) | recent))
+        budget = view.budget(self.budget)
+        sinks = self.first(budget)
+        return Keep(recent(view, budget - sinks) | (view.valid & (view.rank < sinks[..., None])))
 
     def after_decode(self, view: LayerView) -> Drop:
         budget = view.budget(self.budget)
-        return drop_from(view, budget.clamp(max=self.sinks), view.count - budget)
+        return drop_from(view, self.first(budget), view.count - budget)
+
+    def first(self, budget: Int[Tensor, "B H"]) -> Int[Tensor, "B H"]:
+        """How many sinks there are; half of a budget that would be all theirs."""
+        return torch.where(budget > self.sinks, self.sinks, budget // 2)

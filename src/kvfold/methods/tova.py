@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvfold.methods.base import method
 from kvfold.methods.scored import Scored
+from kvfold.scores.pooled import common
 from kvfold.views import LayerView
 
 
@@ -21,14 +22,15 @@ from kvfold.views import LayerView
 class TOVA(Scored):
     """Attention of the last query alone, its mean over all heads: one choice for a layer, after every forward.
 
-    No window, no sinks, no memory: the newest token competes like the others. Cuts after every chunk of a prompt
-    that is read in chunks, which is a stricter method than one cut at its end.
+    No window, no sinks, no memory: the newest token competes like the others. Behind a stage that leaves each head
+    other tokens, a token's mean is over the heads that hold it. Cuts after every chunk of a prompt that is read in
+    chunks, which is a stricter method than one cut at its end.
     """
 
     asks = frozenset({"attention"})
 
     def scores(self, view: LayerView) -> Float[Tensor, "B H T"]:
-        return view.attention(1).mean((1, 2, 3))[:, None].expand_as(view.valid)
+        return common(view, view.attention(1)[:, :, :, 0].mean(2))
 
     def counts(self, view: LayerView, scores: Float[Tensor, "B H T"]) -> Int[Tensor, "B H"]:
         # All heads keep the same tokens, so the smallest of their budgets is everyone's.

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvfold.budgets import Budget, check_budget
 from kvfold.budgets.layers import line, tokens_each
 from kvfold.methods.base import Method, method
-from kvfold.methods.scored import recent
+from kvfold.methods.scored import exempt
 from kvfold.options import check_choice, check_int, check_number
 from kvfold.scores import keep_top
 from kvfold.views import LayerView
@@ -43,9 +43,10 @@ class WindowKV(Method):
     gets group / `beta` of the mean. `task`: for "localization" (one place answers) a run counts by the upper half of
     its tokens in each head, `suffix` is 32; for "aggregation" by all of them, and it is 16. Acts at the end of a
     prompt; generated tokens are appended.
-    Differs from the paper: the task is an option (the paper's BERT classifier is not public, and a cache sees no
-    text); the suffix counts towards the budget, and so does what whole runs leave over of it, less than a run for
-    each head: it lengthens the suffix. The best runs are taken as long as they fit. Rows choose for themselves.
+    Differs from the paper: a budget without room for the window and 4 more tokens keeps both ends of the text; the task
+    is an option (the paper's BERT classifier is not public, and a cache sees no text); the suffix counts towards the
+    budget, and so does what whole runs leave over of it, less than a run for each head: it lengthens the suffix. The
+    best runs are taken as long as they fit. Rows choose for themselves.
     """
 
     budget: Budget = 0.25
@@ -58,11 +59,11 @@ class WindowKV(Method):
     def __post_init__(self) -> None:
         check_budget(self.budget)
         check_choice("task", self.task, tuple(SUFFIX))
-        check_int("run", self.run, 1)
+        check_int("run", self.run, 1, high=2**16)  # a run is laid out whole
         if self.suffix is not None:
             check_int("suffix", self.suffix, 1)
         check_int("group", self.group, 1)
-        check_number("beta", self.beta, 1.0, float("inf"))
+        check_number("beta", self.beta, 1.0)
 
     @property
     def observed(self) -> int:
@@ -80,7 +81,7 @@ class WindowKV(Method):
         counts = self.counts(view)
         # What is chosen, then the newest.
         order = view.rank.float() + picked * view.valid.shape[-1]
-        return keep_top(view, order, counts, always=recent(view, counts.clamp(max=self.observed)))
+        return keep_top(view, order, counts, always=exempt(view, counts, self.observed))
 
     def counts(self, view: LayerView) -> Int[Tensor, "B H"]:
         """What each (row, head) of this layer may keep."""

@@ -5,10 +5,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import model_info, try_to_load_from_cache
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -66,9 +68,11 @@ def load(
         place = convert_gguf(place, progress)
 
     hub = {key: from_pretrained_kwargs[key] for key in HUB_KWARGS & from_pretrained_kwargs.keys()}
+    if isinstance(place, str):
+        check_hub(place, **hub)
     try:
         with nullcontext() if progress else silent():
-            tokenizer = AutoTokenizer.from_pretrained(place, **hub)
+            tokenizer = read_tokenizer(place, hub)
             model = AutoModelForCausalLM.from_pretrained(place, dtype=kind, **from_pretrained_kwargs)
     except OSError as error:
         if isinstance(place, Path):
@@ -82,6 +86,27 @@ def load(
     if "device_map" not in from_pretrained_kwargs:
         model = model.to(wanted)
     return model.eval(), tokenizer
+
+
+def read_tokenizer(place: Path | str, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or a hub id. Raises OSError for one that transformers can't make."""
+    try:
+        return AutoTokenizer.from_pretrained(place, **hub)
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        raise OSError(f"name={str(place)!r} has no tokenizer that transformers can read: {error}") from error
+
+
+def check_hub(name: str, *, token: Any = None, local_files_only: bool = False, **_: Any) -> None:
+    """Ask the hub once whether it knows a name: what follows asks many times, and waits between them.
+
+    Raises OSError where it does not, or can't be asked; not for a name whose files have been fetched before.
+    """
+    if local_files_only or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        model_info(name, token=token, timeout=10)
+    except Exception as error:  # of whichever client the hub's library has
+        raise OSError(f"{unknown(name)}; as a hub id it fails: {str(error).strip().splitlines()[0]}") from error
 
 
 def checked_device(device: str | torch.device) -> torch.device:
@@ -108,8 +133,10 @@ def checked_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torc
 
 def unknown(name: str | os.PathLike[str]) -> str:
     """The message for a name that leads nowhere."""
+    near = get_close_matches(os.fspath(name), BUNDLED, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
     kinds = f"a bundled model ({', '.join(BUNDLED)}), a folder, a .gguf file or a hub id"
-    return f"name={os.fspath(name)!r} must be {kinds}"
+    return f"name={os.fspath(name)!r} must be {kinds}{hint}"
 
 
 def find(name: str | os.PathLike[str]) -> Bundled | Path | str:

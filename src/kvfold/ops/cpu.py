@@ -61,11 +61,18 @@ def bits(x: Tensor) -> np.ndarray:
 
 
 def warm(work: Any, what: str) -> None:
-    """Run `work`, which compiles kernels or loads them from disk; say so if that takes more than a moment."""
-    say = threading.Timer(2.0, lambda: logging.getLogger("kvfold").warning("compiling the CPU kernels for %s", what))
-    say.daemon = True
-    say.start()
-    try:
+    """Run `work`, which compiles kernels or loads them from disk; says so at the first that is compiled."""
+    from numba.core import event
+
+    class Compiling(event.Listener):  # type: ignore[misc]  # told of kernels that were not on disk, of no others
+        said = False
+
+        def on_start(self, event: Any) -> None:
+            if not self.said:
+                logging.getLogger("kvfold").warning("compiling the CPU kernels for %s", what)
+            self.said = True
+
+        def on_end(self, event: Any) -> None: ...
+
+    with event.install_listener("numba:compile", Compiling()):
         work()
-    finally:
-        say.cancel()

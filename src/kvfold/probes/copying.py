@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvfold import ops
 from kvfold.hf.anatomy import attention_modules, projected
+from kvfold.hf.argument import with_cache
 from kvfold.hf.images import image_ids
 from kvfold.scores.stripes import stripes
 from kvfold.views import LayerView
@@ -187,7 +188,9 @@ def read_with(model: Any, ids: Int[Tensor, "B T"], look: Callable[[LayerView], N
     try:
         with cache.observed(look):
             reader(
-                ids if model.device.type == "meta" else ids.to(model.device), past_key_values=cache, logits_to_keep=1
+                ids if model.device.type == "meta" else ids.to(model.device),
+                logits_to_keep=1,
+                **with_cache(reader, cache),
             )
     finally:
         for module in training:

@@ -21,6 +21,7 @@ def smooth(scores: Float[Tensor, "B H T"], kernel: int, pool: str = "avg") -> Fl
     if kernel == 1:
         return scores
     if pool == "max":
+        kernel = min(kernel, 2 * scores.shape[-1] + 1)  # further on there is nothing
         return F.max_pool1d(scores, kernel, stride=1, padding=kernel // 2)
     return F.avg_pool1d(scores, kernel, stride=1, padding=kernel // 2)
 
@@ -32,10 +33,22 @@ def keep_top(
     always: Bool[Tensor, "B H T"] | None = None,
 ) -> Keep:
     """Keep the `count` tokens with the highest scores; those of `always` come first of all and count too."""
-    scores = scores.masked_fill(~view.valid, -torch.inf)
+    return Keep(top_mask(ranked(view, scores, always), count.to(scores.device)))
+
+
+def ranked(
+    view: LayerView, scores: Float[Tensor, "B H T"], always: Bool[Tensor, "B H T"] | None = None
+) -> Float[Tensor, "B H T"]:
+    """Scores as `top_mask` wants them: inf for those of `always`, -inf for empty slots, and for no other.
+
+    So that no head is left with less than it may keep: NaN counts as the lowest number, what overflowed as the
+    largest, -inf as the lowest.
+    """
+    low, high = torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max
+    scores = scores.nan_to_num(low, posinf=high, neginf=low)
     if always is not None:
-        scores = scores.masked_fill(always & view.valid, torch.inf)
-    return Keep(top_mask(scores, count.to(scores.device)))
+        scores = scores.masked_fill(always, torch.inf)
+    return scores.masked_fill(~view.valid, -torch.inf)
 
 
 def drop_lowest(

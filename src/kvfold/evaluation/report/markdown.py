@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from kvfold.evaluation.report.cells import ALL_LENGTHS, ALL_TASKS, Cell
-from kvfold.evaluation.report.records import ResultRecord
+from kvfold.evaluation.report.records import ResultRecord, ratio_note
 from kvfold.evaluation.report.strata import ReportContender, Setup
 
 MEANING = {
@@ -83,7 +83,7 @@ def _section(setup: Setup, cells: Sequence[Cell], records: Sequence[ResultRecord
 
 
 def markdown_report(cells: Sequence[Cell], records: Sequence[ResultRecord]) -> str:
-    """Tables of all setups, the protocol named above each."""
+    """Tables of all setups, the protocol named above each; first what is to be said of their ratios, if anything."""
     sections = [
         _section(
             setup, [cell for cell in cells if cell.setup == setup],
@@ -91,4 +91,4 @@ def markdown_report(cells: Sequence[Cell], records: Sequence[ResultRecord]) -> s
         )
         for setup in dict.fromkeys(cell.setup for cell in cells)
     ]  # fmt: skip
-    return "\n\n".join(["# Evaluation", *sections]) + "\n"
+    return "\n\n".join(["# Evaluation", *filter(None, [ratio_note(records)]), *sections]) + "\n"

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from kvfold.evaluation.report.drilldown import TEXT_LIMIT, drilldown
 from kvfold.evaluation.report.markdown import MEANING, budget_name
 from kvfold.evaluation.report.ranking import TEST, Standing
 from kvfold.evaluation.report.reading import Results
+from kvfold.evaluation.report.records import ratio_note
 from kvfold.evaluation.report.strata import ReportContender, Setup, Strata, budget_order
 
 SCRIPTS = ("filters.js", "figures.js", "examples.js", "page.js")
@@ -25,11 +27,13 @@ def check_page_path(path: Path) -> None:
         raise ValueError(f"out={str(path)!r} must end in .html")
     if not path.parent.is_dir():
         raise ValueError(f"out={str(path)!r}: there is no folder {str(path.parent)!r}")
-    try:
-        import altair  # noqa: F401
-        import vl_convert  # noqa: F401
-    except ImportError:
-        raise ValueError("out: needs altair and vl-convert-python; pip install 'kvfold[plot]'") from None
+    if not can_draw():
+        raise ValueError("out: needs altair and vl-convert-python; pip install 'kvfold[plot]'")
+
+
+def can_draw() -> bool:
+    """Whether altair and vl-convert are installed."""
+    return all(find_spec(name) is not None for name in ("altair", "vl_convert"))
 
 
 def embedded(data: Any) -> str:
@@ -81,7 +85,7 @@ def page_data(
                        "loss": _rounded(rank.loss)} for rank in ranks],
         "heat": [{"setup": setups.index(spot.setup), "task": spot.task, "length": spot.length, "depth": spot.depth,
                   **_contender(spot.contender), "score": _rounded(spot.score), "n": spot.n} for spot in heat],
-        "specs": specifications(methods), "sweeps": results.sweeps, **singles,
+        "specs": specifications(methods), "sweeps": results.sweeps, "caveat": ratio_note(results.records), **singles,
     }  # fmt: skip
 
 
@@ -95,6 +99,7 @@ def page(data: dict[str, Any]) -> str:
         "style": (here / "page.css").read_text(encoding="utf-8"),
         "vega": vega.replace("</script", "<\\/script"),
         "data": embedded(data),
+        "caveat": data["caveat"],
         "script": "\n".join((here / name).read_text(encoding="utf-8") for name in SCRIPTS),
     }
     text = (here / "page.html").read_text(encoding="utf-8")

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from kvfold.hf import attention
 from kvfold.hf.anatomy import attention_modules, text_decoder
+from kvfold.hf.argument import cache_in
 from kvfold.hf.call.call import greedy_of
 from kvfold.hf.call.chunks import put_together, read_ahead
 from kvfold.hf.call.host import Host
@@ -73,7 +74,7 @@ def watch_text(model: PreTrainedModel) -> None:
 
 
 def _cache_of(kwargs: dict[str, Any]) -> Host | None:
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     return cache if isinstance(cache, Host) else None
 
 

@@ -4,14 +4,11 @@ import hashlib
 import json
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from kvfold.artefacts.fields import fields_for
-
-SAMPLES = 256
-"""Numbers of each sampled weight that go into a model's fingerprint."""
+from kvfold.artefacts.weights import sample
 
 
 def fields_of(model: PreTrainedModel) -> dict[str, Any]:
@@ -29,12 +26,7 @@ def fingerprint(model: PreTrainedModel, paged: list[int]) -> str:
     digest = hashlib.sha256(json.dumps(fields_of(model), sort_keys=True).encode())
     parts = [model.get_input_embeddings(), *(m for index in paged[:1] + paged[-1:] for m in modules_of(model, index))]
     for part in parts:
-        for name, weight in part.named_parameters():
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            if not weight.is_meta:
-                flat = weight.detach().reshape(-1)
-                sample = flat[:: max(1, len(flat) // SAMPLES)].cpu().contiguous()
-                digest.update(sample.view(torch.uint8).numpy().tobytes())
+        sample(digest, part)
     return digest.hexdigest()
 
 
