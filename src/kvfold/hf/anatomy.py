@@ -37,6 +37,13 @@ def text_decoder(model: nn.Module) -> nn.Module:
     return found if isinstance(found, PreTrainedModel) else model  # ModernBERT's "decoder" is its language model head
 
 
+def same_text(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules are one model, as far as text goes: a model and its body, or two heads on one body."""
+    if text_decoder(one) is text_decoder(other):
+        return True
+    return any(one is part for part in other.modules()) or any(other is part for part in one.modules())
+
+
 def has_grid_positions(model: Any) -> bool:
     """Whether the parts of an image have places in a grid (M-RoPE): RoPE's positions are then not those of the text.
 

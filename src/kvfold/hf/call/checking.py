@@ -79,7 +79,8 @@ class Checked(Modal):
             raise RuntimeError(
                 f"layer {layer.core.layer} of {type(self.model).__name__} updated the cache, but its attention did "
                 'not call the function registered as "kvfold" with the keys that it got: it ignores '
-                "transformers' AttentionInterface, or changes the keys first"
+                "transformers' AttentionInterface, changes the keys first, or is part of another model than the one "
+                "that the cache was made for"
             )
 
     @property

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvfold.hf import attention
-from kvfold.hf.anatomy import attention_modules, text_decoder
+from kvfold.hf.anatomy import attention_modules, same_text, text_decoder
 from kvfold.hf.argument import cache_in
 from kvfold.hf.call.call import greedy_of
 from kvfold.hf.call.chunks import put_together, read_ahead
@@ -30,9 +30,11 @@ def use_kvfold(model: PreTrainedModel) -> None:
     if model.config.get_text_config(decoder=True)._attn_implementation != attention.NAME:
         model.set_attn_implementation(attention.NAME)
     if not getattr(model, "_kvfold_hooks", None):
+        body = text_decoder(model)
         model._kvfold_hooks = (
             model.register_forward_pre_hook(_before_forward, with_kwargs=True),
             model.register_forward_hook(_after_forward, with_kwargs=True),
+            body.register_forward_pre_hook(_before_body, with_kwargs=True),
         )
 
 
@@ -78,6 +80,21 @@ def _cache_of(kwargs: dict[str, Any]) -> Host | None:
     return cache if isinstance(cache, Host) else None
 
 
+def _before_body(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    cache = _cache_of(kwargs)
+    if cache is not None:
+        _check_own(cache, module)
+
+
+def _check_own(cache: Host, module: nn.Module) -> None:
+    """ValueError where a model is called with the cache of another, whose keys mean something else."""
+    if module is not cache.model and not same_text(module, cache.model):
+        raise ValueError(
+            f"the cache was made for another {type(cache.model).__name__} than the {type(module).__name__} that is "
+            "called with it: give each model a cache of its own, kvfold.Cache(model, ...)"
+        )
+
+
 def _before_text(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     cache = _cache_of(kwargs)
     if cache is None or module is cache.model:
@@ -108,7 +125,10 @@ def _before_layer(index: int) -> Callable[..., Any]:
 
 def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     cache = _cache_of(kwargs)
-    if cache is None or _inner(cache, module):
+    if cache is None:
+        return None
+    _check_own(cache, module)
+    if _inner(cache, module):
         return None
     refuse_pixels(cache, kwargs)
     changed, own = None, _outermost(cache, module)
