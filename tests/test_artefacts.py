@@ -10,7 +10,7 @@ import pytest
 import kvfold
 from kvfold import artefacts
 from kvfold.artefacts import Artefact
-from kvfold.artefacts.fields import fields_for
+from kvfold.artefacts.fields import artefact_fields, cache_fields
 from models import build, subject
 
 FAMILIES = ["llama", "llama-one-layer", "yarn", "qwen3", "gemma3", "mistral-sliding"]
@@ -71,9 +71,27 @@ def test_what_ships_is_named_by_these_fields():
     config = SimpleNamespace(**{name: value for name, value in fields.items() if value is not None}, hidden_act="silu")
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder: config))
     assert artefacts.fingerprint(model) == hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]
-    assert fields_for("artefact", model) == fields
-    beside = {"hidden_act": "silu", "kv_lora_rank": None, "qk_rope_head_dim": None, "v_head_dim": None}
-    assert fields_for("cache", model) == fields | beside
+    assert artefact_fields(model) == fields
+
+
+def test_what_else_a_config_says_of_heads_names_an_artefact():
+    plain, ntk = subject("llama"), subject("ntk")
+    assert "max_position_embeddings" not in artefact_fields(plain)  # nothing turns by it
+    assert artefact_fields(ntk)["max_position_embeddings"] == 512
+    for name, value in (("attention_multiplier", 0.5), ("no_rope_layers", [1, 0, 1])):
+        model = build("llama")
+        setattr(model.config, name, value)
+        assert artefact_fields(model) == artefact_fields(plain) | {name: value}
+
+
+def test_a_cache_looks_at_all_that_is_not_known_to_be_blind():
+    found = cache_fields(subject("llama"))
+    assert {"rms_norm_eps", "hidden_act", "attention_bias", "rope_parameters", "dtype"} <= found.keys()
+    blind = {"initializer_range", "pad_token_id", "max_position_embeddings", "attention_dropout", "use_cache"}
+    assert not blind & found.keys() and json.loads(json.dumps(found)) == found
+    model = build("llama")
+    model.config.invented_by_a_later_release = 3
+    assert cache_fields(model) == found | {"invented_by_a_later_release": 3}
 
 
 def test_has_is_whether_find_would_find(folder):

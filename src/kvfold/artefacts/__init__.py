@@ -24,7 +24,7 @@ from typing import Any
 
 import platformdirs
 
-from kvfold.artefacts.fields import fields_for, text_config
+from kvfold.artefacts.fields import artefact_fields, text_config
 
 FORMAT = 1
 TABLES, TENSORS, SHIPPED = ".json", ".safetensors", "shipped:"
@@ -42,7 +42,7 @@ class Artefact:
 
 def fingerprint(model: Any) -> str:
     """16 hex digits of the SHA-256 of the config's architecture and RoPE fields; fine-tunes of a model share it."""
-    fields = json.dumps(fields_for("artefact", model), sort_keys=True, default=str)
+    fields = json.dumps(artefact_fields(model), sort_keys=True, default=str)
     return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
 

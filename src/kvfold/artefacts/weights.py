@@ -8,19 +8,57 @@ from torch import Tensor
 
 SAMPLES = 256
 """Numbers of each weight that are looked at."""
+INNER = ("base_layer", "original_module")
+"""What PEFT calls a layer that it has wrapped, inside the wrapper."""
+TABLE = "inv_freq"
+"""In the names of buffers that follow from the config, and from the length of what was read last."""
 
 
 def sample(digest: Any, module: Any) -> None:
     """Give `digest` (of `hashlib`) the names, shapes and dtypes of a module's weights, and numbers of each.
 
-    On any device; of weights that are elsewhere (on "meta") no numbers. Cheap, not a proof.
+    On any device; of weights that are elsewhere (on "meta") no numbers. Buffers count: quantised layers have their
+    weights there. Of PEFT's adapters those count that are on, under whatever name, so that a model whose adapters are
+    off is the model without. Cheap, not a proof.
     """
-    for name, weight in module.named_parameters():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+    entries = _entries(module)
+    for path, weight in (*module.named_parameters(), *module.named_buffers()):
+        known = _known(path, entries)
+        if known is None or TABLE in path:
+            continue
+        digest.update(f"{known} {tuple(weight.shape)} {weight.dtype}".encode())
         for part in _parts(weight.detach()):
             flat = part.reshape(-1)
             some = flat[:: max(1, len(flat) // SAMPLES)].cpu().contiguous()
             digest.update(some.view(torch.uint8).numpy().tobytes())
+
+
+def _entries(module: Any) -> dict[str, str | None]:
+    """What adapters keep in the layers that they have wrapped, and as what it counts; None: its adapter is off."""
+    entries: dict[str, str | None] = {}
+    for path, layer in module.named_modules():
+        active = getattr(layer, "active_adapters", None)
+        if not isinstance(active, list | tuple) or not any(hasattr(layer, name) for name in INNER):
+            continue
+        merged = getattr(layer, "merged_adapters", ())  # those are in the layer's own weights
+        live = [] if getattr(layer, "disable_adapters", False) else sorted(set(active) - set(merged))
+        scaling = getattr(layer, "scaling", None) or {}
+        for name, table in layer.named_children():
+            keys = () if name in INNER or not callable(getattr(table, "keys", None)) else table.keys()
+            for key in keys:
+                on = key in live
+                entries[f"{path}.{name}.{key}"] = f"{path}.{name} {live.index(key)} {scaling.get(key)}" if on else None
+    return entries
+
+
+def _known(path: str, entries: dict[str, str | None]) -> str | None:
+    """As what a weight counts: its path in a model without adapters; None: it does not."""
+    steps = path.split(".")
+    for end in range(1, len(steps) + 1):
+        entry = ".".join(steps[:end])
+        if entry in entries:
+            return entries[entry]
+    return ".".join(step for step in steps if step not in INNER)
 
 
 def _parts(weight: Tensor) -> Iterator[Tensor]:

@@ -58,7 +58,7 @@ def save(cache: Host, path: str | os.PathLike[str]) -> None:
         "prefill_chunk": cache.prefill_chunk,
         "model": type(cache.model).__name__,
         "fields": fields_of(cache.model),
-        "fingerprint": fingerprint(cache.model, [core.layer for core in cache.paged]),
+        "fingerprint": fingerprint(cache.model),
         "reading": None if reading is None else {"surplus": reading.surplus, "fixed": reading.fixed},
         "layers": layers,
     }
@@ -208,5 +208,7 @@ def _check_model(here: str, header: dict[str, Any], cache: Host) -> None:
                 f"{here} holds a cache of a model with {name}={theirs.get(name)!r}; "
                 f"this {type(model).__name__} has {name}={ours.get(name)!r}"
             )
-    if header["fingerprint"] != fingerprint(model, [core.layer for core in cache.paged]):
-        raise ValueError(f"{here} holds a cache of a {type(model).__name__} with other weights than this one's")
+    if header["fingerprint"] != fingerprint(model):
+        raise ValueError(
+            f"{here} holds a cache of a {type(model).__name__} with other weights than this one's, or other adapters"
+        )

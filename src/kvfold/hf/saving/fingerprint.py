@@ -7,26 +7,22 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvfold.artefacts.fields import fields_for
+from kvfold.artefacts.fields import cache_fields
 from kvfold.artefacts.weights import sample
 
 
 def fields_of(model: PreTrainedModel) -> dict[str, Any]:
     """What a cache's model must have in common with the one that reads it, by name, as JSON has it."""
-    found = fields_for("cache", model) | {"dtype": str(model.dtype)}
-    plain: dict[str, Any] = json.loads(json.dumps(found, sort_keys=True, default=str))
-    return plain
+    return cache_fields(model)
 
 
-def fingerprint(model: PreTrainedModel, paged: list[int]) -> str:
-    """SHA-256 of the fields and of a sample of weights, on any device: the input embedding, first and last paged layer.
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 of the fields and of a sample of all weights, those of the adapters in use among them, on any device.
 
     Cheap, not a proof: weights that differ elsewhere only are taken for the same.
     """
     digest = hashlib.sha256(json.dumps(fields_of(model), sort_keys=True).encode())
-    parts = [model.get_input_embeddings(), *(m for index in paged[:1] + paged[-1:] for m in modules_of(model, index))]
-    for part in parts:
-        sample(digest, part)
+    sample(digest, model)
     return digest.hexdigest()
 
 
