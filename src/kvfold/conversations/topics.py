@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvfold.hf.anatomy import text_decoder
+from kvfold.hf.tables import kept_tables
 
 Turn = tuple[str, str] | str
 """Who speaks, and what; or a line as it stands."""
@@ -78,7 +79,8 @@ class OwnStates:
         means = []
         for text in texts:
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
-            states = text_decoder(self.model)(torch.tensor([ids], device=self.model.device), use_cache=False)
+            with kept_tables(self.model):
+                states = text_decoder(self.model)(torch.tensor([ids], device=self.model.device), use_cache=False)
             means.append(states.last_hidden_state[0].float().mean(0).cpu().numpy())
         found = np.stack(means)
         if self.centre is None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from kvfold.hf.argument import with_cache
 from kvfold.hf.call.host import Host
 from kvfold.hf.greedy import Drafted, go_on
+from kvfold.hf.tables import kept_tables
 from kvfold.hf.words import tokenizer_of
 from kvfold.models.load import load
 from kvfold.views import LayerView
@@ -65,7 +66,7 @@ def look_ahead(
     model = cache.model
     order = torch.argsort(valid.byte(), dim=1, stable=True)
     ids, mask = ids.gather(1, order).to(model.device), valid.gather(1, order).to(model.device)
-    with nullcontext() if observe is None else cache.observed(observe):
+    with kept_tables(model), nullcontext() if observe is None else cache.observed(observe):
         given = {} if bool(mask.all()) else {"attention_mask": mask.long()}
         places = (mask.cumsum(1) - 1).clamp(min=0)
         out = model(input_ids=ids, position_ids=places, logits_to_keep=1, **with_cache(model, cache), **given)

@@ -13,6 +13,7 @@ from kvfold import ops
 from kvfold.hf.anatomy import attention_modules, projected
 from kvfold.hf.argument import with_cache
 from kvfold.hf.images import image_ids
+from kvfold.hf.tables import kept_tables
 from kvfold.scores.stripes import stripes
 from kvfold.views import LayerView
 
@@ -186,7 +187,7 @@ def read_with(model: Any, ids: Int[Tensor, "B T"], look: Callable[[LayerView], N
     cache, training = Cache(reader, "full"), [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with cache.observed(look):
+        with kept_tables(reader), cache.observed(look):
             reader(
                 ids if model.device.type == "meta" else ids.to(model.device),
                 logits_to_keep=1,

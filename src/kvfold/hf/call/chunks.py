@@ -5,12 +5,14 @@ the method decides, so that a layer never holds more than its budget and a chunk
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvfold.hf.call.images import pixels_in
+from kvfold.hf.tables import as_long_as, by_length
 
 WHOLE = ("output_attentions", "output_hidden_states", "labels")
 """What would need the whole prompt's states at once."""
@@ -25,10 +27,11 @@ def chunk_ends(length: int, chunk: int) -> list[int]:
 
 
 def read_ahead(
-    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: int
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], chunk: int, read: int
 ) -> tuple[dict[str, Any], list[Tensor]] | None:
     """Run all chunks but the last; the arguments of the last, and the outputs of the others if all are wanted.
 
+    `read`: columns of text before them. All chunks turn by the angles of the whole, as one pass would.
     None where there is nothing to split. Raises ValueError for arguments that would need the whole prompt at once.
     """
     named = dict(kwargs)
@@ -53,12 +56,31 @@ def read_ahead(
         raise ValueError(f"prefill_chunk={chunk}: logits_to_keep={wanted!r} must be 0 or fit within the last chunk")
     if not few and named.get("return_dict") is False:
         raise ValueError(f"prefill_chunk={chunk} needs return_dict=True where the logits of all tokens are asked for")
-    for stop in ends[:-1]:
-        out = module(**part(named, start, stop, tokens.shape[1]) | ({"logits_to_keep": 1} if few else {}))
-        if not few:
-            kept.append(first_tensor(out))
-        start = stop
+    length = whole_length(module, named, read, ends) if by_length(module) else 0
+    with as_long_as(module, length) if length else nullcontext():
+        for stop in ends[:-1]:
+            out = module(**part(named, start, stop, ends[-1]) | ({"logits_to_keep": 1} if few else {}))
+            if not few:
+                kept.append(first_tensor(out))
+            start = stop
     return part(named, start, ends[-1], tokens.shape[1]), kept
+
+
+def whole_length(module: Any, named: Mapping[str, Any], read: int, ends: list[int]) -> int:
+    """Positions up to the last of a call, by which its rotations turn.
+
+    ValueError where the last chunk does not reach it: that chunk would turn by the angles of a shorter text.
+    """
+    places = named.get("position_ids")
+    if not isinstance(places, Tensor):
+        return read + ends[-1]
+    last, length = places[..., ends[-2] :].max() + 1, places.max() + 1
+    if last != length:
+        raise ValueError(
+            f"prefill_chunk: {type(module).__name__} turns by the text's length, and the last chunk ends at position "
+            f"{int(last) - 1}, before {int(length) - 1}: read the prompt at once, or with padding in front"
+        )
+    return int(length)
 
 
 def part(named: Mapping[str, Any], start: int, stop: int, length: int) -> dict[str, Any]:

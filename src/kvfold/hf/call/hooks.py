@@ -147,7 +147,7 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
         if cache.pending.recording:
             raise ValueError(f"prefill_chunk={cache.prefill_chunk} can't be combined with assisted decoding")
         with cache.within(prefilling=True, parts=True):
-            ahead = read_ahead(module, args, kwargs, cache.prefill_chunk)
+            ahead = read_ahead(module, args, kwargs, cache.prefill_chunk, cache.get_seq_length())
         if ahead is not None:
             kwargs, cache.call.chunks = ahead[0], (module, ahead[1])
             args, changed = (), ((), kwargs)

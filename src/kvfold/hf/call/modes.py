@@ -12,6 +12,7 @@ from kvfold.hf.call.call import Call
 from kvfold.hf.call.pending import Pending
 from kvfold.hf.call.reading import Reading
 from kvfold.hf.layers import PagedLayer
+from kvfold.hf.tables import kept_tables
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.rows import Rows
 from kvfold.pages import Arena
@@ -76,7 +77,7 @@ class Modal(HFCache):
         others = [None if isinstance(x, PagedLayer) else copy.deepcopy(x) for x in self.layers]
         call, reading, self.call = self.call, self.reading, Call()
         try:
-            with self.within(listening=False, observe=observe):
+            with kept_tables(self.model), self.within(listening=False, observe=observe):
                 yield
         finally:
             self.call, self.reading = call, reading
