@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import kvfold
 from kvfold import ops
 from kvfold.formats import LOG_MASS, POSITION, Chunk, Depth, DepthSegment, Format, Segment, Spec, blocked, depth
-from kvfold.hf.rope import find_rope
+from kvfold.hf.rope import find_ropes
 from kvfold.pages import Arena, PageTable
 from kvfold.rotation import Compact
 from models import feed, follow, subject, tokens
@@ -95,7 +95,7 @@ def test_attention_is_that_of_what_is_restored(lengths, queries, extra, block, m
         read = torch.rand(seen.shape, generator=rng) > 0.4
         seen = seen & read
     if extra == "compact":
-        rope = find_rope(subject("llama"), subject("llama").model.layers[0].self_attn, "full_attention")
+        rope = find_ropes(subject("llama"))[0]
         slots = torch.randint(0, 300, seen.shape, generator=rng)
         compact = Compact(rope, slots)
         keys = rope.shift(keys, slots - stored.positions)
@@ -124,7 +124,7 @@ def test_attention_reads_every_plane_once_and_a_block_at_a_time(monkeypatch):
         return plane
 
     monkeypatch.setattr(PageTable, "dense", watched)
-    rope = find_rope(subject("llama"), subject("llama").model.layers[0].self_attn, "full_attention")
+    rope = find_ropes(subject("llama"))[0]
     segment.attend(torch.randn(B, H, G, 1, D), 1.0, compact=Compact(rope))
     names = {"keys", "values", POSITION, *map(segment.own, (depth.KEY_NORM, depth.VALUE_NORM, LOG_MASS))}
     assert found == {name: [20, 20, 20, 3] for name in names}

@@ -17,6 +17,15 @@ class Rope(Protocol):
 
 
 @dataclass(frozen=True)
+class Still:
+    """The rotation of a layer whose keys say nothing of positions: none."""
+
+    def shift(self, x: Float[Tensor, "B H T D"], steps: Int[Tensor, "B H T"]) -> Float[Tensor, "B H T D"]:
+        """The same vectors."""
+        return x
+
+
+@dataclass(frozen=True)
 class Compact:
     """Slots are numbered 0, 1, 2, ... whatever text positions they hold, as StreamingLLM does (arXiv:2309.17453).
 

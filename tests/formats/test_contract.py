@@ -22,7 +22,7 @@ from format_cases import (
 from torch.testing import assert_close
 
 from kvfold.formats import POSITION, Chunk, Dense, Depth, Format, Fp8, Int4, Segment, Spec, blocked
-from kvfold.hf.rope import find_rope
+from kvfold.hf.rope import find_ropes
 from kvfold.pages import Arena
 from kvfold.rotation import Compact
 from models import subject
@@ -90,7 +90,7 @@ def test_attention_is_one_softmax_over_what_is_held(form, lengths, extra, small,
         read = torch.rand(valid.shape, generator=torch.Generator().manual_seed(1)) < 0.5
         read[0] = False
     if extra in ("compact", "slots"):
-        rope = find_rope(subject("llama"), subject("llama").model.layers[0].self_attn, "full_attention")
+        rope = find_ropes(subject("llama"))[0]
         ranks = valid.cumsum(-1) - 1
         slots = torch.randint(0, 300, valid.shape) if extra == "slots" else None
         compact = Compact(rope, slots)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import kvfold
 from kvfold.bench.plan import stored as sized
 from kvfold.formats import POSITION, Chunk, DepthSegment
-from kvfold.hf.rope import find_rope
+from kvfold.hf.rope import find_ropes
 from kvfold.layer.late import Done, carry_out
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.plan import Plan
@@ -128,7 +128,7 @@ def test_oracle_6_all_retained_or_no_pair_is_the_full_cache(options):
 
 
 def test_oracle_7_rotating_and_merging_in_either_order():
-    rope = find_rope(subject("llama"), subject("llama").model.layers[0].self_attn, "full_attention")
+    rope = find_ropes(subject("llama"))[0]
     rng = torch.Generator().manual_seed(5)
     x, y = (torch.randn(1, 2, 30, 16, generator=rng) for _ in range(2))
     steps = torch.randint(0, 400, (1, 2, 30), generator=rng)
@@ -374,7 +374,7 @@ def test_layers_that_differ_stay_as_they_are():
     spec = layers[1].stored.spec
     layers[1].stored.spec = replace(spec, value_size=8)
     assert not layers[0].alike(layers[1])
-    rope = find_rope(subject("llama"), subject("llama").model.layers[0].self_attn, "x")
+    rope = find_ropes(subject("llama"))[0]
     layers[1].stored.spec, layers[1].site = spec, replace(layers[1].site, rope=rope)
     assert not layers[0].alike(layers[1])
 

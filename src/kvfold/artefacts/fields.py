@@ -32,7 +32,12 @@ def rotates_by_length(config: Any) -> bool:
     """Whether a text config has a RoPE whose angles depend on how long the text is: dynamic NTK, longrope."""
     said = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = [part.get("rope_type", part.get("type")) for part in (said, *said.values()) if isinstance(part, dict)]
-    return any(kind is not None and ("dynamic" in kind or kind == "longrope") for kind in kinds)
+    return any(kind is not None and turns_by_length(kind) for kind in kinds)
+
+
+def turns_by_length(kind: str) -> bool:
+    """Whether a kind of RoPE (`rope_type`) is one of those."""
+    return "dynamic" in kind or kind == "longrope"
 
 
 def artefact_fields(model: Any) -> dict[str, Any]:

@@ -10,14 +10,13 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvfold.hf.adopting import Adopting
-from kvfold.hf.anatomy import attention_modules
 from kvfold.hf.call.call import Call
 from kvfold.hf.call.checking import check_reads_on
 from kvfold.hf.call.hooks import use_kvfold, watch
 from kvfold.hf.call.host import Host
 from kvfold.hf.layers import PagedLayer, WindowLayer, held_bytes, storage_bytes
 from kvfold.hf.report import Report, layer_report
-from kvfold.hf.rope import find_rope
+from kvfold.hf.rope import find_ropes
 from kvfold.hf.saving.file import load, save
 from kvfold.hf.support import check_model
 from kvfold.layer.layer import KVLayer
@@ -74,11 +73,10 @@ class Cache(Adopting):
     def _layers(self, plan: list[Any]) -> list[Any]:
         """Our layers in place of transformers' own."""
         paged = tuple(index for index, layer in enumerate(plan) if type(layer) is DynamicLayer)
-        modules = attention_modules(self.model)
-        layers: list[Any] = []
+        ropes, layers = find_ropes(self.model) if paged else {}, list[Any]()
         for index, layer in enumerate(plan):
             if type(layer) is DynamicLayer:
-                rope = find_rope(self.model, modules.get(index), "full_attention")
+                rope = ropes.get(index)
                 if self.method.compact and rope is None:
                     raise ValueError(
                         f"method={self.method} needs RoPE with fixed angles to move tokens; "

@@ -1,13 +1,42 @@
-"""A model's rotary embedding, used through the model's own code so that every convention is its own."""
+"""A model's rotary embedding, used through the model's own code so that every convention is its own.
 
+Which channels of a layer's keys turn is measured: models leave RoPE out of some layers (SmolLM3, Cohere 2, EXAONE 4,
+Llama 4), or turn a part of each head (Phi, Persimmon, StableLM), and each says so in words of its own.
+"""
+
+import inspect
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from kvfold.hf.anatomy import has_grid_positions, text_decoder
+from kvfold.artefacts.fields import text_config, turns_by_length
+from kvfold.hf.anatomy import attention_modules, has_grid_positions, text_decoder
+from kvfold.hf.argument import with_cache
+from kvfold.hf.looking import has_weights, looking
+from kvfold.hf.tables import rotaries
+from kvfold.rotation import Rope, Still
+
+APPLY = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave")
+"""What the files of models call the function that turns queries and keys."""
+COSINES = (1.0, -1.0)
+"""What a pass is read with: in its first row nothing turns, in the second all by half a turn, in the rest as ever."""
+POSITIONS = (0, 0, 1, 3, 11)
+"""Of one token in each row. Alone it reads itself and nothing else, so that what enters a layer is the same in all."""
+PARTS = (2, 3, 5, 7)
+"""Tokens, each read in such rows: these parts of the way through the vocabulary."""
+CLOSE, COARSE = 1e-3, 0.05
+"""How far a key that is turned here may be from the model's, of the largest; the second in 16 bits."""
+
+_found: WeakKeyDictionary[nn.Module, dict[int, Rope]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -15,38 +44,133 @@ class ModelRope:
     """Rotates vectors further with the rotary module and the `apply_rotary_pos_emb` of the model's own file."""
 
     rotary: nn.Module
-    apply: Callable[..., tuple[Tensor, Tensor]]
+    apply: Callable[..., Any]
     layer_type: str | None
+    channels: tuple[int, int]
+    """The first that turns, and the one behind the last."""
 
     def shift(self, x: Tensor, steps: Tensor) -> Tensor:
         """Vectors (B, H, T, D) rotated for position p become those for p + steps (B, H, T); computed in float32."""
-        b, h, t, d = x.shape
+        (b, h, t, d), (start, stop) = x.shape, self.channels
         flat = x.reshape(b * h, 1, t, d).float()
         where = {} if self.layer_type is None else {"layer_type": self.layer_type}
         cos, sin = self.rotary(flat, position_ids=steps.reshape(b * h, t), **where)
         scaling = self._scaling()  # YaRN and longrope multiply cos and sin; the stored vector already has it
-        turned, _ = self.apply(flat, flat, cos / scaling, sin / scaling)
-        return turned.to(x.dtype).view(b, h, t, d)
+        part = flat[..., start:stop]
+        both = (part,) if _alone(self.apply) else (part, part)
+        turned = self.apply(*both, cos / scaling, sin / scaling)
+        turned = turned if isinstance(turned, Tensor) else turned[0]
+        if stop - start < d:
+            turned = torch.cat([flat[..., :start], turned, flat[..., stop:]], -1)
+        made: Tensor = turned.to(x.dtype).view(b, h, t, d)
+        return made
 
     def _scaling(self) -> float:
         name = "attention_scaling" if self.layer_type is None else f"{self.layer_type}_attention_scaling"
         return float(getattr(self.rotary, name, 1.0))
 
 
-def find_rope(model: nn.Module, attention: nn.Module | None, layer_type: str) -> ModelRope | None:
-    """The rotary embedding of a layer, or None where it can't move tokens by their place in the text.
+def _alone(apply: Callable[..., Any]) -> bool:
+    """Whether such a function takes queries or keys alone, not both."""
+    return list(inspect.signature(apply).parameters)[1] == "cos"
 
-    There is no rotary module, its angles depend on the text's length, or images have positions of their own.
+
+def find_ropes(model: Any) -> dict[int, Rope]:
+    """What turns the keys of each layer that a cache of this model holds in full; none for a layer where none is known.
+
+    `Still` where positions leave them as they are. None is known where the model has no rotary module, its angles
+    depend on the text's length, images have positions of their own, or the model's own keys are not what its
+    rotation makes of them (a norm behind it). Measured once for a model, by a pass over a few tokens.
     """
-    if has_grid_positions(model):
-        return None
-    rotary = next((m for m in text_decoder(model).modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
-    apply: Any = attention and getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    if rotary is None or apply is None:
-        return None
-    kinds: Any = getattr(rotary, "rope_type", "default")
-    by_layer = isinstance(kinds, dict)
-    kind = kinds[layer_type] if by_layer else kinds
-    if "dynamic" in kind or kind == "longrope":
-        return None
-    return ModelRope(rotary, apply, layer_type if by_layer else None)
+    decoder = text_decoder(model)
+    if has_grid_positions(model) or not rotaries(model) or not has_weights(decoder):
+        return {}
+    if decoder not in _found:
+        try:
+            keys = _keys(model, decoder)
+        except Exception as error:  # a model that reads no lone token: that alone keeps nobody from using it
+            logging.getLogger("kvfold").debug("which keys of %s turn is not known: %s", type(model).__name__, error)
+            return {}
+        _found[decoder] = _ropes(model, keys)
+    return _found[decoder]
+
+
+def _ropes(model: Any, keys: dict[int, Tensor]) -> dict[int, Rope]:
+    """What turns these layers' keys, as `_keys` gives them."""
+    modules, found = attention_modules(model), dict[int, Rope]()
+    for layer, states in keys.items():
+        rows = states[:, :, 0].reshape(len(POSITIONS), -1, *states.shape[1::2]).transpose(1, 2)  # R H N D
+        close, rows = (CLOSE if rows.dtype.itemsize >= 4 else COARSE), rows.float()
+        channels = _turning(rows)
+        if channels is None:
+            found[layer] = Still()
+            continue
+        candidates = _candidates(model, modules.get(layer), channels)
+        rope = next((rope for rope in candidates if _explains(rope, rows, close)), None)
+        if rope is not None:
+            found[layer] = rope
+    return found
+
+
+def _keys(model: Any, decoder: Any) -> dict[int, Tensor]:
+    """The keys of every layer that holds keys, (R * N, H, 1, D); none where the rotations don't go by rows."""
+    config, seen = text_config(model), list[bool]()
+
+    def turn(module: nn.Module, args: Any, output: Any) -> Any:
+        parts = output if isinstance(output, tuple) else (output,)
+        made = [part.clone() for part in parts]
+        each = len(PARTS)
+        seen.append(all(len(part) == each * len(POSITIONS) for part in parts))
+        if seen[-1]:
+            size = parts[0].abs() if len(parts) == 1 else torch.sqrt(sum(part.float() ** 2 for part in parts))
+            for row, cosine in enumerate(COSINES):
+                here = slice(row * each, (row + 1) * each)
+                made[0][here] = (cosine * size[here]).to(made[0].dtype)
+                for sine in made[1:]:
+                    sine[here] = 0
+        return tuple(made) if isinstance(output, tuple) else made[0]
+
+    cache = DynamicCache(config=config)
+    device = decoder.device
+    tokens = torch.tensor([config.vocab_size // part for part in PARTS], device=device)
+    places = torch.tensor(POSITIONS, device=device).repeat_interleave(len(PARTS))
+    with looking(model), ExitStack() as stack:
+        for rotary in rotaries(model):
+            stack.callback(rotary.register_forward_hook(turn).remove)
+        ids = tokens.repeat(len(POSITIONS))[:, None]
+        decoder(input_ids=ids, position_ids=places[:, None], use_cache=True, **with_cache(decoder, cache))
+    if not seen or not all(seen):
+        return {}
+    held = {i: getattr(layer, "keys", None) for i, layer in enumerate(cache.layers)}
+    return {i: k for i, k in held.items() if isinstance(k, Tensor) and k.dim() == 4 and k.shape[2] == 1}
+
+
+def _turning(rows: Float[Tensor, "R H N D"]) -> tuple[int, int] | None:
+    """From which channel to which half a turn changes the sign of a key; None: of no channel."""
+    apart, opposite = ((rows[1] + sign * rows[0]).abs().sum((0, 1)) for sign in (-1, 1))
+    turned = (opposite < apart).nonzero()[:, 0].tolist()
+    return (turned[0], turned[-1] + 1) if turned else None
+
+
+def _candidates(model: Any, attention: nn.Module | None, channels: tuple[int, int]) -> Iterator[ModelRope]:
+    """The rotations that a layer may have."""
+    file = sys.modules[type(attention).__module__] if attention is not None else None
+    functions = [getattr(file, name) for name in APPLY if hasattr(file, name)]
+    for rotary in rotaries(model):
+        kinds: Any = getattr(rotary, "rope_type", "default")
+        for layer_type in kinds if isinstance(kinds, dict) else (None,):
+            if not turns_by_length(kinds if layer_type is None else kinds[layer_type]):
+                yield from (ModelRope(rotary, apply, layer_type, channels) for apply in functions)
+
+
+def _explains(rope: ModelRope, rows: Float[Tensor, "R H N D"], close: float) -> bool:
+    """Whether a rotation makes of the keys that were not turned those that the model has."""
+    still, turned = rows[:1].expand_as(rows[2:]), rows[2:]
+    where = {} if rope.layer_type is None else {"layer_type": rope.layer_type}
+    angles = rope.rotary(still, position_ids=torch.zeros(1, 1, dtype=torch.long, device=rows.device), **where)
+    width = rope.channels[1] - rope.channels[0]
+    if not isinstance(angles, tuple) or len(angles) != 2 or angles[0].shape[-1] not in (width, width // 2):
+        return False
+    places = torch.tensor(POSITIONS[2:], device=rows.device)[:, None, None].expand(turned.shape[:3])
+    gap = (rope.shift(still, places) - turned).abs().max()
+    return bool(gap <= close * turned.abs().max())

@@ -101,10 +101,7 @@ class Held:
 
     def alike(self, other: "Held") -> bool:
         """Whether a token's keys and values mean the same kind of vector in both layers."""
-        frames = [
-            (x.shape, x.stored.spec.dtype, x.stored.spec.device, x.site.rope, getattr(x.module, "use_rope", None))
-            for x in (self, other)
-        ]
+        frames = [(x.shape, x.stored.spec.dtype, x.stored.spec.device, x.site.rope) for x in (self, other)]
         return frames[0] == frames[1]
 
     def reserve_step(self) -> list[Tensor]:

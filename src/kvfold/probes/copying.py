@@ -13,7 +13,8 @@ from kvfold import ops
 from kvfold.hf.anatomy import attention_modules, projected
 from kvfold.hf.argument import with_cache
 from kvfold.hf.images import image_ids
-from kvfold.hf.tables import kept_tables
+from kvfold.hf.looking import looking
+from kvfold.hf.rope import find_ropes
 from kvfold.scores.stripes import stripes
 from kvfold.views import LayerView
 
@@ -57,6 +58,7 @@ def copying_heads(model: Any) -> tuple[tuple[float, ...], ...]:
     def look(view: LayerView) -> None:
         lost[view.place.layer] = lost_without_copies(view, period).cpu()
 
+    find_ropes(model)  # a pass of its own, which is over before layers are looked at
     with torch.no_grad(), _without_attention(model, lost, 1 + period) as shares:
         read_with(model, text.expand(2, -1), look)
     name = type(model).__name__
@@ -184,18 +186,11 @@ def read_with(model: Any, ids: Int[Tensor, "B T"], look: Callable[[LayerView], N
     from kvfold.hf.cache import Cache  # which asks for `copying_heads` itself
 
     reader = model if model.can_generate() else model.base_model  # heads that classify want a padding token
-    cache, training = Cache(reader, "full"), [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with kept_tables(reader), cache.observed(look):
-            reader(
-                ids if model.device.type == "meta" else ids.to(model.device),
-                logits_to_keep=1,
-                **with_cache(reader, cache),
-            )
-    finally:
-        for module in training:
-            module.training = True
+    cache = Cache(reader, "full")
+    with looking(reader), cache.observed(look):
+        reader(
+            ids if model.device.type == "meta" else ids.to(model.device), logits_to_keep=1, **with_cache(reader, cache)
+        )
 
 
 def _parts(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:

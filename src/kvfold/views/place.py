@@ -45,6 +45,7 @@ class Place:
     """Tokens that each row has read, generated ones too."""
     module: Any = None
     rope: Rope | None = None
+    """What turns this layer's keys (`kvfold.rotation.Still`: nothing); None: that is not known."""
     compact: bool = False
     """Whether the pass read keys at compact positions; scores are taken at text positions all the same."""
     step: dict[str, Any] = field(default_factory=dict)
