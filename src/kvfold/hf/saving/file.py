@@ -2,9 +2,7 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvfold.files import write_whole
 from kvfold.formats import Segment, Spec, format_from, format_to
 from kvfold.hf.beside import is_window, restore, state_of
 from kvfold.hf.call.host import Host
@@ -62,15 +61,7 @@ def save(cache: Host, path: str | os.PathLike[str]) -> None:
         "reading": None if reading is None else {"surplus": reading.surplus, "fixed": reading.fixed},
         "layers": layers,
     }
-    target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, name, metadata={"kvfold": json.dumps(header)})
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(path, lambda part: save_file(tensors, part, metadata={"kvfold": json.dumps(header)}))
 
 
 def _said_of(group: Group) -> dict[str, Any]:
