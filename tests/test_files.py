@@ -111,3 +111,14 @@ def test_another_format_is_named(found):
     else:
         with pytest.raises(ValueError, match=r"^this was written by format .*, this kvfold reads format 3$"):
             check_format(found, 3, "this")
+
+
+def test_a_writer_that_makes_a_file_of_its_own_changes_no_mode(tmp_path):
+    def another(part):
+        part.unlink()
+        part.write_bytes(b"x")
+        part.chmod(0o600)
+
+    write_whole(tmp_path / "plain", b"")
+    write_whole(tmp_path / "x", another)
+    assert mode(tmp_path / "x") == mode(tmp_path / "plain") != 0o600

@@ -47,7 +47,9 @@ def replacing(path: str | os.PathLike[str], argument: str = "path") -> Iterator[
         with part.open("xb"):  # made by open, not by tempfile, which makes files that only their owner can read
             if target.exists():
                 part.chmod(stat.S_IMODE(target.stat().st_mode))
+        mode = stat.S_IMODE(part.stat().st_mode)
         yield part
+        part.chmod(mode)  # safetensors puts a file of its own there, which only its owner can read
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.replace(target)

@@ -184,6 +184,13 @@ def _place(method: str, path: str | os.PathLike[str]) -> Path:
     return next((each for each in shipped() if (each.parent.name, each.stem) == (method, name)), Path(path))
 
 
+def is_ours(method: str, path: str) -> bool:
+    """Whether what `locate` says names what ships, or what lies in the user's folder, and not any other file."""
+    if path.startswith(SHIPPED):
+        return _place(method, path) in shipped()
+    return Path(path).is_absolute() and Path(path).resolve().is_relative_to(user_folder().resolve())
+
+
 @lru_cache(maxsize=256)
 def _read(path: str, written: int) -> Artefact:
     """`load`, once for each state of a file."""
@@ -215,6 +222,7 @@ __all__ = [
     "find",
     "fingerprint",
     "has",
+    "is_ours",
     "load",
     "locate",
     "name_of",
