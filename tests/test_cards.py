@@ -1,10 +1,12 @@
 """kvfold.json, the card of a converted model: it says its format; a card that can't be read stops no other."""
 
 import json
+import os
+import stat
 
 import pytest
 
-from kvfold.models.bundled import CARD, Card, available, read_card, store, write_card
+from kvfold.models.bundled import CARD, Card, available, make_once, read_card, store, write_card
 
 GIVEN = Card("m", "M", "none", 128, "/m.gguf", "0" * 64)
 
@@ -39,3 +41,13 @@ def test_a_card_that_cant_be_read_stops_no_other(change, message, tmp_path, monk
         read_card(path)
     assert [info.folder for info in available()][-1] == store() / "good"
     assert len(caplog.messages) == 2 and message in caplog.messages[1] and "broken" in caplog.messages[0]
+
+
+def test_a_converted_model_has_the_umasks_mode(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path))
+    before = os.umask(0o027)
+    try:
+        folder = make_once("a-model", lambda working: write_card(GIVEN, working))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750 and stat.S_IMODE((folder / CARD).stat().st_mode) == 0o640

@@ -17,8 +17,7 @@ WRITING = {
 FULL = {"os.replace", "os.open", "torch.save", "np.save", "numpy.save", "shutil.copy", "safetensors.torch.save"}
 """Those whose last name means other things, too."""
 EXCEPTIONS = {
-    ("kvfold.models.bundled", "tempfile.mkdtemp"): "a folder that is made beside its place, and renamed when whole",
-    ("kvfold.models.bundled", "working.rename"): "the same",
+    ("kvfold.models.bundled", "working.rename"): "a folder that is made beside its place, and renamed when whole",
     ("kvfold.models.bundled", "target.open"): "within it",
     ("kvfold.models.bundled", "shutil.copyfileobj"): "within it",
     ("kvfold.models.gguf", "model.save_pretrained"): "within it",

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -154,7 +155,8 @@ def make_once(key: str, make: Callable[[Path], None]) -> Path:
             return folder
         for dead in folder.parent.glob(f".{key}.*"):  # of a killed process: we hold its lock
             shutil.rmtree(dead, ignore_errors=True)
-        working = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=folder.parent))
+        working = folder.with_name(f".{key}.{secrets.token_hex(8)}")
+        working.mkdir()  # not by tempfile, whose folders only their owner can read
         try:
             make(working)
             try:

@@ -44,8 +44,10 @@ def _weights(cache: Host) -> str:
 def save(cache: Host, path: str | os.PathLike[str]) -> None:
     """Write what the cache holds to `path`, whole or not at all.
 
-    Raises ValueError for layers that it can't write, and where `path` is something else than a regular file.
+    Raises ValueError for layers that it can't write, and where `path` is something else than a regular file;
+    RuntimeError after a call that failed when layers had stored its tokens.
     """
+    cache.forgive()  # who reads the file could not know that some layers are a call ahead
     cache.settle_pending()  # a decision that waits for assisted decoding's crop would be lost
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
