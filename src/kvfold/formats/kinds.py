@@ -38,6 +38,10 @@ def format_from(said: Mapping[str, Any]) -> Format:
     if not isinstance(options, Mapping) or set(options) != set(allowed):
         raise ValueError(f"options={shown(options)} of {kind} must be {', '.join(allowed)}")
     named = dict(options)
+    for option in fields(KINDS[kind]):
+        value = named[option.name]
+        if option.type in (int, bool) and type(value) is not option.type:
+            raise ValueError(f"{option.name}={shown(value)} of {kind} must be {option.type.__name__}")
     if named.get("dtype") is not None:
         named["dtype"] = dtype_from(named["dtype"])
     made: Format = KINDS[kind](**named)
