@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 import kvfold
-from kvfold.bench.machine import describe, versions, write_json
+from kvfold.bench.machine import describe, versions
 from kvfold.evaluation.compare import split_names, with_budget
 from kvfold.evaluation.decoding import prefill
+from kvfold.files import write_json
 
 STORY = Path(__file__).parents[1] / "examples" / "documents" / "blue-carbuncle.txt"
 

@@ -10,9 +10,9 @@ import argparse
 from pathlib import Path
 
 from kvfold.cli.eval import run_with_progress
-from kvfold.evaluation.records import write_whole
 from kvfold.evaluation.report import make_report
 from kvfold.evaluation.sweep import check_sweep, suite
+from kvfold.files import write_whole
 from kvfold.methods import list_methods
 
 HERE = Path(__file__).parent

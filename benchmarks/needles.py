@@ -8,11 +8,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvfold.evaluation.records import write_whole
 from kvfold.evaluation.report import make_report
 from kvfold.evaluation.report.cells import ALL_LENGTHS, Cell
 from kvfold.evaluation.report.markdown import MEANING, budget_name
 from kvfold.evaluation.report.records import ratio_note
+from kvfold.files import write_whole
 
 HERE = Path(__file__).parent
 INTRO = """# Needles by length

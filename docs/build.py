@@ -19,12 +19,12 @@ from textwrap import fill
 from typing import Any
 
 from kvfold import artefacts
-from kvfold.evaluation.records import write_whole
 from kvfold.evaluation.report import make_report, read_results
 from kvfold.evaluation.report.cells import ALL_LENGTHS
 from kvfold.evaluation.report.charts import COLORS, REFERENCE
 from kvfold.evaluation.report.markdown import budget_name
 from kvfold.evaluation.report.records import ratio_note
+from kvfold.files import write_whole
 from kvfold.methods import MethodInfo, list_methods
 from kvfold.testing import CONTRACTS
 

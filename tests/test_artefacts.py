@@ -49,6 +49,19 @@ def test_a_failed_write_leaves_the_old_file(folder):
     assert artefacts.load(path) == made(subject("llama"))
 
 
+@pytest.mark.parametrize("method", ["../../x", "/x", "a/b", "..", "", "a b"])
+def test_a_method_is_no_path(method, folder):
+    with pytest.raises(ValueError, match=r"method='.*' of an artefact must be letters, digits, - and _"):
+        artefacts.save(made(subject("llama"), method))
+    assert not artefacts.user_folder().exists()
+
+
+def test_names_of_models_become_names_of_files(folder):
+    about = {**ABOUT, "name": "../../a b", "fingerprint": "../c"}
+    path = artefacts.save(Artefact("headkv", about, {"reason": [[1.0]]}, {}))
+    assert path == artefacts.user_folder() / "headkv" / "..-..-a-b-..-c.json"
+
+
 def test_a_fingerprint_is_the_architecture():
     llama = artefacts.fingerprint(subject("llama"))
     assert len(llama) == 16 and int(llama, 16) >= 0
@@ -124,6 +137,10 @@ def test_a_named_file_goes_first(folder):
 
 def test_refused(folder):
     model = subject("llama")
+
+    def as_text(method):
+        return json.dumps({"format": 1, "method": method, "model": {"fingerprint": ""}, "data": {}, "provenance": {}})
+
     other = artefacts.save(made(subject("qwen3")), folder / "other.json")
     with pytest.raises(ValueError, match=r"was made on .tiny. .*; this model is"):
         artefacts.find("duoattention", model, other)
@@ -131,7 +148,12 @@ def test_refused(folder):
         artefacts.find("headkv", model, other)
     with pytest.raises(ValueError, match="is not a calibration file"):
         artefacts.load(folder / "none.json")
-    for text, error in (("[]", "format None"), ('{"format": 2}', "format 2"), ('{"format": 1}', "lacks method")):
+    for text, error in (
+        ("[]", "is not a calibration file: it has no number of a format"),
+        ('{"format": 2}', "was written by format 2, this kvfold reads format 1"),
+        ('{"format": 1}', "lacks method"),
+        (as_text("../../x"), r"is for method='../../x', which is no method's name"),
+    ):
         (folder / "bad.json").write_text(text)
         with pytest.raises(ValueError, match=error):
             artefacts.load(folder / "bad.json")

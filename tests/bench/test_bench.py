@@ -13,9 +13,10 @@ from kvfold.bench.chart import growth_chart, kernels_chart, run_chart
 from kvfold.bench.endtoend import RunRow, measure_prefill, measure_run
 from kvfold.bench.growth import exponents, measure_growth
 from kvfold.bench.kernels import Case, draw_lengths, measure_kernels
-from kvfold.bench.machine import Elsewhere, ReadRate, describe, spread, write_json
+from kvfold.bench.machine import Elsewhere, ReadRate, describe, spread
 from kvfold.evaluation.chart import save_chart
 from kvfold.evaluation.compare import with_budget
+from kvfold.files import write_json
 from kvfold.hf.cache import Cache
 from models import build, dynamic, feed, reference, subject, tokens
 

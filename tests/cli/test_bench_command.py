@@ -53,7 +53,10 @@ def test_kernels_as_json_with_file_and_chart(tmp_path: Path) -> None:
     words = ["kernels", "--context", "40,70", "--batch", "2", "--head-dim", "32", "--rounds", "1", "--ragged"]
     files = ["--out", tmp_path / "k.json", "--chart", tmp_path / "k.html"]
     found = got(*words, *files, "--dtype", "bfloat16")
-    assert set(found) == {"bench", "machine", "rounds", "read_bandwidth", "rows"} and found["bench"] == "kernels"
+    assert found["format"] == 1
+    assert (
+        set(found) == {"format", "bench", "machine", "rounds", "read_bandwidth", "rows"} and found["bench"] == "kernels"
+    )
     assert set(found["machine"]) == MACHINE
     assert len(found["rows"]) == 2 * 2 * 2
     for row in found["rows"]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfold.evaluation.records import Lines, ResultFolder, key_of, read_lines, write_whole
+from kvfold.evaluation.records import Lines, ResultFolder, key_of, read_lines
 
 ABOUT = {"versions": {}}
 SWEEP = {"name": "s", "methods": ["full"], "seed": 0}
@@ -68,10 +68,24 @@ def test_damage_elsewhere_is_named(tmp_path):
         list(read_lines(path))
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "x"
-    write_whole(path, b"old")
-    monkeypatch.setattr("os.fsync", lambda _: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        write_whole(path, b"new")
-    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["x"]
+def test_each_file_has_the_number_of_its_format(tmp_path):
+    store = ResultFolder(tmp_path, SWEEP, ABOUT)
+    store.add([record("0")])
+    store.add_examples([{"model": "m", "task": "t", "length": 8, "example": "0"}])
+    store.close()
+    for name in ("results.jsonl", "examples.jsonl", "sweep.json"):
+        path = tmp_path / name
+        text = path.read_text()
+        assert json.loads(text)["format"] == 1
+        path.write_text(text.replace('"format": 1', '"format": 2'))
+        with pytest.raises(ValueError, match=rf"{name}.* was written by format 2, this kvfold reads format 1"):
+            list(read_lines(path)) if path.suffix == ".jsonl" else ResultFolder(tmp_path, SWEEP, ABOUT)
+        path.write_text(text)
+    assert ResultFolder(tmp_path, SWEEP, ABOUT).done == {key_of(record("0"))}
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "{}", '{"sweep": 3}', '{"format": [], "sweep": {}}'])
+def test_a_damaged_definition_is_named(text, tmp_path):
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(ValueError, match=r"sweep.json (is damaged|is not JSON|was written by format)"):
+        ResultFolder(tmp_path, SWEEP, ABOUT)

@@ -199,7 +199,7 @@ def test_a_call_that_fails_before_any_layer_has_stored(name, method):
 @pytest.mark.parametrize("prefill_chunk", [None, 16])
 @pytest.mark.parametrize("rows", [ROWS, TWICE], ids=["fewer", "twice"])
 @pytest.mark.parametrize("where", ["a layer", "the last layer's end", "the head"])
-def test_a_call_that_fails_in_the_middle_says_so_until_the_cache_is_reset(where, rows, prefill_chunk):
+def test_a_call_that_fails_in_the_middle_says_so_until_the_cache_is_reset(where, rows, prefill_chunk, tmp_path):
     model, prompt = build("gemma3"), tokens(30, 21)
     layers = model.model.layers
     place = {"a layer": layers[1], "the last layer's end": layers[-1].mlp, "the head": model.lm_head}[where]
@@ -210,7 +210,10 @@ def test_a_call_that_fails_in_the_middle_says_so_until_the_cache_is_reset(where,
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"failed when layers had already stored .* call cache.reset\(\)"):
             feed(model, cache, *prompt.values())
+    with pytest.raises(RuntimeError, match=r"failed when layers had already stored"):
+        cache.save(tmp_path / "c")
     cache.reset()
+    cache.save(tmp_path / "c")
     assert torch.equal(follow(model, cache, *prompt.values(), STEPS), want)
 
 

@@ -301,7 +301,9 @@ def test_it_composes_and_is_saved(make, tmp_path):
             set(a) <= set(b) for x, y in zip(both.kept(), one.kept(), strict=True) for a, b in zip(x, y, strict=True)
         )
     alone.save(tmp_path / "cache.safetensors")
-    loaded = kvfold.Cache.load(tmp_path / "cache.safetensors", model)
+    with pytest.raises(ValueError, match=r"attention-gate has calibration='.*' loaded, which a file can't ask for"):
+        kvfold.Cache.load(tmp_path / "cache.safetensors", model)
+    loaded = kvfold.Cache.load(tmp_path / "cache.safetensors", model, allow=[str(alone.method.calibration)])
     assert loaded.method == alone.method and kvfold.parse(str(alone.method)) == alone.method
     assert torch.equal(feed(model, loaded, STEPS[:, :1], mask), feed(model, alone, STEPS[:, :1], mask))
 

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,8 +24,12 @@ from typing import Any
 import platformdirs
 
 from kvfold.artefacts.fields import artefact_fields, text_config
+from kvfold.files import check_format, check_regular, parse_json, read_json, write_whole
+from kvfold.options import shown
 
 FORMAT = 1
+SLUG = r"[A-Za-z0-9][\w-]*"
+"""What methods are called."""
 TABLES, TENSORS, SHIPPED = ".json", ".safetensors", "shipped:"
 
 
@@ -63,15 +66,16 @@ def user_folder() -> Path:
 
 
 def save(artefact: Artefact, path: Path | None = None) -> Path:
-    """Write an artefact, under a temporary name first; returns where. None: into the user's folder."""
+    """Write an artefact, whole or not at all; returns where. None: into the user's folder, by its method's name."""
     if path is None:
-        stem = re.sub(r"[^\w.-]+", "-", artefact.model["name"])
-        name = f"{stem}-{artefact.model['fingerprint']}{suffix_of(artefact)}"
-        path = user_folder() / artefact.method / name
+        check_method(artefact.method)
+        stem = re.sub(r"[^\w.-]+", "-", f"{artefact.model['name']}-{artefact.model['fingerprint']}")
+        path = user_folder() / artefact.method / f"{stem}{suffix_of(artefact)}"
     if path.suffix != suffix_of(artefact):
         raise ValueError(f"path={os.fspath(path)!r} must end in {suffix_of(artefact)} for {artefact.method}")
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"format": FORMAT, "method": artefact.method, "model": artefact.model}
+    content: bytes
     if suffix_of(artefact) == TENSORS:
         from safetensors.torch import save as written
 
@@ -83,16 +87,14 @@ def save(artefact: Artefact, path: Path | None = None) -> Path:
         )
         text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)  # a layer is a line
         content = f"{text}\n".encode()
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(path, content)
     return path
+
+
+def check_method(method: str) -> None:
+    """Raise ValueError unless an artefact's method is a slug: it becomes the name of a folder."""
+    if not re.fullmatch(SLUG, method):
+        raise ValueError(f"method={shown(method)} of an artefact must be letters, digits, - and _")
 
 
 def suffix_of(artefact: Artefact) -> str:
@@ -108,17 +110,19 @@ def load(path: str | os.PathLike[str]) -> Artefact:
         if place.suffix == TENSORS:
             found, tensors = _tensors(place)
         else:
-            found = json.loads(place.read_text(encoding="utf-8"))
+            found = read_json(place, "it")
+        if not isinstance(found, dict) or "format" not in found:
+            raise ValueError("it has no number of a format")
     except (OSError, ValueError) as error:
         raise ValueError(f"{here} is not a calibration file: {error}") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        version = found.get("format") if isinstance(found, dict) else None
-        raise ValueError(f"{here} has format {version!r}; this kvfold reads {FORMAT}")
+    check_format(found["format"], FORMAT, here)
     found = found if tensors is None else {**found, "data": tensors}
     parts = {part: found.get(part) for part in ("method", "model", "data", "provenance")}
     wrong = [part for part, value in parts.items() if not isinstance(value, str if part == "method" else dict)]
     if wrong or not isinstance(found["model"].get("fingerprint"), str):
         raise ValueError(f"{here} lacks {wrong[0] if wrong else 'model.fingerprint'}")
+    if not re.fullmatch(SLUG, found["method"]):
+        raise ValueError(f"{here} is for method={shown(found['method'])}, which is no method's name")
     return Artefact(found["method"], found["model"], found["data"], found["provenance"])
 
 
@@ -126,10 +130,11 @@ def _tensors(path: Path) -> tuple[Any, dict[str, Any]]:
     """Header and tensors of a safetensors file. ValueError for a file that is none."""
     from safetensors import SafetensorError, safe_open
 
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             header, names = (file.metadata() or {}).get("kvfold", "null"), file.keys()
-            return json.loads(header), {name: file.get_tensor(name) for name in names}
+            return parse_json(header, "its header"), {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(str(error)) from None
 
@@ -179,6 +184,13 @@ def _place(method: str, path: str | os.PathLike[str]) -> Path:
     return next((each for each in shipped() if (each.parent.name, each.stem) == (method, name)), Path(path))
 
 
+def is_ours(method: str, path: str) -> bool:
+    """Whether what `locate` says names what ships, or what lies in the user's folder, and not any other file."""
+    if path.startswith(SHIPPED):
+        return _place(method, path) in shipped()
+    return Path(path).is_absolute() and Path(path).resolve().is_relative_to(user_folder().resolve())
+
+
 @lru_cache(maxsize=256)
 def _read(path: str, written: int) -> Artefact:
     """`load`, once for each state of a file."""
@@ -210,6 +222,7 @@ __all__ = [
     "find",
     "fingerprint",
     "has",
+    "is_ours",
     "load",
     "locate",
     "name_of",

@@ -1,6 +1,5 @@
 """The machine that a benchmark ran on: what it is, how fast it reads memory, what else it did, and a clock for it."""
 
-import json
 import os
 import platform
 import shlex
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 
 from kvfold.evaluation.decoding import sync
-from kvfold.evaluation.records import write_whole
 
 READ_BYTES = {"cpu": 2**29, "cuda": 2**31}
 """Bytes of one plain read: far beyond any cache, and on CUDA long beside a launch."""
@@ -161,8 +159,3 @@ def _memory() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return None
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON under a temporary name first."""
-    write_whole(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())

@@ -14,6 +14,8 @@ from kvfold.cli import common
 if TYPE_CHECKING:
     from kvfold.bench import endtoend
 
+FORMAT = 1
+"""Of the JSON that a benchmark writes."""
 app = typer.Typer(no_args_is_help=True, help="Measure speed and memory, each number beside its bound.")
 
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Turns of every contender, one after the other.")]
@@ -203,12 +205,15 @@ def methods_of(text: str, budget: str) -> list[tuple[str, Any]]:
 def prepared(device: str, out: Path | None, chart: Path | None) -> Any:
     """The device as torch has it. Raises ValueError for it, or for a path that can't be written."""
     from kvfold.evaluation.chart import check_chart_path
+    from kvfold.files import check_regular
     from kvfold.models.load import checked_device
 
     if chart is not None:
         check_chart_path(chart)
     if out is not None and (out.suffix != ".json" or not out.parent.is_dir()):
         raise ValueError(f"out={str(out)!r} must be a .json file in a folder that is there")
+    if out is not None:
+        check_regular(out, "out")
     return checked_device(device)
 
 
@@ -249,7 +254,7 @@ def measured(bench: str, device: Any) -> Iterator[tuple[Callable[[str], None], d
     """A way to say on stderr what is going on, and the result that begins with what the machine is."""
     from kvfold.bench.machine import Elsewhere, describe
 
-    result: dict[str, Any] = {"bench": bench, "machine": describe(device)}
+    result: dict[str, Any] = {"format": FORMAT, "bench": bench, "machine": describe(device)}
     others = Elsewhere()
     with common.stderr.status("", refresh_per_second=1) as status:
         yield status.update, result
@@ -267,11 +272,11 @@ def finish(
 ) -> None:
     """Print, write and draw a result."""
     from kvfold.artefacts.probed import probe_note
-    from kvfold.bench.machine import write_json
     from kvfold.evaluation.chart import save_chart
+    from kvfold.files import write_json
 
     if out is not None:
-        write_json(out, result)
+        write_json(out, result, argument="out")
         common.stderr.print(f"JSON: {out}")
     if json:
         common.print_json(result)

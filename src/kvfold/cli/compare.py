@@ -44,7 +44,7 @@ def compare_command(
     from kvfold.evaluation.chart import check_chart_path, memory_against_agreement, save_chart
     from kvfold.evaluation.compare import compare, method_names, with_budget
     from kvfold.evaluation.comparison import answers_of, comparison_page
-    from kvfold.evaluation.records import write_whole
+    from kvfold.files import write_whole
     from kvfold.models.load import load
 
     names = method_names(methods)
@@ -93,7 +93,7 @@ def compare_command(
     common.say_busy(busy)
     if chart is not None:
         if chart.suffix == ".html":
-            write_whole(chart, comparison_page(rows, title, ask).encode())
+            write_whole(chart, comparison_page(rows, title, ask).encode(), "chart")
         else:
             save_chart(memory_against_agreement(rows, title), chart)
         common.stderr.print(f"chart: {chart}")

@@ -7,6 +7,7 @@ from typing import Any
 from kvfold.evaluation.compare import CompareRow
 from kvfold.evaluation.report.charts import looks
 from kvfold.evaluation.report.page import can_draw
+from kvfold.files import check_regular, write_whole
 
 SUFFIXES = (".html", ".png", ".svg", ".json")
 
@@ -17,6 +18,7 @@ def check_chart_path(path: Path) -> None:
         raise ValueError(f"chart={str(path)!r} must end in one of {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
         raise ValueError(f"chart={str(path)!r}: there is no folder {str(path.parent)!r}")
+    check_regular(path, "chart")
     if not can_draw():
         raise ValueError("chart: needs altair and vl-convert-python; pip install 'kvfold[plot]'")
 
@@ -76,10 +78,6 @@ def memory_against_agreement(rows: Sequence[CompareRow], title: str) -> Any:
 
 
 def save_chart(chart: Any, path: Path) -> None:
-    """Write a chart under a temporary name first; HTML is self-contained and opens without a network."""
-    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
-    try:
-        chart.save(str(temporary), **({"inline": True} if path.suffix == ".html" else {}))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a chart, whole or not at all; HTML is self-contained and opens without a network."""
+    options = {"inline": True} if path.suffix == ".html" else {}
+    write_whole(path, lambda part: chart.save(str(part), **options), "chart")

@@ -1,17 +1,30 @@
 """Results on disk: one JSON line for each example, method and budget, appended whole or not at all."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from kvfold.files import (
+    append,
+    check_format,
+    check_regular,
+    cut_unfinished,
+    parse_json,
+    read_json,
+    write_json,
+    write_whole,
+)
+from kvfold.options import shown
+
 KEY = ("model", "dtype", "task", "length", "protocol", "example", "method", "budget")
 """The fields that say what a record is about; a key occurs once in a file."""
 
 RESULTS, EXAMPLES, DEFINITION = "results.jsonl", "examples.jsonl", "sweep.json"
+FORMAT = 1
+"""Of all three: each line of the first two has it, and files from before it was written have none."""
 
 
 def key_of(record: Mapping[str, Any]) -> str:
@@ -22,34 +35,24 @@ def key_of(record: Mapping[str, Any]) -> str:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file. What a killed writer left of its last line is passed over.
 
-    Raises ValueError for any other line that is no JSON object, naming it.
+    Raises ValueError for any other line that is no JSON object, or of another format, naming it.
     """
+    check_regular(path)
     if not path.exists():
         return
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
+            here = f"{path}, line {number},"
             try:
-                found = json.loads(line)
+                found = parse_json(line, "it")
                 if not isinstance(found, dict):
-                    raise ValueError("not an object")
+                    raise ValueError("it is not an object")
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}, is damaged: {error}") from None
+                raise ValueError(f"{here} is damaged: {error}") from None
+            check_format(found.get("format", FORMAT), FORMAT, here)
             yield found
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """A file that is there completely or not at all: written under a temporary name, then renamed."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def to_line(record: Mapping[str, Any]) -> bytes:
@@ -57,23 +60,25 @@ def to_line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
+def read_sweep(path: Path, **reading: Any) -> dict[str, Any]:
+    """What a `sweep.json` says. Raises ValueError for another file, and for one of another format."""
+    found = read_json(path, f"{path}", **reading)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it is not an object")
+    check_format(found.get("format", FORMAT), FORMAT, f"{path}")
+    return found
+
+
 class Lines:
     """A file of JSON lines to append to; what a killed writer left of its last line is cut off."""
 
     def __init__(self, path: Path):
         self.path = path
-        if path.exists():
-            with path.open("rb+") as file:
-                data = file.read()
-                file.truncate(data.rfind(b"\n") + 1)
+        cut_unfinished(path)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records, in one write."""
-        data = b"".join(map(to_line, records))
-        with self.path.open("ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.path, b"".join(map(to_line, records)))
 
 
 class ResultFolder:
@@ -95,8 +100,11 @@ class ResultFolder:
             raise RuntimeError(f"another process is writing to {folder}") from None
         path = folder / DEFINITION
         if path.exists():
-            self._check(json.loads(path.read_text(encoding="utf-8"))["sweep"], definition)
-        write_whole(path, json.dumps({"sweep": definition, **about}, indent=2, ensure_ascii=False).encode() + b"\n")
+            before = read_sweep(path).get("sweep")
+            if not isinstance(before, dict):
+                raise ValueError(f"{path} is damaged: sweep={shown(before)} must be an object")
+            self._check(before, definition)
+        write_json(path, {"format": FORMAT, "sweep": definition, **about}, indent=2)
         if retry_failed:
             good = [record for record in read_lines(folder / RESULTS) if "error" not in record]
             write_whole(folder / RESULTS, b"".join(map(to_line, good)))
@@ -128,7 +136,7 @@ class ResultFolder:
         """Add those examples that the folder does not have yet."""
         fresh = [record for record in records if self._example(record) not in self._known]
         if fresh:
-            self._examples.append(fresh)
+            self._examples.append({"format": FORMAT, **record} for record in fresh)
             self._known |= {self._example(record) for record in fresh}
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
@@ -136,7 +144,7 @@ class ResultFolder:
         records = list(records)
         keys = [key_of(record) for record in records]
         assert not self.done & set(keys) and len(set(keys)) == len(keys), "a result would count twice"
-        self._results.append(records)
+        self._results.append({"format": FORMAT, **record} for record in records)
         self.done |= set(keys)
 
     def finish(self, order: Mapping[str, int]) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from kvfold.formats.blocked import Block, attend_blocks
 from kvfold.formats.by_token import TokenSegment
-from kvfold.formats.paged import open_table, restored
+from kvfold.formats.paged import check_paged, open_table, restored
 from kvfold.formats.segment import Segment, Spec, Traits
 from kvfold.formats.tokens import POSITION, Chunk
-from kvfold.options import check_choice, check_int
+from kvfold.options import check_choice, check_int, shown
 from kvfold.pages import PAGE_SIZE, PageTable, Plane
 from kvfold.rotation import Compact
 
@@ -49,20 +49,39 @@ class Depth:
         table = open_table(self, spec, self.planes(spec), self.page_size)
         return DepthSegment(table, spec.heads, spec.dtype, self.side, np.zeros(spec.rows, dtype=np.int64))
 
+    def check(
+        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
+    ) -> None:
+        self._check_text(spec, said, tensors, seen)
+        tokens = {name: plane for name, plane in tensors.items() if name != "state"}
+        check_paged(self.planes(spec), self.page_size, spec, said, tokens, seen)
+
+    def _check_text(
+        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
+    ) -> None:
+        """What is remembered of the text."""
+        upto, state = said.get("upto"), tensors.get("state")
+        ints = isinstance(upto, list) and len(upto) == spec.rows and all(type(x) is int and x >= 0 for x in upto)
+        if not ints:
+            raise ValueError(f"upto={shown(upto)} must be {spec.rows} ints")
+        if seen is not None and any(x > most for x, most in zip(said["upto"], seen, strict=True)):
+            raise ValueError(f"upto={shown(upto)} must be no more than the tokens read, {seen.tolist()}")
+        if state is not None and (state.dim() != 2 or len(state) != spec.rows):
+            raise ValueError(f"state={tuple(state.shape)} must be ({spec.rows}, N)")
+
     def restore(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
     ) -> "DepthSegment":
-        planes, upto, state = self.planes(spec), said.get("upto"), tensors.get("state")
-        if not isinstance(upto, list) or len(upto) != spec.rows or not all(isinstance(x, int) for x in upto):
-            raise ValueError(f"upto={upto!r} must be {spec.rows} ints")
-        if state is not None and (state.dim() != 2 or len(state) != spec.rows):
-            raise ValueError(f"state={tuple(state.shape)} must be ({spec.rows}, N)")
+        self._check_text(spec, said, tensors)
+        planes, state = self.planes(spec), tensors.get("state")
         if isinstance(twin, DepthSegment) and not planes.keys() <= twin.pool.specs.keys():
             lacking = sorted(planes.keys() - twin.pool.specs.keys())
             raise ValueError(f"{lacking[0]} is not among what the segment that holds the same pages has")
+        if twin is None:
+            self.check(spec, said, tensors)
         tokens = {name: plane for name, plane in tensors.items() if name != "state"}
-        segment = restored(lambda: self.open(spec), planes, spec, said, tokens, twin)
-        segment.upto = np.array(upto, dtype=np.int64)
+        segment = restored(lambda: self.open(spec), spec, said, tokens, twin)
+        segment.upto = np.array(said["upto"], dtype=np.int64)
         segment.remembered = None if state is None else state.to(spec.device)
         return segment
 

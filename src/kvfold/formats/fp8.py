@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvfold.formats.blocked import Block, attend_blocks
 from kvfold.formats.by_token import TokenSegment
-from kvfold.formats.paged import open_table, restored
+from kvfold.formats.paged import check_paged, open_table, restored
 from kvfold.formats.segment import Segment, Spec, Traits
 from kvfold.formats.tokens import POSITION
 from kvfold.options import check_int
@@ -48,10 +49,17 @@ class Fp8:
     def open(self, spec: Spec) -> "Fp8Segment":
         return Fp8Segment(open_table(self, spec, self.planes(spec), self.page_size), spec.heads, spec.dtype)
 
+    def check(
+        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
+    ) -> None:
+        check_paged(self.planes(spec), self.page_size, spec, said, tensors, seen)
+
     def restore(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
     ) -> "Fp8Segment":
-        return restored(lambda: self.open(spec), self.planes(spec), spec, said, tensors, twin)
+        if twin is None:
+            self.check(spec, said, tensors)
+        return restored(lambda: self.open(spec), spec, said, tensors, twin)
 
 
 class Fp8Segment(TokenSegment):

@@ -12,11 +12,11 @@ from torch import Tensor
 from kvfold.formats.coded import CodedPages, coded_planes
 from kvfold.formats.dense import Dense, DenseSegment
 from kvfold.formats.flat import Flat
-from kvfold.formats.paged import check_tensors, open_table, refilled, said_counts
+from kvfold.formats.paged import check_positions, check_tensors, open_table, refilled, said_counts
 from kvfold.formats.segment import Segment, Spec, Traits
 from kvfold.formats.tailed import TailedSegment
-from kvfold.formats.tokens import Chunk
-from kvfold.options import check_choice, check_int
+from kvfold.formats.tokens import POSITION, Chunk
+from kvfold.options import check_choice, check_int, shown
 from kvfold.pages import PAGE_SIZE, PagePool
 from kvfold.pages.rows import spans
 
@@ -74,26 +74,46 @@ class Int4:
         coded = CodedPages(codes, spec.heads, spec.dtype, spec.value_size)
         return Int4Segment(self, coded, DenseSegment(tail, spec.heads, spec.dtype))
 
+    def check(
+        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
+    ) -> None:
+        counts, coded = self._counts(spec, said)
+        parts, newest = _parts(tensors), self.newest
+        check_tensors(parts[0], coded_planes(spec, self.channels_of(spec)), coded, self.group)
+        check_tensors(parts[1], newest.planes(spec), counts - coded)
+        for part, some in zip(parts, (coded, counts - coded), strict=True):
+            check_positions(some, part[POSITION], seen)
+
+    def _counts(self, spec: Spec, said: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of each row, and how many of them are coded, (B, H). ValueError where that can't be."""
+        counts, coded = said_counts(spec, said), said_counts(spec, said, "coded")
+        if (coded % self.group).any() or (coded > counts).any():
+            raise ValueError(
+                f"coded={shown(said['coded'])} must be multiples of group={self.group}, counts={shown(said['counts'])}"
+            )
+        return counts, coded
+
     def restore(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
     ) -> "Int4Segment":
-        counts, coded = said_counts(spec, said), said_counts(spec, said, "coded")
-        if (coded % self.group).any() or (coded > counts).any():
-            raise ValueError(f"coded={said['coded']} must be multiples of group={self.group}, counts={said['counts']}")
+        counts, coded = self._counts(spec, said)
         if twin is not None:
             if isinstance(twin, Int4Segment) and np.array_equal([twin.counts(), twin.coded.counts()], [counts, coded]):
                 return twin.select(np.arange(spec.rows))
             raise ValueError(f"counts={said['counts']} must be those of the segment that holds the same pages")
-        strange = sorted(name for name in tensors if name.partition(".")[0] not in ("coded", "tail"))
-        if strange:
-            raise ValueError(f"tensors: {strange[0]!r} must begin with 'coded.' or 'tail.'")
-        parts = [{n.removeprefix(p): x for n, x in tensors.items() if n.startswith(p)} for p in ("coded.", "tail.")]
-        check_tensors(parts[0], coded_planes(spec, self.channels_of(spec)), coded, self.group)
-        check_tensors(parts[1], self.newest.planes(spec), counts - coded)
-        segment = self.open(spec)
+        self.check(spec, said, tensors)
+        parts, segment = _parts(tensors), self.open(spec)
         refilled(segment.coded, coded, parts[0])
         refilled(segment.tail, counts - coded, parts[1])
         return segment
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """What a state has of codes and of the tail. ValueError for what is of neither."""
+    strange = sorted(name for name in tensors if name.partition(".")[0] not in ("coded", "tail"))
+    if strange:
+        raise ValueError(f"tensors: {strange[0]!r} must begin with 'coded.' or 'tail.'")
+    return [{n.removeprefix(p): x for n, x in tensors.items() if n.startswith(p)} for p in ("coded.", "tail.")]
 
 
 class Int4Segment(TailedSegment[CodedPages]):

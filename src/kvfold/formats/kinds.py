@@ -1,7 +1,7 @@
 """What files know formats by: a name, and the options of its dataclass."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -11,9 +11,12 @@ from kvfold.formats.depth import Depth
 from kvfold.formats.fp8 import Fp8
 from kvfold.formats.int4 import Int4
 from kvfold.formats.segment import Format
+from kvfold.options import shown
 
 KINDS: dict[str, type[Any]] = {"dense": Dense, "depth": Depth, "fp8": Fp8, "int4": Int4}
 """All formats, by the names that files have for them."""
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What models compute in."""
 
 
 def format_to(form: Format) -> dict[str, Any]:
@@ -28,18 +31,29 @@ def format_to(form: Format) -> dict[str, Any]:
 
 def format_from(said: Mapping[str, Any]) -> Format:
     """The format of a header's entry. Raises ValueError that names what is unknown."""
-    if "format" not in said:  # as files had it when there were two, that differ by `side`
-        kind = "depth" if "side" in said else "dense"
-        options = {name: said[name] for name in ("side", "dtype", "page_size") if name in said}
-        options.pop("dtype" if kind == "depth" else "side", None)
-    else:
-        kind, options = said["format"], dict(said["options"])
-    if kind not in KINDS:
-        raise ValueError(f"format={kind!r} is not one of {', '.join(KINDS)}")
-    if isinstance(options.get("dtype"), str):
-        options["dtype"] = getattr(torch, options["dtype"])
-    made: Format = KINDS[kind](**options)
+    kind, options = said.get("format"), said.get("options")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"format={shown(kind)} is not one of {', '.join(KINDS)}")
+    allowed = [option.name for option in fields(KINDS[kind])]
+    if not isinstance(options, Mapping) or set(options) != set(allowed):
+        raise ValueError(f"options={shown(options)} of {kind} must be {', '.join(allowed)}")
+    named = dict(options)
+    for option in fields(KINDS[kind]):
+        value = named[option.name]
+        if option.type in (int, bool) and type(value) is not option.type:
+            raise ValueError(f"{option.name}={shown(value)} of {kind} must be {option.type.__name__}")
+    if named.get("dtype") is not None:
+        named["dtype"] = dtype_from(named["dtype"])
+    made: Format = KINDS[kind](**named)
     return made
+
+
+def dtype_from(name: object) -> torch.dtype:
+    """What a header calls a dtype that models compute in. Raises ValueError for other names."""
+    found = next((dtype for dtype in DTYPES if _name(dtype) == name), None)
+    if found is None:
+        raise ValueError(f"dtype={shown(name)} must be one of {', '.join(map(_name, DTYPES))}")
+    return found
 
 
 def _name(dtype: torch.dtype) -> str:

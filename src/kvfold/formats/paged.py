@@ -9,12 +9,14 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from kvfold.formats.segment import Segment, Spec
+from kvfold.formats.segment import Spec
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk
 from kvfold.pages import PagePool, PageTable, Plane
 from kvfold.rotation import Compact
 
 S = TypeVar("S", bound="PagedSegment")
+MOST_ROOM = 64
+"""Times the tokens of a file that its pages may have room for; a page of so many is always allowed."""
 
 
 class PagedSegment(ABC):
@@ -215,11 +217,36 @@ def check_tensors(
             raise ValueError(f"{name}={held} must be {(shape, None if spec is None else spec.dtype)} (shape, dtype)")
 
 
+def check_room(counts: np.ndarray, page_size: int) -> None:
+    """Raise ValueError where pages are so large that they would take far more memory than their tokens do in a file."""
+    tokens, pages = int(counts.sum()), int((-(-counts // page_size)).sum())
+    if pages * page_size > MOST_ROOM * tokens:
+        raise ValueError(f"page_size={page_size}, so {pages} pages with room for {MOST_ROOM} times the {tokens} tokens")
+
+
+def check_positions(counts: np.ndarray, positions: Tensor, seen: np.ndarray | None) -> None:
+    """Raise ValueError unless the positions (N,) of counts[b, h] tokens lie within what each row has read, (B,)."""
+    limit = torch.iinfo(torch.int32).max if seen is None else torch.from_numpy(np.repeat(seen, counts.sum(1)))
+    wrong = (positions < 0) | (positions >= limit)
+    if bool(wrong.any()):
+        raise ValueError(f"{POSITION}={int(positions[wrong][0])} of a token, which its row has not read")
+
+
+def check_paged(
+    planes: Mapping[str, Plane], page_size: int, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor],
+    seen: np.ndarray | None,
+) -> None:  # fmt: skip
+    """`Format.check` of what `PagedSegment.state` gave: all its tokens on pages of one size."""
+    counts = said_counts(spec, said)
+    check_tensors(tensors, planes, counts)
+    check_room(counts, page_size)
+    check_positions(counts, tensors[POSITION], seen)
+
+
 def restored(
-    opened: Callable[[], S], planes: Mapping[str, Plane], spec: Spec, said: Mapping[str, Any],
-    tensors: Mapping[str, Tensor], twin: Segment | None,
-) -> S:  # fmt: skip
-    """What `PagedSegment.state` gave, in a segment that is opened when all has been looked at."""
+    opened: Callable[[], S], spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Any
+) -> S:
+    """What `PagedSegment.state` gave and `Format.check` has looked at, in a segment that is opened now."""
     counts = said_counts(spec, said)
     if twin is not None:
         if not isinstance(twin, PagedSegment) or not np.array_equal(twin.counts(), counts):
@@ -227,7 +254,6 @@ def restored(
         segment = opened()
         segment.table = twin.table.fork()
         return segment
-    check_tensors(tensors, planes, counts)
     return refilled(opened(), counts, tensors)
 
 

@@ -223,6 +223,16 @@ class Format(Protocol):
         """An empty segment."""
         ...
 
+    def check(
+        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
+    ) -> None:
+        """Raise ValueError unless `tensors` are what a segment's `said` and `spec` tell; nothing is allocated.
+
+        `seen` (B,): text tokens that each row has read, which no position may exceed. Of a segment that holds another
+        one's pages `tensors` are that one's.
+        """
+        ...
+
     def restore(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
     ) -> Segment:

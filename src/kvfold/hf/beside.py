@@ -1,5 +1,6 @@
 """Layers that are not on pages, windows and recurrent states: how rows join them, leave, are saved and counted."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvfold.hf.layers import WindowLayer, storage_bytes
+from kvfold.hf.saving.said import Entry
+from kvfold.options import LARGEST
 
 STATES = ("conv_states", "recurrent_states")
 FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
@@ -72,7 +75,45 @@ def state_of(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {"kind": "state", **said}, tensors
 
 
-def restore(layer: Any, said: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
+def check_state(layer: Any, entry: Entry, tensors: Mapping[str, Tensor], read: tuple[int, int] | None) -> None:
+    """Raise ValueError unless `state_of` could have given this for such a layer.
+
+    `read`: rows and columns that the layers on pages have read; None: there are no such layers.
+    """
+    allowed = {"keys", "values"} if hasattr(layer, "keys") else set()
+    if is_window(layer):
+        entry.integer("length", high=LARGEST if read is None else read[1])
+        allowed |= {"places"} if isinstance(layer, WindowLayer) else set()
+    for name in FLAGS if not is_window(layer) else ():
+        states = getattr(layer, name, {})
+        kinds = (int, type(None)) if name == "conv_kernel_size" else (bool,)
+        if any(type(each) not in kinds for each in (entry.items(name, len(states)) if states else ())):
+            raise entry.fail(name, "numbers or null" if int in kinds else "true or false")
+    allowed |= {f"{name}.{number}" for name in STATES for number in getattr(layer, name, {})}
+    if strange := sorted(tensors.keys() - allowed):
+        raise ValueError(f"{entry.where} has a tensor {strange[0]!r}, which such a layer does not have")
+    if ("keys" in tensors) != ("values" in tensors) or ("places" in tensors and "keys" not in tensors):
+        raise ValueError(f"{entry.where} has {sorted(tensors)}, of which one lacks")
+    rows = {len(tensor) if tensor.dim() else -1 for tensor in tensors.values()}
+    if len(rows | ({read[0]} if read is not None else set())) > 1:
+        raise ValueError(f"{entry.where} has tensors of {sorted(rows)} rows" + (f", not {read[0]}" if read else ""))
+    if "keys" in tensors:
+        _check_tokens(entry, tensors)
+
+
+def _check_tokens(entry: Entry, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless keys, values and places are those of the same tokens."""
+    keys, values = tensors["keys"], tensors["values"]
+    places = tensors.get("places", keys.new_zeros(len(keys), *keys.shape[2:3], dtype=torch.int32))
+    alike = keys.dim() == values.dim() == 4 and keys.shape[:3] == values.shape[:3] and keys.dtype == values.dtype
+    if not alike or not keys.is_floating_point() or places.shape != (len(keys), keys.shape[2]):
+        shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        raise ValueError(f"{entry.where} has {shapes}, which are not those of the same tokens")
+    if places.is_floating_point() or places.dtype == torch.bool:
+        raise ValueError(f"{entry.where} has places of {places.dtype}")
+
+
+def restore(layer: Any, said: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> None:
     """Fill an empty layer with what `state_of` gave."""
     there = {name: tensor.to(device) for name, tensor in tensors.items()}
     if "keys" in there:

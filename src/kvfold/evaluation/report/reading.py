@@ -1,12 +1,11 @@
 """The results of one or several folders that a sweep wrote."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvfold.evaluation.records import DEFINITION, EXAMPLES, RESULTS, read_lines
+from kvfold.evaluation.records import DEFINITION, EXAMPLES, RESULTS, read_lines, read_sweep
 from kvfold.evaluation.report.records import Fields, ResultRecord, Text, record_of, text_of
 
 FILES = (DEFINITION, RESULTS, EXAMPLES)
@@ -31,13 +30,6 @@ def _lines(path: Path) -> Iterator[Fields]:
         yield Fields(f"{path}, line {number}", data)
 
 
-def _sweep(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
-
-
 def read_results(folders: Sequence[Path]) -> Results:
     """Read result folders together.
 
@@ -52,7 +44,7 @@ def read_results(folders: Sequence[Path]) -> Results:
         for name in FILES:
             if not (folder / name).is_file():
                 raise ValueError(f"folder={str(folder)!r} must hold {', '.join(FILES)}; {name} is not there")
-        sweeps[str(folder)] = _sweep(folder / DEFINITION)
+        sweeps[str(folder)] = read_sweep(folder / DEFINITION, constant=str)
         for fields in _lines(folder / EXAMPLES):
             text = text_of(fields)
             key = (text.model, text.task, text.length, text.example)

@@ -1,30 +1,31 @@
 """Saving a cache and reading it back, bit for bit: one safetensors file, tensors plus a JSON header."""
 
-import json
 import os
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvfold.formats import Segment, Spec, format_from, format_to
-from kvfold.hf.beside import is_window, restore, state_of
+from kvfold.formats import POSITION, Format, Segment, Spec, format_to
+from kvfold.hf.beside import check_state, is_window, restore, state_of
 from kvfold.hf.call.host import Host
 from kvfold.hf.call.reading import Reading
 from kvfold.hf.layers import PagedLayer
 from kvfold.hf.saving.fingerprint import fields_of, fingerprint, modules_of
+from kvfold.hf.saving.outside import check_outside
+from kvfold.hf.saving.said import Entry, SaidGroup, SaidLayer, SaidRows, check_reading, groups_of
+from kvfold.hf.saving.sealed import read_sealed, write_sealed
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.plan import Group
 from kvfold.layer.stored import Stored
+from kvfold.methods.base import Method
+from kvfold.methods.registry import parse
+from kvfold.options import shown
 
-VERSION = "2"
 READING = ("valid", "places", "given")
 """Tensors of a `Reading`."""
 
@@ -36,7 +37,12 @@ def _device(model: PreTrainedModel, index: int) -> torch.device:
 
 
 def save(cache: Host, path: str | os.PathLike[str]) -> None:
-    """Write what the cache holds to `path`, under a temporary name first. ValueError for layers it can't write."""
+    """Write what the cache holds to `path`, whole or not at all.
+
+    Raises ValueError for layers that it can't write, and where `path` is something else than a regular file;
+    RuntimeError after a call that failed when layers had stored its tokens.
+    """
+    cache.forgive()  # who reads the file could not know that some layers are a call ahead
     cache.settle_pending()  # a decision that waits for assisted decoding's crop would be lost
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
@@ -48,34 +54,29 @@ def save(cache: Host, path: str | os.PathLike[str]) -> None:
             said, own = state_of(layer)
             tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in own.items()}
             layers.append(said)
-    reading, groups = cache.reading, cache.rows.groups
+    reading, rows = cache.reading, cache.rows
     if reading is not None:
         tensors |= {f"reading.{name}": getattr(reading, name).contiguous() for name in READING}
     header = {
-        "version": VERSION,
-        "method": str(groups[0].method),
-        "groups": [_said_of(group) for group in groups] if len(groups) > 1 else None,
+        "groups": [_said_of(group, cache.paged) for group in rows.groups],
         "prefill_chunk": cache.prefill_chunk,
         "model": type(cache.model).__name__,
         "fields": fields_of(cache.model),
         "fingerprint": fingerprint(cache.model),
+        "rows": {"seen": rows.seen.tolist(), "prompt": rows.prompt.tolist(), "width": rows.width},
         "reading": None if reading is None else {"surplus": reading.surplus, "fixed": reading.fixed},
         "layers": layers,
     }
-    target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, name, metadata={"kvfold": json.dumps(header)})
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_sealed(path, header, tensors)
 
 
-def _said_of(group: Group) -> dict[str, Any]:
-    assert group.rows is not None
-    return {"method": str(group.method), "rows": group.rows.tolist(), "names": sorted(group.names)}
+def _said_of(group: Group, paged: Sequence[KVLayer]) -> dict[str, Any]:
+    """A group's method, its rows, and the columns that the method has set: all that there are, where it is alone."""
+    rows, names = group.rows, group.names
+    if rows is None:
+        found = (segment.columns()[1] for core in paged for _, segment in core.segments)
+        names = frozenset().union(*found) - {POSITION}
+    return {"method": str(group.method), "rows": None if rows is None else rows.tolist(), "names": sorted(names)}
 
 
 def _save_paged(core: KVLayer, prefix: str, tensors: dict[str, Tensor], written: dict[str, Segment]) -> dict[str, Any]:
@@ -91,9 +92,6 @@ def _save_paged(core: KVLayer, prefix: str, tensors: dict[str, Tensor], written:
         formats.append({**format_to(form), **said, "of": twin})
     return {
         "kind": "paged",
-        "seen": core.seen.tolist(),
-        "prompt": core.prompt.tolist(),
-        "width": core.width,
         "shape": core.shape,
         "dtype": str(core.stored.spec.dtype).removeprefix("torch."),
         "opened": core.stored.opened.tolist(),
@@ -102,113 +100,178 @@ def _save_paged(core: KVLayer, prefix: str, tensors: dict[str, Tensor], written:
     }
 
 
-def load(path: str | os.PathLike[str], make: Callable[[str, int | None], Host]) -> Any:
-    """Read a cache that `save` wrote; `make` makes an empty one of a method's text and a chunk size.
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a file holds, its header checked by itself."""
 
-    Raises ValueError where file and model don't belong together.
+    header: Entry
+    rows: SaidRows
+    groups: list[SaidGroup]
+    layers: list[Entry]
+    tensors: Mapping[str, Tensor]
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin so, without that."""
+        return {n.removeprefix(prefix): tensor for n, tensor in self.tensors.items() if n.startswith(prefix)}
+
+
+def load(path: str | os.PathLike[str], make: Callable[[Method, int | None], Host], allow: Collection[str] = ()) -> Any:
+    """Read a cache that `save` wrote; `make` makes an empty one of a method and a chunk size.
+
+    All is checked before pages are taken: the digest, the header by itself, against the model, and against the tensors.
+    `allow`: models and files that the method in the file may name (see `check_outside`). Raises ValueError for what is
+    no such file, for a damaged one, and where file and model don't belong together.
     """
     here = f"path={os.fspath(path)!r}"
-    header, tensors = _read(path, here)
+    header, tensors = read_sealed(path, here)
     try:
-        cache = make(header["method"], header.get("prefill_chunk"))
-        methods = [make(said["method"], None).method for said in header.get("groups") or ()]
+        found = _contents(Entry("its header", header), tensors)
     except ValueError as error:
+        raise ValueError(f"{here} is damaged: {error}") from error
+    try:
+        methods = [parse(group.method) for group in found.groups]
+        check_outside(methods, allow)
+        empty = [make(method, None if number else header.get("prefill_chunk")) for number, method in enumerate(methods)]
+    except (ValueError, TypeError) as error:  # the latter: options of a kind that a method does not think of
         raise ValueError(f"{here} holds a cache that can't be made: {error}") from error
-    _check_model(here, header, cache)
-    stores: dict[int, Stored] = {}
-    made: dict[str, Segment] = {}
-    for index, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-        if state["kind"] == "paged" and state["shape"] is not None:
-            stores[index] = _stored(here, index, state, tensors, layer.core, _device(cache.model, index), made)
-    for index, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-        if state["kind"] == "paged":
-            rows = layer.core.rows
-            rows.seen, rows.prompt = (np.array(state[name], dtype=np.int64) for name in ("seen", "prompt"))
-            rows.width = rows.width_before = state["width"]
-            layer.core.stored = stores.get(index, layer.core.stored)
-            layer.is_initialized = state["width"] > 0
-        else:
-            own = _under(f"{index}.", tensors)
-            if own:
-                restore(layer, state, own, _device(cache.model, index))
-    if methods:
-        cache.rows.groups = tuple(
-            Group(method, np.array(said["rows"], dtype=np.int64), frozenset(said["names"]))
-            for method, said in zip(methods, header["groups"], strict=True)
-        )
-    if header.get("reading") is not None:
-        where = cache.paged[0].stored.spec.device
-        valid, places, given = (tensors[f"reading.{name}"].to(where) for name in READING)
-        cache.reading = Reading(valid, places, given, **header["reading"])
+    cache = empty[0]
+    _check_model(here, found, cache)
+    try:
+        _fill(found, cache, dict(_checked(found, cache)))
+    except ValueError as error:
+        raise ValueError(f"{here} is damaged: {error}") from error
+    cache.rows.groups = tuple(
+        Group(each.rows.own, said.rows, said.names) for each, said in zip(empty, found.groups, strict=True)
+    )
     return cache
 
 
-def _opened(state: dict[str, Any]) -> np.ndarray:
-    """Which segment takes each row's new tokens; the first, where nobody says."""
-    return np.array(state.get("opened", [0] * len(state["seen"])), dtype=np.int64)
+def _contents(header: Entry, tensors: Mapping[str, Tensor]) -> Contents:
+    """The header by itself, and which tensors are whose. Raises ValueError where that can't be."""
+    for name in ("model", "fingerprint"):
+        header.text(name)
+    header.part("fields")
+    if not header.null("prefill_chunk"):
+        header.integer("prefill_chunk", low=2)
+    rows = SaidRows.of(header)
+    layers = [Entry(f"layer {number}", said) for number, said in enumerate(header.items("layers"))]
+    found = Contents(header, rows, groups_of(header, len(rows.seen)), layers, tensors)
+    for layer in layers:
+        layer.text("kind")
+    owners = {str(number) for number in range(len(layers))} | {"reading"}
+    for name in tensors:
+        if name.partition(".")[0] not in owners:
+            raise ValueError(f"tensor {name!r} belongs to no layer")
+    reading = found.under("reading.")
+    if set(reading) != (set() if header.null("reading") else set(READING)):
+        raise header.fail("reading", f"what the tensors {sorted(reading)} belong to")
+    if reading:
+        check_reading(header.part("reading"), reading, rows)
+    planes = (name.split(".", 2)[-1].removeprefix("coded.").removeprefix("tail.") for name in tensors)
+    held = {column for plane in planes for column in (plane, plane.removesuffix(".0").removesuffix(".1"))}
+    for group in found.groups:
+        if lost := sorted(group.names - held):
+            raise ValueError(f"{group.method} has set {lost[0]!r}, which no layer has")
+    return found
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin so, without that."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _stored(
-    here: str, index: int, state: dict[str, Any], tensors: dict[str, Tensor], core: KVLayer, device: torch.device,
-    made: dict[str, Segment],
-) -> Stored:  # fmt: skip
-    """What a paged layer's header and tensors say. ValueError unless they belong together: heads, sizes, tokens."""
-    heads, keys, values = state["shape"]
-    site, dtype = core.site, getattr(torch, state["dtype"])
-    spec = Spec(
-        len(state["seen"]), heads, keys, values, dtype, device, layer=site.layer, rope=site.rope, arena=core.arena
-    )
-    segments = []
-    for number, said in enumerate(state["formats"]):
-        name, form = f"{index}.{number}", format_from(said)
-        own = _under(f"{name}.", tensors)
-        twin = None if said.get("of") is None else made[said["of"]]
-        try:
-            made[name] = form.restore(spec, said, own, twin)
-        except ValueError as error:
-            raise ValueError(f"{here} is damaged: layer {index} has {error}") from error
-        segments.append((form, made[name]))
-    return Stored(spec, segments, _opened(state), state.get("ordered", True))
-
-
-def _read(path: str | os.PathLike[str], here: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file; ValueError if it is cut off or of another kind."""
-    try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            text = (file.metadata() or {}).get("kvfold")
-            header = {} if text is None else json.loads(text)
-            if not isinstance(header, dict) or "version" not in header:
-                raise ValueError(f"{here} is not a kvfold cache")
-            if header["version"] != VERSION:
-                raise ValueError(f"{here} has version {header['version']}; this kvfold reads {VERSION}")
-            names = file.keys()  # safe_open is no mapping
-            return header, {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{here} is not a kvfold cache, or only a part of one: {error}") from error
-
-
-def _check_model(here: str, header: dict[str, Any], cache: Host) -> None:
+def _check_model(here: str, found: Contents, cache: Host) -> None:
     """ValueError unless the file was written for this model; it says what differs."""
-    model = cache.model
+    model, header = cache.model, found.header
     kinds = ["paged" if isinstance(x, PagedLayer) else "window" if is_window(x) else "state" for x in cache.layers]
-    if header["model"] != type(model).__name__ or kinds != [layer["kind"] for layer in header["layers"]]:
+    if header.text("model") != type(model).__name__ or kinds != [layer.text("kind") for layer in found.layers]:
         raise ValueError(
-            f"{here} holds a cache of a {header['model']} with {len(header['layers'])} layers; "
+            f"{here} holds a cache of a {header.text('model')} with {len(found.layers)} layers; "
             f"model is a {type(model).__name__} with {len(kinds)}"
         )
-    theirs, ours = header["fields"], fields_of(model)
+    theirs, ours = header.part("fields").said, fields_of(model)
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             raise ValueError(
-                f"{here} holds a cache of a model with {name}={theirs.get(name)!r}; "
+                f"{here} holds a cache of a model with {name}={shown(theirs.get(name))}; "
                 f"this {type(model).__name__} has {name}={ours.get(name)!r}"
             )
-    if header["fingerprint"] != fingerprint(model):
+    if header.text("fingerprint") != fingerprint(model):
         raise ValueError(
             f"{here} holds a cache of a {type(model).__name__} with other weights than this one's, or other adapters"
         )
+
+
+def _checked(found: Contents, cache: Host) -> Iterator[tuple[int, tuple[SaidLayer, Spec]]]:
+    """The layers that hold pages, each with the spec of its segments. ValueError unless header and tensors agree."""
+    rows, known = found.rows, dict[str, tuple[Spec, Format, Mapping[str, Any], dict[str, Tensor]]]()
+    for index, (layer, entry) in enumerate(zip(cache.layers, found.layers, strict=True)):
+        own = found.under(f"{index}.")
+        if not isinstance(layer, PagedLayer):
+            check_state(layer, entry, own, (len(rows.seen), rows.width) if cache.paged else None)
+            continue
+        said = SaidLayer.of(entry, len(rows.seen))
+        places = [str(number) for number in range(len(said.formats))]
+        if strange := [name for name in own if name.partition(".")[0] not in places]:
+            raise ValueError(f"{entry.where} has a tensor {strange[0]!r} of no format")
+        if said.shape is None:
+            continue
+        core, device = layer.core, _device(cache.model, index)
+        spec = Spec(
+            len(rows.seen), *said.shape, said.dtype, device, layer=index, rope=core.site.rope, arena=core.arena
+        )  # fmt: skip
+        total = np.zeros((spec.rows, spec.heads), dtype=np.int64)
+        for number, (form, each) in enumerate(said.formats):
+            try:
+                tokens = _tokens(spec, form, each, found.under(f"{index}.{number}."), known)
+                form.check(spec, each, tokens, rows.seen)
+            except ValueError as error:
+                raise ValueError(f"{entry.where} has {error}") from error
+            known[f"{index}.{number}"] = spec, form, each, tokens
+            total += np.array(each["counts"], dtype=np.int64).reshape(total.shape)
+        if (total > rows.seen[:, None]).any():
+            raise ValueError(f"{entry.where} has more tokens of a row than the {rows.seen.tolist()} that were read")
+        yield index, (said, spec)
+
+
+def _tokens(
+    spec: Spec, form: Format, said: Mapping[str, Any], own: dict[str, Tensor],
+    known: Mapping[str, tuple[Spec, Format, Mapping[str, Any], dict[str, Tensor]]],
+) -> dict[str, Tensor]:  # fmt: skip
+    """The tensors of a segment, with those of one whose pages it holds. ValueError where it can't hold them."""
+    of = said.get("of")
+    if of is None:
+        return own
+    if not isinstance(of, str) or of not in known:
+        raise ValueError(f"of={shown(of)}, which is no segment before it")
+    other, theirs, told, tensors = known[of]
+    same = replace(other, layer=spec.layer, rope=spec.rope, device=spec.device) == spec
+    if not same or _shared(form, said) != _shared(theirs, told) or own.keys() - {"state"}:
+        raise ValueError(f"of={of!r}, whose pages it can't hold: {theirs} of {told['counts']} tokens")
+    return {name: tensor for name, tensor in tensors.items() if name != "state"} | own
+
+
+def _shared(form: Format, said: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two segments that hold the same pages have in common."""
+    named = format_to(form)
+    options = {name: value for name, value in named["options"].items() if name != "side"}
+    return named["format"], options, said.get("counts"), said.get("coded")
+
+
+def _fill(found: Contents, cache: Host, paged: Mapping[int, tuple[SaidLayer, Spec]]) -> None:
+    """Put what was checked into an empty cache. Raises OutOfPages where an arena has no room for it."""
+    stores: dict[int, Stored] = {}
+    made: dict[str, Segment] = {}
+    for index, (said, spec) in paged.items():
+        for number, (form, each) in enumerate(said.formats):
+            twin = None if each.get("of") is None else made[each["of"]]
+            made[f"{index}.{number}"] = form.restore(spec, each, found.under(f"{index}.{number}."), twin)
+        segments = [(form, made[f"{index}.{number}"]) for number, (form, _) in enumerate(said.formats)]
+        stores[index] = Stored(spec, segments, said.opened, said.ordered)
+    rows = cache.rows
+    rows.seen, rows.prompt, rows.width, rows.width_before = found.rows.seen, found.rows.prompt, *[found.rows.width] * 2
+    for index, (layer, entry) in enumerate(zip(cache.layers, found.layers, strict=True)):
+        if isinstance(layer, PagedLayer):
+            layer.core.stored = stores.get(index, layer.core.stored)
+            layer.is_initialized = rows.width > 0
+        elif own := found.under(f"{index}."):
+            restore(layer, entry.said, own, _device(cache.model, index))
+    if not found.header.null("reading"):
+        where, reading = cache.paged[0].stored.spec.device, found.header.part("reading").said
+        valid, places, given = (found.tensors[f"reading.{name}"].to(where) for name in READING)
+        cache.reading = Reading(valid, places, given, surplus=reading["surplus"], fixed=reading["fixed"])
