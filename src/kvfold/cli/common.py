@@ -6,7 +6,7 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console, RenderableType
@@ -130,6 +130,11 @@ def say_busy(cores: float | None) -> None:
 def print_json(data: Any) -> None:
     """Data on standard output."""
     print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def end(complete: bool) -> NoReturn:
+    """End the command: with 1 where something that was asked for is missing, which has been said on stderr."""
+    raise typer.Exit(0 if complete else 1)
 
 
 def size(nbytes: int) -> str:
