@@ -12,6 +12,7 @@ tells: `probed.py`.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import tempfile
@@ -109,7 +110,7 @@ def load(path: str | os.PathLike[str]) -> Artefact:
             found, tensors = _tensors(place)
         else:
             found = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last: nested too deep, or a home folder that is not
         raise ValueError(f"{here} is not a calibration file: {error}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         version = found.get("format") if isinstance(found, dict) else None
@@ -157,11 +158,13 @@ def locate(method: str, model: Any, path: str | os.PathLike[str] | None = None) 
                 f"{found.model['fingerprint']}); this model is {name!r} ({key}): {command(method, name)}"
             )
         return os.fspath(path), found
-    for place, found in _measured(method, key):
+    damaged: list[str] = []
+    for place, found in _measured(method, key, damaged):
         return f"{SHIPPED}{place.stem}" if place in shipped() else str(place), found
+    beside = f"; passed over: {'; '.join(damaged)}" if damaged else ""
     raise ValueError(
         f"{method} has no calibration for {name!r} (fingerprint {key}); make one: {command(method, name)}, "
-        "or name a file: calibration='path.json'"
+        f"or name a file: calibration='path.json'{beside}"
     )
 
 
@@ -185,10 +188,22 @@ def _read(path: str, written: int) -> Artefact:
     return load(path)
 
 
-def _measured(method: str, key: str) -> Iterator[tuple[Path, Artefact]]:
-    """What was measured for a method on models of one fingerprint, and where it lies: the user's, then what ships."""
+def _measured(method: str, key: str, damaged: list[str] | None = None) -> Iterator[tuple[Path, Artefact]]:
+    """What was measured for a method on models of one fingerprint, and where it lies: the user's, then what ships.
+
+    A file that can't be read, and is not named for these models, is none of theirs: it is passed over, with a warning
+    of the logger "kvfold". What is wrong with each comes into `damaged`. Raises ValueError for one that is theirs.
+    """
     for place in _candidates(method):
-        found = _read(str(place), place.stat().st_mtime_ns)
+        try:
+            found = _read(str(place), place.stat().st_mtime_ns)
+        except (OSError, ValueError) as error:
+            if key in place.name:
+                raise ValueError(f"{error}; remove it, or measure again") from None
+            logging.getLogger("kvfold").warning("%s; passed over", error)
+            if damaged is not None:
+                damaged.append(str(error))
+            continue
         if found.method == method and found.model["fingerprint"] == key:
             yield place, found
 
