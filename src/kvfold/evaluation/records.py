@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ from filelock import FileLock, Timeout
 
 KEY = ("model", "dtype", "task", "length", "protocol", "example", "method", "budget")
 """The fields that say what a record is about; a key occurs once in a file."""
+
+ABOUT = ("model", "task", "length", "example")
+"""The fields that say which example a line is about."""
 
 RESULTS, EXAMPLES, DEFINITION = "results.jsonl", "examples.jsonl", "sweep.json"
 
@@ -19,10 +22,10 @@ def key_of(record: Mapping[str, Any]) -> str:
     return json.dumps([record[name] for name in KEY], ensure_ascii=False)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path, needed: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """The records of a file. What a killed writer left of its last line is passed over.
 
-    Raises ValueError for any other line that is no JSON object, naming it.
+    Raises ValueError for any other line that is no JSON object with the fields `needed`, naming it.
     """
     if not path.exists():
         return
@@ -34,9 +37,22 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 found = json.loads(line)
                 if not isinstance(found, dict):
                     raise ValueError("not an object")
-            except ValueError as error:
+                if missing := [name for name in needed if name not in found]:
+                    raise ValueError(f"{missing[0]!r} is missing")
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}, is damaged: {error}") from None
             yield found
+
+
+def _sweep_in(path: Path) -> dict[str, Any]:
+    """The definition in a `sweep.json`. Raises ValueError for a file that is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["sweep"]
+        if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.get("tasks", [])):
+            raise ValueError("it holds no sweep")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    return found
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -53,8 +69,8 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def to_line(record: Mapping[str, Any]) -> bytes:
-    """One record as a line."""
-    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    """One record as a line. A lone surrogate, which no encoding has, stays the escape that JSON has for it."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 class Lines:
@@ -79,8 +95,9 @@ class Lines:
 class ResultFolder:
     """A folder of results: `results.jsonl`, the `examples.jsonl` that they are about, and `sweep.json`.
 
-    With `retry_failed` the failures of earlier runs are forgotten first. One process writes at a time. Raises
-    ValueError for a folder with another sweep's results, RuntimeError for one that another process is writing to.
+    `done` are the keys of all results, `failed` those of failures among them. With `retry_failed` the failures of
+    earlier runs are forgotten first. One process writes at a time. Raises ValueError for a folder with another sweep's
+    results or damaged files, RuntimeError for one that another process is writing to.
     """
 
     def __init__(
@@ -95,14 +112,16 @@ class ResultFolder:
             raise RuntimeError(f"another process is writing to {folder}") from None
         path = folder / DEFINITION
         if path.exists():
-            self._check(json.loads(path.read_text(encoding="utf-8"))["sweep"], definition)
+            self._check(_sweep_in(path), definition)
         write_whole(path, json.dumps({"sweep": definition, **about}, indent=2, ensure_ascii=False).encode() + b"\n")
         if retry_failed:
-            good = [record for record in read_lines(folder / RESULTS) if "error" not in record]
+            good = [record for record in read_lines(folder / RESULTS, KEY) if "error" not in record]
             write_whole(folder / RESULTS, b"".join(map(to_line, good)))
         self._results, self._examples = Lines(folder / RESULTS), Lines(folder / EXAMPLES)
-        self.done = {key_of(record) for record in read_lines(folder / RESULTS)}
-        self._known = {self._example(record) for record in read_lines(folder / EXAMPLES)}
+        self.done, self.failed = set[str](), set[str]()
+        for record in read_lines(folder / RESULTS, KEY):
+            self._count(record)
+        self._known = {self._example(record) for record in read_lines(folder / EXAMPLES, ABOUT)}
 
     def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         for name in sorted({*before, *now} - {"models", "methods", "budgets", "tasks", "lengths", "protocols"}):
@@ -111,7 +130,7 @@ class ResultFolder:
                     f"{self.folder} holds results for {name}={before.get(name)!r}, not {now.get(name)!r}: "
                     "go on with the same sweep, or choose another folder"
                 )
-        entries = {each["task"]: each for each in before.get("tasks", [])}
+        entries = {each.get("task"): each for each in before.get("tasks", [])}
         for each in now.get("tasks", []):
             for name in ("samples", "texts", "data"):
                 if entries.get(each["task"], each).get(name) != each.get(name):
@@ -120,9 +139,14 @@ class ResultFolder:
                         f"{entries[each['task']].get(name)!r}, not {each.get(name)!r}: choose another folder"
                     )
 
+    def _count(self, record: Mapping[str, Any]) -> None:
+        self.done.add(key_of(record))
+        if "error" in record:
+            self.failed.add(key_of(record))
+
     @staticmethod
     def _example(record: Mapping[str, Any]) -> str:
-        return json.dumps([record[name] for name in ("model", "task", "length", "example")], ensure_ascii=False)
+        return json.dumps([record[name] for name in ABOUT], ensure_ascii=False)
 
     def add_examples(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add those examples that the folder does not have yet."""
@@ -137,11 +161,12 @@ class ResultFolder:
         keys = [key_of(record) for record in records]
         assert not self.done & set(keys) and len(set(keys)) == len(keys), "a result would count twice"
         self._results.append(records)
-        self.done |= set(keys)
+        for record in records:
+            self._count(record)
 
     def finish(self, order: Mapping[str, int]) -> None:
         """Put the results into the order of their keys' numbers; others stay behind them, as they came."""
-        records = list(read_lines(self.folder / RESULTS))
+        records = list(read_lines(self.folder / RESULTS, KEY))
         ranks = [order.get(key_of(record), len(order)) for record in records]
         if ranks != sorted(ranks):
             ordered = [records[i] for i in sorted(range(len(records)), key=ranks.__getitem__)]
