@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -125,6 +126,13 @@ def say_busy(cores: float | None) -> None:
     """Say on stderr that other programs kept cores busy while something was timed."""
     if cores is not None and cores > 0.2:
         stderr.print(f"other programs kept {cores:.2f} cores busy meanwhile: the seconds are worth little")
+
+
+def say_left_out(skipped: Sequence[Mapping[str, str]]) -> None:
+    """Say on stderr what is missing from a result, and why."""
+    for each in skipped:
+        line = f"left out: {each['contender']}: {each['reason']}"
+        stderr.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(data: Any) -> None:
