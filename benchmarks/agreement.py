@@ -27,6 +27,7 @@ import torch
 import kvfold
 from kvfold.evaluation.agreement import agreement
 from kvfold.evaluation.compare import split_names, with_budget
+from kvfold.evaluation.escaping import in_markdown
 from kvfold.hf.shared_prefill import prefill_many
 
 METHODS = "kvmerger,h2o,snapkv,tova,streamingllm"
@@ -178,7 +179,7 @@ def report(model: str, kept: Results, methods: list[str], budgets: list[float]) 
             one = summed(kept.of(f"{m}@{b}"))
             interval = f"{one['kl']:.3f} [{one['kl_low']:.3f}, {one['kl_high']:.3f}]"
             row.append(f"{interval} / {one['top1']:.3f} / {one['bytes_of_full']:.3f}")
-        print(f"| {m} | " + " | ".join(row) + " |")
+        print(f"| {in_markdown(m)} | " + " | ".join(row) + " |")
 
 
 if __name__ == "__main__":

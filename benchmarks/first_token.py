@@ -15,6 +15,7 @@ import kvfold
 from kvfold.bench.machine import describe, versions
 from kvfold.evaluation.compare import split_names, with_budget
 from kvfold.evaluation.decoding import prefill
+from kvfold.evaluation.escaping import code_cell
 from kvfold.files import write_json
 
 STORY = Path(__file__).parents[1] / "examples" / "documents" / "blue-carbuncle.txt"
@@ -51,7 +52,9 @@ def main() -> None:
         middle = statistics.median(found)
         faster = None if base is None else base / middle
         rows.append({"method": name, "seconds": found, "median": middle, "faster": faster, "ratio": ratios[name]})
-        print(f"| `{name}` | {middle:.2f} | {'-' if faster is None else f'{faster:.2f}'} | {ratios[name]:.3f} |")
+        print(
+            f"| {code_cell(name)} | {middle:.2f} | {'-' if faster is None else f'{faster:.2f}'} | {ratios[name]:.3f} |"
+        )
     if args.out is not None:
         about = {"model": args.model, "context": args.context, "budget": args.budget, "machine": describe(model.device)}
         write_json(args.out, {**about, "versions": versions(), "rows": rows})

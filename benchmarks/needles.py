@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvfold.evaluation.escaping import code_cell, in_markdown
 from kvfold.evaluation.report import make_report
 from kvfold.evaluation.report.cells import ALL_LENGTHS, Cell
 from kvfold.evaluation.report.markdown import MEANING, budget_name
@@ -33,7 +34,7 @@ def table(cells: Sequence[Cell]) -> str:
         ratios = [cell.ratio for cell in mine if cell is not None and cell.ratio is not None]
         ratio = f"{sum(ratios) / len(ratios):.3f}" if ratios else "-"
         scores = ["-" if cell is None or cell.score is None else f"{cell.score:.0f}" for cell in mine]
-        rows.append([f"`{one.method}`", budget_name(one.budget), ratio, *scores])
+        rows.append([code_cell(one.method), budget_name(one.budget), ratio, *scores])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -47,7 +48,8 @@ def page(results: Path) -> str:
     if note := ratio_note(report.results.records):
         parts.append(f"{note}\n")
     for setup in dict.fromkeys(cell.setup for cell in found):
-        about = f"## {setup.model}, {setup.dtype}, protocol: {setup.protocol}\n\n{MEANING[setup.protocol]}.\n\n"
+        name = f"{in_markdown(setup.model)}, {in_markdown(setup.dtype)}"
+        about = f"## {name}, protocol: {setup.protocol}\n\n{MEANING[setup.protocol]}.\n\n"
         parts.append(about + table([cell for cell in found if cell.setup == setup]) + "\n")
     return "\n".join(parts)
 

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import kvfold
 from kvfold.evaluation.compare import split_names, with_budget
+from kvfold.evaluation.escaping import code_cell
 
 FEW, MORE = 4, 8
 """Layers of the two models."""
@@ -91,7 +92,7 @@ def main() -> None:
         return
     print(f"| method | calls, {FEW} layers | calls, {MORE} layers | calls a layer |\n| --- | ---: | ---: | ---: |")
     for row in rows:
-        print(f"| `{row['method']}` | {row['few']:g} | {row['more']:g} | {row['per_layer']:g} |")
+        print(f"| {code_cell(row['method'])} | {row['few']:g} | {row['more']:g} | {row['per_layer']:g} |")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import kvfold
 from kvfold import artefacts
@@ -161,6 +163,74 @@ def test_refused(folder):
     with pytest.raises(ValueError, match="lacks 'reason'"):
         kvfold.Cache(model, "headkv")
     assert kvfold.Cache(model, "headkv", table="copy").method.heads == ((0.1,) * 4,) * 3
+
+
+DAMAGED = {
+    "cut.json": b'{"format": 1, "method": "duoatt',
+    "bytes.json": b"\xff\xfe\x00",
+    "deep.json": b"[" * 100_000,
+    "older.json": b'{"format": 0}',
+    "list.json": b"[]",
+    "parts.json": b'{"format": 1, "method": "duoattention", "model": [], "data": {}, "provenance": {}}',
+    "cut.safetensors": b"\xff" * 40,
+    "empty.safetensors": b"",
+}
+
+
+@pytest.mark.parametrize("name", [*DAMAGED, "a-folder.json", "no-such-file.json"])
+def test_a_damaged_file_of_another_model_is_passed_over_and_named(folder, caplog, name):
+    model, place = subject("llama"), artefacts.user_folder() / "duoattention"
+    place.mkdir(parents=True)
+    if name in DAMAGED:
+        (place / name).write_bytes(DAMAGED[name])
+    elif name == "a-folder.json":
+        (place / name).mkdir()
+    else:
+        (place / name).symlink_to(folder / "nowhere.json")
+    with pytest.raises(ValueError, match=f"has no calibration for .*passed over: .*{re.escape(name)}"):
+        artefacts.find("duoattention", model)
+    assert not artefacts.has("duoattention", model)
+    path = artefacts.save(made(model))
+    caplog.clear()
+    assert artefacts.find("duoattention", model) == artefacts.load(path) and artefacts.has("duoattention", model)
+    assert kvfold.Cache(model, "duoattention").method.gates is not None
+    assert all("passed over" in said and name in said for said in caplog.messages) and caplog.messages
+    for use in (lambda: artefacts.load(place / name), lambda: artefacts.find("duoattention", model, place / name)):
+        with pytest.raises(ValueError, match=f"calibration=.*{re.escape(name)}"):
+            use()
+    # One that is named for this very model is its own: what else lies there is not taken in its place.
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=f"{path.name}.* is not a calibration file.*measure again"):
+        artefacts.find("duoattention", model)
+
+
+@pytest.mark.parametrize(
+    "table",
+    ["abc", 5, None, {"a": 1}, [["a"]], [[1.0, None]], [[1.0], [2.0, 3.0]], [], [[]], [[-1.0, 1.0]] * 3,
+     [[float("inf")] * 2] * 3, [[10**400] * 2] * 3, [[1.0, 2.0]] * 2, [[[1.0]]]],
+)  # fmt: skip
+def test_a_table_that_is_none_is_named(folder, table):
+    model = subject("llama")
+    artefacts.save(made(model, gates=table))
+    with pytest.raises(ValueError, match="gates"):
+        cache = kvfold.Cache(model, "duoattention")
+        model(torch.ones(1, 8, dtype=torch.long), past_key_values=cache)
+
+
+@pytest.mark.parametrize("part", ["wq", "wv", "wg", "bg"])
+@pytest.mark.parametrize("damage", [None, (2, 3), (0, 2, 4, 8), (3, 2, 4, 9), (3, 5)])
+def test_gates_that_do_not_fit_together_are_named(folder, part, damage):
+    model = subject("llama")
+    parts = {name: (3, 2, 4, 64) for name in ("wq", "wk", "wv")} | {"wg": (3, 2, 2, 4), "bg": (3, 2)}
+    data = {name: torch.zeros(shape) for name, shape in parts.items()}
+    artefacts.save(made(model, "attention-gate", **data))
+    kvfold.Cache(model, "attention-gate")
+    del data[part]
+    if damage is not None:
+        data[part] = torch.zeros(damage)
+    artefacts.save(made(model, "attention-gate", **data))
+    with pytest.raises(ValueError, match="calibration of attention-gate"):
+        kvfold.Cache(model, "attention-gate")
 
 
 def test_pipelines_and_wrappers_bind_their_parts():

@@ -21,6 +21,7 @@ import torch
 
 import kvfold
 from kvfold.evaluation.compare import with_budget
+from kvfold.evaluation.escaping import code_cell, in_markdown
 from kvfold.hf.shared_prefill import prefill_many
 from kvfold.methods.base import Method
 from kvfold.methods.registry import parse
@@ -141,7 +142,7 @@ def table(rows: list[dict], budgets: list[float]) -> None:
             share, either = row["of_kvpress"], row["of_either"]
             sizes = f"{row['kept_kvpress'].mean():.1f} / {row['kept_kvfold'].mean():.1f}"
             cells.append(f"{share.mean():.2%} (lowest {share.min():.1%}), {either.mean():.2%}; {sizes}")
-        print(f"| {pair[0]}{' *' if pair[2] else ''} | `{pair[1]}` | " + " | ".join(cells) + " |")
+        print(f"| {in_markdown(pair[0])}{' *' if pair[2] else ''} | {code_cell(pair[1])} | " + " | ".join(cells) + " |")
 
 
 def save(path: Path, command: str, about: dict, rows: list[dict]) -> None:

@@ -114,5 +114,5 @@ def test_chart_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
             raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"):
-        save_chart(Broken(), tmp_path / "other.html")
+        save_chart(Broken(), tmp_path / "other.svg")
     assert [path.name for path in tmp_path.iterdir()] == ["chart.png"]

@@ -92,7 +92,7 @@ def test_nested_fields_are_named(tmp_path: Path):
 )
 def test_broken_files_are_named(name: str, content: bytes, tmp_path: Path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{name}: this file is broken"):
+    with pytest.raises(ValueError, match=rf"{name}.*: this file is broken"):
         made("longbench/qasper", tmp_path / name)
 
 

@@ -13,11 +13,11 @@ from kvfold.evaluation.report import SweepReport, make_report, read_results
 from kvfold.evaluation.report.cells import ALL_LENGTHS, ALL_TASKS, Cell, choices
 from kvfold.evaluation.report.depths import depths_of, spots
 from kvfold.evaluation.report.drilldown import drilldown, kept_digits
-from kvfold.evaluation.report.page import embedded, page, page_data
+from kvfold.evaluation.report.page import page, page_data
 from kvfold.evaluation.report.ranking import paired_differences, standings
 from kvfold.evaluation.report.records import ratio_note
 from kvfold.evaluation.report.strata import ReportContender
-from report_folders import NASTY, write_folder
+from report_folders import write_folder
 
 
 @pytest.fixture(scope="module")
@@ -233,12 +233,3 @@ def test_texts_beyond_the_limit_are_left_out_and_their_scores_stay(report: Sweep
 
 def test_kept_shares_as_digits():
     assert kept_digits([0.0, 0.5, 1.0, 1.2]) == "0izz"
-
-
-def test_embedded_json_is_the_same_data_and_closes_no_script():
-    data = {"text": NASTY + "\ud800\u2028", NASTY: [1.5, None]}
-    text = embedded(data)
-    assert "<" not in text and json.loads(text) == data
-    assert text.encode("utf-8")
-    with pytest.raises(ValueError):
-        embedded(float("nan"))

@@ -12,6 +12,7 @@ tells: `probed.py`.
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -113,7 +114,7 @@ def load(path: str | os.PathLike[str]) -> Artefact:
             found = read_json(place, "it")
         if not isinstance(found, dict) or "format" not in found:
             raise ValueError("it has no number of a format")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last: a home folder that is not
         raise ValueError(f"{here} is not a calibration file: {error}") from None
     check_format(found["format"], FORMAT, here)
     found = found if tensors is None else {**found, "data": tensors}
@@ -162,11 +163,13 @@ def locate(method: str, model: Any, path: str | os.PathLike[str] | None = None) 
                 f"{found.model['fingerprint']}); this model is {name!r} ({key}): {command(method, name)}"
             )
         return os.fspath(path), found
-    for place, found in _measured(method, key):
+    damaged: list[str] = []
+    for place, found in _measured(method, key, damaged):
         return f"{SHIPPED}{place.stem}" if place in shipped() else str(place), found
+    beside = f"; passed over: {'; '.join(damaged)}" if damaged else ""
     raise ValueError(
         f"{method} has no calibration for {name!r} (fingerprint {key}); make one: {command(method, name)}, "
-        "or name a file: calibration='path.json'"
+        f"or name a file: calibration='path.json'{beside}"
     )
 
 
@@ -197,10 +200,22 @@ def _read(path: str, written: int) -> Artefact:
     return load(path)
 
 
-def _measured(method: str, key: str) -> Iterator[tuple[Path, Artefact]]:
-    """What was measured for a method on models of one fingerprint, and where it lies: the user's, then what ships."""
+def _measured(method: str, key: str, damaged: list[str] | None = None) -> Iterator[tuple[Path, Artefact]]:
+    """What was measured for a method on models of one fingerprint, and where it lies: the user's, then what ships.
+
+    A file that can't be read, and is not named for these models, is none of theirs: it is passed over, with a warning
+    of the logger "kvfold". What is wrong with each comes into `damaged`. Raises ValueError for one that is theirs.
+    """
     for place in _candidates(method):
-        found = _read(str(place), place.stat().st_mtime_ns)
+        try:
+            found = _read(str(place), place.stat().st_mtime_ns)
+        except (OSError, ValueError) as error:
+            if key in place.name:
+                raise ValueError(f"{error}; remove it, or measure again") from None
+            logging.getLogger("kvfold").warning("%s; passed over", error)
+            if damaged is not None:
+                damaged.append(str(error))
+            continue
         if found.method == method and found.model["fingerprint"] == key:
             yield place, found
 

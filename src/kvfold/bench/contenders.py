@@ -22,6 +22,7 @@ from kvfold.methods.full import Full
 from kvfold.views import LayerView
 
 DYNAMIC = "DynamicCache"
+TRIAL_TOKENS = 16
 BACKENDS: dict[str, dict[str, Any]] = {
     "fp8": {},
     "quanto": {"nbits": 4},
@@ -47,6 +48,24 @@ def kvfold_contenders(model: PreTrainedModel, methods: Sequence[tuple[str, Metho
         return BenchContender(name, "kvfold", budget_of(method), lambda: Cache(model, method))
 
     return [one(name, method) for name, method in methods]
+
+
+def fitting(
+    model: PreTrainedModel, contenders: Sequence[BenchContender]
+) -> tuple[list[BenchContender], list[dict[str, str]]]:
+    """Those that can read a short prompt of random tokens and decode, and those that can't, each with its reason."""
+    found, skipped = [], []
+    for contender in contenders:
+        try:
+            cache = contender.make()
+            token, _ = read_prompt(model, cache, draw_prompts(model, 1, TRIAL_TOKENS))
+            decode_steps(model, cache, token, 1)
+        except Exception as error:  # of a method, which may be anybody's
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            skipped.append({"contender": contender.name, "reason": reason})
+        else:
+            found.append(contender)
+    return found, skipped
 
 
 def transformers_contenders(model: PreTrainedModel, quantized: bool = True) -> tuple[list[BenchContender], list[dict]]:  # type: ignore[type-arg]

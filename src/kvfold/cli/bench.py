@@ -99,8 +99,9 @@ def run_command(
         peers.check_python(python)
     lm, _ = load(model, dtype=kind, device=on)
     common.check_fits(lm, context, rounds * steps + WARM_STEPS)
-    own = c.kvfold_contenders(lm, wanted)
+    own, unfit = c.fitting(lm, c.kvfold_contenders(lm, wanted))
     theirs, skipped = c.transformers_contenders(lm, quantized)
+    skipped = skipped + unfit
     with measured("run", on) as (tick, result):
         rows, rate = measure_run(
             lm, [*theirs, *own], context=context, batch=batch, steps=steps, rounds=rounds,
@@ -129,6 +130,7 @@ def run_command(
     title = f"{model}, {context:,} tokens, batch {batch}, {kind}, on {hardware(result)}"
     table = tables.run_table(rows, rate.bytes_per_second, weights, title)
     finish(result, table, json, out, chart, lambda: charts.run_chart(rows, title))
+    common.end(not unfit)
 
 
 @app.command("growth")
@@ -161,7 +163,8 @@ def growth_command(
     on = prepared(device, out, chart)
     lm, _ = load(model, dtype=kind, device=on)
     common.check_fits(lm, contexts[-1], steps)
-    entrants = [*c.transformers_contenders(lm, quantized=False)[0], *c.kvfold_contenders(lm, wanted)]
+    own, unfit = c.fitting(lm, c.kvfold_contenders(lm, wanted))
+    entrants = [*c.transformers_contenders(lm, quantized=False)[0], *own]
     with measured("growth", on) as (tick, result):
         rows, rate = measure_growth(lm, entrants, contexts, batch=batch, steps=steps, rounds=rounds, tick=tick)
         found = exponents(rows)
@@ -169,11 +172,12 @@ def growth_command(
             "model": model, "dtype": kind, "batch": batch, "steps": steps, "rounds": rounds,
             "weight_bytes": c.weight_bytes(lm), "read_bandwidth": rate.to_dict(),
             "rows": [row.to_dict() for row in rows], "exponents": [each.to_dict() for each in found],
-            "probe_seconds": probe_seconds(lm),
+            "probe_seconds": probe_seconds(lm), "skipped": unfit,
         }  # fmt: skip
     title = f"{model}, batch {batch}, {kind}, on {hardware(result)}"
     table = tables.growth_table(rows, found, rate.bytes_per_second, title)
     finish(result, table, json, out, chart, lambda: charts.growth_chart(rows, title))
+    common.end(not unfit)
 
 
 # -- what the three share ------------------------------------------------------------------------------------

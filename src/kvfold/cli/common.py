@@ -4,9 +4,10 @@ import ast
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console, RenderableType
@@ -127,9 +128,21 @@ def say_busy(cores: float | None) -> None:
         stderr.print(f"other programs kept {cores:.2f} cores busy meanwhile: the seconds are worth little")
 
 
+def say_left_out(skipped: Sequence[Mapping[str, str]]) -> None:
+    """Say on stderr what is missing from a result, and why."""
+    for each in skipped:
+        line = f"left out: {each['contender']}: {each['reason']}"
+        stderr.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_json(data: Any) -> None:
     """Data on standard output."""
     print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def end(complete: bool) -> NoReturn:
+    """End the command: with 1 where something that was asked for is missing, which has been said on stderr."""
+    raise typer.Exit(0 if complete else 1)
 
 
 def size(nbytes: int) -> str:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -34,7 +34,10 @@ def compare_command(
     ] = None,
     json: common.Json = False,
 ) -> None:
-    """Compare methods on one document: answer, memory, time, agreement with the full cache."""
+    """Compare methods on one document: answer, memory, time, agreement with the full cache.
+
+    A method that fails is left out, and said; the command then ends with 1.
+    """
     budgets = [common.number(part) for part in budget.split(",")]
 
     import torch
@@ -45,6 +48,7 @@ def compare_command(
     from kvfold.evaluation.compare import compare, method_names, with_budget
     from kvfold.evaluation.comparison import answers_of, comparison_page
     from kvfold.files import write_whole
+    from kvfold.methods.registry import broken_plugins
     from kvfold.models.load import load
 
     names = method_names(methods)
@@ -68,6 +72,13 @@ def compare_command(
             left = took * timed + (took + took * timed / 4) * (len(budgets) > 1)
             common.stderr.print(f"(that took {took:.0f} s; all methods about {left:.0f} s more)", highlight=False)
 
+    skipped: list[dict[str, str]] = []
+
+    def left_out(name: str, value: Any, error: Exception) -> None:
+        who = name if value is None else f"{name} {value}"
+        skipped.append({"contender": who, "reason": " ".join(f"{type(error).__name__}: {error}".split())})
+        common.say_left_out(skipped[-1:])
+
     with common.stderr.status("") as status:
 
         def tick(what: str) -> None:
@@ -75,7 +86,9 @@ def compare_command(
             status.update(f"{ids.shape[1]:,} tokens: {what}")
             begun = time.perf_counter() if what == "full" else begun  # when the warm-up is over
 
-        rows = compare(lm, tokenizer, ids, names, budgets, max_new_tokens=max_new_tokens, tick=tick, made_row=say)
+        rows = compare(
+            lm, tokenizer, ids, names, budgets, max_new_tokens=max_new_tokens, tick=tick, made_row=say, failed=left_out
+        )  # fmt: skip
     busy = others.cores()
     title = f"{model}, {ids.shape[1]:,} tokens of {file.name}"
     if json:
@@ -84,7 +97,8 @@ def compare_command(
             "dtype": str(lm.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
             "probe_seconds": probe_seconds(lm),
         }  # fmt: skip
-        common.print_json({**about, "versions": common.versions(), "rows": [row.to_dict() for row in rows]})
+        common.print_json({**about, "versions": common.versions(), "rows": [row.to_dict() for row in rows],
+                           "skipped": skipped})  # fmt: skip
     else:
         for table in tables_of(rows, title):
             common.show(table)
@@ -97,6 +111,7 @@ def compare_command(
         else:
             save_chart(memory_against_agreement(rows, title), chart)
         common.stderr.print(f"chart: {chart}")
+    common.end(not skipped and not (methods.strip() == "all" and broken_plugins()))
 
 
 def tables_of(rows: Sequence["CompareRow"], title: str) -> tuple[Table, Table]:

@@ -41,7 +41,10 @@ def eval_command(
     list_all: Annotated[bool, typer.Option("--list", help="List tasks and suites, and end.")] = False,
     json: common.Json = False,
 ) -> None:
-    """Measure methods at budgets on tasks; results go to a folder that `kvfold report` reads."""
+    """Measure methods at budgets on tasks; results go to a folder that `kvfold report` reads.
+
+    Ends with 1 where something failed, now or in an earlier run, or could not be tried.
+    """
     if list_all:
         _list(json)
         return
@@ -56,6 +59,7 @@ def eval_command(
     folder = out or Path("results") / made.name
     done = run_with_progress(made, folder, device, ray, retry_failed)
     _show(folder, made, done, json)
+    common.end(done.complete)
 
 
 def _words(text: str | None) -> list[str] | None:
@@ -122,7 +126,9 @@ def _show(folder: Path, sweep: "Sweep", done: "Done", json: bool) -> None:
     cells = [cell for cell in make_report([folder]).cells if cell.length == ALL_LENGTHS]
     if json:
         rows = [cell.to_dict() for cell in cells]
-        common.print_json({"folder": str(folder), "records": done.total, "failed": done.failed, "rows": rows})
+        counts = {"records": done.total, "failed": done.failed, "failures": done.failures, "problems": done.problems}
+        common.print_json({"folder": str(folder), **counts, "rows": rows})
+        _say(done)
         return
     for setup in dict.fromkeys(cell.setup for cell in cells):
         mine = [cell for cell in cells if cell.setup == setup]
@@ -137,12 +143,21 @@ def _show(folder: Path, sweep: "Sweep", done: "Done", json: bool) -> None:
             budget = "-" if one.budget is None else str(one.budget)
             table.add_row(one.method, budget, "-" if ratio is None else f"{ratio:.3f}", *shown)
         common.show(table)
-    failed = f", {done.failed} of them new failures" if done.failed else ""
+    _say(done)
+    failed = f", {done.failures} of them failures ({done.failed} new)" if done.failures else ""
     command = f"kvfold report {shlex.quote(str(folder))} --out page.html"
     # Lines of their own, which no console wraps: commands are there to be pasted.
     common.stderr.print(f"{done.done} results in {folder}{failed}. A page of them:\n{command}", soft_wrap=True)
     if not can_draw():
         common.stderr.print("It draws with altair: pip install 'kvfold[plot]'", markup=False)
+
+
+def _say(done: "Done") -> None:
+    """On stderr, why the command ends with 1."""
+    for problem in done.problems:
+        common.stderr.print(f"not tried: {problem}", markup=False, highlight=False, soft_wrap=True)
+    if done.failures:
+        common.stderr.print("failures are in results.jsonl, each with its error; --retry-failed tries them again")
 
 
 def _number(score: float | None, higher: bool) -> str:

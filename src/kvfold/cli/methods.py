@@ -20,6 +20,7 @@ def methods(
 ) -> None:
     """List the methods: slug, title, paper, kind, options with their defaults; or all about one."""
     from kvfold.methods import get_method, list_methods
+    from kvfold.methods.registry import broken_plugins
 
     if name is not None:
         info = get_method(name)
@@ -31,7 +32,7 @@ def methods(
     infos = list_methods()
     if json:
         common.print_json([info.to_dict() for info in infos])
-        return
+        common.end(not broken_plugins())
     table = Table()
     for name in ("method", "kind", "arXiv", "keeps", "options"):
         table.add_column(name, overflow="fold")
@@ -39,6 +40,7 @@ def methods(
         options = ", ".join(f"{name}={value!r}" for name, value in info.options.items())
         table.add_row(info.slug, info.kind, info.paper or "-", info.summary, options or "-")
     common.show(table)
+    common.end(not broken_plugins())
 
 
 def about(info: "MethodInfo") -> Group:

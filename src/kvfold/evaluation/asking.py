@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from kvfold.evaluation.agreement import divergence
 from kvfold.evaluation.decoding import sync
-from kvfold.evaluation.examples import Example, Query
+from kvfold.evaluation.examples import Example, Query, check_texts
 from kvfold.evaluation.kept import kept_share
 from kvfold.evaluation.metrics import get_metric
 from kvfold.evaluation.prompting import EncodedPrompt, Prompter
@@ -76,20 +76,38 @@ class Asker:
     def ask(self, batch: Sequence[Example], protocol: str, contenders: Sequence[AskedContender]) -> list[Outcome]:
         """An outcome for each contender (outer) and example (inner), in order. `contenders[0]` must be `full`.
 
-        What fails is an outcome with an error, and the others go on.
+        What fails is an outcome with an error, and the others go on; an example that can't be encoded fails alone.
         """
         outcomes = [Outcome(e, c) for c in range(len(contenders)) for e in range(len(batch))]
+        prompts: dict[int, EncodedPrompt] = {}
+        for e, example in enumerate(batch):
+            try:
+                check_texts(example)
+                prompts[e] = self.prompter.prompt(example, turns=protocol == "turns")
+            except Exception as error:
+                for outcome in outcomes[e :: len(batch)]:
+                    _failed(outcome, error)
+        if prompts:
+            mine = [outcome for outcome in outcomes if outcome.example in prompts]
+            self._ask([batch[e] for e in prompts], list(prompts.values()), protocol, contenders, mine)
+        return outcomes
+
+    def _ask(
+        self, batch: Sequence[Example], prompts: Sequence[EncodedPrompt], protocol: str,
+        contenders: Sequence[AskedContender], outcomes: list[Outcome],
+    ) -> None:  # fmt: skip
+        """Fill the outcomes, [contender][example], of examples with their prompts."""
         try:
-            prompts = [self.prompter.prompt(example, turns=protocol == "turns") for example in batch]
             rounds = list(_rounds(batch, prompts, protocol))
         except Exception as error:
-            return [_failed(outcome, error) for outcome in outcomes]
+            for outcome in outcomes:
+                _failed(outcome, error)
+            return
         for number, asked in enumerate(rounds):
             self._round(batch, asked, number, contenders, outcomes)
-        for outcome in outcomes:
-            if cut := prompts[outcome.example].cut:
+        for i, outcome in enumerate(outcomes):
+            if cut := prompts[i % len(prompts)].cut:
                 outcome.measured["cut_tokens"] = cut
-        return outcomes
 
     def _round(
         self, batch: Sequence[Example], asked: "Round", number: int, contenders: Sequence[AskedContender],

@@ -5,11 +5,32 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.evaluation.compare import CompareRow
+from kvfold.evaluation.escaping import in_script
 from kvfold.evaluation.report.charts import looks
-from kvfold.evaluation.report.page import can_draw
+from kvfold.evaluation.report.page import can_draw, vega
 from kvfold.files import check_regular, write_whole
 
 SUFFIXES = (".html", ".png", ".svg", ".json")
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>kvfold</title>
+<link rel="icon" href="data:,">
+</head>
+<body>
+<div id="chart"></div>
+<script>
+{vega}
+</script>
+<script type="application/json" id="spec">{spec}</script>
+<script>
+vegaEmbed("#chart", JSON.parse(document.getElementById("spec").textContent), {{ mode: "vega-lite" }});
+</script>
+</body>
+</html>
+"""
 
 
 def check_chart_path(path: Path) -> None:
@@ -77,7 +98,18 @@ def memory_against_agreement(rows: Sequence[CompareRow], title: str) -> Any:
     return alt.hconcat(*agreement_panels(rows, alt.Legend(title=None, orient="top"), width=380)).properties(title=title)
 
 
+def chart_page(chart: Any) -> str:
+    """A chart as an HTML page that opens without a network. Whatever its data say is text there, never markup."""
+    return PAGE.format(vega=vega(), spec=in_script(chart.to_dict()))
+
+
 def save_chart(chart: Any, path: Path) -> None:
     """Write a chart, whole or not at all; HTML is self-contained and opens without a network."""
-    options = {"inline": True} if path.suffix == ".html" else {}
-    write_whole(path, lambda part: chart.save(str(part), **options), "chart")
+
+    def write(part: Path) -> None:
+        if path.suffix == ".html":  # altair's own page has the data in its script as they come
+            part.write_text(chart_page(chart), encoding="utf-8")
+        else:
+            chart.save(str(part))
+
+    write_whole(path, write, "chart")

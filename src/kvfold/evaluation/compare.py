@@ -85,6 +85,14 @@ def budget_of(method: Method) -> float | int | None:
     return found[0] if len(found) == 1 else None
 
 
+Wanted = tuple[str, Method, Any]
+"""A method's text, the method, and its budget, where it has one."""
+
+
+def _raise(name: str, budget: Any, error: Exception) -> None:
+    raise error
+
+
 def compare(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -95,16 +103,29 @@ def compare(
     max_new_tokens: int = 64,
     tick: Callable[[str], None] = lambda _: None,
     made_row: Callable[[CompareRow], None] = lambda _: None,
+    failed: Callable[[str, Any, Exception], None] = _raise,
 ) -> list[CompareRow]:
     """Every method at every budget on one prompt (1, T); the first row is `full`. `made_row` gets each as it comes.
+
+    `failed` gets the name, the budget and the error of each that fails, and the others go on; methods that do not fit
+    the model come first, before anything is read. Without it the error is raised.
 
     At the first budget each method reads the prompt itself and is timed. At further budgets one exact prefill
     serves all that it can (their times are None): the same tokens are stored, see `prefill_many`.
     """
 
-    def wants(budget: float | int) -> list[tuple[str, Method, Any]]:
+    def tried(work: Callable[[Wanted], object], each: Wanted) -> bool:
+        try:
+            work(each)
+        except Exception as error:
+            failed(each[0], each[2], error)
+            return False
+        return True
+
+    def wants(budget: float | int) -> list[Wanted]:
         made = [(name, with_budget(name, budget)) for name in methods if name != "full"]
-        return [(name, method, budget_of(method)) for name, method in made]
+        found = [(name, method, budget_of(method)) for name, method in made]
+        return [each for each in found if tried(lambda one: Cache(model, one[1]), each)]
 
     wanted, later = wants(budgets[0]), [each for b in budgets[1:] for each in wants(b)]
     tick("warm-up")
@@ -134,28 +155,42 @@ def compare(
     rows: list[CompareRow] = []
     row("full", None, answer, sizes, read.seconds, agree(truth))
     del whole
-    for name, method, budget in wanted:
+
+    def measure(each: Wanted, cache: Cache, first: Tensor | None = None, timed: bool = True) -> None:
+        """`first`: the logits of a prefill that others have had, too; None: the cache reads the prompt itself."""
+        name, method, budget = each
         tick(f"{name} at {budget}")
-        cache = Cache(model, method)
-        own = prefill(model, ids, cache)
+        seconds = None
+        if first is None:
+            own = prefill(model, ids, cache)
+            first, seconds = own.logits, own.seconds if timed else None
         held = (cache.kept_tokens, cache.nbytes, cache.dense_nbytes)
-        logits = _forced(model, cache, own.logits, answer.tokens)
-        made = decode(model, cache, own.logits, max_new_tokens)
-        row(name, budget, made, held, own.seconds, agree(logits, method))
+        logits = _forced(model, cache, first, answer.tokens)
+        made = decode(model, cache, first, max_new_tokens)
+        row(name, budget, made, held, seconds, agree(logits, method))
+
+    for each in wanted:
+        tried(lambda one: measure(one, Cache(model, one[1])), each)
     if later:
         tick("further budgets")
         caches = [Cache(model, method) for _, method, _ in later]
-        sharing = [cache for cache in caches if cache.shares_prefill]
-        first = prefill_many(model, {"input_ids": ids.to(model.device)}, sharing, logits_to_keep=1)[0, -1].float()
-        for (name, method, budget), cache in zip(later, caches, strict=True):
-            tick(f"{name} at {budget}")
-            begin = first if cache.shares_prefill else prefill(model, ids, cache).logits
-            held = (cache.kept_tokens, cache.nbytes, cache.dense_nbytes)
-            logits = _forced(model, cache, begin, answer.tokens)
-            made = decode(model, cache, begin, max_new_tokens)
-            row(name, budget, made, held, None, agree(logits, method))
-            cache.reset()
+        shared = _read_together(model, ids, caches)
+        for each, cache in zip(later, caches, strict=True):
+            mine = shared if cache.shares_prefill else None
+            ours = cache if shared is not None else Cache(model, each[1])
+            tried(lambda one, own=ours, first=mine: measure(one, own, first, timed=False), each)  # type: ignore[misc]
+            ours.reset()
     return rows
+
+
+def _read_together(model: PreTrainedModel, ids: Tensor, caches: Sequence[Cache]) -> Tensor | None:
+    """One exact prefill for all that can share it: its last logits. None where it fails: whose fault it is shows then,
+    when each reads the prompt itself."""
+    sharing = [cache for cache in caches if cache.shares_prefill]
+    try:
+        return prefill_many(model, {"input_ids": ids.to(model.device)}, sharing, logits_to_keep=1)[0, -1].float()
+    except Exception:
+        return None
 
 
 def _forced(model: PreTrainedModel, cache: Cache, first: Tensor, tokens: list[int]) -> Tensor:

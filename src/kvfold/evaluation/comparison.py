@@ -1,13 +1,13 @@
 """`kvfold compare` as one HTML page that opens without a network: question, answers, table, charts."""
 
 from collections.abc import Sequence
-from html import escape
 from importlib.resources import files
 
 from kvfold.evaluation.chart import agreement_panels
 from kvfold.evaluation.compare import CompareRow
+from kvfold.evaluation.escaping import in_html, in_script
 from kvfold.evaluation.report.charts import REFERENCE, looks
-from kvfold.evaluation.report.page import embedded
+from kvfold.evaluation.report.page import vega
 
 HEAD = (
     "method",
@@ -74,19 +74,16 @@ document.querySelectorAll(".chart").forEach((at, i) => vegaEmbed(at, specs[i], {
 
 def comparison_page(rows: Sequence[CompareRow], title: str, question: str | None) -> str:
     """The page. Whatever a model, a file or a method is called or says is text there, never markup."""
-    import vl_convert
-
     grey = {"labelColor": REFERENCE, "titleColor": REFERENCE, "gridColor": REFERENCE, "gridOpacity": 0.25}
     config = {"background": "transparent", "view": {"stroke": None}, "axis": {**grey, "domainColor": REFERENCE},
               "title": {"color": REFERENCE, "fontSize": 13, "anchor": "start"}}  # fmt: skip
     specs = [{**panel.to_dict(), "config": config} for panel in agreement_panels(rows, width="container")]
     css = files("kvfold.evaluation.report") / "assets" / "page.css"
     return PAGE.format(
-        title=escape(title), question=escape(question or "How the text goes on"),
+        title=in_html(title), question=in_html(question or "How the text goes on"),
         style=css.read_text(encoding="utf-8"), answers="\n".join(_answers(rows)),
         head="".join(f'<th{"" if name == "method" else " class=amount"}>{name}</th>' for name in HEAD),
-        rows="\n".join(_rows(rows)), specs=embedded(specs),
-        vega=vl_convert.javascript_bundle().replace("</script", "<\\/script"),  # type: ignore[call-arg]
+        rows="\n".join(_rows(rows)), specs=in_script(specs), vega=vega(),
     )  # fmt: skip
 
 
@@ -101,7 +98,7 @@ def answers_of(rows: Sequence[CompareRow]) -> dict[str, list[str]]:
 
 def _answers(rows: Sequence[CompareRow]) -> list[str]:
     return [
-        f"<dt>{escape(', '.join(whose))}</dt><dd>{escape(text) or '(nothing)'}</dd>"
+        f"<dt>{in_html(', '.join(whose))}</dt><dd>{in_html(text) or '(nothing)'}</dd>"
         for text, whose in answers_of(rows).items()
     ]
 
@@ -118,5 +115,5 @@ def _rows(rows: Sequence[CompareRow]) -> list[str]:
             f"{row.top1:.0%}", f"{row.kl:.3f}",
         )  # fmt: skip
         amounts = "".join(f'<td class="amount">{cell}</td>' for cell in cells)
-        made.append(f"<tr><td>{swatch}{escape(row.method)}</span></td>{amounts}</tr>")
+        made.append(f"<tr><td>{swatch}{in_html(row.method)}</span></td>{amounts}</tr>")
     return made

@@ -35,6 +35,23 @@ class Query:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
 
 
+def check_texts(example: "Example") -> None:
+    """Raise ValueError for a text with a lone surrogate in it, which JSON can hold and no tokenizer can read."""
+    texts = [("context", example.context)]
+    for i, query in enumerate(example.queries):
+        parts = (("text", query.text), ("prefix", query.prefix), ("target", query.target or ""))
+        texts += [(f"queries[{i}].{name}", text) for name, text in parts]
+        texts += [(f"queries[{i}].answers", text) for text in query.answers]
+    for name, text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"example {example.id!r}: {name} has {text[error.start]!r} at character {error.start}, which is half "
+                "a character (a lone surrogate)"
+            ) from None
+
+
 @dataclass(frozen=True)
 class Example:
     """One context and its questions. `id` is unique within its task and length.

@@ -21,10 +21,14 @@ class Remote:
         torch.set_num_threads(threads)
         self.worker = Worker(Sweep.model_validate(definition), device)
 
-    def plan(self, model: str) -> list[Any]:
-        """Units of a model, each with the keys of its records and with its examples."""
-        units = self.worker.units(model)
-        return [(unit, self.worker.keys(unit, ids), self.worker.example_records(unit)) for unit, ids in units]
+    def plan(self, model: str, strict: bool) -> tuple[list[Any], list[str]]:
+        """Units of a model, each with the keys of its records and with its examples; and what can't be made.
+
+        `strict`: that is an error.
+        """
+        problems: list[str] = []
+        units = self.worker.units(model, None if strict else problems)
+        return [(unit, self.worker.keys(unit, ids), self.worker.example_records(unit)) for unit, ids in units], problems
 
     def run(self, unit: Any, done: list[str]) -> list[dict[str, Any]]:
         """A unit's records."""
@@ -62,15 +66,18 @@ def run_on_ray(
             return kind.remote(sweep.definition(), device, threads)
 
         pool = [start() for _ in range(number)]
-        order, waiting = dict[str, int](), []
+        order, waiting, problems = dict[str, int](), [], list[str]()
         for model in sweep.models:
-            for unit, keys, examples in ray.get(pool[0].plan.remote(model)):
+            units, unmade = ray.get(pool[0].plan.remote(model, model == sweep.models[0]))
+            problems += unmade
+            for unit, keys, examples in units:
                 flat = [key for mine_ in keys for key in mine_]
                 order |= {key_of(key): len(order) + at for at, key in enumerate(flat)}
                 if any(key_of(key) not in store.done for key in flat):
                     store.add_examples(examples)
                     waiting.append((unit, flat, 0))
-        progress = Progress(len(order), sum(key in store.done for key in order))
+        progress = Progress(len(order), sum(key in store.done for key in order), problems=problems)
+        progress.failures = sum(key in store.failed for key in order)
         waiting.reverse()
         busy: dict[Any, tuple[int, Any]] = {}
         idle = list(range(number))

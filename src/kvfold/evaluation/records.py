@@ -1,7 +1,7 @@
 """Results on disk: one JSON line for each example, method and budget, appended whole or not at all."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from kvfold.options import shown
 KEY = ("model", "dtype", "task", "length", "protocol", "example", "method", "budget")
 """The fields that say what a record is about; a key occurs once in a file."""
 
+ABOUT = ("model", "task", "length", "example")
+"""The fields that say which example a line is about."""
+
 RESULTS, EXAMPLES, DEFINITION = "results.jsonl", "examples.jsonl", "sweep.json"
 FORMAT = 1
 """Of all three: each line of the first two has it, and files from before it was written have none."""
@@ -32,10 +35,10 @@ def key_of(record: Mapping[str, Any]) -> str:
     return json.dumps([record[name] for name in KEY], ensure_ascii=False)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path, needed: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """The records of a file. What a killed writer left of its last line is passed over.
 
-    Raises ValueError for any other line that is no JSON object, or of another format, naming it.
+    Raises ValueError for a line that is no JSON object with the fields `needed`, or of another format, naming it.
     """
     check_regular(path)
     if not path.exists():
@@ -49,6 +52,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 found = parse_json(line, "it")
                 if not isinstance(found, dict):
                     raise ValueError("it is not an object")
+                if missing := [name for name in needed if name not in found]:
+                    raise ValueError(f"{missing[0]!r} is missing")
             except ValueError as error:
                 raise ValueError(f"{here} is damaged: {error}") from None
             check_format(found.get("format", FORMAT), FORMAT, here)
@@ -56,8 +61,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def to_line(record: Mapping[str, Any]) -> bytes:
-    """One record as a line."""
-    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    """One record as a line. A lone surrogate, which no encoding has, stays the escape that JSON has for it."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def read_sweep(path: Path, **reading: Any) -> dict[str, Any]:
@@ -84,8 +89,9 @@ class Lines:
 class ResultFolder:
     """A folder of results: `results.jsonl`, the `examples.jsonl` that they are about, and `sweep.json`.
 
-    With `retry_failed` the failures of earlier runs are forgotten first. One process writes at a time. Raises
-    ValueError for a folder with another sweep's results, RuntimeError for one that another process is writing to.
+    `done` are the keys of all results, `failed` those of failures among them. With `retry_failed` the failures of
+    earlier runs are forgotten first. One process writes at a time. Raises ValueError for a folder with another sweep's
+    results or damaged files, RuntimeError for one that another process is writing to.
     """
 
     def __init__(
@@ -101,16 +107,18 @@ class ResultFolder:
         path = folder / DEFINITION
         if path.exists():
             before = read_sweep(path).get("sweep")
-            if not isinstance(before, dict):
+            if not isinstance(before, dict) or not all(isinstance(each, dict) for each in before.get("tasks", [])):
                 raise ValueError(f"{path} is damaged: sweep={shown(before)} must be an object")
             self._check(before, definition)
         write_json(path, {"format": FORMAT, "sweep": definition, **about}, indent=2)
         if retry_failed:
-            good = [record for record in read_lines(folder / RESULTS) if "error" not in record]
+            good = [record for record in read_lines(folder / RESULTS, KEY) if "error" not in record]
             write_whole(folder / RESULTS, b"".join(map(to_line, good)))
         self._results, self._examples = Lines(folder / RESULTS), Lines(folder / EXAMPLES)
-        self.done = {key_of(record) for record in read_lines(folder / RESULTS)}
-        self._known = {self._example(record) for record in read_lines(folder / EXAMPLES)}
+        self.done, self.failed = set[str](), set[str]()
+        for record in read_lines(folder / RESULTS, KEY):
+            self._count(record)
+        self._known = {self._example(record) for record in read_lines(folder / EXAMPLES, ABOUT)}
 
     def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         for name in sorted({*before, *now} - {"models", "methods", "budgets", "tasks", "lengths", "protocols"}):
@@ -119,7 +127,7 @@ class ResultFolder:
                     f"{self.folder} holds results for {name}={before.get(name)!r}, not {now.get(name)!r}: "
                     "go on with the same sweep, or choose another folder"
                 )
-        entries = {each["task"]: each for each in before.get("tasks", [])}
+        entries = {each.get("task"): each for each in before.get("tasks", [])}
         for each in now.get("tasks", []):
             for name in ("samples", "texts", "data"):
                 if entries.get(each["task"], each).get(name) != each.get(name):
@@ -128,9 +136,14 @@ class ResultFolder:
                         f"{entries[each['task']].get(name)!r}, not {each.get(name)!r}: choose another folder"
                     )
 
+    def _count(self, record: Mapping[str, Any]) -> None:
+        self.done.add(key_of(record))
+        if "error" in record:
+            self.failed.add(key_of(record))
+
     @staticmethod
     def _example(record: Mapping[str, Any]) -> str:
-        return json.dumps([record[name] for name in ("model", "task", "length", "example")], ensure_ascii=False)
+        return json.dumps([record[name] for name in ABOUT], ensure_ascii=False)
 
     def add_examples(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add those examples that the folder does not have yet."""
@@ -145,11 +158,12 @@ class ResultFolder:
         keys = [key_of(record) for record in records]
         assert not self.done & set(keys) and len(set(keys)) == len(keys), "a result would count twice"
         self._results.append({"format": FORMAT, **record} for record in records)
-        self.done |= set(keys)
+        for record in records:
+            self._count(record)
 
     def finish(self, order: Mapping[str, int]) -> None:
         """Put the results into the order of their keys' numbers; others stay behind them, as they came."""
-        records = list(read_lines(self.folder / RESULTS))
+        records = list(read_lines(self.folder / RESULTS, KEY))
         ranks = [order.get(key_of(record), len(order)) for record in records]
         if ranks != sorted(ranks):
             ordered = [records[i] for i in sorted(range(len(records)), key=ranks.__getitem__)]

@@ -19,12 +19,22 @@ PACKAGES = ("kvfold", "torch", "transformers", "tokenizers", "numpy", "numba")
 
 @dataclass
 class Progress:
-    """How far a sweep is, in records; `failed` are among the done."""
+    """How far a sweep is, in records; `failed` are among the done, `failures` those of earlier runs with them.
+
+    `problems`: what could not be tried at all, and why.
+    """
 
     total: int = 0
     done: int = 0
     failed: int = 0
+    failures: int = 0
     now: str = ""
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything was tried, and nothing failed."""
+        return not self.failures and not self.problems
 
 
 Tick = Callable[[Progress], None]
@@ -62,7 +72,8 @@ def run_sweep(
 ) -> Progress:
     """Run what `folder` does not have yet of a sweep; how far it is then.
 
-    Examples of a model are all made before any is asked, so that a task that can't be made stops the sweep early.
+    Examples of a model are all made before any is asked. What can't be made for the first model stops the sweep before
+    anything is written; a later model, or a task of its, is named in the result's `problems`, and the others go on.
     With `retry_failed` what failed before is tried again. Raises ValueError for that task, and for a folder with
     another sweep's results. What fails later is a record with an error. Ctrl-C and SIGKILL lose the batch under way,
     and nothing else.
@@ -73,10 +84,11 @@ def run_sweep(
     try:
         order, progress = dict[str, int](), Progress()
         for model in sweep.models:
-            mine = first if model == sweep.models[0] else plan_for(worker, [model])
+            mine = first if model == sweep.models[0] else plan_for(worker, [model], progress.problems)
             order |= {key: len(order) + at for key, at in mine.order.items()}
             progress.total = len(order)
             progress.done = sum(key in store.done for key in order)
+            progress.failures = sum(key in store.failed for key in order)
             for unit, keys in mine.units:
                 if all(key in store.done for key in keys):
                     continue
@@ -93,11 +105,11 @@ def run_sweep(
         store.close()
 
 
-def plan_for(worker: Worker, models: list[str]) -> Workload:
-    """The units of some models, in order."""
+def plan_for(worker: Worker, models: list[str], problems: list[str] | None = None) -> Workload:
+    """The units of some models, in order; `problems`: see `Worker.units`."""
     plan = Workload()
     for model in models:
-        for unit, ids in worker.units(model):
+        for unit, ids in worker.units(model, problems):
             plan.add(worker, unit, ids)
     return plan
 
@@ -110,5 +122,7 @@ def describe(sweep: Sweep, unit: Unit) -> str:
 
 def count(progress: Progress, records: list[dict[str, Any]]) -> None:
     """Records that came in."""
+    failed = sum("error" in record for record in records)
     progress.done += len(records)
-    progress.failed += sum("error" in record for record in records)
+    progress.failed += failed
+    progress.failures += failed

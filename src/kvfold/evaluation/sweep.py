@@ -4,7 +4,7 @@ import json
 import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -14,6 +14,9 @@ from kvfold.methods import list_methods
 
 Protocol = Literal["aware", "agnostic", "turns"]
 Budget = int | float
+Length = Annotated[int, Field(ge=1, le=2**24)]
+"""Tokens; far above any model's window, and low enough that nobody's memory ends before the window is looked at."""
+Samples = Annotated[int, Field(ge=1, le=10**6)]
 
 
 class TaskEntry(BaseModel):
@@ -22,8 +25,8 @@ class TaskEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     task: str
-    lengths: list[int] | None = None
-    samples: int | None = Field(None, ge=1)
+    lengths: list[Length] | None = None
+    samples: Samples | None = None
     protocols: list[Protocol] | None = None
     texts: Path | None = None
     data: Path | None = None
@@ -51,11 +54,11 @@ class Sweep(BaseModel):
     methods: list[str] = Field(min_length=1)
     budgets: list[Budget] = Field(min_length=1)
     tasks: list[TaskEntry] = Field(min_length=1)
-    lengths: list[int] = []
+    lengths: list[Length] = []
     protocols: list[Protocol] = Field(["aware"], min_length=1)
-    samples: int | None = Field(None, ge=1)
+    samples: Samples | None = None
     seed: int = 0
-    batch: int = Field(4, ge=1)
+    batch: int = Field(4, ge=1, le=10**6)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     compress: Literal["both", "prefill"] = "both"
     chat: bool = True
@@ -117,8 +120,8 @@ def read_definition(path: Path) -> dict[str, Any]:
     """Plain data from a .yaml, .yml, .toml or .json file. Raises ValueError for what it can't read."""
     if not path.is_file():
         raise ValueError(f"sweep={str(path)!r} is not a file")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         if path.suffix in (".yaml", ".yml"):
             import yaml
 

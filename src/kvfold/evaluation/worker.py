@@ -34,14 +34,31 @@ class Worker:
         self._loaded: tuple[str, Asker] | None = None
         self._make = cache(self._examples)
 
-    def units(self, model: str) -> list[tuple[Unit, list[str]]]:
-        """All units of a model, in order, each with its examples' ids. Raises ValueError for a task that can't be."""
-        found = []
+    def units(self, model: str, problems: list[str] | None = None) -> list[tuple[Unit, list[str]]]:
+        """All units of a model, in order, each with its examples' ids.
+
+        A task that can't be made raises its error; given `problems`, what is wrong with it (or with the model) comes in
+        there, and the others are made.
+        """
+        found: list[tuple[Unit, list[str]]] = []
+        try:
+            self._asker(model)
+        except Exception as error:  # of transformers and the hub
+            if problems is None:
+                raise
+            problems.append(f"{model}: {type(error).__name__}: {error}")
+            return found
         for entry, each in enumerate(self.sweep.tasks):
             lengths = each.lengths if each.lengths is not None else self.sweep.lengths
             sized = parse_task(each.task)[0].sized
             for length in (lengths or [None]) if sized else [None]:  # type: ignore[list-item]
-                ids = [example.id for example in self._make(model, entry, length)]
+                try:
+                    ids = [example.id for example in self._make(model, entry, length)]
+                except Exception as error:  # of a benchmark's file, a hub or a model
+                    if problems is None:
+                        raise
+                    problems.append(f"{model}: {each.task}: {type(error).__name__}: {error}")
+                    continue
                 for protocol in each.protocols or self.sweep.protocols:
                     for number, start in enumerate(range(0, len(ids), self.sweep.batch)):
                         unit = Unit(model, entry, length, protocol, number)
@@ -86,6 +103,9 @@ class Worker:
 
     def _examples(self, model: str, entry: int, length: int | None) -> list[Example]:
         each, sweep = self.sweep.tasks[entry], self.sweep
+        window = self._asker(model).prompter.window
+        if length is not None and length > window:
+            raise ValueError(f"lengths={length} is more than {model} reads at once: {window} tokens, see window=")
         setting = Setting(
             self._asker(model).tokenizer, length, each.samples or sweep.samples, sweep.seed,
             each.texts or sweep.texts, each.data or sweep.data,

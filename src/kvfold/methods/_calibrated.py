@@ -50,11 +50,17 @@ def filled(method: M, model: Any, names: dict[str, str]) -> M:
 
 
 def measured(slug: str, model: Any, table: str, path: str | None = None) -> Any:
-    """A table of a method's artefact. Raises ValueError where there is no artefact, or not with this table."""
+    """A table of a method's artefact. Raises ValueError where there is no artefact, or not with such a table."""
     found = artefacts.find(slug, model, path)
     if table not in found.data:
         raise ValueError(f"the calibration of {slug} for {found.model.get('name')!r} lacks {table!r}")
-    return rows(found.data[table])
+    try:
+        return rows(found.data[table])
+    except (TypeError, ValueError, RecursionError, OverflowError):
+        said = shown(found.data[table])
+        raise ValueError(
+            f"the calibration of {slug} for {found.model.get('name')!r} has {table}={said}, no table of numbers"
+        ) from None
 
 
 def rows(numbers: Sequence[Any]) -> tuple[Any, ...]:

@@ -58,6 +58,10 @@ class AttentionGate(Method):
         return gate(view.states, lambda q, k, v: ops.causal_rows(q, k, v, view.valid, scale)[0]) > self.threshold
 
 
+PARTS = {"wq": 4, "wk": 4, "wv": 4, "wg": 4, "bg": 2}
+"""The tensors of all layers' gates, with their axes: a layer, then those of `Gate`."""
+
+
 @dataclass(frozen=True)
 class Gate:
     """The gate of one layer: N heads of size E that read states of size C, and a linear map to H flags."""
@@ -71,9 +75,14 @@ class Gate:
     @classmethod
     def of(cls, data: dict[str, Any], ordinal: int, device: torch.device | None = None) -> "Gate":
         """Layer `ordinal`'s, in float32. Raises ValueError for an artefact that lacks a part."""
-        missing = [name for name in cls.__dataclass_fields__ if name not in data or ordinal >= len(data[name])]
-        if missing:
-            raise ValueError(f"the calibration of attention-gate lacks {missing[0]!r} of layer {ordinal} on pages")
+        for name, axes in PARTS.items():
+            part = data.get(name)
+            if not isinstance(part, Tensor) or part.dim() != axes or ordinal >= len(part):
+                raise ValueError(f"the calibration of attention-gate lacks {name!r} of layer {ordinal} on pages")
+        shapes = {name: tuple(data[name].shape[1:]) for name in PARTS}
+        heads, size = shapes["wq"][:2]
+        if len({shapes[name] for name in ("wq", "wk", "wv")}) != 1 or shapes["wg"] != (*shapes["bg"], heads, size):
+            raise ValueError(f"the calibration of attention-gate has parts that do not fit together: {shapes}")
         return cls(*(data[name][ordinal].to(device, torch.float32) for name in cls.__dataclass_fields__))
 
     def __call__(

@@ -2,12 +2,15 @@
 
 import ast
 import importlib
+import logging
 import pkgutil
 import re
+import traceback
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from kvfold.methods.base import Method, MethodInfo, Pipeline, registry
@@ -22,12 +25,44 @@ def _scan() -> None:
     for module in pkgutil.iter_modules(package.__path__):
         if module.name not in ("base", "events", "registry", "scored") and not module.name.startswith("_"):
             importlib.import_module(f"kvfold.methods.{module.name}")
+    _broken.clear()
     for entry in entry_points(group="kvfold.methods"):
-        entry.load()
+        before = dict(registry)
+        try:
+            entry.load()
+        except (Exception, SystemExit) as error:  # whatever another package does when it is imported
+            registry.clear()
+            registry.update(before)  # half a package is none
+            _broken[entry.name] = _blame(entry, error)
+            logging.getLogger("kvfold").warning("%s; its methods are left out", _broken[entry.name])
+
+
+_broken: dict[str, str] = {}
+
+
+def _blame(entry: EntryPoint, error: BaseException) -> str:
+    """Which package it is, what happened, and in which line of which file."""
+    ours = str(Path(__file__).parents[1])
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((ours, "<"))]
+    place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else "no file"
+    if isinstance(error, SyntaxError) and error.filename:
+        place = f"{error.filename}, line {error.lineno}"
+    of = f" of {dist.name}" if (dist := getattr(entry, "dist", None)) else ""
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"the plugin {entry.name!r} = {entry.value!r}{of} can't be imported: {what} ({place})"
+
+
+def broken_plugins() -> list[str]:
+    """What is wrong with each installed package that offers methods and can't be imported: name, error, file, line."""
+    _scan()
+    return list(_broken.values())
 
 
 def list_methods() -> list[MethodInfo]:
-    """All methods, by slug: built in, and those that installed packages offer as entry points `kvfold.methods`."""
+    """All methods, by slug: built in, and those that installed packages offer as entry points `kvfold.methods`.
+
+    A package that can't be imported is left out, and named in a warning of the logger "kvfold".
+    """
     _scan()
     return [registry[slug] for slug in sorted(registry)]
 
@@ -38,7 +73,8 @@ def get_method(slug: str) -> MethodInfo:
     if slug not in registry:
         near = get_close_matches(slug, registry, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"method={shown(slug)} is unknown{hint}; there are {', '.join(sorted(registry))}")
+        left_out = "".join(f"; {each}" for each in _broken.values())
+        raise ValueError(f"method={shown(slug)} is unknown{hint}; there are {', '.join(sorted(registry))}{left_out}")
     return registry[slug]
 
 

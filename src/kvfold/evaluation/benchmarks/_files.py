@@ -2,9 +2,12 @@
 
 import gzip
 import importlib
-import io
 import json
+import logging
+import lzma
+import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +18,9 @@ from kvfold.evaluation.benchmarks._records import PublishedRecord
 from kvfold.evaluation.tasks.base import Setting
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+BROKEN = (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError)
+"""What archives raise that are cut or damaged."""
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def _members(path: Path, pattern: str) -> list[tuple[Path, str]]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = sorted(name for name in archive.namelist() if PurePosixPath(name).match(pattern))
-    except zipfile.BadZipFile as error:
+    except BROKEN as error:
         raise ValueError(f"{path.name}: this file is broken ({error})") from error
     return [(path, name) for name in names]
 
@@ -100,7 +106,7 @@ def _from_hub(source: Source) -> Iterator[PublishedRecord]:
 def _read(path: Path, member: str) -> Iterator[PublishedRecord]:
     try:
         yield from _rows(path, member)
-    except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+    except BROKEN as error:
         raise ValueError(f"{member or path.name}: this file is broken ({error})") from error
 
 
@@ -115,18 +121,21 @@ def _rows(path: Path, member: str) -> Iterator[PublishedRecord]:
     with ExitStack() as stack:
         stream: Any
         if member:
-            stream = stack.enter_context(stack.enter_context(zipfile.ZipFile(path)).open(member))
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            try:
+                stream = stack.enter_context(archive.open(member))
+            except (NotImplementedError, RuntimeError) as error:  # another compression, or a password
+                raise ValueError(f"{path.name}: {member} can't be unpacked ({error})") from error
         else:
             stream = stack.enter_context(path.open("rb"))
             if name.suffix == ".gz":
                 stream = gzip.GzipFile(fileobj=stream)
-        text = io.TextIOWrapper(stream, encoding="utf-8")
         if kind == ".jsonl":
-            for line, content in enumerate(text, start=1):
+            for line, content in enumerate(stream, start=1):
                 if content.strip():
                     yield _record(_parse(content, f"{name.name}, line {line}"), f"{name.name}, line {line}")
         else:
-            whole = _parse(text.read(), name.name)
+            whole = _parse(stream.read(), name.name)
             yield from _number(whole if isinstance(whole, list) else [whole], name.name, "record")
 
 
@@ -135,14 +144,19 @@ def _parquet(path: Path) -> list[Any]:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise RuntimeError(f'{path.name}: parquet files need `pip install "kvfold[eval]"`') from error
-    rows: list[Any] = parquet.read_table(path).to_pylist()
+    try:
+        rows: list[Any] = parquet.read_table(path).to_pylist()
+    except Exception as error:  # of pyarrow's own families
+        raise ValueError(f"{path.name}: this file is broken ({error})") from error
     return rows
 
 
-def _parse(content: str, where: str) -> Any:
+def _parse(content: bytes, where: str) -> Any:
     try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: this file is broken, no UTF-8 ({error})") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: this is no JSON ({error})") from None
 
 
@@ -154,4 +168,21 @@ def _number(rows: Any, where: str, unit: str) -> Iterator[PublishedRecord]:
 def _record(value: Any, where: str) -> PublishedRecord:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: this is a {type(value).__name__}; it must be an object with named fields")
+    if found := next(filter(None, map(_HALF.search, _texts(value))), None):
+        logging.getLogger("kvfold").warning(
+            "%s has %r, which is half a character (a lone surrogate): what is asked of it will fail", where, found[0]
+        )
     return PublishedRecord(where, value)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a record."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, str):
+            yield each
+        elif isinstance(each, Mapping):
+            waiting += [*each.keys(), *each.values()]
+        elif isinstance(each, list | tuple):
+            waiting += each

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
+from kvfold.evaluation.escaping import in_markdown
 from kvfold.evaluation.report.cells import ALL_LENGTHS, ALL_TASKS, Cell
 from kvfold.evaluation.report.records import ResultRecord, ratio_note
 from kvfold.evaluation.report.strata import ReportContender, Setup
@@ -19,13 +20,6 @@ def budget_name(budget: float | int | None) -> str:
     if budget is None:
         return "-"
     return f"{100 * budget:.4g} %" if isinstance(budget, float) else f"{budget} tokens"
-
-
-def _escaped(text: str) -> str:
-    """Text that can't end a cell, start markup or break the line."""
-    for character in "\\|`*_<>[]":
-        text = text.replace(character, f"\\{character}")
-    return " ".join(text.split())
 
 
 def _number(cell: Cell | None) -> str:
@@ -48,9 +42,9 @@ def _section(setup: Setup, cells: Sequence[Cell], records: Sequence[ResultRecord
     units = {cell.task: cell.unit for cell in cells}
     lengths = [length for length in dict.fromkeys(cell.length for cell in cells) if length != ALL_LENGTHS]
     contenders = list(dict.fromkeys(cell.contender for cell in cells))
-    names = {one: [_escaped(one.method), budget_name(one.budget)] for one in contenders}
+    names = {one: [in_markdown(one.method), budget_name(one.budget)] for one in contenders}
     head = [
-        _escaped(task) + ("" if unit in ("score", "top-1") else f" ({unit}, lower is better)")
+        in_markdown(task) + ("" if unit in ("score", "top-1") else f" ({unit}, lower is better)")
         for task, unit in units.items()
     ]  # fmt: skip
     rows = []
@@ -67,7 +61,7 @@ def _section(setup: Setup, cells: Sequence[Cell], records: Sequence[ResultRecord
         about += f"; the average is over {tasks} task{'s' * (tasks != 1)}, each weighing alike"
     about += f"; lengths averaged: {', '.join(lengths)}." if len(lengths) > 1 else f"; length: {lengths[0]}."
     parts = [
-        f"## {_escaped(setup.model)}, {setup.dtype}, protocol: {setup.protocol}", about,
+        f"## {in_markdown(setup.model)}, {in_markdown(setup.dtype)}, protocol: {setup.protocol}", about,
         _table(["method", "budget", *head, "KV ratio", "n", "failed"], rows),
     ]  # fmt: skip
     if len(lengths) > 1 and ALL_TASKS in units:

@@ -1,6 +1,5 @@
 """The report as one HTML page that opens without a network: data, figures, script and style in one file."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.resources import files
@@ -8,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from kvfold.evaluation.escaping import in_script
 from kvfold.evaluation.report.cells import ALL_LENGTHS, ALL_TASKS, Cell
 from kvfold.evaluation.report.charts import looks, specifications
 from kvfold.evaluation.report.depths import Spot
@@ -38,10 +38,12 @@ def can_draw() -> bool:
     return all(find_spec(name) is not None for name in ("altair", "vl_convert"))
 
 
-def embedded(data: Any) -> str:
-    """JSON that is safe within a script element: no `<` can end it or open a comment. Raises ValueError for NaN."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").encode("utf-8", "backslashreplace").decode()  # lone surrogates stay JSON
+def vega() -> str:
+    """Vega and vega-embed, for a script element of a page that opens without a network."""
+    import vl_convert
+
+    bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub wants a snippet, which is optional
+    return bundle.replace("</script", "<\\/script")
 
 
 def _budget_key(budget: float | int | None) -> str:
@@ -93,14 +95,11 @@ def page_data(
 
 def page(data: dict[str, Any]) -> str:
     """The whole HTML text."""
-    import vl_convert
-
-    vega = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub wants a snippet, which is optional
     here = files("kvfold.evaluation.report") / "assets"
     parts = {
         "style": (here / "page.css").read_text(encoding="utf-8"),
-        "vega": vega.replace("</script", "<\\/script"),
-        "data": embedded(data),
+        "vega": vega(),
+        "data": in_script(data),
         "caveat": data["caveat"],
         "script": "\n".join((here / name).read_text(encoding="utf-8") for name in SCRIPTS),
     }

@@ -30,15 +30,23 @@ def _documents(path: Path | None) -> tuple[tuple[str, str], ...]:
         shipped = files("kvfold.evaluation").joinpath("texts").iterdir()
         found = sorted((each.name, each.read_text("utf-8")) for each in shipped if each.name.endswith(".txt"))
     elif path.is_dir():
-        found = [(each.name, each.read_text("utf-8")) for each in sorted(path.glob("*.txt"))]
+        found = [(each.name, _text(each)) for each in sorted(path.glob("*.txt"))]
     elif path.is_file():
-        found = [(path.name, path.read_text("utf-8"))]
+        found = [(path.name, _text(path))]
     else:
         found = []
     made = tuple((name.removesuffix(".txt"), text) for name, text in found if text.strip())
     if not made:
         raise ValueError(f"texts={str(path)!r} must be a text file, or a folder with .txt files that have words")
     return made
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ValueError(f"texts={str(path)!r}, line {line}, is not UTF-8 text ({error})") from None
 
 
 def sentences(text: str) -> list[str]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from kvfold.hf import attention
 from kvfold.hf.anatomy import attention_modules, same_text, text_decoder
 from kvfold.hf.argument import cache_in
+from kvfold.hf.call.arguments import check_arguments
 from kvfold.hf.call.call import greedy_of
 from kvfold.hf.call.chunks import put_together, read_ahead
 from kvfold.hf.call.host import Host
@@ -133,6 +134,7 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
     refuse_pixels(cache, kwargs)
     changed, own = None, _outermost(cache, module)
     if own:
+        check_arguments(args, kwargs, cache.rows.width)
         cache.forgive()
     if not cache.pending.recording or cache.pending.unheard is not None:
         cache.settle_pending()
