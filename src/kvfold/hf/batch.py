@@ -161,8 +161,9 @@ class Batch(Host):
 
     def activate_past_recording(self) -> None:
         """Assisted decoding will crop after each pass: events wait until it has."""
+        self.settle_pending()  # of an assisted decoding before this one
         super().activate_past_recording()
-        self.pending.recording = True
+        self.pending.record()
 
     @property
     def batch_size(self) -> int:

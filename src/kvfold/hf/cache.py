@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvfold.hf.adopting import Adopting
 from kvfold.hf.anatomy import attention_modules
+from kvfold.hf.beside import end_recording
 from kvfold.hf.call.call import Call
 from kvfold.hf.call.checking import check_reads_on
 from kvfold.hf.call.hooks import use_kvfold, watch
@@ -191,7 +192,9 @@ class Cache(Adopting):
 def _forked(layer: Any, owner: Cache) -> Any:
     """A layer for a fork: over the same pages, or a copy."""
     if not isinstance(layer, PagedLayer):
-        return copy.deepcopy(layer)
+        copied = copy.deepcopy(layer)
+        end_recording(copied)  # an assisted decoding that was going on is not the fork's
+        return copied
     forked = PagedLayer(owner, layer.core.fork(owner.rows))
     forked.is_initialized = layer.is_initialized or layer.core.width > 0
     return forked

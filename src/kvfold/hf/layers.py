@@ -142,6 +142,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
         Raises RuntimeError where the window has let go of tokens that would be in it again.
         """
         super().crop(tokens_to_remove if self.places is None else max(0, tokens_to_remove))
+        self._give_back()
 
     def end_at(self, ends: Int[Tensor, "B"]) -> None:
         """Forget what stands in a narrowed text at `ends` and behind it; rows with less left are padded on the left."""
@@ -173,9 +174,13 @@ class WindowLayer(DynamicSlidingWindowLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if not self.record_past and self.keys.untyped_storage().nbytes() > 1.1 * self.keys.nbytes:
-            self.keys, self.values = self.keys.clone(), self.values.clone()
+        self._give_back()
         return keys, values
+
+    def _give_back(self) -> None:
+        """Free what has left the window; while the past is recorded, all is held."""
+        if self.is_initialized and self.keys.untyped_storage().nbytes() > 1.1 * self.keys.nbytes:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
 
 
 def tensors(layer: Any) -> list[Tensor]:

@@ -37,7 +37,7 @@ class Checked(Modal):
             return
         if not self.reads_prompt(tokens):
             self._check_room()
-        elif self.mode.listening and not self.pending.recording:
+        elif self.mode.listening and (self.pending.opening or not self.pending.recording):
             self._check_further_prompt()
 
     def _check_room(self) -> None:

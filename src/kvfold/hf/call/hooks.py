@@ -114,8 +114,7 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
     changed, own = None, _outermost(cache, module)
     if own:
         cache.forgive()
-    if not cache.pending.recording or cache.pending.unheard is not None:
-        cache.settle_pending()
+    cache.settle_pending()
     if own:
         other, after = reread(cache, args, kwargs), cache.reading
         if other is not None:
@@ -141,6 +140,8 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
     call.images = find_images(cache, call.token_ids, call.mask)
     read = ids if ids is not None else kwargs.get("inputs_embeds")
     if call.marks is not None and isinstance(read, torch.Tensor):
+        if _drafted(kwargs) >= read.shape[1] - 1 and cache.rows.width:
+            cache.pending.opening = False  # one token and its candidates: nothing was added to the text
         cache.check_pass(read.shape[1])
     return changed
 
@@ -156,8 +157,15 @@ def _after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output:
         put_together(output, kept)
     plan, call.plan, call.token_ids, call.mask, call.images = call.plan, None, None, None, None
     chosen = isinstance(kwargs.get("logits_to_keep"), torch.Tensor)  # columns in an order that nobody knows
+    cache.pending.uncropped = cache.pending.recording
     with cache.ending() if _outermost(cache, module) else nullcontext():
         cache.finish(plan, lambda read: greedy_of(None if chosen else output, read))
+
+
+def _drafted(kwargs: dict[str, Any]) -> int:
+    """Candidates that end a pass of assisted decoding, which asks for their logits and one more; 0: nobody says."""
+    wanted = kwargs.get("logits_to_keep")
+    return wanted - 1 if isinstance(wanted, int) and wanted > 0 else 0
 
 
 def _outermost(cache: Host, module: nn.Module) -> bool:

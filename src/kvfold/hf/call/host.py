@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kvfold.hf.beside import end_recording
 from kvfold.hf.call.call import Call
 from kvfold.hf.call.checking import Checked
 from kvfold.hf.call.modes import Mode
@@ -60,9 +61,10 @@ class Host(Checked):
 
     def _plan(self, tokens: int) -> Plan:
         call, mode, rows = self.call, self.mode, self.rows
-        prefill, later = self.reads_prompt(tokens), self.pending.recording and rows.width > 0
         if call.marks is None:  # else the hook has asked, before any layer had read
             self.check_pass(tokens)
+        first = self.pending.opens()
+        prefill, later = self.reads_prompt(tokens), self.pending.recording and rows.width > 0 and not first
         prompts = None
         if prefill and isinstance(mode.prefilling, tuple):
             prompts = np.isin(np.arange(rows.batch), mode.prefilling)
@@ -116,6 +118,9 @@ class Host(Checked):
     def settle_pending(self) -> None:
         """Run the events that still wait for a crop: assisted decoding is over, what came last was a further turn."""
         if self.pending.waits:
+            if self.pending.recording:
+                for layer in self.layers:
+                    end_recording(layer)
             self.settled(self.pending.turn(self.paged))
 
     def settled(self, plan: Plan | None) -> None:

@@ -74,12 +74,12 @@ class Modal(HFCache):
         self.settle_pending()
         rows, marks = self.rows.mark(), [core.mark() for core in self.paged]
         others = [None if isinstance(x, PagedLayer) else copy.deepcopy(x) for x in self.layers]
-        call, reading, self.call = self.call, self.reading, Call()
+        call, reading, self.call, uncropped = self.call, self.reading, Call(), self.pending.uncropped
         try:
             with self.within(listening=False, observe=observe):
                 yield
         finally:
-            self.call, self.reading = call, reading
+            self.call, self.reading, self.pending.uncropped = call, reading, uncropped
             self.rows.rewind(rows)
             for core, mark in zip(self.paged, marks, strict=True):
                 core.rewind(mark)
