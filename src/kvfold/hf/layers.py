@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from kvfold.hf.attention import HANDLE, PagedLength
+from kvfold.hf.gradient import without_gradient
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.plan import Plan
 
@@ -75,13 +76,15 @@ class PagedLayer(CacheLayerMixin):
                 "which a kvfold cache does not support"
             )
         owner.call.unread, hidden, self.entering = None, self.entering, None
-        if q.requires_grad or k.requires_grad or v.requires_grad:
-            q, k, v = q.detach(), k.detach(), v.detach()  # caches are for inference
+        given = (q, k, v)
+        q, k, v = (x.detach() if x.requires_grad else x for x in given)
         ordinal = core.site.ordinal
         plan = owner.enter(ordinal, q.shape[2])
         out = core.attend(q, k, v, valid, scale, plan, module, hidden)
         if plan.defer or plan.late:
             owner.leave(ordinal, plan)
+        if any(x.requires_grad for x in given):
+            return without_gradient(out, f"layer {core.layer} of {type(module).__name__}", *given)
         return out
 
     @property

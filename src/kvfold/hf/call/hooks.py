@@ -17,6 +17,7 @@ from kvfold.hf.call.host import Host
 from kvfold.hf.call.images import check_ids, find_images, refuse_pixels
 from kvfold.hf.call.narrow import before_layer
 from kvfold.hf.call.rewriting import reread
+from kvfold.hf.gradient import refuse_gradient
 from kvfold.hf.images import image_ids
 from kvfold.hf.layers import PagedLayer
 from kvfold.methods.base import Method
@@ -111,6 +112,8 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
     if cache is None or _inner(cache, module):
         return None
     refuse_pixels(cache, kwargs)
+    if cache.paged:
+        refuse_gradient(kwargs)
     changed, own = None, _outermost(cache, module)
     if own:
         cache.forgive()
