@@ -13,7 +13,7 @@ from kvfold.hf.adopting import Adopting
 from kvfold.hf.anatomy import attention_modules
 from kvfold.hf.beside import end_recording
 from kvfold.hf.call.call import Call
-from kvfold.hf.call.checking import check_reads_on
+from kvfold.hf.call.checking import check_carried, check_reads_on
 from kvfold.hf.call.hooks import use_kvfold, watch
 from kvfold.hf.call.host import Host
 from kvfold.hf.layers import PagedLayer, WindowLayer, held_bytes, storage_bytes
@@ -60,6 +60,8 @@ class Cache(Adopting):
             check_reads_on(chosen)
         check_model(model, chosen)
         plan = layers_of(model)
+        if prefill_chunk is not None and any(hasattr(layer, "recurrent_states") for layer in plan):
+            check_carried(model)
         paged = any(type(layer) is DynamicLayer for layer in plan)
         self.model, self.prefill_chunk, self.arena, self.call = model, prefill_chunk, arena, Call()
         self.rows = Rows(chosen.bind(model) if paged else chosen)

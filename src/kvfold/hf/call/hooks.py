@@ -16,7 +16,7 @@ from kvfold.hf.call.chunks import put_together, read_ahead
 from kvfold.hf.call.host import Host
 from kvfold.hf.call.images import check_ids, find_images, refuse_pixels
 from kvfold.hf.call.narrow import before_layer
-from kvfold.hf.call.rewriting import reread
+from kvfold.hf.call.rewriting import placed_behind, reread
 from kvfold.hf.gradient import refuse_gradient
 from kvfold.hf.images import image_ids
 from kvfold.hf.layers import PagedLayer
@@ -142,6 +142,8 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
     call.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
     call.images = find_images(cache, call.token_ids, call.mask)
     read = ids if ids is not None else kwargs.get("inputs_embeds")
+    if isinstance(read, torch.Tensor) and len(args) < 2 and (placed := placed_behind(cache, module, kwargs, read)):
+        kwargs, changed = placed, (args, placed)
     if call.marks is not None and isinstance(read, torch.Tensor):
         if _drafted(kwargs) >= read.shape[1] - 1 and cache.rows.width:
             cache.pending.opening = False  # one token and its candidates: nothing was added to the text
