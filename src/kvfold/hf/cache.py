@@ -164,7 +164,7 @@ class Cache(Adopting):
         other.model, other.prefill_chunk, other.arena = self.model, self.prefill_chunk, self.arena
         other.rows, other.call = self.rows.fork(), Call()
         Host.__init__(other, [_forked(layer, other) for layer in self.layers])
-        other.reading = self.reading
+        other.reading, other.given = self.reading, self.given
         return other
 
     def __copy__(self) -> "Cache":

@@ -13,6 +13,8 @@ from kvfold.hf.anatomy import attention_modules, text_decoder
 from kvfold.hf.argument import cache_in
 from kvfold.hf.call.call import greedy_of
 from kvfold.hf.call.chunks import put_together, read_ahead
+from kvfold.hf.call.generating import watch_generation
+from kvfold.hf.call.given import ids_of
 from kvfold.hf.call.host import Host
 from kvfold.hf.call.images import check_ids, find_images, refuse_pixels
 from kvfold.hf.call.narrow import before_layer
@@ -35,6 +37,7 @@ def use_kvfold(model: PreTrainedModel) -> None:
             model.register_forward_pre_hook(_before_forward, with_kwargs=True),
             model.register_forward_hook(_after_forward, with_kwargs=True),
         )
+    watch_generation(model)
 
 
 def watch(model: PreTrainedModel, method: Method) -> None:
@@ -112,6 +115,8 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
     if cache is None or _inner(cache, module):
         return None
     refuse_pixels(cache, kwargs)
+    if kwargs.get("use_cache") is False:
+        raise ValueError("use_cache=False with a cache would read the whole text again at every step: leave one out")
     if cache.paged:
         refuse_gradient(kwargs)
     changed, own = None, _outermost(cache, module)
@@ -119,11 +124,12 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
         cache.forgive()
     cache.settle_pending()
     if own:
+        given = ids_of(args, kwargs)
         other, after = reread(cache, args, kwargs), cache.reading
         if other is not None:
             kwargs, after = other
             args, changed = (), ((), kwargs)
-        cache.begin_call(after)
+        cache.begin_call(after, given)
     cache.call.chunks = None  # of a call that failed
     if cache.prefill_chunk is not None and not cache.mode.whole:
         if cache.pending.recording:

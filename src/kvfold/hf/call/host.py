@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from kvfold.hf.beside import end_recording
 from kvfold.hf.call.call import Call
 from kvfold.hf.call.checking import Checked
+from kvfold.hf.call.given import Given
 from kvfold.hf.call.modes import Mode
 from kvfold.hf.call.pending import Pending
 from kvfold.hf.call.reading import Reading
@@ -29,7 +31,7 @@ class Host(Checked):
 
     def _begin(self) -> None:
         """Nothing is read, and nothing waits."""
-        self.mode, self.call, self.pending, self.reading = Mode(), Call(), Pending(), None
+        self.mode, self.call, self.pending, self.reading, self.given = Mode(), Call(), Pending(), None, Given()
         self.paged = [layer.core for layer in self.layers if isinstance(layer, PagedLayer)]
 
     def _marks(self) -> tuple[Any, ...]:
@@ -146,16 +148,16 @@ class Host(Checked):
             )
         self.call = Call()
 
-    def begin_call(self, after: Reading | None) -> None:
-        """The caller's own call of the model begins."""
-        self.call = Call(self._marks(), after)
+    def begin_call(self, after: Reading | None, ids: Tensor | None = None) -> None:
+        """The caller's own call of the model begins; `ids`: what it was given."""
+        self.call = Call(self._marks(), after, ids)
 
     @contextmanager
     def ending(self) -> Iterator[Call]:
         """Within the block the call is over and its tokens count, unless the block fails, which does what is left."""
         call, self.call = self.call, Call()
         if call.marks is not None:
-            self.reading = call.after
+            self.reading, self.given = call.after, self.given.more(call.ids)
         try:
             yield call
         except BaseException:
