@@ -35,6 +35,19 @@ def end_recording(layer: Any) -> None:
     layer.record_past = False
 
 
+def leave_inference(layer: Any) -> None:
+    """What was made under torch.inference_mode() is copied, so that a pass outside it may write there."""
+    for name in ("keys", "values"):
+        held = getattr(layer, name, None)
+        if isinstance(held, Tensor) and held.is_inference():
+            setattr(layer, name, held.clone())
+    for name in STATES:
+        states = getattr(layer, name, {})
+        for number, state in states.items():
+            if state is not None and state.is_inference():
+                states[number] = state.clone()
+
+
 def check_join(mine: Any, theirs: Any) -> None:
     """Raise ValueError where the rows of two layers can't lie side by side."""
     for layer in (mine, theirs):

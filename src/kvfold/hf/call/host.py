@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from kvfold.hf.beside import end_recording
+from kvfold.hf.beside import end_recording, leave_inference
 from kvfold.hf.call.call import Call
 from kvfold.hf.call.checking import Checked
 from kvfold.hf.call.given import Given
@@ -150,6 +151,10 @@ class Host(Checked):
 
     def begin_call(self, after: Reading | None, ids: Tensor | None = None) -> None:
         """The caller's own call of the model begins; `ids`: what it was given."""
+        if not torch.is_inference_mode_enabled():
+            for layer in self.layers:
+                if not isinstance(layer, PagedLayer):
+                    leave_inference(layer)
         self.call = Call(self._marks(), after, ids)
 
     @contextmanager
