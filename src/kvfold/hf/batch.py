@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvfold.formats import POSITION
 from kvfold.hf.beside import check_join, is_empty, join_layers, row_nbytes, select_rows
+from kvfold.hf.call.given import Given
 from kvfold.hf.call.hooks import watch
 from kvfold.hf.call.host import Host
 from kvfold.hf.layers import PagedLayer, WindowLayer
@@ -32,7 +33,7 @@ class Batch(Host):
         for layer in self.layers:  # those first that may refuse, when nothing has changed yet
             if not isinstance(layer, PagedLayer):
                 layer.crop(-drop)
-        width, self.reading = self.rows.width, reading
+        width, self.reading, self.given = self.rows.width, reading, self.given.drop(drop)
         self.rows.drop(drop)
         for core in self.paged if drop else ():
             core.drop_from(self.rows.seen)
@@ -69,7 +70,8 @@ class Batch(Host):
         """The layers' rows are now those; so is what they have read."""
         if self.rows.batch:
             self.rows.select(chosen)
-        self.reading = self.reading and self.reading.select(torch.from_numpy(chosen))
+        rows = torch.from_numpy(chosen)
+        self.reading, self.given = self.reading and self.reading.select(rows), self.given.select(rows)
 
     def join(self, other: "Batch") -> None:
         """Take the rows of another cache of this model behind ours, with the methods that decide about them.
@@ -95,7 +97,7 @@ class Batch(Host):
                 check_join(mine, theirs)
         if not other.rows.batch:
             return
-        fresh = not self.rows.batch
+        fresh, self.given = not self.rows.batch, Given()  # from now on nobody knows which columns are whose
         for cache in (self, other):
             cache.name_columns()
         for index, (mine, theirs) in enumerate(zip(self.layers, other.layers, strict=True)):
@@ -161,8 +163,9 @@ class Batch(Host):
 
     def activate_past_recording(self) -> None:
         """Assisted decoding will crop after each pass: events wait until it has."""
+        self.settle_pending()  # of an assisted decoding before this one
         super().activate_past_recording()
-        self.pending.recording = True
+        self.pending.record()
 
     @property
     def batch_size(self) -> int:

@@ -24,6 +24,33 @@ def is_empty(layer: Any) -> bool:
     )
 
 
+def end_recording(layer: Any) -> None:
+    """Nobody crops any more: windows and states hold from now on what the next pass reads, and no past."""
+    if not getattr(layer, "record_past", False):
+        return
+    if is_window(layer) and layer.is_initialized:
+        behind = max(0, layer.keys.shape[2] - layer.sliding_window + 1)
+        layer.keys, layer.values = layer.keys[:, :, behind:].clone(), layer.values[:, :, behind:].clone()
+    for number, state in getattr(layer, "conv_states", {}).items():
+        if state is not None:  # a text shorter than the kernel was not padded while its past was recorded
+            size = layer.conv_kernel_size[number]
+            layer.conv_states[number] = F.pad(state, (max(0, size - state.shape[-1]), 0))[..., -size:].contiguous()
+    layer.record_past = False
+
+
+def leave_inference(layer: Any) -> None:
+    """What was made under torch.inference_mode() is copied, so that a pass outside it may write there."""
+    for name in ("keys", "values"):
+        held = getattr(layer, name, None)
+        if isinstance(held, Tensor) and held.is_inference():
+            setattr(layer, name, held.clone())
+    for name in STATES:
+        states = getattr(layer, name, {})
+        for number, state in states.items():
+            if state is not None and state.is_inference():
+                states[number] = state.clone()
+
+
 def check_join(mine: Any, theirs: Any) -> None:
     """Raise ValueError where the rows of two layers can't lie side by side."""
     for layer in (mine, theirs):

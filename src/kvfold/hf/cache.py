@@ -10,8 +10,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvfold.hf.adopting import Adopting
+from kvfold.hf.beside import end_recording
 from kvfold.hf.call.call import Call
-from kvfold.hf.call.checking import check_reads_on
+from kvfold.hf.call.checking import check_carried, check_reads_on
 from kvfold.hf.call.hooks import use_kvfold, watch
 from kvfold.hf.call.host import Host
 from kvfold.hf.layers import PagedLayer, WindowLayer, held_bytes, storage_bytes
@@ -58,6 +59,8 @@ class Cache(Adopting):
             check_reads_on(chosen)
         check_model(model, chosen)
         plan = layers_of(model)
+        if prefill_chunk is not None and any(hasattr(layer, "recurrent_states") for layer in plan):
+            check_carried(model)
         paged = any(type(layer) is DynamicLayer for layer in plan)
         self.model, self.prefill_chunk, self.arena, self.call = model, prefill_chunk, arena, Call()
         self.rows = Rows(chosen.bind(model) if paged else chosen)
@@ -159,7 +162,7 @@ class Cache(Adopting):
         other.model, other.prefill_chunk, other.arena = self.model, self.prefill_chunk, self.arena
         other.rows, other.call = self.rows.fork(), Call()
         Host.__init__(other, [_forked(layer, other) for layer in self.layers])
-        other.reading = self.reading
+        other.reading, other.given = self.reading, self.given
         return other
 
     def __copy__(self) -> "Cache":
@@ -201,7 +204,9 @@ class Cache(Adopting):
 def _forked(layer: Any, owner: Cache) -> Any:
     """A layer for a fork: over the same pages, or a copy."""
     if not isinstance(layer, PagedLayer):
-        return copy.deepcopy(layer)
+        copied = copy.deepcopy(layer)
+        end_recording(copied)  # an assisted decoding that was going on is not the fork's
+        return copied
     forked = PagedLayer(owner, layer.core.fork(owner.rows))
     forked.is_initialized = layer.is_initialized or layer.core.width > 0
     return forked

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from kvfold.hf.attention import HANDLE, PagedLength
+from kvfold.hf.gradient import without_gradient
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.plan import Plan
 
@@ -75,13 +76,15 @@ class PagedLayer(CacheLayerMixin):
                 "which a kvfold cache does not support"
             )
         owner.call.unread, hidden, self.entering = None, self.entering, None
-        if q.requires_grad or k.requires_grad or v.requires_grad:
-            q, k, v = q.detach(), k.detach(), v.detach()  # caches are for inference
+        given = (q, k, v)
+        q, k, v = (x.detach() if x.requires_grad else x for x in given)
         ordinal = core.site.ordinal
         plan = owner.enter(ordinal, q.shape[2])
         out = core.attend(q, k, v, valid, scale, plan, module, hidden)
         if plan.defer or plan.late:
             owner.leave(ordinal, plan)
+        if any(x.requires_grad for x in given):
+            return without_gradient(out, f"layer {core.layer} of {type(module).__name__}", *given)
         return out
 
     @property
@@ -142,6 +145,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
         Raises RuntimeError where the window has let go of tokens that would be in it again.
         """
         super().crop(tokens_to_remove if self.places is None else max(0, tokens_to_remove))
+        self._give_back()
 
     def end_at(self, ends: Int[Tensor, "B"]) -> None:
         """Forget what stands in a narrowed text at `ends` and behind it; rows with less left are padded on the left."""
@@ -173,9 +177,13 @@ class WindowLayer(DynamicSlidingWindowLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if not self.record_past and self.keys.untyped_storage().nbytes() > 1.1 * self.keys.nbytes:
-            self.keys, self.values = self.keys.clone(), self.values.clone()
+        self._give_back()
         return keys, values
+
+    def _give_back(self) -> None:
+        """Free what has left the window; while the past is recorded, all is held."""
+        if self.is_initialized and self.keys.untyped_storage().nbytes() > 1.1 * self.keys.nbytes:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
 
 
 def tensors(layer: Any) -> list[Tensor]:

@@ -26,6 +26,11 @@ def check_model(model: Any, method: Method | None = None) -> None:
         raise ValueError(f"{name} caps its logits (attn_logit_softcapping), which kvfold does not support yet")
     if any(getattr(module, "sinks", None) is not None for module in attention_modules(model).values()):
         raise ValueError(f"{name} attends with learned sinks, which kvfold does not support yet")
+    if any(hasattr(module, "recurrent_states") for module in model.modules()):
+        raise ValueError(
+            f"{name} keeps its recurrent states in its modules, where no cache finds them: a second text, a fork or a "
+            "file would go on from another's"
+        )
     reads_on = method is not None and (method.listens("read_order") or method.listens("after_prompt"))
     if reads_on and has_grid_positions(model):
         raise ValueError(f"method={method} reads text on at its own positions, and {name} gives images others (M-RoPE)")

@@ -119,7 +119,8 @@ class Rows:
         """Where each row's next token stands, int32, on the device."""
         clock = self._clock
         if clock is None or not self._on_time or clock.device != device:
-            now = torch.from_numpy(self.seen[:, None].astype(np.int32)).to(device)
+            with torch.inference_mode(False):  # it moves on outside, too
+                now = torch.from_numpy(self.seen[:, None].astype(np.int32)).to(device)
             # In its place, where it fits: a CUDA graph reads where it was captured.
             fits = clock is not None and clock.shape == now.shape and clock.device == now.device
             clock = clock.copy_(now) if clock is not None and fits else now

@@ -82,8 +82,10 @@ class PagePool:
 
     def _empty(self, spec: Plane, pages: int) -> Tensor:
         # Never read before it is written: lengths bound every read. Filled all the same, because the slack
-        # of a page takes part (masked) in dense reads and NaN times zero is NaN.
-        return torch.full(spec.shape(pages, self.page_size), spec.fill, dtype=spec.dtype, device=self.device)
+        # of a page takes part (masked) in dense reads and NaN times zero is NaN. Under torch.inference_mode() too
+        # a tensor that is written outside it later on.
+        with torch.inference_mode(False):
+            return torch.full(spec.shape(pages, self.page_size), spec.fill, dtype=spec.dtype, device=self.device)
 
     @property
     def pages(self) -> int:
@@ -127,7 +129,8 @@ class PagePool:
         self._arrays.clear()  # they would hold the old planes
         for name, spec in self.specs.items():
             more = self._empty(spec, pages)
-            self.planes[name] = torch.cat([self.planes[name], more]) if first else more
+            with torch.inference_mode(False):
+                self.planes[name] = torch.cat([self.planes[name], more]) if first else more
         self.refs = np.concatenate([self.refs, np.zeros(pages, dtype=np.int32)])
         self._free.extend(range(first, first + pages))  # larger than all that are there: still a heap
 
@@ -138,7 +141,8 @@ class PagePool:
         if pages < self.pages:
             self._arrays.clear()
             for name in self.specs:
-                self.planes[name] = self.planes[name][:pages].clone()
+                with torch.inference_mode(False):
+                    self.planes[name] = self.planes[name][:pages].clone()
             self.refs = self.refs[:pages].copy()
             self._free = [page for page in sorted(self._free) if page < pages]
 

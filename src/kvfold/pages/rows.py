@@ -185,7 +185,8 @@ class TableRows:
 def _send(array: np.ndarray, place: Tensor | None, device: torch.device) -> Tensor:
     """A copy on the device: in `place`, where it fits."""
     if place is None or place.shape != array.shape:
-        return torch.tensor(array, device=device)
+        with torch.inference_mode(False):  # it may be written outside
+            return torch.tensor(array, device=device)
     return place.copy_(torch.from_numpy(array.copy()), non_blocking=True)
 
 

@@ -19,6 +19,8 @@ class Call:
     """How far each layer had read when it began; None: it did not begin."""
     after: Reading | None = None
     """The cache's reading when it is over."""
+    ids: Int[Tensor, "B Q"] | None = None
+    """What it was given, padding unknown."""
     chunks: tuple[nn.Module, list[Tensor]] | None = None
     """A module whose call was split, and its outputs so far."""
     token_ids: Int[Tensor, "B Q"] | None = None

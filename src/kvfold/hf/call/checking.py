@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from kvfold.hf.call.modes import Modal
+from kvfold.hf.recurrence import carries_state, is_recurrent
 from kvfold.methods.base import Method
 
 
@@ -19,6 +20,16 @@ def check_reads_on(method: Method) -> None:
         )
 
 
+def check_carried(model: Any) -> None:
+    """ValueError where a pass of several tokens would start from empty recurrent states, not from those read so far."""
+    if not carries_state(model):
+        raise ValueError(
+            f"{type(model).__name__} forgets its recurrent states when it reads several tokens behind others, with "
+            "transformers' own cache too: read its text as one prompt, without prefill_chunk; what follows token by "
+            "token is right"
+        )
+
+
 class Checked(Modal):
     """A cache that looks at a pass before it comes, and behind it whether its keys were read."""
 
@@ -30,14 +41,16 @@ class Checked(Modal):
         """Raise, before any layer has read, where a pass over so many tokens can't be.
 
         ValueError where a method would drop tokens that their format can't drop alone, or reads prompts in its own way
-        beside rows of others; OutOfPages where an arena has no room for a generated token in every layer. (What a
-        prompt leaves of its tokens is known when they were read.)
+        beside rows of others, or where the model would forget its recurrent states; OutOfPages where an arena has no
+        room for a generated token in every layer. (What a prompt leaves of its tokens is known when they were read.)
         """
+        if tokens > 1 and any(map(is_recurrent, self.layers)):
+            check_carried(self.model)
         if not self.rows.width:
             return
         if not self.reads_prompt(tokens):
             self._check_room()
-        elif self.mode.listening and not self.pending.recording:
+        elif self.mode.listening and (self.pending.opening or not self.pending.recording):
             self._check_further_prompt()
 
     def _check_room(self) -> None:

@@ -14,10 +14,13 @@ from kvfold.hf.argument import cache_in
 from kvfold.hf.call.arguments import check_arguments
 from kvfold.hf.call.call import greedy_of
 from kvfold.hf.call.chunks import put_together, read_ahead
+from kvfold.hf.call.generating import watch_generation
+from kvfold.hf.call.given import ids_of
 from kvfold.hf.call.host import Host
 from kvfold.hf.call.images import check_ids, find_images, refuse_pixels
 from kvfold.hf.call.narrow import before_layer
-from kvfold.hf.call.rewriting import reread
+from kvfold.hf.call.rewriting import placed_behind, reread
+from kvfold.hf.gradient import refuse_gradient
 from kvfold.hf.images import image_ids
 from kvfold.hf.layers import PagedLayer
 from kvfold.methods.base import Method
@@ -37,6 +40,7 @@ def use_kvfold(model: PreTrainedModel) -> None:
             model.register_forward_hook(_after_forward, with_kwargs=True),
             body.register_forward_pre_hook(_before_body, with_kwargs=True),
         )
+    watch_generation(model)
 
 
 def watch(model: PreTrainedModel, method: Method) -> None:
@@ -132,18 +136,22 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
     if _inner(cache, module):
         return None
     refuse_pixels(cache, kwargs)
+    if kwargs.get("use_cache") is False:
+        raise ValueError("use_cache=False with a cache would read the whole text again at every step: leave one out")
+    if cache.paged:
+        refuse_gradient(kwargs)
     changed, own = None, _outermost(cache, module)
     if own:
         check_arguments(args, kwargs, cache.rows.width)
         cache.forgive()
-    if not cache.pending.recording or cache.pending.unheard is not None:
-        cache.settle_pending()
+    cache.settle_pending()
     if own:
+        given = ids_of(args, kwargs)
         other, after = reread(cache, args, kwargs), cache.reading
         if other is not None:
             kwargs, after = other
             args, changed = (), ((), kwargs)
-        cache.begin_call(after)
+        cache.begin_call(after, given)
     cache.call.chunks = None  # of a call that failed
     if cache.prefill_chunk is not None and not cache.mode.whole:
         if cache.pending.recording:
@@ -162,7 +170,11 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
     call.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
     call.images = find_images(cache, call.token_ids, call.mask)
     read = ids if ids is not None else kwargs.get("inputs_embeds")
+    if isinstance(read, torch.Tensor) and len(args) < 2 and (placed := placed_behind(cache, module, kwargs, read)):
+        kwargs, changed = placed, (args, placed)
     if call.marks is not None and isinstance(read, torch.Tensor):
+        if _drafted(kwargs) >= read.shape[1] - 1 and cache.rows.width:
+            cache.pending.opening = False  # one token and its candidates: nothing was added to the text
         cache.check_pass(read.shape[1])
     return changed
 
@@ -178,8 +190,15 @@ def _after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output:
         put_together(output, kept)
     plan, call.plan, call.token_ids, call.mask, call.images = call.plan, None, None, None, None
     chosen = isinstance(kwargs.get("logits_to_keep"), torch.Tensor)  # columns in an order that nobody knows
+    cache.pending.uncropped = cache.pending.recording
     with cache.ending() if _outermost(cache, module) else nullcontext():
         cache.finish(plan, lambda read: greedy_of(None if chosen else output, read))
+
+
+def _drafted(kwargs: dict[str, Any]) -> int:
+    """Candidates that end a pass of assisted decoding, which asks for their logits and one more; 0: nobody says."""
+    wanted = kwargs.get("logits_to_keep")
+    return wanted - 1 if isinstance(wanted, int) and wanted > 0 else 0
 
 
 def _outermost(cache: Host, module: nn.Module) -> bool:

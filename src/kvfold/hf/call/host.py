@@ -6,9 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from kvfold.hf.beside import end_recording, leave_inference
 from kvfold.hf.call.call import Call
 from kvfold.hf.call.checking import Checked
+from kvfold.hf.call.given import Given
 from kvfold.hf.call.modes import Mode
 from kvfold.hf.call.pending import Pending
 from kvfold.hf.call.reading import Reading
@@ -28,7 +32,7 @@ class Host(Checked):
 
     def _begin(self) -> None:
         """Nothing is read, and nothing waits."""
-        self.mode, self.call, self.pending, self.reading = Mode(), Call(), Pending(), None
+        self.mode, self.call, self.pending, self.reading, self.given = Mode(), Call(), Pending(), None, Given()
         self.paged = [layer.core for layer in self.layers if isinstance(layer, PagedLayer)]
 
     def _marks(self) -> tuple[Any, ...]:
@@ -60,9 +64,10 @@ class Host(Checked):
 
     def _plan(self, tokens: int) -> Plan:
         call, mode, rows = self.call, self.mode, self.rows
-        prefill, later = self.reads_prompt(tokens), self.pending.recording and rows.width > 0
         if call.marks is None:  # else the hook has asked, before any layer had read
             self.check_pass(tokens)
+        first = self.pending.opens()
+        prefill, later = self.reads_prompt(tokens), self.pending.recording and rows.width > 0 and not first
         prompts = None
         if prefill and isinstance(mode.prefilling, tuple):
             prompts = np.isin(np.arange(rows.batch), mode.prefilling)
@@ -116,6 +121,9 @@ class Host(Checked):
     def settle_pending(self) -> None:
         """Run the events that still wait for a crop: assisted decoding is over, what came last was a further turn."""
         if self.pending.waits:
+            if self.pending.recording:
+                for layer in self.layers:
+                    end_recording(layer)
             self.settled(self.pending.turn(self.paged))
 
     def settled(self, plan: Plan | None) -> None:
@@ -141,16 +149,20 @@ class Host(Checked):
             )
         self.call = Call()
 
-    def begin_call(self, after: Reading | None) -> None:
-        """The caller's own call of the model begins."""
-        self.call = Call(self._marks(), after)
+    def begin_call(self, after: Reading | None, ids: Tensor | None = None) -> None:
+        """The caller's own call of the model begins; `ids`: what it was given."""
+        if not torch.is_inference_mode_enabled():
+            for layer in self.layers:
+                if not isinstance(layer, PagedLayer):
+                    leave_inference(layer)
+        self.call = Call(self._marks(), after, ids)
 
     @contextmanager
     def ending(self) -> Iterator[Call]:
         """Within the block the call is over and its tokens count, unless the block fails, which does what is left."""
         call, self.call = self.call, Call()
         if call.marks is not None:
-            self.reading = call.after
+            self.reading, self.given = call.after, self.given.more(call.ids)
         try:
             yield call
         except BaseException:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import Cache as HFCache
 
 from kvfold.hf.call.call import Call
+from kvfold.hf.call.given import Given
 from kvfold.hf.call.pending import Pending
 from kvfold.hf.call.reading import Reading
 from kvfold.hf.layers import PagedLayer
@@ -50,6 +51,8 @@ class Modal(HFCache):
     call: Call
     """The call of the model in hand."""
     pending: Pending
+    given: Given
+    """The ids of the text that it was given, as far as they are known."""
     reading: Reading | None
     """Where a method gave the model other tokens to read than the caller did."""
 
@@ -75,12 +78,12 @@ class Modal(HFCache):
         self.settle_pending()
         rows, marks = self.rows.mark(), [core.mark() for core in self.paged]
         others = [None if isinstance(x, PagedLayer) else copy.deepcopy(x) for x in self.layers]
-        call, reading, self.call = self.call, self.reading, Call()
+        given, call, reading, self.call, uncropped = self.given, self.call, self.reading, Call(), self.pending.uncropped
         try:
             with kept_tables(self.model), self.within(listening=False, observe=observe):
                 yield
         finally:
-            self.call, self.reading = call, reading
+            self.given, self.call, self.reading, self.pending.uncropped = given, call, reading, uncropped
             self.rows.rewind(rows)
             for core, mark in zip(self.paged, marks, strict=True):
                 core.rewind(mark)

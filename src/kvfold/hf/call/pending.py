@@ -16,6 +16,10 @@ class Pending:
 
     recording: bool = False
     """Whether transformers crops after each pass."""
+    opening: bool = False
+    """Whether the next pass is the first of an assisted decoding, which reads its prompt and the first candidates."""
+    uncropped: bool = False
+    """Whether a pass is over, and no crop has come since."""
     plan: Plan | None = None
     """The pass whose layers' events wait."""
     unheard: Plan | None = None
@@ -24,7 +28,16 @@ class Pending:
     @property
     def waits(self) -> bool:
         """Whether events are still to come."""
-        return self.unheard is not None or (self.plan is not None and bool(self.plan.waiting))
+        return self.uncropped or self.unheard is not None or (self.plan is not None and bool(self.plan.waiting))
+
+    def record(self) -> None:
+        """Assisted decoding begins."""
+        self.recording = self.opening = True
+
+    def opens(self) -> bool:
+        """Whether the pass that begins now is the first of an assisted decoding."""
+        opening, self.opening = self.opening, False
+        return opening
 
     def read(self, plan: Plan) -> None:
         """A layer has read a pass that may be taken back."""
@@ -32,17 +45,18 @@ class Pending:
 
     def crop(self, layers: Sequence[KVLayer], columns: int) -> Plan | None:
         """So many columns were taken back: the layers' events come, of what is left. The pass they were of."""
+        self.uncropped = False
         if self.unheard is not None:
             self.unheard = self.unheard.cropped(columns)
         return self._come(layers, columns)
 
     def turn(self, layers: Sequence[KVLayer]) -> Plan | None:
         """No crop came: assisted decoding is over, what looked like a draft was a further prompt."""
-        self.recording, rows = False, layers[0].rows
+        self.recording = self.opening = self.uncropped = False
         if self.plan is not None and any(queries.states.shape[2] > 1 for queries in self.plan.waiting.values()):
-            rows.turned(self.plan)
+            layers[0].rows.turned(self.plan)
         if self.unheard is not None:
-            rows.turned(self.unheard)
+            layers[0].rows.turned(self.unheard)
         return self._come(layers, 0)
 
     def _come(self, layers: Sequence[KVLayer], dropped: int) -> Plan | None:

@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from kvfold.hf.anatomy import has_grid_positions
 from kvfold.hf.call.host import Host
 from kvfold.hf.call.reading import Reading
 from kvfold.hf.draft import drafter, look_ahead
+from kvfold.hf.recurrence import is_recurrent
 from kvfold.views import LayerView
 
 
@@ -79,3 +82,17 @@ def reread(cache: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     changed["attention_mask"] = after.valid.long()
     changed["position_ids"] = (before.valid.sum(1, keepdim=True) + there.cumsum(1) - 1).clamp(min=0)
     return changed, after
+
+
+def placed_behind(cache: Host, module: Any, kwargs: dict[str, Any], read: Tensor) -> dict[str, Any] | None:
+    """A call's arguments with the `position_ids` that nobody gave, behind what was read; None: the model makes them.
+
+    Some hybrids of attention and recurrence (Bamba) count each call from 0 otherwise.
+    """
+    if not cache.rows.width or kwargs.get("position_ids") is not None or not any(map(is_recurrent, cache.layers)):
+        return None
+    if has_grid_positions(cache.model) or "position_ids" not in signature(type(module).forward).parameters:
+        return None
+    start = cache.get_query_offset()
+    places = torch.arange(start, start + read.shape[1], device=read.device)
+    return {**kwargs, "position_ids": places[None].expand(read.shape[0], -1)}

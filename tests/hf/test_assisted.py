@@ -1,0 +1,121 @@
+"""Assisted decoding over several turns: budgets hold, and what recorded its past stops when no crop comes any more."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Lfm2Config
+
+import kvfold
+from kvfold.hf.layers import held_bytes
+from models import COMMON, build, subject, tokens
+
+LOOKUP = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 6, "do_sample": False}
+PLAIN = {"max_new_tokens": 6, "do_sample": False}
+NOTHING_TO_LOOK_UP = {**LOOKUP, "max_matching_ngram_size": 30}
+
+
+def turns(cache, options, lengths=(60, 40, 40)):
+    """What is held after each of a conversation's turns, and what was read and said."""
+    text, held = torch.zeros(1, 0, dtype=torch.long), []
+    for seed, length in enumerate(lengths):
+        more = tokens(length // 2, seed=seed)["input_ids"].repeat(1, 2)  # something to look up
+        text = go_on(cache, torch.cat([text[:, -1:], more], 1), options)
+        held.append(cache.kept_tokens)
+    return held, text
+
+
+def go_on(cache, new, options):
+    """Assisted decoding reads all that it is given: only what the cache has not read."""
+    mask = torch.ones(1, cache.get_seq_length() + new.shape[1], dtype=torch.long)
+    return cache.model.generate(new, attention_mask=mask, past_key_values=cache, **options)
+
+
+@pytest.mark.parametrize("method", ["snapkv", "h2o", "kvmerger", "streamingllm", "cake", "kvzip"])
+def test_every_turn_is_within_the_budget(method):
+    held, _ = turns(kvfold.Cache(subject("llama"), method, budget=12), LOOKUP)
+    assert max(held) <= 12 + 5
+
+
+@pytest.mark.parametrize("method", ["snapkv", "h2o", "cake", "pyramidkv"])
+def test_turns_without_candidates_keep_what_plain_ones_keep(method):
+    caches = [kvfold.Cache(subject("llama"), method, budget=12) for _ in range(2)]
+    (_, said), (_, expected) = turns(caches[0], PLAIN), turns(caches[1], NOTHING_TO_LOOK_UP)
+    assert torch.equal(said, expected)
+    assert caches[0].kept(1) == caches[1].kept(1)
+    assert caches[0].rows.prompt.tolist() == caches[1].rows.prompt.tolist()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral-sliding"])
+@pytest.mark.filterwarnings("ignore:.*has no layer with full attention")
+def test_full_says_what_it_says_without_a_draft(name):
+    _, said = turns(kvfold.Cache(subject(name), "full"), LOOKUP)
+    assert torch.equal(said, turns(kvfold.Cache(subject(name), "full"), PLAIN)[1])
+
+
+def test_going_on_without_more_text_is_no_prompt():
+    cache = kvfold.Cache(subject("llama"), "snapkv", budget=12)
+    _, text = turns(cache, LOOKUP)
+    before = cache.rows.prompt.tolist()
+    go_on(cache, text[:, -1:], {**PLAIN, "assistant_model": build("llama")})
+    assert cache.rows.prompt.tolist() == before
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_plain_and_assisted_turns_by_turns(name):
+    """A plain turn's events wait for a crop; the assisted decoding after it is not its crop."""
+    model, cache = subject(name), kvfold.Cache(subject(name), "snapkv", budget=12)
+    for options in (LOOKUP, PLAIN, LOOKUP, LOOKUP):
+        held, text = turns(cache, options, lengths=(40,))
+        assert held[-1] <= 12 + 5
+        read(model, cache, torch.cat([text[:, -1:], tokens(20)["input_ids"]], 1))  # its event may wait
+    assert cache.kept_tokens == 12
+
+
+def test_a_further_prompt_that_its_format_refuses():
+    cache = kvfold.Cache(subject("llama"), "snapkv | int4")
+    _, text = turns(cache, LOOKUP, lengths=(40,))
+    with pytest.raises(ValueError, match="requantise=True"):
+        go_on(cache, torch.cat([text[:, -1:], tokens(9)["input_ids"]], 1), LOOKUP)
+
+
+@torch.no_grad()
+def read(model, cache, ids):
+    """Logits of a call of the model."""
+    return model(ids, past_key_values=cache).logits
+
+
+def lfm2():
+    """A model whose convolutions can be taken back."""
+    config = Lfm2Config(**COMMON, layer_types=["conv", "full_attention", "conv"], conv_L_cache=3)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral-sliding", "lfm2"])
+@pytest.mark.parametrize("prompt", [2, 30])
+@pytest.mark.filterwarnings("ignore:.*has no layer with full attention")
+def test_what_recorded_its_past_is_over_with_the_last_crop(name, prompt, tmp_path):
+    """Then a plain turn, a fork and a file go on as a cache that never recorded."""
+    model = lfm2() if name == "lfm2" else subject(name)
+    cache, other = kvfold.Cache(model, "full"), kvfold.Cache(model, "full")
+    text = model.generate(tokens(prompt)["input_ids"], past_key_values=cache, **LOOKUP)
+    read(model, other, text[:, :-1])
+    for length in (1, 12, 1, 1):
+        more = tokens(length, seed=length)["input_ids"]
+        torch.testing.assert_close(read(model, cache, more), read(model, other, more), rtol=1e-4, atol=1e-4)
+        twin = cache.fork()
+        cache.save(tmp_path / "c")
+        loaded = kvfold.Cache.load(tmp_path / "c", model)
+        expected = read(model, other.fork(), tokens(5)["input_ids"])
+        for again in (twin, loaded):
+            torch.testing.assert_close(read(model, again, tokens(5)["input_ids"]), expected, rtol=1e-4, atol=1e-4)
+        sizes = [
+            [held for held, layer in zip(held_bytes(x.layers), x.layers, strict=True) if not hasattr(layer, "core")]
+            for x in (cache, other)
+        ]
+        assert sizes[0] == sizes[1]
+
+
+def test_windows_give_back_the_prompt_at_a_crop():
+    cache = kvfold.Cache(subject("gemma3"), "full")
+    subject("gemma3").generate(tokens(200)["input_ids"], past_key_values=cache, **LOOKUP)
+    window = cache.layers[0].keys
+    assert window.untyped_storage().nbytes() == window.nbytes
