@@ -6,6 +6,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvfold.hf.source import EXPAND
+
 PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 """What models call the projection behind the heads of their attention."""
 
@@ -15,7 +17,7 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     found: dict[int, nn.Module] = {}
     for module in text_decoder(model).modules():
         index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and type(module).__name__.endswith("Attention"):
+        if isinstance(index, int) and (type(module).__name__.endswith("Attention") or hasattr(module, EXPAND)):
             found.setdefault(index, module)
     return found
 

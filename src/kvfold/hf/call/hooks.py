@@ -16,8 +16,10 @@ from kvfold.hf.call.chunks import put_together, read_ahead
 from kvfold.hf.call.host import Host
 from kvfold.hf.call.images import check_ids, find_images, refuse_pixels
 from kvfold.hf.call.narrow import before_layer
+from kvfold.hf.call.preparing import watch_preparing
 from kvfold.hf.call.rewriting import reread
 from kvfold.hf.images import image_ids
+from kvfold.hf.latent import is_latent, watch_latent
 from kvfold.hf.layers import PagedLayer
 from kvfold.methods.base import Method
 from kvfold.warm import warm_up
@@ -29,6 +31,15 @@ def use_kvfold(model: PreTrainedModel) -> None:
     warm_up(model.device, model.dtype)
     if model.config.get_text_config(decoder=True)._attn_implementation != attention.NAME:
         model.set_attn_implementation(attention.NAME)
+    for module in attention_modules(model).values():
+        if is_latent(module):
+            watch_latent(module)
+    hook(model)
+
+
+def hook(model: PreTrainedModel) -> None:
+    """Let a model's forward passes tell their cache what they read."""
+    watch_preparing(model)
     if not getattr(model, "_kvfold_hooks", None):
         model._kvfold_hooks = (
             model.register_forward_pre_hook(_before_forward, with_kwargs=True),
@@ -155,6 +166,11 @@ def _after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output:
         (_, kept), call.chunks = call.chunks, None
         put_together(output, kept)
     plan, call.plan, call.token_ids, call.mask, call.images = call.plan, None, None, None, None
+    if plan is None and cache.paged and _outermost(cache, module):
+        raise RuntimeError(
+            f"{type(module).__name__} was given a kvfold cache and has not read with it: its layers kept to a cache "
+            "of their own, or to none"
+        )
     chosen = isinstance(kwargs.get("logits_to_keep"), torch.Tensor)  # columns in an order that nobody knows
     with cache.ending() if _outermost(cache, module) else nullcontext():
         cache.finish(plan, lambda read: greedy_of(None if chosen else output, read))
