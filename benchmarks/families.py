@@ -13,6 +13,7 @@ A class runs in a process of its own, killed after `--seconds`. `--only llama,ph
 
 import argparse
 import copy
+import inspect
 import json
 import selectors
 import subprocess
@@ -31,7 +32,7 @@ from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedConfig, PreTrai
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import kvfold
-from kvfold.hf.argument import with_cache
+from kvfold.hf.argument import NEW, OLD, with_cache
 
 LAYERS = (4, 6, 8, 12)
 """Numbers of layers that are tried: the first that has every kind of layer that the full model has."""
@@ -79,6 +80,9 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "phimoe": {"initializer_range": 0.5},
     "roberta": {"initializer_range": 0.5},
+    "roberta-prelayernorm": {"initializer_range": 0.5},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+             "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}},
     "data2vec-text": {"initializer_range": 0.5},
     "marian": {"init_std": 0.5, "decoder_start_token_id": 1},
     "blenderbot": {"decoder_layers": 4, "encoder_layers": 4},
@@ -213,7 +217,7 @@ def logits(model: PreTrainedModel, cache: Any, ids: Tensor, mask: Tensor) -> Ten
 
 def takes(model: PreTrainedModel, name: str) -> bool:
     """Whether a model's forward names this argument."""
-    return name in type(model).forward.__code__.co_varnames
+    return name in inspect.signature(type(model).forward).parameters
 
 
 @torch.no_grad()
@@ -244,6 +248,8 @@ def reference(family: str) -> tuple[PreTrainedModel, dict[int, Tensor]]:
     for implementation in ("sdpa", None):
         try:
             model = build(family, implementation)
+            if not {OLD, NEW} & set(inspect.signature(type(model).forward).parameters):
+                return model, {}
             for padding in (0, 9):
                 found[padding] = logits(model, own_cache(model), *batch(padding))
                 if not bool(found[padding].isfinite().all()):
@@ -263,7 +269,7 @@ def reference(family: str) -> tuple[PreTrainedModel, dict[int, Tensor]]:
 def first_line(error: BaseException) -> str:
     """An error's words, short."""
     text = " ".join(str(error).split())
-    return text if len(text) <= 160 else text[:157] + "..."
+    return text if len(text) <= 240 else text[:237] + "..."
 
 
 def state(model: PreTrainedModel) -> tuple[Any, ...]:
@@ -288,6 +294,9 @@ def ask(family: str) -> Row:
         row.outcome, row.reason = "refused", first_line(error)
         if state(subject) != before:
             row.outcome, row.reason = "wrong", f"refused when the model was changed: {row.reason}"
+        return row
+    if not expected:
+        row.outcome, row.reason = "wrong", "it takes no cache, but kvfold makes one"
         return row
     row.paged = f"{len(cache.paged)} of {len(cache.layers)}"
     try:
@@ -323,7 +332,12 @@ def serve() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     for line in sys.stdin:
-        print(json.dumps(asdict(ask(line.strip()))), flush=True)
+        try:
+            row = ask(line.strip())
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            row = Row(line.strip(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[line.strip()], "wrong", reason)
+        print(json.dumps(asdict(row)), flush=True)
 
 
 def rows(families: list[str], seconds: float) -> Iterator[Row]:
@@ -331,24 +345,25 @@ def rows(families: list[str], seconds: float) -> Iterator[Row]:
     worker = None
     for family in families:
         if worker is None:
-            command = [sys.executable, __file__, "--serve"]
             worker = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
             )
         assert worker.stdin is not None and worker.stdout is not None
         worker.stdin.write(family + "\n")
         worker.stdin.flush()
         with selectors.DefaultSelector() as waiting:
             waiting.register(worker.stdout, selectors.EVENT_READ)
-            line = worker.stdout.readline() if waiting.select(seconds) else ""
+            waited = bool(waiting.select(seconds))  # it has said something, or ended
+            line = worker.stdout.readline() if waited else ""
         if line:
             yield Row(**json.loads(line))
             continue
-        worker.kill()
-        end = worker.wait()
-        worker = None
-        reason = f"no answer in {seconds:g} seconds" if end == -9 else f"the process ended with {end}"
-        yield Row(family, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family], "not testable", reason)
+        if not waited:
+            worker.kill()
+        worker.communicate()
+        end, worker = worker.returncode, None
+        name, late = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family], f"no answer in {seconds:g} seconds"
+        yield Row(family, name, *(("wrong", f"the process ended with {end}") if waited else ("not testable", late)))
     if worker is not None:
         worker.communicate()
 
@@ -363,6 +378,9 @@ def page(found: list[Row]) -> str:
         "`python benchmarks/families.py --out docs/models.md` (what it asks stands at its head). "
         + ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
         + ".",
+        "",
+        "Exact: with `full`, logits (even, padded, step by step) and greedy tokens are those of transformers' own cache, and",
+        "`h2o` runs. Refused: when the cache is made, with the model as it was. Not testable: by transformers' own cache.",
         "",
         "*On pages*: how many of the tiny model's layers kvfold holds and compresses. Sliding windows and recurrent",
         "states are transformers' own. With none on pages the model is left untouched.",
@@ -380,6 +398,7 @@ def page(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
+COMMAND = [sys.executable, __file__, "--serve"]
 OUTCOMES = ("wrong", "exact", "refused", "not testable")
 
 
@@ -394,6 +413,8 @@ def main() -> int:
     if args.serve:
         serve()
         return 0
+    if args.only and args.out:
+        parser.error("--out is for a page of all families, --only is not")
     families = args.only.split(",") if args.only else list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     found = []
     for row in rows(families, args.seconds):

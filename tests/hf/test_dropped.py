@@ -48,6 +48,13 @@ def test_phi3_reads_with_the_cache_that_it_is_given(kind, lengths):
     assert got.past_key_values is cache and cache.get_seq_length() == max(lengths) + 24 - 1
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}], ids=str)
+def test_beams_over_the_switch(options):
+    model, prompt = long(), tokens(50, 31)
+    expected = answer(copy.deepcopy(model), dynamic(model), prompt, **options)
+    assert torch.equal(answer(model, kvfold.Cache(model), prompt, **options).sequences, expected.sequences)
+
+
 def test_phi3_is_compressed_on_both_sides_of_the_switch():
     model, prompt = long(), tokens(50)
     cache = kvfold.Cache(model, "h2o", budget=16)

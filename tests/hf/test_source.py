@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import kvfold
 from kvfold.hf.argument import cache_in
 from kvfold.hf.source import changed_by_name, questions
-from models import COMMON, dynamic, feed, greedy, tokens
+from models import COMMON, build, dynamic, feed, greedy, tokens
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "benchmarks/attention_names.py"))
@@ -185,3 +185,25 @@ def test_a_question_that_kvfold_answers_like_sdpa_is_no_hindrance():
 
     model = llama(Harmless)
     feed(model, kvfold.Cache(model), *tokens(8).values())
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2-vl"])
+def test_towers_beside_the_text_keep_their_attention(name):
+    model = build(name)
+    kvfold.Cache(model)
+    configs = {type(m).__name__: m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    assert model.config._attn_implementation == model.config.get_text_config()._attn_implementation == "kvfold"
+    towers = [config for kind, config in configs.items() if "Vision" in kind or "CLIP" in kind]
+    assert towers and {config._attn_implementation for config in towers} == {"sdpa"}
+
+
+def test_layers_that_would_share_a_mask_with_paged_ones_are_refused():
+    matrix = families()
+    kinds = ["full_attention", "minimax_m3_sparse"] * 2
+    config = matrix["tiny"]("minimax_m3_vl_text")
+    config.layer_types = kinds
+    model = type(matrix["build"]("minimax_m3_vl_text"))(config)
+    before = matrix["state"](model)
+    with pytest.raises(ValueError, match=r"has cache layers of type \w+ beside plain ones"):
+        kvfold.Cache(model)
+    assert matrix["state"](model) == before

@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvfold.hf.source import EXPAND
 
@@ -37,6 +37,25 @@ def text_decoder(model: nn.Module) -> nn.Module:
     inner: Any = getattr(model, "get_decoder", None)
     found = inner() if callable(inner) else None
     return found if isinstance(found, PreTrainedModel) else model  # ModernBERT's "decoder" is its language model head
+
+
+def wrappers(model: nn.Module) -> list[nn.Module]:
+    """The modules that the text decoder lies in, the model first, and that itself: not the towers beside it."""
+    decoder = text_decoder(model)
+    return [module for module in model.modules() if any(part is decoder for part in module.modules())]
+
+
+def text_alone(config: PreTrainedConfig, text: PreTrainedConfig, value: str) -> Any:
+    """What `set_attn_implementation` is to be given to set `value` for the text decoder and what it lies in."""
+    parts = {
+        name: made
+        for name in config.sub_configs
+        if isinstance(part := getattr(config, name, None), PreTrainedConfig)
+        and (made := text_alone(part, text, value)) is not None
+    }
+    if config is text:
+        return value
+    return {"": value, **parts} if parts else None
 
 
 def has_grid_positions(model: Any) -> bool:

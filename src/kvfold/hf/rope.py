@@ -46,7 +46,7 @@ def find_rope(model: nn.Module, attention: nn.Module | None, layer_type: str) ->
         return None
     kinds: Any = getattr(rotary, "rope_type", "default")
     by_layer = isinstance(kinds, dict)
-    kind = kinds[layer_type] if by_layer else kinds
-    if "dynamic" in kind or kind == "longrope":
+    kind = kinds.get(layer_type) if by_layer else kinds  # None: no layer of this kind turns
+    if kind is None or "dynamic" in kind or kind == "longrope":
         return None
     return ModelRope(rotary, apply, layer_type if by_layer else None)

@@ -4,9 +4,9 @@ from inspect import signature
 from typing import Any
 
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-from kvfold.hf.anatomy import attention_modules, has_grid_positions, text_decoder
+from kvfold.hf.anatomy import attention_modules, has_grid_positions, text_decoder, wrappers
 from kvfold.hf.argument import NEW, OLD
 from kvfold.hf.images import check_images
 from kvfold.hf.source import changed_by_name, unfit
@@ -43,14 +43,25 @@ def check_model(model: Any, method: Method | None = None) -> None:
         if not (isinstance(layer, CacheLayerMixin | DummyLayer) or hasattr(layer, "conv_states")):
             raise ValueError(f"{name} has cache layers of type {type(layer).__name__}, which kvfold does not know")
     paged = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    others = [type(layer).__name__ for layer in layers if isinstance(layer, DynamicLayer) and not _is_plain(layer)]
+    if paged and others:
+        raise ValueError(
+            f"{name} has cache layers of type {others[0]} beside plain ones: they would get masks made for kvfold's"
+        )
     if paged:
         _check_code(model, paged)
+
+
+def _is_plain(layer: DynamicLayer) -> bool:
+    """Whether a layer is one that goes on pages, or one with a mask of its own."""
+    return type(layer) is DynamicLayer or isinstance(layer, DynamicSlidingWindowLayer)
 
 
 def _check_code(model: PreTrainedModel, paged: list[int]) -> None:
     """Raise ValueError where a model's code can't go with an attention function of another name."""
     name, modules = type(model).__name__, attention_modules(model)
-    if not (model._supports_sdpa and text_decoder(model)._supports_sdpa):
+    around = wrappers(model)
+    if not all(part._supports_sdpa for part in around if isinstance(part, PreTrainedModel)):
         raise ValueError(f"{name} can't run with attn_implementation='sdpa', which a kvfold cache's attention is")
     for index in paged:
         kind: Any = type(modules.get(index))
@@ -59,7 +70,7 @@ def _check_code(model: PreTrainedModel, paged: list[int]) -> None:
             raise ValueError(f"{kind.__name__} of {name} {reason}, which kvfold does not support yet")
         if "CrossAttention" in kind.__name__:
             raise ValueError(f"{name} attends in layer {index} to more than its text, which kvfold can't hold")
-    question = changed_by_name({type(module) for module in model.modules()})
+    question = changed_by_name({type(module) for module in (*around, *text_decoder(model).modules())})
     if question is not None:
         raise ValueError(
             f"{name} computes something else with an attention of another name ({question.where} asks: "

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvfold.hf import attention
-from kvfold.hf.anatomy import attention_modules, text_decoder
+from kvfold.hf.anatomy import attention_modules, text_alone, text_decoder
 from kvfold.hf.argument import cache_in
 from kvfold.hf.call.call import greedy_of
 from kvfold.hf.call.chunks import put_together, read_ahead
@@ -29,8 +29,9 @@ def use_kvfold(model: PreTrainedModel) -> None:
     """Set the model's attention to "kvfold" and let its forward passes tell their cache what they read."""
     attention.register()
     warm_up(model.device, model.dtype)
-    if model.config.get_text_config(decoder=True)._attn_implementation != attention.NAME:
-        model.set_attn_implementation(attention.NAME)
+    text = model.config.get_text_config(decoder=True)
+    if text._attn_implementation != attention.NAME:  # towers beside the decoder keep theirs
+        model.set_attn_implementation(text_alone(model.config, text, attention.NAME) or attention.NAME)
     for module in attention_modules(model).values():
         if is_latent(module):
             watch_latent(module)
