@@ -16,6 +16,7 @@ OPEN = {
     "_hf_hook": "accelerate's mark on a module whose weights it moves",
     "_kvfold_*": "what a cache leaves on the model that it belongs to",
     "_scaled_dot_product_*": "torch's operators that return the log-sum-exp as well",
+    "_supports_sdpa": "transformers' mark on a class of models, which has no other name",
     "_version": "torch's count of writes to a tensor",
 }
 """Private names that anybody may use, and why."""

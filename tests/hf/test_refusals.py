@@ -148,9 +148,30 @@ def test_the_last_layer_ignores_the_interface():
 
 
 def test_attention_with_the_keys_of_one_update_twice():
-    config = DiffLlamaConfig(**COMMON)
-    model = DiffLlamaForCausalLM(config).eval()
-    with pytest.raises(ValueError, match="DiffLlamaAttention attends twice with the keys of one update"):
+    model = DiffLlamaForCausalLM(DiffLlamaConfig(**COMMON)).eval()
+    refused(model, "DiffLlamaAttention of DiffLlamaForCausalLM attends twice with the keys of one update")
+
+
+def test_attention_with_the_keys_of_one_update_twice_that_no_source_tells():
+    model = build("llama")
+    attention = model.model.layers[0].self_attn
+    attend = type(attention).forward
+
+    def twice(hidden_states, **kwargs):
+        held, made = cache_in(kwargs), {}
+
+        class Once:
+            def update(self, *args, **more):
+                if not made:
+                    made["states"] = held.update(*args, **more)
+                return made["states"]
+
+        kwargs[name_of(attend)] = Once()
+        attend(attention, hidden_states=hidden_states, **kwargs)
+        return attend(attention, hidden_states=hidden_states, **kwargs)
+
+    attention.forward = twice
+    with pytest.raises(ValueError, match="LlamaAttention attends twice with the keys of one update"):
         feed(model, kvfold.Cache(model), *tokens(8).values())
 
 

@@ -4,7 +4,9 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kvfold.hf.source import EXPAND
 
 PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 """What models call the projection behind the heads of their attention."""
@@ -15,7 +17,7 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     found: dict[int, nn.Module] = {}
     for module in text_decoder(model).modules():
         index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and type(module).__name__.endswith("Attention"):
+        if isinstance(index, int) and (type(module).__name__.endswith("Attention") or hasattr(module, EXPAND)):
             found.setdefault(index, module)
     return found
 
@@ -42,6 +44,25 @@ def same_text(one: nn.Module, other: nn.Module) -> bool:
     if text_decoder(one) is text_decoder(other):
         return True
     return any(one is part for part in other.modules()) or any(other is part for part in one.modules())
+
+
+def wrappers(model: nn.Module) -> list[nn.Module]:
+    """The modules that the text decoder lies in, the model first, and that itself: not the towers beside it."""
+    decoder = text_decoder(model)
+    return [module for module in model.modules() if any(part is decoder for part in module.modules())]
+
+
+def text_alone(config: PreTrainedConfig, text: PreTrainedConfig, value: str) -> Any:
+    """What `set_attn_implementation` is to be given to set `value` for the text decoder and what it lies in."""
+    parts = {
+        name: made
+        for name in config.sub_configs
+        if isinstance(part := getattr(config, name, None), PreTrainedConfig)
+        and (made := text_alone(part, text, value)) is not None
+    }
+    if config is text:
+        return value
+    return {"": value, **parts} if parts else None
 
 
 def has_grid_positions(model: Any) -> bool:

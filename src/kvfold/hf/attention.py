@@ -6,14 +6,21 @@ none, both functions do exactly what transformers' "sdpa" does.
 
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-NAME = "kvfold"
+from kvfold.hf import source
+
+NAME = source.NAME
 HANDLE = "_kvfold_handle"
 """The attribute in which a key tensor carries its layer from `Cache.update` to the attention function."""
+OTHER = "_kvfold_not_causal"
+"""The attribute of what stands for a mask that is not causal: a layer on pages that gets it can't attend."""
+ENTRIES = 1 << 22
+"""Entries of a mask that are looked at at once."""
 REFUSED = ("softcap", "s_aux", "position_bias")
 """Arguments of attention functions that change the softmax in ways that the paged segments don't know."""
 
@@ -54,6 +61,8 @@ def attention(
             raise ValueError(f"{name} attends with {argument}, which a kvfold cache does not support")
     if dropout:
         raise ValueError(f"dropout={dropout} in {name}: a kvfold cache is for inference; call model.eval()")
+    if attention_mask is not None and getattr(attention_mask, OTHER, False):
+        raise ValueError(f"{name} asks for an attention mask that is not causal; a kvfold cache attends causally")
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             f"attention_mask of shape {tuple(attention_mask.shape)} in {name}: a kvfold cache takes a padding mask, "
@@ -69,8 +78,10 @@ def mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if not isinstance(kwargs.get("kv_length"), PagedLength):
         made: Tensor | None = sdpa_mask(*args, **kwargs)
         return made
-    if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
-        raise ValueError("this model asks for an attention mask that is not causal; a kvfold cache attends causally")
+    if not _is_causal(kwargs):
+        refused = torch.empty(0)  # models make masks that none of their layers uses: who uses it says so
+        setattr(refused, OTHER, True)
+        return refused
     padding: Tensor | None = kwargs.get("attention_mask")
     if padding is not None and padding.shape[1] != kwargs["kv_length"]:
         raise ValueError(
@@ -80,6 +91,31 @@ def mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if padding is None or bool(padding[:, -kwargs["q_length"] :].all()):
         return None
     return padding
+
+
+def _is_causal(kwargs: dict[str, Any]) -> bool:
+    """Whether a mask function says, of the tokens of this pass, what the causal one says.
+
+    So do windows that are not full yet, and blocks of a text without images. It is asked in pieces, up to the first
+    that differs.
+    """
+    function = kwargs.get("mask_function", causal_mask_function)
+    if function is causal_mask_function:
+        return True
+    tokens, columns, start = int(kwargs["q_length"]), int(kwargs["kv_length"]), kwargs.get("q_offset", 0)
+    rows = max(1, ENTRIES // (columns * int(kwargs["batch_size"])))
+    alike: dict[str, Any] = {
+        name: kwargs[name] for name in ("batch_size", "kv_offset", "use_vmap", "device") if name in kwargs
+    }
+    for first in range(0, tokens, rows):
+        place: dict[str, Any] = dict(
+            alike, q_length=min(rows, tokens - first), q_offset=start + first, kv_length=columns,
+            allow_is_causal_skip=False,
+        )  # fmt: skip
+        here, causal = (sdpa_mask(mask_function=f, **place) for f in (function, causal_mask_function))
+        if not torch.equal(here, causal.expand_as(here)):
+            return False
+    return True
 
 
 def register() -> None:

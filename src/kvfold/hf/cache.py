@@ -6,20 +6,22 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvfold.hf.adopting import Adopting
+from kvfold.hf.anatomy import attention_modules
 from kvfold.hf.beside import end_recording
 from kvfold.hf.call.call import Call
 from kvfold.hf.call.checking import check_carried, check_reads_on
-from kvfold.hf.call.hooks import use_kvfold, watch
+from kvfold.hf.call.hooks import hook, use_kvfold, watch
 from kvfold.hf.call.host import Host
+from kvfold.hf.latent import is_latent
 from kvfold.hf.layers import PagedLayer, WindowLayer, held_bytes, storage_bytes
 from kvfold.hf.report import Report, layer_report
 from kvfold.hf.rope import find_ropes
 from kvfold.hf.saving.file import load, save
-from kvfold.hf.support import check_model
+from kvfold.hf.support import check_model, layers_of
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.rows import Rows
 from kvfold.methods.base import Method
@@ -65,27 +67,34 @@ class Cache(Adopting):
         self.model, self.prefill_chunk, self.arena, self.call = model, prefill_chunk, arena, Call()
         self.rows = Rows(chosen.bind(model) if paged else chosen)
         super().__init__(self._layers(plan))
-        if not paged:
-            warnings.warn(
-                f"{type(model).__name__} has no layer with full attention: {self.method} has nothing to do",
-                stacklevel=2,
-            )
-        use_kvfold(model)
-        watch(model, self.method)
+        if paged:
+            use_kvfold(model)
+            watch(model, self.method)
+            return
+        warnings.warn(
+            f"{type(model).__name__} has no layer with full attention alone (it has {_kinds(plan)}): {self.method} has "
+            "nothing to do, and the model is left as it is",
+            stacklevel=2,
+        )
+        if prefill_chunk is not None:
+            hook(model)
 
     def _layers(self, plan: list[Any]) -> list[Any]:
         """Our layers in place of transformers' own."""
         paged = tuple(index for index, layer in enumerate(plan) if type(layer) is DynamicLayer)
-        ropes, layers = find_ropes(self.model) if paged else {}, list[Any]()
+        modules, layers = attention_modules(self.model), list[Any]()
+        ropes = find_ropes(self.model) if paged else {}
         for index, layer in enumerate(plan):
             if type(layer) is DynamicLayer:
-                rope = ropes.get(index)
+                latent = is_latent(modules.get(index))
+                rope = None if latent else ropes.get(index)
                 if self.method.compact and rope is None:
                     raise ValueError(
                         f"method={self.method} needs RoPE with fixed angles to move tokens; "
                         f"{type(self.model).__name__} has none that it could use in layer {index}"
                     )
-                layers.append(PagedLayer(self, KVLayer(self.rows, index, paged, len(plan), rope, self.arena)))
+                core = KVLayer(self.rows, index, paged, len(plan), rope, self.arena)
+                layers.append(PagedLayer(self, core, latent))
             elif type(layer) is DynamicSlidingWindowLayer:
                 layers.append(WindowLayer(sliding_window=layer.sliding_window))
             else:
@@ -103,7 +112,7 @@ class Cache(Adopting):
     def dense_nbytes(self) -> int:
         """Bytes that a dense cache would hold for the same tokens (padding not counted, windows as they are)."""
         return sum(
-            layer.core.dense_bytes(self.text_tokens) if isinstance(layer, PagedLayer) else storage_bytes(layer)
+            layer.dense_bytes(self.text_tokens) if isinstance(layer, PagedLayer) else storage_bytes(layer)
             for layer in self.layers
         )
 
@@ -201,18 +210,17 @@ class Cache(Adopting):
         return loaded
 
 
+def _kinds(plan: list[Any]) -> str:
+    """What layers there are, by transformers' names."""
+    return ", ".join(dict.fromkeys(type(layer).__name__ for layer in plan))
+
+
 def _forked(layer: Any, owner: Cache) -> Any:
     """A layer for a fork: over the same pages, or a copy."""
     if not isinstance(layer, PagedLayer):
         copied = copy.deepcopy(layer)
         end_recording(copied)  # an assisted decoding that was going on is not the fork's
         return copied
-    forked = PagedLayer(owner, layer.core.fork(owner.rows))
+    forked = PagedLayer(owner, layer.core.fork(owner.rows), layer.latent)
     forked.is_initialized = layer.is_initialized or layer.core.width > 0
     return forked
-
-
-def layers_of(model: PreTrainedModel) -> list[Any]:
-    """The cache layers that transformers would make for a model."""
-    made: list[Any] = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    return made

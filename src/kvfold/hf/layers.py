@@ -46,8 +46,9 @@ class PagedLayer(CacheLayerMixin):
     supports_early_init = False
     is_sliding = False
 
-    def __init__(self, owner: Owner, core: KVLayer):
+    def __init__(self, owner: Owner, core: KVLayer, latent: bool = False):
         super().__init__()
+        self.latent = latent  # whether a key is its value and more, see hf/latent.py
         self.entering: Tensor | None = None  # what entered the attention that runs, where a method admits tokens
         self.owner = weakref.ref(owner)  # no cycle: the pages go when the last reference to the cache goes
         self.core = core
@@ -86,6 +87,11 @@ class PagedLayer(CacheLayerMixin):
         if any(x.requires_grad for x in given):
             return without_gradient(out, f"layer {core.layer} of {type(module).__name__}", *given)
         return out
+
+    def dense_bytes(self, tokens: int | None) -> int:
+        """Bytes that transformers' own layer would hold for as many tokens; None: as this one has read."""
+        total, (_, d, dv) = self.core.dense_bytes(tokens), self.core.shape or (0, 1, 0)
+        return total * d // (d + dv) if self.latent else total
 
     @property
     def batch_size(self) -> int:

@@ -98,6 +98,6 @@ def layer_report(cache: Reportable) -> Report:
             some = counts.size > 0
             least, most = (int(counts.min()), int(counts.max())) if some else (0, 0)
             mean = float(counts.mean()) if some else 0.0
-            dense = core.dense_bytes(cache.text_tokens)
+            dense = layer.dense_bytes(cache.text_tokens)
             rows.append(LayerReport(index, "paged", mean, least, most, held, dense))
     return Report(cache.method_text, cache.nbytes, cache.dense_nbytes, tuple(rows))

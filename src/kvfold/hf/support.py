@@ -1,12 +1,15 @@
 """Which models kvfold can attend for."""
 
+from inspect import signature
 from typing import Any
 
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-from kvfold.hf.anatomy import attention_modules, has_grid_positions
+from kvfold.hf.anatomy import attention_modules, has_grid_positions, text_decoder, wrappers
+from kvfold.hf.argument import NEW, OLD
 from kvfold.hf.images import check_images
+from kvfold.hf.source import changed_by_name, unfit
 from kvfold.methods.base import Method
 
 
@@ -20,7 +23,11 @@ def check_model(model: Any, method: Method | None = None) -> None:
         raise ValueError(f"{name} is an encoder-decoder; kvfold caches serve decoder-only models")
     if not model._can_set_attn_implementation():
         raise ValueError(f"the attention of {name} does not go through transformers' AttentionInterface")
-    if getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0):
+    forwards = (type(model).forward, type(text_decoder(model)).forward)
+    if not any({OLD, NEW} & set(signature(forward).parameters) for forward in forwards):
+        raise ValueError(f"{name} takes no {OLD}: it has a state of another kind, or none")
+    modes = getattr(config, "kv_sharing_modes", None) or ()
+    if getattr(config, "num_kv_shared_layers", 0) or any(mode not in (None, "store") for mode in modes):
         raise ValueError(f"{name} shares keys and values between layers, which kvfold does not support yet")
     if getattr(config, "attn_logit_softcapping", None):
         raise ValueError(f"{name} caps its logits (attn_logit_softcapping), which kvfold does not support yet")
@@ -36,6 +43,50 @@ def check_model(model: Any, method: Method | None = None) -> None:
         raise ValueError(f"method={method} reads text on at its own positions, and {name} gives images others (M-RoPE)")
     if method is not None:
         check_images(model, method)
-    for layer in DynamicCache(config=config).layers:
-        if not (isinstance(layer, CacheLayerMixin) or hasattr(layer, "conv_states")):
+    layers = layers_of(model)
+    for layer in layers:
+        if not (isinstance(layer, CacheLayerMixin | DummyLayer) or hasattr(layer, "conv_states")):
             raise ValueError(f"{name} has cache layers of type {type(layer).__name__}, which kvfold does not know")
+    paged = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    others = [type(layer).__name__ for layer in layers if isinstance(layer, DynamicLayer) and not _is_plain(layer)]
+    if paged and others:
+        raise ValueError(
+            f"{name} has cache layers of type {others[0]} beside plain ones: they would get masks made for kvfold's"
+        )
+    if paged:
+        _check_code(model, paged)
+
+
+def _is_plain(layer: DynamicLayer) -> bool:
+    """Whether a layer is one that goes on pages, or one with a mask of its own."""
+    return type(layer) is DynamicLayer or isinstance(layer, DynamicSlidingWindowLayer)
+
+
+def _check_code(model: PreTrainedModel, paged: list[int]) -> None:
+    """Raise ValueError where a model's code can't go with an attention function of another name."""
+    name, modules = type(model).__name__, attention_modules(model)
+    around = wrappers(model)
+    if not all(part._supports_sdpa for part in around if isinstance(part, PreTrainedModel)):
+        raise ValueError(f"{name} can't run with attn_implementation='sdpa', which a kvfold cache's attention is")
+    for index in paged:
+        kind: Any = type(modules.get(index))
+        reason = unfit(kind)
+        if reason is not None:
+            raise ValueError(f"{kind.__name__} of {name} {reason}, which kvfold does not support yet")
+        if "CrossAttention" in kind.__name__:
+            raise ValueError(f"{name} attends in layer {index} to more than its text, which kvfold can't hold")
+    question = changed_by_name({type(module) for module in (*around, *text_decoder(model).modules())})
+    if question is not None:
+        raise ValueError(
+            f"{name} computes something else with an attention of another name ({question.where} asks: "
+            f"{question.text}), so it can't have kvfold's"
+        )
+
+
+def layers_of(model: PreTrainedModel) -> list[Any]:
+    """The cache layers that transformers would make for a model. ValueError where it makes none."""
+    try:
+        made: list[Any] = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"transformers makes no cache for {type(model).__name__}: {error}") from error
+    return made

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvfold.hf import attention
-from kvfold.hf.anatomy import attention_modules, same_text, text_decoder
+from kvfold.hf.anatomy import attention_modules, same_text, text_alone, text_decoder
 from kvfold.hf.argument import cache_in
 from kvfold.hf.call.arguments import check_arguments
 from kvfold.hf.call.call import greedy_of
@@ -19,9 +19,11 @@ from kvfold.hf.call.given import ids_of
 from kvfold.hf.call.host import Host
 from kvfold.hf.call.images import check_ids, find_images, refuse_pixels
 from kvfold.hf.call.narrow import before_layer
+from kvfold.hf.call.preparing import watch_preparing
 from kvfold.hf.call.rewriting import placed_behind, reread
 from kvfold.hf.gradient import refuse_gradient
 from kvfold.hf.images import image_ids
+from kvfold.hf.latent import is_latent, watch_latent
 from kvfold.hf.layers import PagedLayer
 from kvfold.methods.base import Method
 from kvfold.warm import warm_up
@@ -31,8 +33,18 @@ def use_kvfold(model: PreTrainedModel) -> None:
     """Set the model's attention to "kvfold" and let its forward passes tell their cache what they read."""
     attention.register()
     warm_up(model.device, model.dtype)
-    if model.config.get_text_config(decoder=True)._attn_implementation != attention.NAME:
-        model.set_attn_implementation(attention.NAME)
+    text = model.config.get_text_config(decoder=True)
+    if text._attn_implementation != attention.NAME:  # towers beside the decoder keep theirs
+        model.set_attn_implementation(text_alone(model.config, text, attention.NAME) or attention.NAME)
+    for module in attention_modules(model).values():
+        if is_latent(module):
+            watch_latent(module)
+    hook(model)
+
+
+def hook(model: PreTrainedModel) -> None:
+    """Let a model's forward passes tell their cache what they read."""
+    watch_preparing(model)
     if not getattr(model, "_kvfold_hooks", None):
         body = text_decoder(model)
         model._kvfold_hooks = (
@@ -189,6 +201,11 @@ def _after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output:
         (_, kept), call.chunks = call.chunks, None
         put_together(output, kept)
     plan, call.plan, call.token_ids, call.mask, call.images = call.plan, None, None, None, None
+    if plan is None and cache.paged and _outermost(cache, module):
+        raise RuntimeError(
+            f"{type(module).__name__} was given a kvfold cache and has not read with it: its layers kept to a cache "
+            "of their own, or to none"
+        )
     chosen = isinstance(kwargs.get("logits_to_keep"), torch.Tensor)  # columns in an order that nobody knows
     cache.pending.uncropped = cache.pending.recording
     with cache.ending() if _outermost(cache, module) else nullcontext():

@@ -1,0 +1,67 @@
+"""What a model's `generate` makes of a cache before each of its calls: a model that drops the one it was given.
+
+Phi-3 and its kin have two tables of rotations, for short texts and long ones. When a text outgrows the first, what was
+read with it is worth nothing: their `prepare_inputs_for_generation` drops the cache and has the whole text read again.
+So does it before a long text is read at all. transformers then makes a cache of its own, in silence.
+"""
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvfold.hf.argument import cache_in, name_of
+from kvfold.hf.call.host import Host
+
+PREPARE = "prepare_inputs_for_generation"
+
+
+class Preparing:
+    """`prepare_inputs_for_generation` of one model, after which its call has the cache that `generate` was given."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.__signature__ = inspect.signature(getattr(type(model), PREPARE).__get__(model))  # generate looks at it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        made: dict[str, Any] = getattr(type(self.model), PREPARE)(self.model, *args, **kwargs)
+        given = cache_in(kwargs)
+        if isinstance(given, Host) and cache_in(made) is not given:
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            keep(given, made, ids.shape[1] if isinstance(ids, Tensor) else 0)
+            made[name_of(type(self.model).forward)] = given
+        return made
+
+
+def keep(cache: Host, made: dict[str, Any], length: int) -> None:
+    """A call was prepared without the cache: let the cache read its text anew, if the call brings all of it.
+
+    Raises RuntimeError where it does not, and where something waits in the cache that reading anew would lose.
+    """
+    read = cache.get_seq_length()
+    if not read:
+        return
+    name, ids = type(cache.model).__name__, made.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.shape[1] != length or length < read:
+        raise RuntimeError(
+            f"{name} drops the cache that it was given after {read} tokens, and does not read its text again: what the "
+            "cache holds would be lost in silence"
+        )
+    if cache.pending.recording or len(cache.rows.groups) > 1:
+        raise RuntimeError(
+            f"{name} drops the cache that it was given after {read} tokens and reads its text again, which can't be "
+            "under assisted decoding, nor with rows that have different methods"
+        )
+    mode = cache.mode
+    cache.reset()
+    cache.mode = mode
+
+
+def watch_preparing(model: PreTrainedModel) -> None:
+    """See to it that `generate` keeps the cache that it is given."""
+    if hasattr(type(model), PREPARE) and PREPARE not in vars(model):
+        setattr(model, PREPARE, Preparing(model))
+
+
+__all__ = ["Preparing", "keep", "watch_preparing"]
