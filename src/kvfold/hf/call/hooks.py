@@ -20,13 +20,11 @@ from kvfold.hf.call.rewriting import reread
 from kvfold.hf.images import image_ids
 from kvfold.hf.layers import PagedLayer
 from kvfold.methods.base import Method
-from kvfold.warm import warm_up
 
 
 def use_kvfold(model: PreTrainedModel) -> None:
     """Set the model's attention to "kvfold" and let its forward passes tell their cache what they read."""
     attention.register()
-    warm_up(model.device, model.dtype)
     if model.config.get_text_config(decoder=True)._attn_implementation != attention.NAME:
         model.set_attn_implementation(attention.NAME)
     if not getattr(model, "_kvfold_hooks", None):
