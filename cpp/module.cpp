@@ -1,4 +1,4 @@
-// kvfold._cpu: the CPU kernels for Python. Arrays are NumPy's, C-contiguous; bfloat16 comes as uint16, float16 as int16.
+// kvfold.ops._cpu: the CPU kernels for Python. Arrays are NumPy's, C-contiguous; bfloat16 comes as uint16, float16 as int16.
 // Shapes that don't belong together raise ValueError before anything is read; the GIL is free while kernels run.
 
 #include <nanobind/nanobind.h>

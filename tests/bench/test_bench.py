@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvfold import _cpu
 from kvfold.bench import contenders as c
 from kvfold.bench import kernels, peers, tables
 from kvfold.bench.chart import growth_chart, kernels_chart, run_chart
@@ -18,6 +17,7 @@ from kvfold.bench.machine import Elsewhere, ReadRate, describe, spread, write_js
 from kvfold.evaluation.chart import save_chart
 from kvfold.evaluation.compare import with_budget
 from kvfold.hf.cache import Cache
+from kvfold.ops import _cpu
 from models import build, dynamic, feed, reference, subject, tokens
 
 CPU = torch.device("cpu")

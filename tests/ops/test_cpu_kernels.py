@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from kvfold import _cpu, ops
-from kvfold.ops import cpu, dispatch
+from kvfold import ops
+from kvfold.ops import _cpu, cpu, dispatch
 from kvfold.ops.choose import naive as choose_naive
 from kvfold.ops.paged import naive as paged_naive
 from kvfold.ops.prefill import sdpa

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvfold import _cpu, ops
-from kvfold.ops import cpu, dispatch
+from kvfold import ops
+from kvfold.ops import _cpu, cpu, dispatch
 
 
 def work(seed: int = 0, threads: int = 2) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_no_more_threads_than_are_granted(monkeypatch):
 
 WITHOUT = """
 import sys
-sys.modules["kvfold._cpu"] = None  # as where no compiler was
+sys.modules["kvfold.ops._cpu"] = None  # as where no compiler was
 import torch
 from kvfold import ops
 from kvfold.ops import dispatch
@@ -118,7 +118,7 @@ def test_without_the_compiled_kernels_torch_does_it_and_that_is_said_once():
 
 
 def test_a_narrower_set_can_be_asked_for():
-    command = [sys.executable, "-c", "from kvfold import _cpu; print(_cpu.names())"]
+    command = [sys.executable, "-c", "from kvfold.ops import _cpu; print(_cpu.names())"]
     env = os.environ | {"KVFOLD_ISA": "baseline"}
     assert subprocess.run(command, capture_output=True, text=True, env=env).stdout == "['baseline']\n"
     refused = subprocess.run(command, capture_output=True, text=True, env=env | {"KVFOLD_ISA": "avx1024"})

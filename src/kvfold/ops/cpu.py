@@ -1,7 +1,7 @@
 """What the compiled CPU kernels share: whether they are there and fit, and on how many threads they run.
 
-`kvfold._cpu` (sources: cpp/) is compiled when kvfold is installed. Where that could not be done, nothing fits and every
-operation runs its version in plain torch.
+`kvfold.ops._cpu` (sources: cpp/) is compiled when kvfold is installed. Where that could not be done, nothing fits and
+every operation runs its version in plain torch.
 """
 
 import logging
@@ -25,7 +25,7 @@ CGROUP = Path("/sys/fs/cgroup")
 def library() -> ModuleType | None:
     """The compiled kernels, or None, said once, where they are not there."""
     try:
-        from kvfold import _cpu
+        from kvfold.ops import _cpu
     except ImportError as missing:
         logging.getLogger("kvfold").warning(
             "the CPU kernels are not there (%s): plain torch does their work, several times slower; "

@@ -17,7 +17,7 @@ def fits(x: Tensor) -> bool:
 def top_mask(scores: Tensor, count: Tensor) -> Tensor:
     if not scores.numel():
         return naive.top_mask(scores, count)
-    from kvfold import _cpu
+    from kvfold.ops import _cpu
 
     rows = scores.detach().reshape(-1, scores.shape[-1]).contiguous()
     chosen = torch.empty(rows.shape, dtype=torch.bool)

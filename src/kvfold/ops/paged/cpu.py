@@ -38,7 +38,7 @@ def _attend(
     q: Tensor, table: Any, scale: float, mass: str | None, read: Tensor | None, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """q (B, H, G, Q, D): out (R, G * Q, Dv), lse (R, G * Q) and, with `weights`, probabilities (R, G * Q, T)."""
-    from kvfold import _cpu
+    from kvfold.ops import _cpu
 
     (b, h, g, n, d), pool = q.shape, table.pool
     rows, values = b * h, pool.array("values")
@@ -82,7 +82,7 @@ def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Tensor | None)
 
 def append(table: Any, planes: Mapping[str, Tensor], count: int) -> None:
     """`count` tokens to the end of each row: `planes` (R, count, ...), the pool's fill where one is missing."""
-    from kvfold import _cpu
+    from kvfold.ops import _cpu
 
     start = table.extend(count)
     pool = table.pool
@@ -97,7 +97,7 @@ def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor], *, slack
     if table.shared and (columns or not slack):
         naive.keep_pages(table, mask, columns, slack=slack)
         return
-    from kvfold import _cpu
+    from kvfold.ops import _cpu
 
     keep, before, pool = mask.contiguous().numpy(), table.lengths, table.pool
     if slack:
@@ -133,7 +133,7 @@ def _readable(pool: Any, queries: int, d: int, mass: str | None) -> bool:
 
 def _set_columns(table: Any, columns: Mapping[str, Tensor]) -> None:
     """Write columns (R, T) over all slots; no page is shared."""
-    from kvfold import _cpu
+    from kvfold.ops import _cpu
 
     pool, start = table.pool, np.zeros(table.rows, dtype=np.int32)
     for name, new in columns.items():

@@ -15,7 +15,7 @@ def causal(
     (b, hq, t, d), (h, dv) = q.shape, (k.shape[1], v.shape[3])
     if not (widths_fit(d, dv) and fits(k) and fits(v)) or t == 0:
         return sdpa.causal_cpu(q, k, v, scale, sums, fade)
-    from kvfold import _cpu
+    from kvfold.ops import _cpu
 
     out = torch.empty(b * h, hq // h, t, dv, dtype=torch.float32)
     lse = torch.empty(b * h, hq // h, t, dtype=torch.float32)

@@ -13,7 +13,7 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, scale: float, start: Tensor, 
     (b, hq, n, d), (h, t) = q.shape, k.shape[1:3]
     if not (widths_fit(d) and fits(k)) or not t:
         return blocked.column_sums(q, k, lse, scale, start, bias)
-    from kvfold import _cpu
+    from kvfold.ops import _cpu
 
     sums = torch.zeros(b * h, _cpu.SHARES, t, dtype=torch.float32)
     extra = None if bias is None else floats(bias.expand(b, h, t)).reshape(b * h, t)
