@@ -30,7 +30,7 @@ venv: $(STAMP) ## create .venv with kvfold, its tools and extras (EXTRAS=dev,gpu
 
 # torch goes first, at its pinned version: an open range would bring in gigabytes of CUDA packages where a CPU
 # build is to be had. The stamp comes last, so that an interrupted install runs again.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*)
 	@$(PYTHON) -c 'import sys; sys.exit("kvfold needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -qq "$$(grep '^torch==' constraints.txt)"

@@ -13,11 +13,12 @@ FOLDER = ROOT / "src" / PACKAGE
 
 @dataclass(frozen=True)
 class Module:
-    """A file: its full name, whether it is a package's `__init__`, and its syntax tree."""
+    """A file: its full name, its syntax tree, whether it is a package's `__init__` or the stub of what is compiled."""
 
     name: str
     tree: ast.Module
     package: bool = False
+    stub: bool = False
 
     @property
     def home(self) -> str:
@@ -27,7 +28,7 @@ class Module:
     @property
     def where(self) -> str:
         """Its file, below src."""
-        return self.name.replace(".", "/") + ("/__init__.py" if self.package else ".py")
+        return self.name.replace(".", "/") + ("/__init__.py" if self.package else ".pyi" if self.stub else ".py")
 
 
 Modules = Mapping[str, Module]
@@ -37,10 +38,10 @@ Modules = Mapping[str, Module]
 def house() -> Modules:
     """All files of the package, by full name."""
     found = {}
-    for path in sorted(FOLDER.rglob("*.py")):
+    for path in sorted([*FOLDER.rglob("*.py"), *FOLDER.rglob("*.pyi")]):
         parts, package = path.relative_to(FOLDER.parent).with_suffix("").parts, path.stem == "__init__"
         name = ".".join(parts[:-1] if package else parts)
-        found[name] = Module(name, ast.parse(path.read_text(encoding="utf-8")), package)
+        found[name] = Module(name, ast.parse(path.read_text(encoding="utf-8")), package, path.suffix == ".pyi")
     return found
 
 

@@ -1,6 +1,6 @@
 """What a method makes at the end of a prompt, layer by layer, grows as the prompt does: no tensor is tokens by tokens.
 
-Tensors of torch are seen; buffers inside the Numba kernels are not.
+Tensors of torch are seen; buffers inside the compiled kernels are not.
 """
 
 from typing import Any

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from kvfold.evaluation.decoding import sync
+from kvfold.ops.cpu import library, threads
 
 READ_BYTES = {"cpu": 2**29, "cuda": 2**31}
 """Bytes of one plain read: far beyond any cache, and on CUDA long beside a launch."""
@@ -60,15 +61,13 @@ class ReadRate:
         numbers = (nbytes or READ_BYTES.get(device.type, 2**29)) // 4
         self.data = torch.ones(max(1, numbers // 2**15) * 2**15, device=device)
         self.readers: dict[str, Callable[[], object]] = {"torch sum": self.data.sum}
-        if device.type == "cpu":
-            from kvfold.bench import reading
-            from kvfold.ops.cpu import use_threads
-
-            workers, array = use_threads(), self.data.numpy()
-            self.readers["kvfold's plain read"] = lambda: reading.total(array, workers)
+        kernels = library() if device.type == "cpu" else None
+        if kernels is not None:
+            array = self.data.numpy()
+            self.readers["kvfold's plain read"] = lambda: kernels.read(array, threads())
         self.seconds: dict[str, list[float]] = {name: [] for name in self.readers}
         for read in self.readers.values():
-            timed(read, device)  # compiles, or loads from disk
+            timed(read, device)  # pages come in, workers start
 
     def sample(self, count: int = 1) -> None:
         """`count` reads by each reader, in turns."""
@@ -121,6 +120,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "instructions": kernels.names()[0] if (kernels := library()) else None,
         "memory_bytes": _memory(),
         "system": platform.platform(),
         "device": str(device),
@@ -139,7 +139,7 @@ def versions() -> dict[str, str]:
     from kvfold import __version__
 
     found = {"kvfold": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "numba", "triton"):
+    for name in ("torch", "transformers", "triton"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -14,7 +14,7 @@ from kvfold.evaluation.records import ResultFolder, key_of
 from kvfold.evaluation.sweep import Sweep
 from kvfold.evaluation.worker import Unit, Worker
 
-PACKAGES = ("kvfold", "torch", "transformers", "tokenizers", "numpy", "numba")
+PACKAGES = ("kvfold", "torch", "transformers", "tokenizers", "numpy")
 
 
 @dataclass

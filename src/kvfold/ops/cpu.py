@@ -1,12 +1,15 @@
-"""What the CPU kernels share: when they fit, their threads, and compiling them before they are needed.
+"""What the compiled CPU kernels share: whether they are there and fit, and on how many threads they run.
 
-Numba and its kernels are imported on first use: `import kvfold` stays as quick as it was. What is compiled is kept on
-disk (beside the package, or in Numba's own folder where that can't be written), for all processes to come.
+`kvfold.ops._cpu` (sources: cpp/) is compiled when kvfold is installed. Where that could not be done, nothing fits and
+every operation runs its version in plain torch.
 """
 
 import logging
-import threading
-from typing import Any
+import math
+import os
+from functools import cache
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -15,37 +18,61 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 """As what the kernels read floats that NumPy does not know, or not well."""
-_set = threading.local()  # Numba's number of threads is one of each Python thread
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@cache
+def library() -> ModuleType | None:
+    """The compiled kernels, or None, said once, where they are not there."""
+    try:
+        from kvfold.ops import _cpu
+    except ImportError as missing:
+        logging.getLogger("kvfold").warning(
+            "the CPU kernels are not there (%s): plain torch does their work, several times slower; "
+            "install kvfold where a C++20 compiler is",
+            missing,
+        )
+        return None
+    return _cpu
 
 
 def fits(x: Tensor) -> bool:
     """Whether the kernels can take it: on the CPU, a float that they can read, and no gradient wanted."""
-    return x.device.type == "cpu" and x.dtype in FLOATS and not x.requires_grad
+    return x.device.type == "cpu" and x.dtype in FLOATS and not x.requires_grad and library() is not None
 
 
 def holds(x: Tensor) -> bool:
     """Whether the kernels that only move numbers can take it: a byte for each will do too."""
-    return fits(x) or (x.device.type == "cpu" and x.dtype == torch.uint8)
+    return fits(x) or (x.device.type == "cpu" and x.dtype == torch.uint8 and library() is not None)
 
 
 def widths_fit(*widths: int) -> bool:
     """Whether rows of these many numbers can be read in whole vectors."""
-    from kvfold.ops.simd import LANES
-
-    return not any([width % LANES for width in widths])
+    return not any([width % 4 for width in widths])
 
 
-def use_threads() -> int:
-    """Set Numba's threads to torch's; how many that is."""
-    wanted = torch.get_num_threads()
-    if wanted != getattr(_set, "threads", 0):
-        import numba
+def threads() -> int:
+    """Threads for the kernels: torch's number, and no more than the cores that this process is granted."""
+    return min(torch.get_num_threads(), granted())
 
-        numba.set_num_threads(min(wanted, numba.config.NUMBA_NUM_THREADS))
-        # Where both have the same OpenMP, starting Numba's threads has set torch's number too.
-        torch.set_num_threads(wanted)
-        _set.threads = wanted
-    return wanted
+
+@cache
+def granted() -> int:
+    """Cores that this process may use: by its affinity, and by its container's quota, rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, quota(CGROUP))))
+
+
+def quota(root: Path) -> float:
+    """Cores' worth of time that a control group grants (v2 or v1, its files under `root`); inf for no limit."""
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            words = " ".join((root / name).read_text() for name in files).split()
+            time, period = float(words[0].replace("max", "inf")), float(words[1])
+        except (OSError, ValueError, IndexError):
+            continue  # no such file: the other version of control groups, or none
+        return time / period if time > 0 and period > 0 else math.inf
+    return math.inf
 
 
 def floats(x: Tensor) -> np.ndarray:
@@ -58,21 +85,3 @@ def bits(x: Tensor) -> np.ndarray:
     """A tensor as the kernels read it, contiguous: bfloat16 as uint16, float16 as int16, others as they are."""
     array: np.ndarray = x.contiguous().view(BITS.get(x.dtype, x.dtype)).numpy()
     return array
-
-
-def warm(work: Any, what: str) -> None:
-    """Run `work`, which compiles kernels or loads them from disk; says so at the first that is compiled."""
-    from numba.core import event
-
-    class Compiling(event.Listener):  # type: ignore[misc]  # told of kernels that were not on disk, of no others
-        said = False
-
-        def on_start(self, event: Any) -> None:
-            if not self.said:
-                logging.getLogger("kvfold").warning("compiling the CPU kernels for %s", what)
-            self.said = True
-
-        def on_end(self, event: Any) -> None: ...
-
-    with event.install_listener("numba:compile", Compiling()):
-        work()

@@ -26,13 +26,11 @@ from kvfold.hf.images import image_ids
 from kvfold.hf.latent import is_latent, watch_latent
 from kvfold.hf.layers import PagedLayer
 from kvfold.methods.base import Method
-from kvfold.warm import warm_up
 
 
 def use_kvfold(model: PreTrainedModel) -> None:
     """Set the model's attention to "kvfold" and let its forward passes tell their cache what they read."""
     attention.register()
-    warm_up(model.device, model.dtype)
     text = model.config.get_text_config(decoder=True)
     if text._attn_implementation != attention.NAME:  # towers beside the decoder keep theirs
         model.set_attn_implementation(text_alone(model.config, text, attention.NAME) or attention.NAME)

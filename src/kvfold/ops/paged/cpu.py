@@ -1,4 +1,4 @@
-"""Operations on pages with Numba kernels, where they fit; the definition for the rest."""
+"""Operations on pages with the compiled kernels, where they fit; the definition for the rest."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.ops.cpu import BITS, fits, floats, holds, use_threads, widths_fit
+from kvfold.ops.cpu import BITS, fits, floats, holds, threads, widths_fit
 from kvfold.ops.dispatch import register
 from kvfold.ops.paged import naive
 
@@ -16,9 +16,6 @@ ROWS = 64
 
 PAGE_SIZES = (4, 8, 16, 32, 64)
 """Whole pages make a block of 64 tokens, and a product takes four tokens at once."""
-
-_NO_READ, _NO_MASS = np.empty((0, 0), dtype=np.bool_), np.empty((0, 1), dtype=np.float32)
-_NO_WEIGHTS = np.empty((0, 0, 0), dtype=np.float32)
 
 
 @register("attend_pages", "cpu", rank=10, fits=fits)
@@ -32,20 +29,32 @@ def attend_pages(
         return naive.attend_pages(
             q, table, scale, mass=mass, read=read, compact=compact, position=position, weights=weights
         )
-    from kvfold.ops.paged import cpu_kernels
-
-    out = torch.empty(b * h, g * n, dv)
-    lse = torch.empty(b * h, g * n)
-    probabilities = torch.empty(b * h, g * n, t) if weights else None
-    cpu_kernels.attend(
-        floats(q.reshape(b * h, g * n, d)), pool.array("keys"), pool.array("values"),
-        _NO_MASS if mass is None else pool.array(mass),
-        _NO_READ if read is None else read.reshape(b * h, -1).contiguous().numpy(),
-        table.table, table.lengths, table.holes, table.hole_count, pool.page_size, np.float32(scale), use_threads(),
-        out.numpy(), lse.numpy(), _NO_WEIGHTS if probabilities is None else probabilities.numpy(),
-    )  # fmt: skip
+    out, lse, probabilities = _attend(q, table, scale, mass, read, weights)
     shaped = None if probabilities is None else probabilities.view(b, h, g, n, t)
     return out.to(q.dtype).view(b, h, g, n, dv), lse.view(b, h, g, n), shaped
+
+
+def _attend(
+    q: Tensor, table: Any, scale: float, mass: str | None, read: Tensor | None, weights: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """q (B, H, G, Q, D): out (R, G * Q, Dv), lse (R, G * Q) and, with `weights`, probabilities (R, G * Q, T)."""
+    from kvfold.ops import _cpu
+
+    (b, h, g, n, d), pool = q.shape, table.pool
+    rows, values = b * h, pool.array("values")
+    out, lse = _empty(rows, g * n, values.shape[1]), _empty(rows, g * n)
+    probabilities = _empty(rows, g * n, table.longest) if weights else None
+    _cpu.attend(
+        floats(q.reshape(rows, g * n, d)), pool.array("keys"), values, None if mass is None else pool.array(mass),
+        None if read is None else read.reshape(rows, -1).contiguous().numpy(),
+        table.table, table.lengths, table.holes, table.hole_count, pool.page_size, scale, threads(),
+        out.numpy(), lse.numpy(), None if probabilities is None else probabilities.numpy(),
+    )  # fmt: skip
+    return out, lse, probabilities
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32)
 
 
 @register("step_pages", "cpu", rank=10, fits=fits)
@@ -56,26 +65,9 @@ def step_pages(
     dv, kind = value.shape[-1], pool.planes["keys"].dtype
     if new.dtype != kind or value.dtype != pool.planes["values"].dtype or not _readable(pool, g, d, mass):
         return naive.step_pages(q, table, planes, scale, mass=mass, weights=weights)
-    from kvfold.ops.paged import cpu_kernels
-
-    start = table.extend(1)
-    pool = table.pool
-    for name, spec in pool.specs.items():
-        if name not in ("keys", "values"):
-            given = planes.get(name)
-            column = _fill(spec, b * h, 1) if given is None else given
-            column = column.to(pool.planes[name].dtype)
-            cpu_kernels.write_one(pool.array(name), _rows(column)[:, 0], table.table, start, pool.page_size)
-    t = table.longest
-    out, lse = torch.empty(b * h, g, dv), torch.empty(b * h, g)
-    probabilities = torch.empty(b * h, g, t) if weights else None
-    cpu_kernels.step(
-        _rows(new)[:, 0], _rows(value)[:, 0], start, floats(q.reshape(b * h, g, d)),
-        pool.array("keys"), pool.array("values"), _NO_MASS if mass is None else pool.array(mass), _NO_READ,
-        table.table, table.lengths, table.holes, table.hole_count, pool.page_size, np.float32(scale), use_threads(),
-        out.numpy(), lse.numpy(), _NO_WEIGHTS if probabilities is None else probabilities.numpy(),
-    )  # fmt: skip
-    shaped = None if probabilities is None else probabilities.view(b, h, g, 1, t)
+    append(table, planes, 1)
+    out, lse, probabilities = _attend(q, table, scale, mass, None, weights)
+    shaped = None if probabilities is None else probabilities.view(b, h, g, 1, table.longest)
     return out.to(q.dtype).view(b, h, g, 1, dv), lse.view(b, h, g, 1), shaped
 
 
@@ -85,14 +77,19 @@ def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Tensor | None)
     if valid is not None or (table.regular and table.even):
         naive.append_pages(table, planes, valid)
         return
-    from kvfold.ops.paged import cpu_kernels
+    append(table, planes, count)
+
+
+def append(table: Any, planes: Mapping[str, Tensor], count: int) -> None:
+    """`count` tokens to the end of each row: `planes` (R, count, ...), the pool's fill where one is missing."""
+    from kvfold.ops import _cpu
 
     start = table.extend(count)
     pool = table.pool
     for name, spec in pool.specs.items():
         kind = pool.planes[name].dtype
         new = (planes[name] if name in planes else _fill(spec, table.rows, count)).to(kind)
-        cpu_kernels.write(pool.array(name), _rows(new), table.table, start, table.lengths, pool.page_size)
+        _cpu.write(pool.array(name), _rows(new), table.table, start, table.lengths, pool.page_size)
 
 
 @register("keep_pages", "cpu", rank=10, fits=holds)
@@ -100,12 +97,12 @@ def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor], *, slack
     if table.shared and (columns or not slack):
         naive.keep_pages(table, mask, columns, slack=slack)
         return
-    from kvfold.ops.paged import cpu_kernels
+    from kvfold.ops import _cpu
 
-    keep, more, before, pool = mask.contiguous().numpy(), np.empty(table.rows, np.int32), table.lengths, table.pool
+    keep, before, pool = mask.contiguous().numpy(), table.lengths, table.pool
     if slack:
         holes, hole_count = table.copy_holes()
-        if cpu_kernels.punch_holes(keep, before, holes, hole_count, more):
+        if _cpu.punch_holes(keep, before, holes, hole_count):
             table.holes, table.hole_count = holes, hole_count
             _set_columns(table, columns)
             return
@@ -116,9 +113,8 @@ def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor], *, slack
     counts = keep.sum(1).astype(np.int32)
     if (counts == before).all():
         return
-    use_threads()
     for name in pool.planes:
-        cpu_kernels.close_gaps(pool.array(name), keep, table.table, before, pool.page_size)
+        _cpu.close_gaps(pool.array(name), keep, table.table, before, pool.page_size, threads())
     naive.shorten(table, counts)
 
 
@@ -137,12 +133,11 @@ def _readable(pool: Any, queries: int, d: int, mass: str | None) -> bool:
 
 def _set_columns(table: Any, columns: Mapping[str, Tensor]) -> None:
     """Write columns (R, T) over all slots; no page is shared."""
-    from kvfold.ops.paged import cpu_kernels
+    from kvfold.ops import _cpu
 
     pool, start = table.pool, np.zeros(table.rows, dtype=np.int32)
-    start.flags.writeable = False  # as lengths are: another kind of array would be compiled for anew
     for name, new in columns.items():
-        cpu_kernels.write(
+        _cpu.write(
             pool.array(name), _rows(new.to(pool.planes[name].dtype)), table.table, start, table.lengths, pool.page_size
         )
 

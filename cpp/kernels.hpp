@@ -1,0 +1,95 @@
+// What every instruction set has: its kernels, and what they are asked. Arrays are C-contiguous; N = (row, KV head).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kvfold {
+
+constexpr int64_t BLOCK = 64;   // tokens between two looks at the running maximum
+constexpr int64_t PART = 256;   // tokens of a row that one task reads: fixed, so that threads don't change results
+constexpr int64_t SHARES = 16;  // of a row's queries, each with column sums of its own: fixed for the same reason
+
+enum class Kind { f32, bf16, f16 };
+
+// Rows of tokens on pages.
+struct Rows {
+    int64_t rows, page_size;
+    const int32_t* table;  // (rows, width) page numbers
+    int64_t width;
+    const int32_t* lengths;  // (rows,)
+    const int32_t* holes;    // (rows, most) slots below a row's length that hold no token
+    int64_t most;
+    const int32_t* hole_count;  // (rows,)
+};
+
+struct Attend {
+    Rows on;
+    int64_t g, d, dv;
+    const float* q;  // (rows, g, d)
+    const void *keys, *values;
+    Kind key_kind, value_kind;
+    const float* mass;  // (pages * page_size,) added to the logits, or null
+    const bool* read;   // (rows, read_width) or null
+    int64_t read_width;
+    float scale;
+    int threads;
+    float *out, *lse;  // (rows, g, dv), (rows, g)
+    float* weights;    // (rows, g, weights_width) or null
+    int64_t weights_width;
+};
+
+struct Causal {
+    int64_t n, g, t, d, dv;
+    const float *q, *k, *v;  // (n, g, t, d), (n, t, d), (n, t, dv)
+    const float* shares;     // (t,) what a query counts in the sums
+    int64_t window;          // tokens that a query sees, its own too; 0: all before it
+    float scale;
+    int threads;
+    float *out, *lse, *sums;  // (n, g, t, dv), (n, g, t), (n, SHARES, t) or null
+};
+
+struct ColumnSums {
+    int64_t n, g, count, t, d;
+    const float *q, *k, *lse;  // (n, g, count, d), (n, t, d), (n, g, count)
+    const float* bias;         // (n, t) or null
+    const int64_t* first;      // (n,) the key of a row's first query
+    float scale;
+    int threads;
+    float* sums;  // (n, SHARES, t)
+};
+
+struct Alike {
+    int64_t n, asking, others, d, also;          // `also` is the width of the second kind of vectors, 0 for none
+    const float *left, *right, *left2, *right2;  // (n, asking, d), (n, others, d), (n, asking, also) ...
+    const int64_t *asks, *there;                 // (n,)
+    int threads;
+    float* best;  // (n, asking)
+    int64_t* first;
+};
+
+struct Kernels {
+    const char* name;
+    int lanes;
+    void (*attend)(const Attend&);
+    void (*causal)(const Causal&);
+    void (*column_sums)(const ColumnSums&);
+    void (*most_alike)(const Alike&);
+    void (*exponential)(const float* x, float* out, int64_t count);         // for tests
+    void (*widen)(const void* x, Kind kind, float* out, int64_t count);     // for tests
+    double (*read)(const float* x, int64_t count, int threads);             // a plain read, for benchmarks
+};
+
+#if defined(__x86_64__)
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+#endif
+namespace baseline {
+extern const Kernels kernels;
+}
+
+}  // namespace kvfold

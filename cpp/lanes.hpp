@@ -1,0 +1,189 @@
+// Vectors of floats in the widest registers of an instruction set. Included once for each set, in its own namespace:
+// nothing here may come from the standard library, whose functions the linker would share between the sets.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+namespace kvfold::ISA {
+namespace {
+
+constexpr bool MANY = LANES == 16 || LANES == 4;  // registers: 32 in AVX-512 and NEON, 16 in AVX2
+constexpr float NEVER = -1e30f;  // the logit of a token that is not seen: its exponential needs no special case
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef float quad __attribute__((vector_size(16)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float loose_quad __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+inline vec load(const float* p) { return *reinterpret_cast<const loose*>(p); }
+
+inline vec load(const bf16* p) {  // the upper half of a float
+    return (vec)(__builtin_convertvector(*reinterpret_cast<const halves*>(p), uvec) << 16);
+}
+
+inline vec load(const f16* p) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+    return (vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+    return (vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
+#else
+    const uvec bits = __builtin_convertvector(*reinterpret_cast<const halves*>(p), uvec);
+    const vec size = (vec)((bits & 0x7fffu) << 13) * 0x1p112f;  // denormal numbers come out right too
+    const uvec endless = (uvec)((bits & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+    return (vec)((uvec)size | endless | (bits & 0x8000u) << 16);
+#endif
+}
+
+inline void store(float* p, vec x) { *reinterpret_cast<loose*>(p) = x; }
+inline vec everywhere(float x) { return x - vec{}; }
+inline vec larger(vec a, vec b) { return a > b ? a : b; }
+inline float larger(float a, float b) { return a > b ? a : b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline quad fold(vec x) {
+#if LANES == 16
+    typedef float eight __attribute__((vector_size(32)));
+    const eight y = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                    __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    return __builtin_shufflevector(y, y, 0, 1, 2, 3) + __builtin_shufflevector(y, y, 4, 5, 6, 7);
+#elif LANES == 8
+    return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+#else
+    return x;
+#endif
+}
+
+// Within each four lanes (a0 + a2, b0 + b2, a1 + a3, b1 + b3): shuffles that never leave their four are one instruction.
+inline vec halve(vec a, vec b) {
+#if LANES == 16
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+           __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+#elif LANES == 8
+    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) +
+           __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+#else
+    return __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// Within each four lanes (a0 + a2, a1 + a3, b0 + b2, b1 + b3).
+inline vec quarter(vec a, vec b) {
+#if LANES == 16
+    return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+#elif LANES == 8
+    return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
+           __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+#else
+    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+#endif
+}
+
+// The sums of four vectors, side by side: a tree over the registers.
+inline quad sums(vec a, vec b, vec c, vec d) { return fold(quarter(halve(a, b), halve(c, d))); }
+
+inline float sum(vec x) {
+    const quad y = fold(x);
+    return (y[0] + y[1]) + (y[2] + y[3]);
+}
+
+inline float highest(vec x) {
+    float top = x[0];
+    for (int i = 1; i < LANES; i++) top = larger(x[i], top);
+    return top;
+}
+
+// exp(x) for x <= 0, within 2 units in the last place; 0 below -87, NaN for NaN. Range reduction by a two-part ln 2
+// and the minimax polynomial of the Cephes library (expf).
+inline vec exponential(vec x) {
+    const vec y = (vec)(((ivec)x & ~(x < -87.0f)) | ((ivec)everywhere(-87.0f) & (x < -87.0f)));
+    const vec turned = y * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the integer lies in the low bits
+    const vec n = turned - 12582912.0f;
+    const vec r = y - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const ivec power = ((ivec)turned << 23) + (127 << 23);
+    return (vec)((ivec)(p * (vec)power) & ~(x < -87.0f));
+}
+
+inline float exponential(float x) { return exponential(everywhere(x))[0]; }
+
+// The lines that hold so many bytes come into the first cache while other work is done.
+inline void fetch(const void* at, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i);
+}
+
+// C[ROWS, WIDE * LANES] += A[ROWS, k] B[k, WIDE * LANES], with C in registers meanwhile.
+template <int ROWS, int WIDE, class T>
+inline void tile(const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t k) {
+    vec acc[ROWS][WIDE];
+    for (int r = 0; r < ROWS; r++)
+        for (int n = 0; n < WIDE; n++) acc[r][n] = load(c + r * ldc + n * LANES);
+    for (int64_t i = 0; i < k; i++) {
+        vec across[WIDE];
+        for (int n = 0; n < WIDE; n++) across[n] = load(b + i * ldb + n * LANES);
+        for (int r = 0; r < ROWS; r++)
+            for (int n = 0; n < WIDE; n++) acc[r][n] += a[r * lda + i] * across[n];
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int n = 0; n < WIDE; n++) store(c + r * ldc + n * LANES, acc[r][n]);
+}
+
+template <int WIDE, class T>
+inline void tiles(const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t m, int64_t k) {
+    int64_t r = 0;
+    for (; r + 6 <= m; r += 6) tile<6, WIDE>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, k);
+    a += r * lda, c += r * ldc;
+    switch (m - r) {
+        case 5: tile<5, WIDE>(a, lda, b, ldb, c, ldc, k); break;
+        case 4: tile<4, WIDE>(a, lda, b, ldb, c, ldc, k); break;
+        case 3: tile<3, WIDE>(a, lda, b, ldb, c, ldc, k); break;
+        case 2: tile<2, WIDE>(a, lda, b, ldb, c, ldc, k); break;
+        case 1: tile<1, WIDE>(a, lda, b, ldb, c, ldc, k); break;
+    }
+}
+
+constexpr int WIDE = MANY ? 4 : 2;
+constexpr int64_t STRIP = WIDE * LANES;  // columns of a product that are in registers at once
+
+// C[m, n] += A[m, k] B[k, n]; n is a multiple of LANES. Each sum runs along k, whatever the tile.
+template <class T>
+inline void multiply(const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t m, int64_t n,
+                     int64_t k) {
+    int64_t j = 0;
+    for (; j + STRIP <= n; j += STRIP) tiles<WIDE>(a, lda, b + j, ldb, c + j, ldc, m, k);
+    for (; j < n; j += LANES) tiles<1>(a, lda, b + j, ldb, c + j, ldc, m, k);
+}
+
+}  // namespace
+}  // namespace kvfold::ISA

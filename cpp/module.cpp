@@ -1,0 +1,385 @@
+// kvfold.ops._cpu: the CPU kernels for Python. Arrays are NumPy's, C-contiguous; bfloat16 comes as uint16, float16 as int16.
+// Shapes that don't belong together raise ValueError before anything is read; the GIL is free while kernels run.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.hpp"
+#include "threads.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvfold {
+namespace {
+
+template <class T, size_t N>
+using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+using Any2 = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Const2 = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+std::vector<const Kernels*> known() {
+    std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        found.push_back(&avx512::kernels);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        found.push_back(&avx2::kernels);
+#endif
+    found.push_back(&baseline::kernels);
+    return found;
+}
+
+std::vector<const Kernels*> sets = known();  // the widest first
+
+// The widest set whose vectors divide these widths.
+const Kernels& kernels_for(std::initializer_list<int64_t> widths) {
+    for (const Kernels* each : sets)
+        if (std::all_of(widths.begin(), widths.end(), [&](int64_t width) { return width % each->lanes == 0; })) return *each;
+    throw nb::value_error("widths of keys and values must be multiples of 4");
+}
+
+void check(bool holds, const char* what) {
+    if (!holds) throw nb::value_error(what);
+}
+
+template <class A>
+Kind kind_of(const A& array) {
+    if (array.dtype() == nb::dtype<float>()) return Kind::f32;
+    if (array.dtype() == nb::dtype<uint16_t>()) return Kind::bf16;
+    if (array.dtype() == nb::dtype<int16_t>()) return Kind::f16;
+    throw nb::value_error("floats come as float32, uint16 (bfloat16) or int16 (float16)");
+}
+
+template <class A>
+size_t bytes_of(const A& array) {
+    return array.dtype().bits / 8;
+}
+
+using Table = Array<const int32_t, 2>;
+using Counts = Array<const int32_t, 1>;
+
+Rows rows_of(const Table& table, const Counts& lengths, const Table& holes, const Counts& hole_count, int64_t page_size) {
+    const size_t rows = table.shape(0);
+    check(lengths.shape(0) == rows && hole_count.shape(0) == rows && holes.shape(0) == rows,
+          "table, lengths, holes and hole_count must have the same rows");
+    check(page_size > 0 && page_size <= BLOCK && page_size % 4 == 0 && BLOCK % page_size == 0,
+          "page_size must be 4, 8, 16, 32 or 64");
+    return {static_cast<int64_t>(rows), page_size, table.data(), static_cast<int64_t>(table.shape(1)), lengths.data(),
+            holes.data(), static_cast<int64_t>(holes.shape(1)), hole_count.data()};
+}
+
+// Every page that a row reads must be one of the pool's.
+void check_pages(const Rows& on, int64_t pages) {
+    for (int64_t r = 0; r < on.rows; r++) {
+        const int64_t used = (on.lengths[r] + on.page_size - 1) / on.page_size;
+        check(on.lengths[r] >= 0 && used <= on.width, "lengths go beyond the table");
+        for (int64_t i = 0; i < used; i++) {
+            const int32_t page = on.table[r * on.width + i];
+            check(page >= 0 && page < pages, "the table names a page that the pool does not have");
+        }
+    }
+}
+
+void attend(Array<const float, 3> q, Const2 keys, Const2 values, std::optional<Array<const float, 2>> mass,
+            std::optional<Array<const bool, 2>> read, Table table, Counts lengths, Table holes, Counts hole_count,
+            int64_t page_size, float scale, int threads, Array<float, 3> out, Array<float, 2> lse,
+            std::optional<Array<float, 3>> weights) {
+    Attend on{};
+    on.on = rows_of(table, lengths, holes, hole_count, page_size);
+    on.g = q.shape(1), on.d = q.shape(2), on.dv = values.shape(1);
+    const size_t rows = table.shape(0);
+    check(q.shape(0) == rows && out.shape(0) == rows && lse.shape(0) == rows, "q, out and lse must have the table's rows");
+    check(out.shape(1) == q.shape(1) && lse.shape(1) == q.shape(1) && out.shape(2) == values.shape(1) &&
+              keys.shape(1) == q.shape(2) && keys.shape(0) == values.shape(0),
+          "shapes of q, keys, values, out and lse don't fit");
+    check_pages(on.on, keys.shape(0) / page_size);
+    int64_t longest = 0;
+    for (size_t r = 0; r < rows; r++) longest = std::max<int64_t>(longest, on.on.lengths[r]);
+    if (mass) check(mass->shape(0) == keys.shape(0) && mass->shape(1) == 1, "mass must have one number a slot");
+    if (read) {
+        check(read->shape(0) == rows && static_cast<int64_t>(read->shape(1)) >= longest, "read must cover every slot");
+        on.read_width = read->shape(1);
+    }
+    if (weights) {
+        check(weights->shape(0) == rows && weights->shape(1) == q.shape(1) &&
+                  static_cast<int64_t>(weights->shape(2)) >= longest,
+              "weights must cover every slot");
+        on.weights_width = weights->shape(2);
+    }
+    on.q = q.data(), on.keys = keys.data(), on.values = values.data();
+    on.key_kind = kind_of(keys), on.value_kind = kind_of(values);
+    on.mass = mass ? mass->data() : nullptr, on.read = read ? read->data() : nullptr;
+    on.scale = scale, on.threads = threads, on.out = out.data(), on.lse = lse.data();
+    on.weights = weights ? weights->data() : nullptr;
+    const Kernels& set = kernels_for({on.d, on.dv});
+    nb::gil_scoped_release free;
+    set.attend(on);
+}
+
+// Slots first[r] to stop[r] of each row become new[r, 0:]; plane (pages * page_size, W), new (R, T, W), of one dtype.
+void write(Any2 plane, nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu> fresh, Table table, Counts first,
+           Counts stop, int64_t page_size) {
+    const size_t rows = table.shape(0), width = plane.shape(1) * bytes_of(plane);
+    check(plane.dtype() == fresh.dtype() && plane.shape(1) == fresh.shape(2), "plane and new must have one dtype and width");
+    check(fresh.shape(0) == rows && first.shape(0) == rows && stop.shape(0) == rows, "new must have the table's rows");
+    for (size_t r = 0; r < rows; r++) {
+        const int64_t low = first.data()[r], high = stop.data()[r];
+        if (low >= high) continue;
+        check(low >= 0 && high - low <= static_cast<int64_t>(fresh.shape(1)) &&
+                  high <= static_cast<int64_t>(table.shape(1)) * page_size,
+              "slots go beyond the table or the new tokens");
+        for (int64_t i = low / page_size; i <= (high - 1) / page_size; i++) {
+            const int64_t page = table.data()[r * table.shape(1) + i];
+            check(page >= 0 && (page + 1) * page_size <= static_cast<int64_t>(plane.shape(0)),
+                  "the table names a page that the pool does not have");
+        }
+    }
+    char* to = static_cast<char*>(plane.data());
+    const char* from = static_cast<const char*>(fresh.data());
+    nb::gil_scoped_release free;
+    for (size_t r = 0; r < rows; r++)
+        for (int64_t slot = first.data()[r]; slot < stop.data()[r];) {
+            // As many as lie side by side.
+            const int64_t page = table.data()[r * table.shape(1) + slot / page_size], at = slot % page_size;
+            const int64_t run = std::min<int64_t>(page_size - at, stop.data()[r] - slot);
+            std::memcpy(to + (page * page_size + at) * width,
+                        from + (r * fresh.shape(1) + slot - first.data()[r]) * width, run * width);
+            slot += run;
+        }
+}
+
+struct Gaps {
+    char* plane;
+    const bool* mask;
+    const int32_t* table;
+    const int32_t* lengths;
+    int64_t mask_width, table_width, page_size, width;
+};
+
+void close_row(const void* context, int64_t r) {
+    const Gaps& on = *static_cast<const Gaps*>(context);
+    auto place = [&](int64_t slot) {
+        return on.plane + (int64_t{on.table[r * on.table_width + slot / on.page_size]} * on.page_size + slot % on.page_size) * on.width;
+    };
+    int64_t target = 0;
+    for (int64_t slot = 0; slot < on.lengths[r]; slot++) {
+        if (!on.mask[r * on.mask_width + slot]) continue;
+        if (target != slot) {
+            if (on.width == 4)
+                std::memcpy(place(target), place(slot), 4);
+            else
+                std::memcpy(place(target), place(slot), on.width);
+        }
+        target++;
+    }
+}
+
+// The slots that mask (R, T) marks move to the front of each row, in order.
+void close_gaps(Any2 plane, Array<const bool, 2> mask, Table table, Counts lengths, int64_t page_size, int threads) {
+    const size_t rows = table.shape(0);
+    check(mask.shape(0) == rows && lengths.shape(0) == rows, "mask and lengths must have the table's rows");
+    Rows on{static_cast<int64_t>(rows), page_size, table.data(), static_cast<int64_t>(table.shape(1)), lengths.data(),
+            nullptr, 0, nullptr};
+    check(page_size > 0, "page_size must be at least 1");
+    check_pages(on, plane.shape(0) / page_size);
+    for (size_t r = 0; r < rows; r++)
+        check(lengths.data()[r] <= static_cast<int64_t>(mask.shape(1)), "mask must cover every slot");
+    const Gaps gaps{static_cast<char*>(plane.data()), mask.data(), table.data(), lengths.data(),
+                    static_cast<int64_t>(mask.shape(1)), static_cast<int64_t>(table.shape(1)), page_size,
+                    static_cast<int64_t>(plane.shape(1) * bytes_of(plane))};
+    nb::gil_scoped_release free;
+    for_each(rows, threads, close_row, &gaps);
+}
+
+// Slots that mask (R, T) does not mark become holes, where every row has room for its own; else nothing changes.
+bool punch_holes(Array<const bool, 2> mask, Counts lengths, Array<int32_t, 2> holes, Array<int32_t, 1> hole_count) {
+    const size_t rows = lengths.shape(0);
+    check(mask.shape(0) == rows && holes.shape(0) == rows && hole_count.shape(0) == rows, "all must have the same rows");
+    nb::gil_scoped_release free;
+    std::vector<size_t> gone(rows, 0);
+    for (size_t r = 0; r < rows; r++) {
+        if (lengths.data()[r] > static_cast<int64_t>(mask.shape(1))) return false;
+        for (int64_t slot = 0; slot < lengths.data()[r]; slot++) gone[r] += !mask.data()[r * mask.shape(1) + slot];
+        if (gone[r] > holes.shape(1)) return false;
+    }
+    for (size_t r = 0; r < rows; r++) {
+        if (static_cast<int64_t>(gone[r]) == hole_count.data()[r]) continue;
+        int32_t* at = holes.data() + r * holes.shape(1);
+        for (int32_t slot = 0; slot < lengths.data()[r]; slot++)
+            if (!mask.data()[r * mask.shape(1) + slot]) *at++ = slot;
+        hole_count.data()[r] = static_cast<int32_t>(gone[r]);
+    }
+    return true;
+}
+
+struct Top {
+    const float* scores;
+    const int64_t* count;
+    bool* chosen;
+    int64_t t;
+};
+
+void top_row(const void* context, int64_t r) {
+    const Top& on = *static_cast<const Top*>(context);
+    const float* line = on.scores + r * on.t;
+    bool* chosen = on.chosen + r * on.t;
+    int64_t able = 0;
+    for (int64_t i = 0; i < on.t; i++) able += line[i] > -INFINITY;
+    const int64_t k = std::min(on.count[r], able);
+    if (k <= 0) {
+        std::fill(chosen, chosen + on.t, false);
+        return;
+    }
+    float* copy = scratch(on.t);
+    std::copy(line, line + on.t, copy);
+    std::nth_element(copy, copy + on.t - k, copy + on.t);
+    const float bar = copy[on.t - k];  // the lowest that is chosen
+    int64_t room = k;
+    for (int64_t i = 0; i < on.t; i++) room -= chosen[i] = line[i] > bar;
+    for (int64_t i = 0; i < on.t && room > 0; i++)
+        if (line[i] == bar) chosen[i] = true, room--;
+}
+
+// chosen[r] marks the count[r] highest of scores[r]; ties go to the earlier one, -inf is never chosen. No NaN.
+void top_mask(Array<const float, 2> scores, Array<const int64_t, 1> count, Array<bool, 2> chosen, int threads) {
+    check(count.shape(0) == scores.shape(0) && chosen.shape(0) == scores.shape(0) && chosen.shape(1) == scores.shape(1),
+          "scores, count and chosen must have the same rows");
+    const Top on{scores.data(), count.data(), chosen.data(), static_cast<int64_t>(scores.shape(1))};
+    nb::gil_scoped_release free;
+    for_each(scores.shape(0), scores.size() < 4096 ? 1 : threads, top_row, &on);
+}
+
+void causal(Array<const float, 4> q, Array<const float, 3> k, Array<const float, 3> v, float scale, int64_t window,
+            Array<const float, 1> shares, int threads, Array<float, 4> out, Array<float, 3> lse,
+            std::optional<Array<float, 3>> sums) {
+    Causal on{};
+    on.n = q.shape(0), on.g = q.shape(1), on.t = q.shape(2), on.d = q.shape(3), on.dv = v.shape(2);
+    check(k.shape(0) == q.shape(0) && v.shape(0) == q.shape(0) && k.shape(1) == q.shape(2) && v.shape(1) == q.shape(2) &&
+              k.shape(2) == q.shape(3) && shares.shape(0) == q.shape(2) && window >= 0,
+          "shapes of q, k, v and shares don't fit");
+    check(out.shape(0) == q.shape(0) && out.shape(1) == q.shape(1) && out.shape(2) == q.shape(2) &&
+              out.shape(3) == v.shape(2) && lse.shape(0) == q.shape(0) && lse.shape(1) == q.shape(1) &&
+              lse.shape(2) == q.shape(2),
+          "shapes of out and lse don't fit");
+    if (sums)
+        check(sums->shape(0) == q.shape(0) && sums->shape(1) == SHARES && sums->shape(2) == q.shape(2), "sums must be (N, SHARES, T)");
+    on.q = q.data(), on.k = k.data(), on.v = v.data(), on.shares = shares.data(), on.window = window, on.scale = scale;
+    on.threads = threads, on.out = out.data(), on.lse = lse.data(), on.sums = sums ? sums->data() : nullptr;
+    const Kernels& set = kernels_for({on.d, on.dv});
+    nb::gil_scoped_release free;
+    set.causal(on);
+}
+
+void column_sums(Array<const float, 4> q, Array<const float, 3> k, Array<const float, 3> lse,
+                 std::optional<Array<const float, 2>> bias, Array<const int64_t, 1> first, float scale, int threads,
+                 Array<float, 3> sums) {
+    ColumnSums on{};
+    on.n = q.shape(0), on.g = q.shape(1), on.count = q.shape(2), on.t = k.shape(1), on.d = q.shape(3);
+    check(k.shape(0) == q.shape(0) && k.shape(2) == q.shape(3) && lse.shape(0) == q.shape(0) &&
+              lse.shape(1) == q.shape(1) && lse.shape(2) == q.shape(2) && first.shape(0) == q.shape(0) &&
+              sums.shape(0) == q.shape(0) && sums.shape(1) == SHARES && sums.shape(2) == k.shape(1),
+          "shapes of q, k, lse, first and sums don't fit");
+    if (bias) check(bias->shape(0) == q.shape(0) && bias->shape(1) == k.shape(1), "bias must be (N, T)");
+    for (size_t i = 0; i < first.shape(0); i++) check(first.data()[i] >= 0, "first must be at least 0");
+    on.q = q.data(), on.k = k.data(), on.lse = lse.data(), on.bias = bias ? bias->data() : nullptr;
+    on.first = first.data(), on.scale = scale, on.threads = threads, on.sums = sums.data();
+    const Kernels& set = kernels_for({on.d});
+    nb::gil_scoped_release free;
+    set.column_sums(on);
+}
+
+void most_alike(Array<const float, 3> left, Array<const float, 3> right, std::optional<Array<const float, 3>> left2,
+                std::optional<Array<const float, 3>> right2, Array<const int64_t, 1> asks,
+                Array<const int64_t, 1> there, int threads, Array<float, 2> best, Array<int64_t, 2> first) {
+    Alike on{};
+    on.n = left.shape(0), on.asking = left.shape(1), on.others = right.shape(1), on.d = left.shape(2);
+    check(right.shape(0) == left.shape(0) && right.shape(2) == left.shape(2) && asks.shape(0) == left.shape(0) &&
+              there.shape(0) == left.shape(0) && best.shape(0) == left.shape(0) && best.shape(1) == left.shape(1) &&
+              first.shape(0) == left.shape(0) && first.shape(1) == left.shape(1) && left2.has_value() == right2.has_value(),
+          "shapes don't fit");
+    for (int64_t i = 0; i < on.n; i++)
+        check(asks.data()[i] >= 0 && asks.data()[i] <= on.asking && there.data()[i] >= 0 && there.data()[i] <= on.others,
+              "asks and there must lie within the vectors");
+    if (left2) {
+        on.also = left2->shape(2);
+        check(left2->shape(0) == left.shape(0) && left2->shape(1) == left.shape(1) && right2->shape(0) == left.shape(0) &&
+                  right2->shape(1) == right.shape(1) && right2->shape(2) == left2->shape(2),
+              "shapes don't fit");
+        on.left2 = left2->data(), on.right2 = right2->data();
+    }
+    on.left = left.data(), on.right = right.data(), on.asks = asks.data(), on.there = there.data(), on.threads = threads;
+    on.best = best.data(), on.first = first.data();
+    const Kernels& set = *sets.front();  // a panel's columns are padded, and a sum along any width will do
+    nb::gil_scoped_release free;
+    set.most_alike(on);
+}
+
+std::vector<std::string> names() {
+    std::vector<std::string> found;
+    for (const Kernels* each : sets) found.emplace_back(each->name);
+    return found;
+}
+
+void use(const std::string& name) {
+    std::vector<const Kernels*> all = known();
+    const auto at = std::find_if(all.begin(), all.end(), [&](const Kernels* each) { return name == each->name; });
+    if (at == all.end()) {
+        std::string have;
+        for (const Kernels* each : all) have += std::string(have.empty() ? "" : ", ") + each->name;
+        throw nb::value_error(("instruction set " + name + " (KVFOLD_ISA, or use()) must be one of: " + have).c_str());
+    }
+    sets.assign(at, all.end());
+}
+
+}  // namespace
+
+// No array is ever converted: a copy would get what the caller waits for.
+NB_MODULE(_cpu, m) {
+    if (const char* name = std::getenv("KVFOLD_ISA"); name && *name) use(name);
+    m.doc() = "CPU kernels, compiled: see cpp/ in the sources.";
+    m.attr("SHARES") = SHARES;
+    m.attr("BLOCK") = BLOCK;
+    m.attr("PART") = PART;
+    m.def("names", names, "The instruction sets in use, the widest first.");
+    m.def("use", use, "name"_a, "Use none that is wider than this one. Raises ValueError where the processor has it not.");
+    m.def("workers", workers, "Threads that were started in this process, beside its own.");
+    m.def("attend", attend, "q"_a.noconvert(), "keys"_a.noconvert(), "values"_a.noconvert(), "mass"_a.noconvert().none(), "read"_a.noconvert().none(), "table"_a.noconvert(), "lengths"_a.noconvert(),
+          "holes"_a.noconvert(), "hole_count"_a.noconvert(), "page_size"_a, "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert(), "weights"_a.noconvert().none());
+    m.def("write", write, "plane"_a.noconvert(), "new"_a.noconvert(), "table"_a.noconvert(), "first"_a.noconvert(), "stop"_a.noconvert(), "page_size"_a);
+    m.def("close_gaps", close_gaps, "plane"_a.noconvert(), "mask"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "threads"_a);
+    m.def("punch_holes", punch_holes, "mask"_a.noconvert(), "lengths"_a.noconvert(), "holes"_a.noconvert(), "hole_count"_a.noconvert());
+    m.def("top_mask", top_mask, "scores"_a.noconvert(), "count"_a.noconvert(), "chosen"_a.noconvert(), "threads"_a);
+    m.def("causal", causal, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "scale"_a, "window"_a, "shares"_a.noconvert(), "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert(),
+          "sums"_a.noconvert().none());
+    m.def("column_sums", column_sums, "q"_a.noconvert(), "k"_a.noconvert(), "lse"_a.noconvert(), "bias"_a.noconvert().none(), "first"_a.noconvert(), "scale"_a, "threads"_a, "sums"_a.noconvert());
+    m.def("most_alike", most_alike, "left"_a.noconvert(), "right"_a.noconvert(), "left2"_a.noconvert().none(), "right2"_a.noconvert().none(), "asks"_a.noconvert(), "there"_a.noconvert(),
+          "threads"_a, "best"_a.noconvert(), "first"_a.noconvert());
+    m.def("read", [](Array<const float, 1> x, int threads) {
+        nb::gil_scoped_release free;
+        return sets.front()->read(x.data(), static_cast<int64_t>(x.shape(0)), threads);
+    }, "x"_a.noconvert(), "threads"_a, "The sum of an array: as fast as memory can be read.");
+    m.def("exponential", [](Array<const float, 1> x, Array<float, 1> out) {
+        check(out.shape(0) == x.shape(0), "out must be as long as x");
+        sets.front()->exponential(x.data(), out.data(), static_cast<int64_t>(x.shape(0)));
+    }, "x"_a.noconvert(), "out"_a.noconvert());
+    m.def("widen", [](nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu> x, Array<float, 1> out) {
+        check(out.shape(0) == x.shape(0) && x.shape(0) % 16 == 0, "x and out must be as long, a multiple of 16");
+        sets.front()->widen(x.data(), kind_of(x), out.data(), static_cast<int64_t>(x.shape(0)));
+    }, "x"_a.noconvert(), "out"_a.noconvert());
+}
+
+}  // namespace kvfold

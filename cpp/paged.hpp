@@ -1,0 +1,359 @@
+// Decode attention over pages. Keys are read as they lie, four tokens at a time for some heads of a group, while the
+// next page comes into the first cache; values likewise. A row is cut into parts of PART tokens, which whoever has time
+// works out; parts are merged by their log-sum-exp.
+#pragma once
+
+#include "kernels.hpp"
+#include "lanes.hpp"
+#include "threads.hpp"
+
+namespace kvfold::ISA {
+namespace {
+
+constexpr int HEADS = MANY ? 4 : 3;  // heads whose sums for four tokens are in registers at once
+
+// A page that is wanted soon. Its lines are asked for one after another, while others are worked on: memory must have
+// something to do all the time, and a burst of requests would only stand in line.
+struct Soon {
+    const char* at;
+    int64_t token;  // bytes
+
+    void line(int64_t slot, int64_t byte) const { __builtin_prefetch(at + slot * token + byte); }
+};
+
+// logits[h * BLOCK + 0..3] = q[h] . key[0..3]; meanwhile the tokens from `slot` of `soon` come in.
+template <int H, class T>
+inline void dots(const float* q, const T* keys, const Soon& soon, int64_t slot, int64_t d, float* logits) {
+    constexpr int64_t LINE = 64 / sizeof(T) < LANES ? LANES : 64 / sizeof(T);
+    vec acc[H][4], key[4];
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++)
+#pragma GCC unroll 4
+        for (int t = 0; t < 4; t++) acc[h][t] = vec{};
+    int64_t i = 0;
+    do {
+        if (i % LINE == 0)
+#pragma GCC unroll 4
+            for (int t = 0; t < 4; t++) soon.line(slot + t, i * static_cast<int64_t>(sizeof(T)));
+#pragma GCC unroll 4
+        for (int t = 0; t < 4; t++) key[t] = load(keys + t * d + i);
+#pragma GCC unroll 4
+        for (int h = 0; h < H; h++) {
+            const vec x = load(q + h * d + i);
+#pragma GCC unroll 4
+            for (int t = 0; t < 4; t++) acc[h][t] += x * key[t];
+        }
+        i += LANES;
+    } while (i < d);
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++)
+        *reinterpret_cast<loose_quad*>(logits + h * BLOCK) = sums(acc[h][0], acc[h][1], acc[h][2], acc[h][3]);
+}
+
+// Heads that are worked out together of `left` ones.
+inline int64_t heads_of(int64_t left) { return left == HEADS + 1 ? (left + 1) / 2 : smaller(left, HEADS); }
+
+template <class T>
+inline void dots_of_all(const float* q, const T* keys, const Soon& soon, int64_t slot, int64_t g, int64_t d,
+                        float* logits) {
+    for (int64_t h = 0; h < g;) {
+        const int64_t now = heads_of(g - h);
+        const float* from = q + h * d;
+        float* to = logits + h * BLOCK;
+        switch (now) {
+            case 4: dots<4>(from, keys, soon, slot, d, to); break;
+            case 3: dots<3>(from, keys, soon, slot, d, to); break;
+            case 2: dots<2>(from, keys, soon, slot, d, to); break;
+            default: dots<1>(from, keys, soon, slot, d, to);
+        }
+        h += now;
+    }
+}
+
+// A page of values, how many of its tokens count, and the page that is wanted soon.
+template <class T>
+struct Page {
+    const T* values;
+    int64_t held, at;  // its first token in the block
+    Soon soon;
+};
+
+// sums[h] += weights[h] . values from column `first` on, over the pages of a block; sums stay in registers.
+template <int H, int W, class T>
+inline void weigh(const float* weights, const Page<T>* pages, int64_t count, int64_t first, int64_t dv, float* sums) {
+    constexpr int LINE = 64 / sizeof(T);
+    vec acc[H][W];
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++)
+#pragma GCC unroll 4
+        for (int n = 0; n < W; n++) acc[h][n] = load(sums + h * dv + first + n * LANES);
+    for (int64_t p = 0; p < count; p++) {
+        const T* value = pages[p].values + first;
+        const float* weight = weights + pages[p].at;
+        const Soon soon = pages[p].soon;
+        for (int64_t i = 0; i < pages[p].held; i++, value += dv) {
+            for (int n = 0; n < W * LANES; n += LINE) soon.line(i, (first + n) * static_cast<int64_t>(sizeof(T)));
+#pragma GCC unroll 4
+            for (int n = 0; n < W; n++) {
+                const vec x = load(value + n * LANES);
+#pragma GCC unroll 4
+                for (int h = 0; h < H; h++) acc[h][n] += weight[h * BLOCK + i] * x;
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++)
+#pragma GCC unroll 4
+        for (int n = 0; n < W; n++) store(sums + h * dv + first + n * LANES, acc[h][n]);
+}
+
+template <int H, class T>
+inline void weigh_all(const float* weights, const Page<T>* pages, int64_t count, int64_t dv, float* sums) {
+    int64_t i = 0;
+    for (; i + 4 * LANES <= dv; i += 4 * LANES) weigh<H, 4>(weights, pages, count, i, dv, sums);
+    for (; i < dv; i += LANES) weigh<H, 1>(weights, pages, count, i, dv, sums);
+}
+
+template <class K, class V>
+struct Reader {
+    const Attend& on;
+    int64_t row, start, stop;  // slots
+
+    const int32_t* pages() const { return on.on.table + row * on.on.width; }
+    Soon of_keys(int64_t index) const {
+        const int64_t token = on.d * static_cast<int64_t>(sizeof(K));
+        return {static_cast<const char*>(on.keys) + pages()[index] * on.on.page_size * token, token};
+    }
+    Soon of_values(int64_t index) const {
+        const int64_t token = on.dv * static_cast<int64_t>(sizeof(V));
+        return {static_cast<const char*>(on.values) + pages()[index] * on.on.page_size * token, token};
+    }
+    bool seen(int64_t slot) const { return !on.read || on.read[row * on.read_width + slot]; }
+    bool any(int64_t first, int64_t end) const {
+        if (!on.read) return true;
+        for (int64_t i = first; i < end; i++)
+            if (seen(i)) return true;
+        return false;
+    }
+
+    // Logits (g, BLOCK) of the slots from `block`, NEVER where no token is to be seen; false where that is so of all.
+    bool look(const float* q, int64_t block, int64_t count, float* logits, bool* live) const {
+        const int64_t size = on.on.page_size, d = on.d, g = on.g;
+        const K* keys = static_cast<const K*>(on.keys);
+        bool some = false;
+        for (int64_t at = 0; at < count; at += size) {
+            const bool here = live[at / size] = any(block + at, block + smaller(count, at + size));
+            if (!here) {
+                for (int64_t h = 0; h < g; h++)
+                    for (int64_t i = 0; i < size; i++) logits[h * BLOCK + at + i] = NEVER;
+                continue;
+            }
+            some = true;
+            const int64_t index = (block + at) / size, place = int64_t{pages()[index]} * size;
+            const Soon soon = at + size < count ? of_keys(index + 1) : of_values(block / size);
+            for (int64_t t = 0; t < size; t += 4)
+                dots_of_all(q, keys + (place + t) * d, soon, t, g, d, logits + at + t);
+            if (on.mass)
+                for (int64_t h = 0; h < g; h++)
+                    for (int64_t i = 0; i < size; i++) logits[h * BLOCK + at + i] += on.mass[place + i];
+        }
+        if (!some) return false;
+        for (int64_t i = count; i < BLOCK; i++)  // the slack of the last page
+            for (int64_t h = 0; h < g; h++) logits[h * BLOCK + i] = NEVER;
+        for (int64_t k = 0; k < on.on.hole_count[row]; k++) {
+            const int64_t slot = on.on.holes[row * on.on.most + k] - block;
+            if (0 <= slot && slot < count)
+                for (int64_t h = 0; h < g; h++) logits[h * BLOCK + slot] = NEVER;
+        }
+        if (on.read)
+            for (int64_t i = 0; i < count; i++)
+                if (!seen(block + i))
+                    for (int64_t h = 0; h < g; h++) logits[h * BLOCK + i] = NEVER;
+        return true;
+    }
+
+    // One row's slots from `start` to `stop` by online softmax.
+    void attend(float* out, float* lse) const {
+        const int64_t size = on.on.page_size, d = on.d, g = on.g, dv = on.dv;
+        const V* values = static_cast<const V*>(on.values);
+        float* q = scratch(g * (d + BLOCK + 2));
+        float *logits = q + g * d, *top = logits + g * BLOCK, *total = top + g;
+        for (int64_t i = 0; i < g * d; i++) q[i] = on.q[row * g * d + i] * on.scale;
+        for (int64_t h = 0; h < g; h++) top[h] = NEVER, total[h] = 0;
+        for (int64_t i = 0; i < g * dv; i++) out[i] = 0;
+        bool live[BLOCK / 4];
+        for (int64_t block = start; block < stop; block += BLOCK) {
+            const int64_t count = smaller(BLOCK, stop - block);
+            const bool some = look(q, block, count, logits, live);
+            if (on.weights)
+                for (int64_t h = 0; h < g; h++) {
+                    float* line = on.weights + (row * g + h) * on.weights_width + block;
+                    for (int64_t i = 0; i < count; i++) line[i] = some ? logits[h * BLOCK + i] : NEVER;
+                }
+            if (!some) continue;
+            const Soon second = of_values(block / size + (count > size));
+            const int64_t lines = (size * second.token + 64 * g - 1) / (64 * g);
+            for (int64_t h = 0; h < g; h++) {
+                for (int64_t i = 0; i < lines; i++) second.line(0, (h * lines + i) * 64);
+                float* line = logits + h * BLOCK;
+                vec high = load(line);
+                for (int64_t i = LANES; i < BLOCK; i += LANES) high = larger(high, load(line + i));
+                const float best = larger(highest(high), top[h]);
+                if (best <= NEVER) {  // nothing seen so far: an exponential of 0 would count what is not there
+                    for (int64_t i = 0; i < BLOCK; i++) line[i] = 0;
+                    continue;
+                }
+                vec here{};
+                for (int64_t i = 0; i < BLOCK; i += LANES) {
+                    const vec weight = exponential(load(line + i) - best);
+                    store(line + i, weight);
+                    here += weight;
+                }
+                if (top[h] != best) {
+                    const float fade = exponential(top[h] - best);
+                    total[h] *= fade;
+                    for (int64_t i = 0; i < dv; i += LANES) store(out + h * dv + i, load(out + h * dv + i) * fade);
+                    top[h] = best;
+                }
+                total[h] += sum(here);
+            }
+            Page<V> held[BLOCK / 4];
+            int64_t used = 0;
+            for (int64_t at = 0; at < count; at += size) {
+                if (!live[at / size]) continue;
+                const int64_t index = (block + at) / size;
+                // The next page was asked for already, with the keys or the exponentials.
+                const Soon soon = at + 2 * size < count ? of_values(index + 2)
+                                  : block + BLOCK < stop ? of_keys((block + BLOCK) / size)
+                                                         : of_values(index);
+                held[used++] = {values + int64_t{pages()[index]} * size * dv, smaller(size, count - at), at, soon};
+            }
+            for (int64_t h = 0; h < g;) {
+                const int64_t now = heads_of(g - h);
+                const float* from = logits + h * BLOCK;
+                float* to = out + h * dv;
+                switch (now) {
+                    case 4: weigh_all<4>(from, held, used, dv, to); break;
+                    case 3: weigh_all<3>(from, held, used, dv, to); break;
+                    case 2: weigh_all<2>(from, held, used, dv, to); break;
+                    default: weigh_all<1>(from, held, used, dv, to);
+                }
+                h += now;
+            }
+        }
+        for (int64_t h = 0; h < g; h++) {
+            lse[h] = total[h] == 0 ? -INFINITY : top[h] + logf(total[h]);
+            if (total[h] != 0)
+                for (int64_t i = 0; i < dv; i += LANES) store(out + h * dv + i, load(out + h * dv + i) / total[h]);
+        }
+    }
+};
+
+struct Parts {
+    const Attend* on;
+    int64_t* begin;     // (rows + 1,) the first part of each row
+    float *outs, *lses; // of the parts of rows that have several
+};
+
+template <class K, class V>
+void attend_part(const void* context, int64_t part) {
+    const Parts& all = *static_cast<const Parts*>(context);
+    const Attend& on = *all.on;
+    int64_t low = 0, high = on.on.rows;  // the last row that begins no later than this part
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (all.begin[middle] <= part ? low : high) = middle;
+    }
+    const int64_t row = low, start = (part - all.begin[row]) * PART;
+    const bool alone = all.begin[row + 1] - all.begin[row] == 1;
+    const Reader<K, V> reader{on, row, start, smaller(on.on.lengths[row], start + PART)};
+    if (alone)
+        reader.attend(on.out + row * on.g * on.dv, on.lse + row * on.g);
+    else
+        reader.attend(all.outs + part * on.g * on.dv, all.lses + part * on.g);
+}
+
+// Rows that have several parts, and those that have none.
+void merge(const Parts& all) {
+    const Attend& on = *all.on;
+    for (int64_t row = 0; row < on.on.rows; row++) {
+        const int64_t begin = all.begin[row], end = all.begin[row + 1];
+        if (end - begin == 1) continue;
+        for (int64_t h = 0; h < on.g; h++) {
+            float* out = on.out + (row * on.g + h) * on.dv;
+            float top = NEVER, total = 0;
+            for (int64_t p = begin; p < end; p++) top = larger(all.lses[p * on.g + h], top);
+            for (int64_t i = 0; i < on.dv; i++) out[i] = 0;
+            for (int64_t p = begin; p < end; p++) {
+                if (all.lses[p * on.g + h] == -INFINITY) continue;
+                const float weight = expf(all.lses[p * on.g + h] - top);
+                const float* part = all.outs + (p * on.g + h) * on.dv;
+                total += weight;
+                for (int64_t i = 0; i < on.dv; i += LANES) store(out + i, load(out + i) + weight * load(part + i));
+            }
+            on.lse[row * on.g + h] = total == 0 ? -INFINITY : top + logf(total);
+            if (total != 0)
+                for (int64_t i = 0; i < on.dv; i++) out[i] /= total;
+        }
+    }
+}
+
+// Logits become probabilities, 0 where no token is.
+void normalise(const void* context, int64_t row) {
+    const Attend& on = *static_cast<const Attend*>(context);
+    for (int64_t h = 0; h < on.g; h++) {
+        float* line = on.weights + (row * on.g + h) * on.weights_width;
+        const float lse = on.lse[row * on.g + h];
+        const int64_t length = on.on.lengths[row];
+        int64_t i = 0;
+        for (; i < length; i += LANES) {  // no token seen: lse is -inf, and so every logit NEVER
+            if (i + LANES <= length) {
+                const vec x = load(line + i);
+                store(line + i, (vec)((ivec)exponential(x - lse) & (x > NEVER | x != x)));
+            } else {
+                for (int64_t j = i; j < length; j++)
+                    line[j] = line[j] > NEVER || line[j] != line[j] ? exponential(line[j] - lse) : 0;
+            }
+        }
+        for (i = length; i < on.weights_width; i++) line[i] = 0;
+    }
+}
+
+template <class K>
+Task task_of(Kind value) {
+    switch (value) {
+        case Kind::f32: return attend_part<K, float>;
+        case Kind::bf16: return attend_part<K, bf16>;
+        default: return attend_part<K, f16>;
+    }
+}
+
+void attend(const Attend& on) {
+    const int64_t rows = on.on.rows;
+    int64_t* begin = static_cast<int64_t*>(take((rows + 1) * sizeof(int64_t)));
+    begin[0] = 0;
+    bool several = false;
+    int64_t tokens = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t parts = (on.on.lengths[r] + PART - 1) / PART;
+        begin[r + 1] = begin[r] + parts;
+        several |= parts > 1;
+        tokens += on.on.lengths[r];
+    }
+    const int64_t parts = begin[rows];
+    float* outs = several ? static_cast<float*>(take(parts * on.g * (on.dv + 1) * sizeof(float))) : nullptr;
+    const Parts all{&on, begin, outs, outs + (several ? parts * on.g * on.dv : 0)};
+    const Task task = on.key_kind == Kind::f32    ? task_of<float>(on.value_kind)
+                      : on.key_kind == Kind::bf16 ? task_of<bf16>(on.value_kind)
+                                                  : task_of<f16>(on.value_kind);
+    // Waking a worker takes some microseconds: what is read in that time, one thread reads.
+    const int threads = tokens * (on.d + on.dv) < 32768 ? 1 : on.threads;
+    for_each(parts, threads, task, &all);
+    merge(all);
+    if (on.weights) for_each(rows, threads, normalise, &on);
+    give_back(outs);
+    give_back(begin);
+}
+
+}  // namespace
+}  // namespace kvfold::ISA

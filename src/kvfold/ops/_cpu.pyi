@@ -1,0 +1,106 @@
+"""The compiled kernels (cpp/module.cpp). R rows (one sequence and KV head each), N likewise; arrays C-contiguous.
+
+bfloat16 comes as uint16, float16 as int16. Raises ValueError where shapes or page numbers don't fit, before anything is
+read or written, and TypeError for arrays of another dtype.
+"""
+
+import numpy as np
+
+SHARES: int
+BLOCK: int
+PART: int
+
+def names() -> list[str]:
+    """The instruction sets in use, the widest first."""
+
+def use(name: str) -> None:
+    """Use none that is wider than this one. Raises ValueError where the processor has it not."""
+
+def workers() -> int:
+    """Threads that were started in this process, beside its own."""
+
+def attend(
+    q: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    mass: np.ndarray | None,
+    read: np.ndarray | None,
+    table: np.ndarray,
+    lengths: np.ndarray,
+    holes: np.ndarray,
+    hole_count: np.ndarray,
+    page_size: int,
+    scale: float,
+    threads: int,
+    out: np.ndarray,
+    lse: np.ndarray,
+    weights: np.ndarray | None,
+) -> None:
+    """q (R, G, D) over each row's tokens: out (R, G, Dv), lse (R, G), weights (R, G, T)."""
+
+def write(
+    plane: np.ndarray, new: np.ndarray, table: np.ndarray, first: np.ndarray, stop: np.ndarray, page_size: int
+) -> None:
+    """Slots first[r] to stop[r] of each row become new[r, 0:]; plane (pages * page_size, W), new (R, T, W)."""
+
+def close_gaps(
+    plane: np.ndarray, mask: np.ndarray, table: np.ndarray, lengths: np.ndarray, page_size: int, threads: int
+) -> None:
+    """The slots that mask (R, T) marks move to the front of each row, in order."""
+
+def punch_holes(mask: np.ndarray, lengths: np.ndarray, holes: np.ndarray, hole_count: np.ndarray) -> bool:
+    """Slots that mask (R, T) does not mark become holes, where every row has room for its own; else nothing changes."""
+
+def top_mask(scores: np.ndarray, count: np.ndarray, chosen: np.ndarray, threads: int) -> None:
+    """chosen[r] marks the count[r] highest of scores[r] (R, T); ties go to the earlier one, -inf is never chosen."""
+
+def causal(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    scale: float,
+    window: int,
+    shares: np.ndarray,
+    threads: int,
+    out: np.ndarray,
+    lse: np.ndarray,
+    sums: np.ndarray | None,
+) -> None:
+    """q (N, G, T, D) over k (N, T, D), v (N, T, Dv); a query sees `window` tokens (0: all before it), and counts
+    shares[i] in sums (N, SHARES, T)."""
+
+def column_sums(
+    q: np.ndarray,
+    k: np.ndarray,
+    lse: np.ndarray,
+    bias: np.ndarray | None,
+    first: np.ndarray,
+    scale: float,
+    threads: int,
+    sums: np.ndarray,
+) -> None:
+    """sums (N, SHARES, T) += exp(logit - lse) of each query and key; query i sees keys 0 to first[n] + i.
+
+    An infinite `lse` leaves its query out."""
+
+def most_alike(
+    left: np.ndarray,
+    right: np.ndarray,
+    left2: np.ndarray | None,
+    right2: np.ndarray | None,
+    asks: np.ndarray,
+    there: np.ndarray,
+    threads: int,
+    best: np.ndarray,
+    first: np.ndarray,
+) -> None:
+    """The highest product of each row of left (N, n, D) with one of right (N, m, D), and which; best, first (N, n)."""
+
+def read(x: np.ndarray, threads: int) -> float:
+    """The sum of a flat array: as fast as memory can be read."""
+
+def exponential(x: np.ndarray, out: np.ndarray) -> None:
+    """exp(x) for x <= 0, as the kernels work it out."""
+
+def widen(x: np.ndarray, out: np.ndarray) -> None:
+    """Floats of any kind as float32, as the kernels read them."""
