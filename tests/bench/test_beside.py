@@ -11,7 +11,7 @@ from kvfold.bench.machine import Elsewhere
 
 
 def children() -> int:
-    found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True).stdout
     return found.count("os.getppid() == int(sys.argv[1])")
 
 
