@@ -68,6 +68,16 @@ struct Alike {
     int64_t* first;
 };
 
+struct Linear {
+    int64_t rows, n, k;  // out (rows, n) = x (rows, k) weight (n, k)' + bias (n,); n a multiple of 4
+    const float* x;
+    const void* weight;
+    Kind kind;
+    const float* bias;  // or null
+    int threads;
+    float* out;
+};
+
 struct Kernels {
     const char* name;
     int lanes;
@@ -75,6 +85,7 @@ struct Kernels {
     void (*causal)(const Causal&);
     void (*column_sums)(const ColumnSums&);
     void (*most_alike)(const Alike&);
+    void (*linear)(const Linear&);
     void (*exponential)(const float* x, float* out, int64_t count);         // for tests
     void (*widen)(const void* x, Kind kind, float* out, int64_t count);     // for tests
     double (*read)(const float* x, int64_t count, int threads);             // a plain read, for benchmarks

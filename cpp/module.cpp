@@ -328,6 +328,20 @@ void most_alike(Array<const float, 3> left, Array<const float, 3> right, std::op
     set.most_alike(on);
 }
 
+void linear(Array<const float, 2> x, Const2 weight, std::optional<Array<const float, 1>> bias, int threads,
+            Array<float, 2> out) {
+    Linear on{};
+    on.rows = x.shape(0), on.k = x.shape(1), on.n = weight.shape(0);
+    check(weight.shape(1) == x.shape(1) && out.shape(0) == x.shape(0) && out.shape(1) == weight.shape(0) &&
+              on.k > 0 && on.n % 4 == 0 && (!bias || bias->shape(0) == weight.shape(0)),
+          "shapes of x, weight, bias and out don't fit, or outputs are no multiple of 4");
+    on.x = x.data(), on.weight = weight.data(), on.kind = kind_of(weight), on.bias = bias ? bias->data() : nullptr;
+    on.threads = threads, on.out = out.data();
+    const Kernels& set = kernels_for({on.k});
+    nb::gil_scoped_release free;
+    set.linear(on);
+}
+
 std::vector<std::string> names() {
     std::vector<std::string> found;
     for (const Kernels* each : sets) found.emplace_back(each->name);
@@ -368,6 +382,8 @@ NB_MODULE(_cpu, m) {
     m.def("column_sums", column_sums, "q"_a.noconvert(), "k"_a.noconvert(), "lse"_a.noconvert(), "bias"_a.noconvert().none(), "first"_a.noconvert(), "scale"_a, "threads"_a, "sums"_a.noconvert());
     m.def("most_alike", most_alike, "left"_a.noconvert(), "right"_a.noconvert(), "left2"_a.noconvert().none(), "right2"_a.noconvert().none(), "asks"_a.noconvert(), "there"_a.noconvert(),
           "threads"_a, "best"_a.noconvert(), "first"_a.noconvert());
+    m.def("linear", linear, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(), "threads"_a,
+          "out"_a.noconvert());
     m.def("read", [](Array<const float, 1> x, int threads) {
         nb::gil_scoped_release free;
         return sets.front()->read(x.data(), static_cast<int64_t>(x.shape(0)), threads);

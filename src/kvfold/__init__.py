@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvfold.formats import Dense as Dense
     from kvfold.hf.cache import Cache as Cache
+    from kvfold.hf.linears import fast_linears as fast_linears
     from kvfold.methods import Method as Method
     from kvfold.methods import MethodInfo as MethodInfo
     from kvfold.methods import Pipeline as Pipeline
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _PLACES = {
-    "Cache": "hf.cache", "load": "models.load", "Dense": "formats", "LayerView": "views",
+    "Cache": "hf.cache", "fast_linears": "hf.linears", "load": "models.load", "Dense": "formats", "LayerView": "views",
     **dict.fromkeys(["Arena", "OutOfPages"], "pages"),
     **dict.fromkeys(["Method", "MethodInfo", "Pipeline", "list_methods", "method", "parse"], "methods"),
     **dict.fromkeys(["Drop", "Keep", "Read", "Rewrite", "Store"], "views.decisions"),

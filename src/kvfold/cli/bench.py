@@ -24,6 +24,7 @@ Chart = Annotated[Path | None, typer.Option("--chart", help="Draw the result (.h
 Methods = Annotated[str, typer.Option("--methods", help="Slugs, separated by commas.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Tokens that each cache decodes in a round.")]
 Quantized = Annotated[bool, typer.Option("--quantized/--no-quantized", help="Also transformers' QuantizedCache.")]
+Beside = Annotated[int, typer.Option("--beside", min=0, help="Busy programs to run meanwhile.")]
 Kind = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 
 
@@ -38,6 +39,7 @@ def kernels_command(
     ragged: Annotated[bool, typer.Option("--ragged", help="Also heads that keep 10 % to 100 % of the tokens.")] = False,
     device: common.Device = "cpu",
     rounds: Rounds = 15,
+    beside: Beside = 0,
     json: common.Json = False,
     out: Out = None,
     chart: Chart = None,
@@ -52,7 +54,7 @@ def kernels_command(
 
     on = prepared(device, out, chart)
     cases = [Case(t, b, kv_heads, group, head_dim, d) for d in dtypes for t in contexts for b in batches]
-    with measured("kernels", on) as (tick, result):
+    with measured("kernels", on, beside) as (tick, result):
         rows, rate = measure_kernels(cases, ragged=ragged, device=on, rounds=rounds, tick=tick)
         result |= {"rounds": rounds, "read_bandwidth": rate.to_dict(), "rows": [row.to_dict() for row in rows]}
     bandwidth = rate.bytes_per_second
@@ -75,6 +77,8 @@ def run_command(
     rounds: Rounds = 2,
     dtype: Kind = "float32",
     device: common.Device = "cpu",
+    fast_linears: common.FastLinears = False,
+    beside: Beside = 0,
     quantized: Quantized = True,
     memory: Annotated[bool, typer.Option("--memory", help="Also each cache's peak, in a process of its own.")] = False,
     peer_python: Annotated[list[str], typer.Option("--peer-python", help="A Python that has kvpress.")] = [],  # noqa: B006
@@ -102,7 +106,7 @@ def run_command(
     own, unfit = c.fitting(lm, c.kvfold_contenders(lm, wanted))
     theirs, skipped = c.transformers_contenders(lm, quantized)
     skipped = skipped + unfit
-    with measured("run", on) as (tick, result):
+    with measured("run", on, beside) as (tick, result), common.with_fast_linears(lm, fast_linears):
         rows, rate = measure_run(
             lm, [*theirs, *own], context=context, batch=batch, steps=steps, rounds=rounds,
             prefill_batch=prefill_batch, tick=tick,
@@ -124,10 +128,12 @@ def run_command(
             rows, skipped = rows + more, skipped + left_out
         result |= {
             "model": model, "dtype": kind, "context": context, "batch": batch, "prefill_batch": prefill_batch,
-            "steps": steps, "rounds": rounds, "weight_bytes": weights, "read_bandwidth": rate.to_dict(),
-            "rows": [row.to_dict() for row in rows], "skipped": skipped, "probe_seconds": probe_seconds(lm),
+            "steps": steps, "rounds": rounds, "fast_linears": fast_linears, "weight_bytes": weights,
+            "read_bandwidth": rate.to_dict(), "rows": [row.to_dict() for row in rows], "skipped": skipped,
+            "probe_seconds": probe_seconds(lm),
         }  # fmt: skip
-    title = f"{model}, {context:,} tokens, batch {batch}, {kind}, on {hardware(result)}"
+    linears = ", fast linears" if fast_linears else ""
+    title = f"{model}, {context:,} tokens, batch {batch}, {kind}{linears}, on {hardware(result)}"
     table = tables.run_table(rows, rate.bytes_per_second, weights, title)
     finish(result, table, json, out, chart, lambda: charts.run_chart(rows, title))
     common.end(not unfit)
@@ -254,13 +260,18 @@ def with_peaks(
 
 
 @contextmanager
-def measured(bench: str, device: Any) -> Iterator[tuple[Callable[[str], None], dict[str, Any]]]:
-    """A way to say on stderr what is going on, and the result that begins with what the machine is."""
+def measured(bench: str, device: Any, beside: int = 0) -> Iterator[tuple[Callable[[str], None], dict[str, Any]]]:
+    """A way to say on stderr what is going on, and the result that begins with what the machine is.
+
+    `beside`: busy programs that run meanwhile.
+    """
+    from kvfold.bench.beside import busy
     from kvfold.bench.machine import Elsewhere, describe
 
     result: dict[str, Any] = {"format": FORMAT, "bench": bench, "machine": describe(device)}
+    result["machine"]["beside"] = beside
     others = Elsewhere()
-    with common.stderr.status("", refresh_per_second=1) as status:
+    with busy(beside), common.stderr.status("", refresh_per_second=1) as status:
         yield status.update, result
     result["machine"]["cores_busy_elsewhere"] = others.cores()
 
@@ -268,7 +279,8 @@ def measured(bench: str, device: Any) -> Iterator[tuple[Callable[[str], None], d
 def hardware(result: dict[str, Any]) -> str:
     """The GPU, or the processor with its threads."""
     machine = result["machine"]
-    return machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    meanwhile = f", beside {machine['beside']} busy" if machine["beside"] else ""
+    return (machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, {machine['instructions']}") + meanwhile
 
 
 def finish(

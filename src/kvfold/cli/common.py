@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -25,6 +26,9 @@ SHORTEST = 16
 Context = Annotated[int | None, typer.Option("--context", min=SHORTEST, help="Longest prompt; cut from its middle.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16 (default: by device).")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+FastLinears = Annotated[
+    bool, typer.Option("--fast-linears", help="Let the model's linear layers take the fastest way for few rows (CPU).")
+]
 Chat = Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template, if it has one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
@@ -120,6 +124,15 @@ def options(pairs: list[str]) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     return {"kvfold": __version__} | {name: version(name) for name in ("torch", "transformers")}
+
+
+def with_fast_linears(model: Any, wanted: bool) -> AbstractContextManager[Any]:
+    """A block in which the model's linear layers are fast ones, where that is wanted."""
+    if not wanted:
+        return nullcontext()
+    from kvfold.hf.linears import fast_linears
+
+    return fast_linears(model)
 
 
 def say_busy(cores: float | None) -> None:

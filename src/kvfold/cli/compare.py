@@ -29,6 +29,7 @@ def compare_command(
     dtype: common.Dtype = None,
     device: common.Device = "cpu",
     chat: common.Chat = True,
+    fast_linears: common.FastLinears = False,
     chart: Annotated[
         Path | None, typer.Option("--chart", help="Write a page (.html) or its charts alone (.png).")
     ] = None,
@@ -79,7 +80,7 @@ def compare_command(
         skipped.append({"contender": who, "reason": " ".join(f"{type(error).__name__}: {error}".split())})
         common.say_left_out(skipped[-1:])
 
-    with common.stderr.status("") as status:
+    with common.with_fast_linears(lm, fast_linears), common.stderr.status("") as status:
 
         def tick(what: str) -> None:
             nonlocal begun
@@ -90,12 +91,12 @@ def compare_command(
             lm, tokenizer, ids, names, budgets, max_new_tokens=max_new_tokens, tick=tick, made_row=say, failed=left_out
         )  # fmt: skip
     busy = others.cores()
-    title = f"{model}, {ids.shape[1]:,} tokens of {file.name}"
+    title = f"{model}, {ids.shape[1]:,} tokens of {file.name}{', fast linears' if fast_linears else ''}"
     if json:
         about = {
             "model": model, "prompt_tokens": ids.shape[1], "cut_tokens": cut, "question": ask, "device": str(lm.device),
             "dtype": str(lm.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-            "probe_seconds": probe_seconds(lm),
+            "fast_linears": fast_linears, "probe_seconds": probe_seconds(lm),
         }  # fmt: skip
         common.print_json({**about, "versions": common.versions(), "rows": [row.to_dict() for row in rows],
                            "skipped": skipped})  # fmt: skip

@@ -21,6 +21,7 @@ def run(
     dtype: common.Dtype = None,
     device: common.Device = "cpu",
     chat: common.Chat = True,
+    fast_linears: common.FastLinears = False,
     layers: Annotated[bool, typer.Option("--layers", help="Also print what each layer holds.")] = False,
     json: common.Json = False,
 ) -> None:
@@ -51,13 +52,14 @@ def run(
     common.check_fits(lm, ids.shape[1], max_new_tokens)
     cache = Cache(lm, chosen)
     before = resident_bytes()
-    with common.stderr.status(f"reading {ids.shape[1]} tokens with {chosen}"):
-        read = prefill(lm, ids, cache, prefill_chunk)
-        held = cache.report()
-        kept = cache.kept_tokens
-        after = resident_bytes()
     written = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
-    answer = decode(lm, cache, read.logits, max_new_tokens, None if written is None else written.put)
+    with common.with_fast_linears(lm, fast_linears):
+        with common.stderr.status(f"reading {ids.shape[1]} tokens with {chosen}"):
+            read = prefill(lm, ids, cache, prefill_chunk)
+            held = cache.report()
+            kept = cache.kept_tokens
+            after = resident_bytes()
+        answer = decode(lm, cache, read.logits, max_new_tokens, None if written is None else written.put)
     if written is not None:
         written.end()
     result = {
@@ -80,6 +82,7 @@ def run(
         "dtype": str(lm.dtype).removeprefix("torch."),
         "device": str(lm.device),
         "threads": torch.get_num_threads(),
+        "fast_linears": fast_linears,
         "versions": common.versions(),
     }
     if json:
@@ -92,7 +95,7 @@ def run(
         ("prompt", f"{ids.shape[1]} tokens, {read.seconds:.1f} s"),
         ("kept", f"{kept:.0f} tokens per KV head"),
         ("KV cache", f"{common.size(held.nbytes)} of {common.size(held.dense_nbytes)} ({held.ratio:.3f})"),
-        ("decode", rate),
+        ("decode", f"{rate}, fast linears" if fast_linears else rate),
     ):
         table.add_row(f"[dim]{name}[/dim]", value)
     common.stderr.print(table)

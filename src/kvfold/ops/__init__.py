@@ -3,6 +3,7 @@
 from kvfold.ops.alike import most_alike
 from kvfold.ops.attend import attend, merge
 from kvfold.ops.choose import top_mask
+from kvfold.ops.linear import linear
 from kvfold.ops.paged import append_pages, attend_pages, keep_pages, step_pages
 from kvfold.ops.prefill import causal, causal_admitted, causal_rows
 from kvfold.ops.scores import column_sums, window_attention
@@ -16,6 +17,7 @@ __all__ = [
     "causal_rows",
     "column_sums",
     "keep_pages",
+    "linear",
     "merge",
     "most_alike",
     "step_pages",

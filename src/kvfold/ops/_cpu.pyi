@@ -96,6 +96,9 @@ def most_alike(
 ) -> None:
     """The highest product of each row of left (N, n, D) with one of right (N, m, D), and which; best, first (N, n)."""
 
+def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, threads: int, out: np.ndarray) -> None:
+    """out (R, N) = x (R, K) weight (N, K)' + bias (N,), for a few rows; N a multiple of 4."""
+
 def read(x: np.ndarray, threads: int) -> float:
     """The sum of a flat array: as fast as memory can be read."""
 

@@ -1,0 +1,69 @@
+// A linear layer for a few rows: the weights are read once, as they lie, four outputs at a time for some rows.
+#pragma once
+
+#include "kernels.hpp"
+#include "lanes.hpp"
+#include "threads.hpp"
+
+namespace kvfold::ISA {
+namespace {
+
+constexpr int64_t OUTPUTS = 32;                  // of one task
+constexpr int64_t ROWS_AT_ONCE = MANY ? 4 : 3;  // whose sums for four outputs are in registers
+
+// out[r][o..o+3] = x[r] . weight[o..o+3] for R rows.
+template <int R, class T>
+inline void outputs(const float* x, const T* weight, int64_t k, float* out, int64_t n, const float* bias) {
+    vec acc[R][4], w[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int o = 0; o < 4; o++) acc[r][o] = vec{};
+    int64_t i = 0;
+    do {
+#pragma GCC unroll 4
+        for (int o = 0; o < 4; o++) w[o] = load(weight + o * k + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            const vec y = load(x + r * k + i);
+#pragma GCC unroll 4
+            for (int o = 0; o < 4; o++) acc[r][o] += y * w[o];
+        }
+        i += LANES;
+    } while (i < k);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        quad found = sums(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+        if (bias) found += *reinterpret_cast<const loose_quad*>(bias);
+        *reinterpret_cast<loose_quad*>(out + r * n) = found;
+    }
+}
+
+template <class T>
+void linear_task(const void* context, int64_t task) {
+    const Linear& on = *static_cast<const Linear*>(context);
+    const T* weight = static_cast<const T*>(on.weight);
+    const int64_t stop = smaller(on.n, (task + 1) * OUTPUTS);
+    for (int64_t o = task * OUTPUTS; o < stop; o += 4)
+        for (int64_t r = 0; r < on.rows;) {
+            const int64_t left = on.rows - r, now = left == ROWS_AT_ONCE + 1 ? (left + 1) / 2 : smaller(left, ROWS_AT_ONCE);
+            const float* x = on.x + r * on.k;
+            const float* bias = on.bias ? on.bias + o : nullptr;
+            float* out = on.out + r * on.n + o;
+            switch (now) {
+                case 4: outputs<4>(x, weight + o * on.k, on.k, out, on.n, bias); break;
+                case 3: outputs<3>(x, weight + o * on.k, on.k, out, on.n, bias); break;
+                case 2: outputs<2>(x, weight + o * on.k, on.k, out, on.n, bias); break;
+                default: outputs<1>(x, weight + o * on.k, on.k, out, on.n, bias);
+            }
+            r += now;
+        }
+}
+
+void linear(const Linear& on) {
+    const Task task = on.kind == Kind::f32 ? linear_task<float> : on.kind == Kind::bf16 ? linear_task<bf16> : linear_task<f16>;
+    for_each((on.n + OUTPUTS - 1) / OUTPUTS, on.n * on.k < 65536 ? 1 : on.threads, task, &on);
+}
+
+}  // namespace
+}  // namespace kvfold::ISA

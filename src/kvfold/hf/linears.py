@@ -1,0 +1,136 @@
+"""Linear layers for few rows, the fastest of several ways by what they take in the model itself.
+
+A decode step reads every weight for a few rows, and what torch does then differs much by processor, dtype and number of
+rows. Layers of one shape take turns with the ways at first, each timed where it is used, with weights that come from
+memory as they always do; from then on all take the fastest. No weight is copied.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as by_torch
+
+from kvfold.ops.cpu import FLOATS, widths_fit
+from kvfold.ops.linear.cpu import linear as by_kvfold
+
+ROWS = 16
+"""From more rows on torch's product is used: weights are then read for many, and arithmetic is what takes time."""
+TRIES = 5
+"""Calls of a shape that each way is timed in; the fastest of them counts, as the others met other programs."""
+
+
+def _transposed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = (weight @ x.T).T.contiguous()
+    return out if bias is None else out + bias
+
+
+WAYS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+    "torch": by_torch,
+    "transposed": _transposed,
+    "kvfold": by_kvfold,
+}
+Shape = tuple[int, int, torch.dtype, int, int]
+"""Outputs, inputs, dtype, rows, threads: what a choice is for."""
+
+
+@dataclass
+class Choices:
+    """Seconds that each way took, by shape, and the one that is taken since all had their turns."""
+
+    seconds: dict[Shape, dict[str, list[float]]] = field(default_factory=dict)
+    chosen: dict[Shape, str] = field(default_factory=dict)
+
+    def run(self, x: Tensor, layer: "FastLinear") -> Tensor:
+        """The layer's output for a few rows (N, K)."""
+        shape = (*layer.weight.shape, x.dtype, len(x), torch.get_num_threads())
+        way = self.chosen.get(shape)
+        if way is not None:
+            return WAYS[way](x, layer.weight, layer.bias)
+        taken = self.seconds.setdefault(shape, {name: [] for name in WAYS})
+        way = min(taken, key=lambda name: len(taken[name]))
+        start = time.perf_counter()
+        out = WAYS[way](x, layer.weight, layer.bias)
+        taken[way].append(time.perf_counter() - start)
+        if all(len(each) >= TRIES for each in taken.values()):
+            self.chosen[shape] = min(taken, key=lambda name: min(taken[name]))
+        return out
+
+
+class FastLinear(nn.Linear):
+    """A `torch.nn.Linear` that asks its choices for few rows; made of one in place, and made one again."""
+
+    kvfold_choices: Choices
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.numel() // max(1, self.in_features)
+        if not 0 < rows <= ROWS or not _plain(input, self.weight):
+            return super().forward(input)
+        out = self.kvfold_choices.run(input.reshape(rows, self.in_features), self)
+        return out.view(*input.shape[:-1], self.out_features)
+
+
+def _plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether nobody but the layer looks at its product: no gradient, autocast, tracing, other device or dtype."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return False
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return not wanted and x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype
+
+
+def _known(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and nothing else: no subclass, no forward of its own, plain weights."""
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    weight = module.weight
+    plain = type(weight) is nn.Parameter and weight.layout == torch.strided and weight.is_contiguous()
+    return plain and weight.device.type == "cpu" and weight.dtype in FLOATS and widths_fit(*weight.shape)
+
+
+class fast_linears:
+    """Let a model's linear layers take the fastest way for few rows; as a block, or until `undo()`.
+
+        with kvfold.fast_linears(model):
+            model.generate(...)
+
+    Answers stay within the rounding of the dtype; prompts, gradients and compiled code take torch's way as before. What
+    is no plain `torch.nn.Linear` on the CPU in float32, bfloat16 or float16 is left as it is. Raises ValueError for a
+    model without such a layer, and for one that has them already.
+    """
+
+    def __init__(self, model: nn.Module):
+        if any(isinstance(module, FastLinear) for module in model.modules()):
+            raise ValueError(f"model={type(model).__name__} has fast linear layers already; undo() those first")
+        found: list[Any] = [module for module in model.modules() if _known(module)]
+        if not found:
+            raise ValueError(
+                f"model={type(model).__name__} has no torch.nn.Linear on the CPU in float32, bfloat16 or float16"
+            )
+        self.choices = Choices()
+        self.layers = found
+        for layer in self.layers:
+            layer.__class__ = FastLinear
+            layer.kvfold_choices = self.choices
+
+    def undo(self) -> None:
+        """Make the layers what they were."""
+        for layer in self.layers:
+            layer.__class__ = nn.Linear
+            del layer.kvfold_choices
+        self.layers = []
+
+    def report(self) -> dict[Shape, str]:
+        """The way that was chosen, by (outputs, inputs, dtype, rows, threads)."""
+        return dict(self.choices.chosen)
+
+    def __enter__(self) -> "fast_linears":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
