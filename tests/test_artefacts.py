@@ -105,8 +105,10 @@ def test_a_cache_looks_at_all_that_is_not_known_to_be_blind():
     blind = {"initializer_range", "pad_token_id", "max_position_embeddings", "attention_dropout", "use_cache"}
     assert not blind & found.keys() and json.loads(json.dumps(found)) == found
     model = build("llama")
-    model.config.invented_by_a_later_release = 3
-    assert cache_fields(model) == found | {"invented_by_a_later_release": 3}
+    more = {"invented_by_a_later_release": 3, "output_gate_type": "x", "dropless": True}
+    for name, value in more.items():
+        setattr(model.config, name, value)
+    assert cache_fields(model) == found | more
 
 
 def test_has_is_whether_find_would_find(folder):

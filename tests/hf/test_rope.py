@@ -75,6 +75,18 @@ def test_channels_that_turn(name, dtype):
     assert {layer: found[layer] for layer in KINDS[name][2]} == KINDS[name][2]
 
 
+def test_channels_that_are_zero_say_nothing():
+    """As some are in trained models, where a norm's weight is zero."""
+    whole, part = build("qwen3"), made("phi")
+    with torch.no_grad():
+        whole.model.layers[1].self_attn.k_norm.weight[[0, 7, 15]] = 0
+        whole.model.layers[2].self_attn.k_norm.weight[:] = 0
+        for channel in (0, 7, 8, 15):
+            part.model.layers[0].self_attn.k_proj.weight[channel::16] = 0
+    assert channels(whole) == {0: (0, 16), 1: (0, 16), 2: None}
+    assert channels(part) == dict.fromkeys(range(3), (0, 8))
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_a_key_that_is_moved_is_the_models_own_there(name):
     model = made(name)

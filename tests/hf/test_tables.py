@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import kvfold
 from kvfold.conversations.topics import OwnStates
+from kvfold.evaluation.decoding import prefill
 from kvfold.hf.tables import by_length, kept_tables
 from kvfold.methods.registry import parse
 from models import COMMON, FAMILIES, build, dynamic, feed, follow, grow, tokens
@@ -85,6 +86,19 @@ def test_without_positions_and_by_generate(name):
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
     said = other.generate(ids, past_key_values=kvfold.Cache(other, prefill_chunk=30), **options)
     assert torch.equal(said, made(name).generate(ids, **options))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_commands_chunks_too(name):
+    """`kvfold run --prefill-chunk` cuts by itself; a cache that cuts, too, does no harm."""
+    ids, plain = tokens(100)["input_ids"], made(name)
+    with torch.no_grad():
+        want = plain(ids).logits[0, -1]
+    for own in (None, 12):
+        model = made(name)
+        read = prefill(model, ids, kvfold.Cache(model, prefill_chunk=own), 30)
+        torch.testing.assert_close(read.logits, want, atol=2e-4, rtol=0)
+        assert same(state(model), state(plain))
 
 
 def test_a_chunk_that_fails_leaves_no_hook():

@@ -17,7 +17,7 @@ LENGTH = "max_position_embeddings"
 """Says something about keys only where a rotation depends on the text's length."""
 BLIND = re.compile(
     r"_name_or_path|transformers_version|architectures|auto_map|(torch_)?dtype|quantization_config|use_cache|return_dict"
-    r"|output_.*|chunk_size_feed_forward|id2label|label2id|problem_type|tie_word_embeddings|pretraining_tp|.*_token_id"
+    r"|output_(attentions|hidden_states|router_logits)|_?(attn|experts)_implementation.*|chunk_size_feed_forward|id2label|label2id|problem_type|tie_word_embeddings|pretraining_tp|.*_token_id"
     r"|.*initializer_(range|factor)|init_std|.*drop(out)?(_prob|_p)?|.*layerdrop|.*_coef|max_position_embeddings"
 )
 """Fields on which no key depends, or which `dtype` and the weights tell better. All others count, new ones too."""

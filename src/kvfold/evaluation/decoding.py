@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from kvfold.hf.argument import with_cache
 from kvfold.hf.cache import Cache
 from kvfold.hf.greedy import end_tokens
+from kvfold.hf.tables import as_long_as
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def prefill(model: PreTrainedModel, ids: Tensor, cache: HFCache, chunk: int | No
     sync(model.device)
     start = time.perf_counter()
     out: Any = None
-    with cache.prefilling() if isinstance(cache, Cache) else nullcontext():
+    whole = as_long_as(model, cache.get_seq_length() + ids.shape[1])  # however it is cut
+    with whole, cache.prefilling() if isinstance(cache, Cache) else nullcontext():
         for part in torch.split(ids, chunk or ids.shape[1], dim=1):
             out = model(input_ids=part.to(model.device), logits_to_keep=1, **with_cache(model, cache))
     sync(model.device)

@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -101,11 +101,11 @@ def _ropes(model: Any, keys: dict[int, Tensor]) -> dict[int, Rope]:
     for layer, states in keys.items():
         rows = states[:, :, 0].reshape(len(POSITIONS), -1, *states.shape[1::2]).transpose(1, 2)  # R H N D
         close, rows = (CLOSE if rows.dtype.itemsize >= 4 else COARSE), rows.float()
-        channels = _turning(rows)
-        if channels is None:
+        turned, silent = _turning(rows)
+        if not bool(turned.any()):
             found[layer] = Still()
             continue
-        candidates = _candidates(model, modules.get(layer), channels)
+        candidates = _candidates(model, modules.get(layer), turned, silent)
         rope = next((rope for rope in candidates if _explains(rope, rows, close)), None)
         if rope is not None:
             found[layer] = rope
@@ -145,32 +145,43 @@ def _keys(model: Any, decoder: Any) -> dict[int, Tensor]:
     return {i: k for i, k in held.items() if isinstance(k, Tensor) and k.dim() == 4 and k.shape[2] == 1}
 
 
-def _turning(rows: Float[Tensor, "R H N D"]) -> tuple[int, int] | None:
-    """From which channel to which half a turn changes the sign of a key; None: of no channel."""
+def _turning(rows: Float[Tensor, "R H N D"]) -> tuple[Bool[Tensor, " D"], Bool[Tensor, " D"]]:
+    """Of which channels half a turn changes the sign; and which say nothing, as they are zero in all keys."""
     apart, opposite = ((rows[1] + sign * rows[0]).abs().sum((0, 1)) for sign in (-1, 1))
-    turned = (opposite < apart).nonzero()[:, 0].tolist()
-    return (turned[0], turned[-1] + 1) if turned else None
+    return opposite < apart, opposite == apart
 
 
-def _candidates(model: Any, attention: nn.Module | None, channels: tuple[int, int]) -> Iterator[ModelRope]:
-    """The rotations that a layer may have."""
+def _candidates(
+    model: Any, attention: nn.Module | None, turned: Bool[Tensor, " D"], silent: Bool[Tensor, " D"]
+) -> Iterator[ModelRope]:
+    """The rotations that a layer may have whose channels turn so: those at one end of a head, or all."""
     file = sys.modules[type(attention).__module__] if attention is not None else None
     functions = [getattr(file, name) for name in APPLY if hasattr(file, name)]
+    size, places = len(turned), torch.arange(len(turned), device=turned.device)
     for rotary in rotaries(model):
         kinds: Any = getattr(rotary, "rope_type", "default")
         for layer_type in kinds if isinstance(kinds, dict) else (None,):
-            if not turns_by_length(kinds if layer_type is None else kinds[layer_type]):
-                yield from (ModelRope(rotary, apply, layer_type, channels) for apply in functions)
+            if turns_by_length(kinds if layer_type is None else kinds[layer_type]):
+                continue
+            width = _width(rotary, layer_type, turned.device)
+            ends = [(start, start + n) for n in (width, 2 * width) for start in {0, size - n} if 0 < n <= size]
+            for start, stop in ends:
+                inside = (places >= start) & (places < stop)
+                if bool(((inside == turned) | silent).all()):
+                    yield from (ModelRope(rotary, apply, layer_type, (start, stop)) for apply in functions)
+
+
+def _width(rotary: nn.Module, layer_type: str | None, device: torch.device) -> int:
+    """For how many channels a rotary embedding has angles: all that turn, or half; 0: not in a form that we know."""
+    where = {} if layer_type is None else {"layer_type": layer_type}
+    one = torch.zeros(1, 1, dtype=torch.long, device=device)
+    angles = rotary(one.float(), position_ids=one, **where)
+    return int(angles[0].shape[-1]) if isinstance(angles, tuple) and len(angles) == 2 else 0
 
 
 def _explains(rope: ModelRope, rows: Float[Tensor, "R H N D"], close: float) -> bool:
     """Whether a rotation makes of the keys that were not turned those that the model has."""
     still, turned = rows[:1].expand_as(rows[2:]), rows[2:]
-    where = {} if rope.layer_type is None else {"layer_type": rope.layer_type}
-    angles = rope.rotary(still, position_ids=torch.zeros(1, 1, dtype=torch.long, device=rows.device), **where)
-    width = rope.channels[1] - rope.channels[0]
-    if not isinstance(angles, tuple) or len(angles) != 2 or angles[0].shape[-1] not in (width, width // 2):
-        return False
     places = torch.tensor(POSITIONS[2:], device=rows.device)[:, None, None].expand(turned.shape[:3])
     gap = (rope.shift(still, places) - turned).abs().max()
     return bool(gap <= close * turned.abs().max())
