@@ -81,7 +81,7 @@ def test_scores_that_are_no_number_are_a_failure(folder: Path):
         ({"budget": "x"}, "budget='x' must be a finite number or null"),
         ({"length": 0.5}, "length=0.5 must be an integer or null"),
         ({"kept": [0.5, -2]}, "kept=.* must be a list of shares"),
-        ({"full_nbytes": 0}, "full_nbytes=0 must be at least 1"),
+        ({"full_nbytes": 0}, "full_nbytes=0 must be an integer, at least 1"),
         ({"method": "gone"}, "method is missing and must be a string"),
         ({"timing": 3}, "timing=3 must be an object"),
         ({"queries": [{"prediction": "", "tokens": 1, "scores": {"score": "1"}}]}, "scores=.* must be numbers by name"),

@@ -1,6 +1,9 @@
 """The command line: exit codes 0 done, 1 failed, 2 wrong usage; `--json` everywhere; progress on stderr."""
 
+import os
 import sys
+from collections.abc import Sequence
+from io import TextIOWrapper
 
 import typer
 
@@ -39,12 +42,31 @@ def _root(
 
 
 def main() -> None:
-    """Run the command; errors become one line on stderr and an exit code."""
+    """Run the command; errors become a line on stderr and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that has no such character shows what it would be
+            stream.reconfigure(errors="backslashreplace")
     try:
+        check_words(sys.argv[1:])
         app()
     except ValueError as error:  # kvfold's own checks: the argument, its value, what is allowed
         print(f"kvfold: {error}", file=sys.stderr)
         sys.exit(2)
-    except (OSError, RuntimeError) as error:
-        print(f"kvfold: {error}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read our output has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so again at its end
         sys.exit(1)
+    except (OSError, RuntimeError, ImportError, MemoryError) as error:
+        print(f"kvfold: {str(error) or 'not enough memory'}", file=sys.stderr)
+        sys.exit(1)
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Raise ValueError for an argument that is no text: it would break what it is printed on, or written into."""
+    for number, word in enumerate(words, 1):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"argument {number}, {word!a}, is not text in {sys.getfilesystemencoding()}; a file of "
+                "such a name can be given another, or its text on standard input (--file -)"
+            ) from None

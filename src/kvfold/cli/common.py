@@ -65,7 +65,8 @@ def read_document(path: Path) -> str:
         raise ValueError(f"file={str(path)!r} is not a file")
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
+        text.encode()  # standard input may be read with what it can't decode in it
+    except UnicodeError as error:
         raise ValueError(f"file={str(path)!r} is not UTF-8 text ({error})") from None
     if not text.strip():
         raise ValueError(f"file={str(path)!r} is empty")
@@ -149,8 +150,13 @@ def say_left_out(skipped: Sequence[Mapping[str, str]]) -> None:
 
 
 def print_json(data: Any) -> None:
-    """Data on standard output."""
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+    """Data on standard output; in escapes where that can't hold their characters."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(data, indent=2)
+    print(text)
 
 
 def end(complete: bool) -> NoReturn:

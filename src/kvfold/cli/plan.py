@@ -27,8 +27,10 @@ def plan(
     memory: Annotated[str | None, typer.Option("--memory", help="Its memory, such as 24GB.")] = None,
     bandwidth: Annotated[str | None, typer.Option("--bandwidth", help="Of its memory, such as 1TB/s.")] = None,
     flops: Annotated[str | None, typer.Option("--flops", help="Dense matrix products, such as 165T.")] = None,
-    context: Annotated[int | None, typer.Option("--context", help="Prompt tokens (default: the model's most).")] = None,
-    batch: Annotated[int, typer.Option("--batch", help="Rows that decode together.")] = 1,
+    context: Annotated[
+        int | None, typer.Option("--context", max=2**40, help="Prompt tokens (default: the model's most).")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", max=2**40, help="Rows that decode together.")] = 1,
     methods: Annotated[str, typer.Option("--methods", help="Slugs, separated by commas.")] = "full,kvfold,snapkv",
     budget: Annotated[str, typer.Option("--budget", help="One or several, separated by commas.")] = "0.35",
     dtype: Annotated[
@@ -56,6 +58,7 @@ def plan(
     from kvfold.evaluation.chart import check_chart_path, save_chart
     from kvfold.evaluation.compare import budget_of, split_names, with_budget
     from kvfold.methods import parse
+    from kvfold.models.sizes import check_sizes
 
     wanted = {"full": parse("full")}
     for name in split_names(methods):
@@ -68,8 +71,16 @@ def plan(
 
     with common.stderr.status(f"reading the shape of {model}"):
         config = read_config(model)
-        shape = replace(shape_of(without_weights(config, dtype)), weight_bits=weight_bits)
+        check_sizes(model, config)
+        try:
+            shape = replace(shape_of(without_weights(config, dtype)), weight_bits=weight_bits)
+        except ValueError:
+            raise
+        except Exception as error:  # of a model's code, made from numbers that it was not written for
+            raise ValueError(f"model={model!r} has a configuration that makes no model: {said(error)}") from error
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and type(limit) is not int:
+        raise ValueError(f"model={model!r}: max_position_embeddings={limit!r} must be a positive integer")
     tokens = context if context is not None else limit or 8192
     if limit is not None and tokens > limit:
         raise ValueError(f"context={tokens} must be at most {limit}, what {model} is made for")
@@ -132,10 +143,17 @@ def read_config(name: str) -> Any:
             check_hub(place)
     try:
         return AutoConfig.from_pretrained(place)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers' own, huggingface_hub's checks of fields, whatever a config's code raises
         if isinstance(place, Path):
-            raise ValueError(f"model={name!r} holds no configuration that transformers can read: {error}") from None
-        raise OSError(f"{unknown(name)}; as a hub id it fails: {error}") from error
+            why = said(error)
+            raise ValueError(f"model={name!r} holds no configuration that transformers can read: {why}") from None
+        raise OSError(f"{unknown(name)}; as a hub id it fails: {said(error)}") from error
+
+
+def said(error: Exception) -> str:
+    """An error on one line, its kind before it where it says little by itself."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"
 
 
 def without_weights(config: Any, dtype: str) -> Any:

@@ -1,5 +1,6 @@
 """GGUF file to float32 safetensors: weights as transformers dequantises them, what it misses put right."""
 
+import os
 import re
 import struct
 import sys
@@ -19,6 +20,9 @@ from transformers.utils import logging
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """GGUF's value types as struct has them; 8 is a string and 9 an array."""
 
+LONGEST = 2**28
+"""Bytes of a string: what a longer one claims is not asked for."""
+
 DIGITS_FIRST = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
 """GGUF's names of the pre-tokenizers that cut out every digit and then split as GPT-2's does."""
 
@@ -26,8 +30,19 @@ DIGITS_FIRST = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smo
 def convert(path: Path, folder: Path, say: Callable[[str], None]) -> None:
     """Write the GGUF file's model and tokenizer into `folder`, as `from_pretrained` reads them.
 
-    Raises ValueError if the file lacks weights of its model, or is of a kind that transformers can't read.
+    Raises ValueError if the file lacks weights of its model, is damaged, or of a kind that transformers can't read.
     """
+    try:
+        _convert(path, folder, say)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # the readers of transformers and gguf take a file's word for what it holds
+        if isinstance(error, ValueError) and path.name in str(error):
+            raise
+        raise ValueError(f"{path.name} can't be converted: {type(error).__name__}: {error}") from error
+
+
+def _convert(path: Path, folder: Path, say: Callable[[str], None]) -> None:
     metadata = header(path)
     say("converting the tokenizer")
     with silent():
@@ -44,6 +59,9 @@ def convert(path: Path, folder: Path, say: Callable[[str], None]) -> None:
         )
     if info["missing_keys"]:  # transformers fills them with random numbers and goes on
         raise ValueError(f"{path.name} lacks weights of its model: {', '.join(sorted(info['missing_keys'])[:4])}")
+    if wrong := info.get("mismatched_keys"):  # the same
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in wrong)
+        raise ValueError(f"{path.name} has weights of another size than its model: {', '.join(names[:4])}")
     if getattr(model, "hf_quantizer", None) is not None:  # the weights are plain by now, but it forbids saving
         model.hf_quantizer.remove_quantization_config(model)
     mend_config(model.config, metadata)
@@ -56,7 +74,7 @@ def header(path: Path) -> dict[str, Any]:
     """A GGUF file's metadata, arrays by their length, and the names of its tensors under "tensors".
 
     gguf.GGUFReader takes 14 seconds over Gemma's vocabulary, this skips it. Raises ValueError for a file that
-    is not GGUF or ends too early.
+    is not GGUF, ends too early, or says of itself what can't be.
     """
     try:
         with path.open("rb") as file:
@@ -68,9 +86,9 @@ def header(path: Path) -> dict[str, Any]:
             names = []
             for _ in range(tensors):
                 names.append(string(file))
-                file.seek(8 * number(file, "I") + 12, 1)  # its shape, then type and offset
-    except struct.error as error:
-        raise ValueError(f"{path} is not a whole GGUF file") from error
+                skip(file, 8 * number(file, "I") + 12)  # its shape, then type and offset
+    except (struct.error, EOFError, RecursionError) as error:
+        raise ValueError(f"{path} is not a whole GGUF file: {error}") from error
     return metadata | {"tensors": names}
 
 
@@ -81,7 +99,19 @@ def number(file: BinaryIO, kind: str) -> Any:
 
 def string(file: BinaryIO) -> str:
     """The next string of the file."""
-    return file.read(number(file, "Q")).decode("utf-8", errors="replace")
+    size = number(file, "Q")
+    data = file.read(size) if size <= LONGEST else b""
+    if len(data) < size:
+        raise EOFError(f"it ends within a string of {size} bytes")
+    return data.decode("utf-8", errors="replace")
+
+
+def skip(file: BinaryIO, size: int) -> None:
+    """Pass over so many bytes of the file."""
+    left = os.fstat(file.fileno()).st_size - file.tell()
+    if size > left:
+        raise EOFError(f"it has {left} bytes where {size} are to come")
+    file.seek(size, 1)
 
 
 def entry(file: BinaryIO, kind: int) -> Any:
@@ -94,7 +124,7 @@ def entry(file: BinaryIO, kind: int) -> Any:
         raise ValueError(f"{file.name} holds a value of type {kind}, which GGUF does not have")
     inner, length = number(file, "I"), number(file, "Q")
     if inner in SCALARS:
-        file.seek(length * struct.calcsize(SCALARS[inner]), 1)
+        skip(file, length * struct.calcsize(SCALARS[inner]))
     else:
         for _ in range(length):
             entry(file, inner)

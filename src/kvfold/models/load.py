@@ -13,10 +13,11 @@ import torch
 from huggingface_hub import model_info, try_to_load_from_cache
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfold.models.bundled import BUNDLED, Bundled, Card, fetch, folder_of, make_once, sha256_of, write_card
 from kvfold.models.gguf import convert, header, silent
+from kvfold.models.sizes import check_sizes
 
 DTYPES = {
     "float32": torch.float32,
@@ -72,12 +73,18 @@ def load(
         check_hub(place, **hub)
     try:
         with nullcontext() if progress else silent():
+            if isinstance(place, Path):
+                check_sizes(name, AutoConfig.from_pretrained(place, **hub))
             tokenizer = read_tokenizer(place, hub)
             model = AutoModelForCausalLM.from_pretrained(place, dtype=kind, **from_pretrained_kwargs)
     except OSError as error:
         if isinstance(place, Path):
             raise
         raise OSError(f"{unknown(name)}; as a hub id it fails: {error}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever transformers and safetensors meet in a folder
+        raise OSError(f"name={os.fspath(name)!r} can't be loaded: {type(error).__name__}: {error}") from error
     tokenizer.padding_side = "left"  # the files don't keep it; new tokens follow the prompt in every row
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -115,7 +122,8 @@ def checked_device(device: str | torch.device) -> torch.device:
         wanted = torch.device(device)
         torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        raise ValueError(f"device={device!r} must be a device that torch has here: {error}") from error
+        why = str(error).strip().split("\n")[0].split(". ")[0]  # torch goes on with all that it was built with
+        raise ValueError(f"device={device!r} must be a device that torch has here: {why}") from error
     if wanted.type == "meta":
         raise ValueError(f"device={device!r} must be a device that holds numbers")
     return wanted
@@ -180,12 +188,17 @@ def convert_bundled(model: Bundled, progress: bool) -> Path:
 
 def convert_gguf(path: Path, progress: bool) -> Path:
     """The folder of a GGUF file's conversion, keyed by its SHA-256, so that a moved file is known again."""
-    sha256, metadata = sha256_of(path), header(path)
+    metadata = header(path)
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise ValueError(f"{path} names no architecture (general.architecture={architecture!r})")
+    length = metadata.get(f"{architecture}.context_length", 0)
+    sha256 = sha256_of(path)
     card = Card(
         name=str(path.resolve()),
         title=str(metadata.get("general.name", path.stem)),
         licence=str(metadata.get("general.license", "unknown")),
-        context_length=int(metadata.get(f"{metadata['general.architecture']}.context_length", 0)),
+        context_length=length if isinstance(length, int) else 0,
         source=str(path.resolve()),
         sha256=sha256,
     )

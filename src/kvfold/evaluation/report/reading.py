@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.evaluation.records import DEFINITION, EXAMPLES, RESULTS, read_lines, read_sweep
+from kvfold.evaluation.report.measures import measures_of
 from kvfold.evaluation.report.records import Fields, ResultRecord, Text, record_of, text_of
 
 FILES = (DEFINITION, RESULTS, EXAMPLES)
@@ -28,6 +29,17 @@ def _lines(path: Path) -> Iterator[Fields]:
     """The objects of a file of JSON lines, each with its place."""
     for number, data in enumerate(read_lines(path), 1):
         yield Fields(f"{path}, line {number}", data)
+
+
+def _check_scores(fields: Fields, metric: str, scores: Mapping[str, float]) -> None:
+    """Raise ValueError for scores of which a metric can't be made."""
+    for measure in measures_of("", metric, ""):
+        try:
+            measure.total([scores])
+        except (ValueError, KeyError, ArithmeticError) as error:
+            raise ValueError(
+                f"{fields.place}: scores={dict(scores)!r:.80} make no {metric} ({type(error).__name__}: {error})"
+            ) from None
 
 
 def read_results(folders: Sequence[Path]) -> Results:
@@ -57,6 +69,8 @@ def read_results(folders: Sequence[Path]) -> Results:
             asked = texts[record.text_key].queries
             if record.error is None and len(record.answers) != len(asked):
                 raise ValueError(f"{fields.place}: queries has {len(record.answers)} items and must have {len(asked)}")
+            for answer, query in zip(record.answers, asked, strict=False):
+                _check_scores(fields, query.metric, answer.scores)
             if home.setdefault(record.key, folder) != folder:
                 raise ValueError(
                     f"{fields.place}: {record.method} at budget={record.budget} on example={record.example!r} of "

@@ -1,9 +1,11 @@
 """A line of `results.jsonl` or `examples.jsonl` as an object, each field checked."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import inf, isfinite
 from typing import Any
+
+from kvfold.evaluation.metrics import get_metric
 
 PROTOCOLS = ("aware", "agnostic", "turns")
 
@@ -61,7 +63,7 @@ def ratio_note(records: Iterable[ResultRecord]) -> str:
     Sweeps before #16 measured the full cache for the others after it had answered: its own record has what it held.
     """
     good = [record for record in records if record.error is None]
-    held = {record.key[:-2]: record.nbytes for record in good if record.method == "full"}
+    held = {record.key[:-2]: record.nbytes for record in good if record.method == "full" and record.nbytes}
     most = max((record.full_nbytes / held[key] for record in good if (key := record.key[:-2]) in held), default=1.0)
     if most <= 1:
         return ""
@@ -99,7 +101,7 @@ class Text:
         """How deep in the context the answer stands, 0 to 1, where the task says so."""
         for info in (self.info, *(query.info for query in self.queries)):
             depth = info.get("depth")
-            if isinstance(depth, int | float) and not isinstance(depth, bool):
+            if isinstance(depth, int | float) and not isinstance(depth, bool) and 0 <= depth <= 1:
                 return float(depth)
         return None
 
@@ -124,14 +126,15 @@ class Fields:
             raise self.fail(name, "a string")
         return value
 
-    def number(self, name: str, *, null: bool = False, whole: bool = False) -> Any:
-        """A finite number; `null`: or null; `whole`: an integer."""
+    def number(self, name: str, *, null: bool = False, whole: bool = False, least: float = 0) -> Any:
+        """A number from `least` on, below 2**63 so that sums are finite; `null`: or null; `whole`: an integer."""
         value = self.data.get(name, "")
         if value is None and null:
             return None
         kinds = int if whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not isfinite(value):
-            raise self.fail(name, ("an integer" if whole else "a finite number") + (" or null" if null else ""))
+        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < 2**63:
+            kind = "an integer" if whole else "a finite number"
+            raise self.fail(name, kind + (" or null" if null else "") + f", at least {least}")
         return value
 
     def items(self, name: str) -> list[Any]:
@@ -172,22 +175,26 @@ def record_of(fields: Fields) -> ResultRecord:
         for name, value in scores.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise query.fail("scores", "numbers by name")
-            if not isfinite(value):
+            if not -(2**63) < value < 2**63:  # NaN is neither
                 return ResultRecord(**key, error=f"the score {name} is {value}")
         answers.append(RecordedAnswer(query.text("prediction"), scores, query.number("tokens", whole=True)))
     kept = fields.items("kept")
-    if not all(isinstance(share, int | float) and 0 <= share < inf for share in kept):
+    if not all(isinstance(share, int | float) and 0 <= share < 2**63 for share in kept):
         raise fields.fail("kept", "a list of shares, none negative")
-    if fields.number("full_nbytes", whole=True) < 1:
-        raise fields.fail("full_nbytes", "at least 1")
     timing = fields.part("timing")
     return ResultRecord(
         **key, kept=tuple(kept), answers=tuple(answers), kept_tokens=fields.number("kept_tokens"),
         prompt_tokens=fields.number("prompt_tokens", whole=True), nbytes=fields.number("nbytes", whole=True),
-        full_nbytes=fields.number("full_nbytes", whole=True),
+        full_nbytes=fields.number("full_nbytes", whole=True, least=1),
         prefill_seconds=timing.number("prefill_seconds", null=True),
         decode_seconds=timing.number("decode_seconds"), decode_tokens=timing.number("decode_tokens", whole=True),
     )  # fmt: skip
+
+
+def _info(fields: Fields) -> dict[str, Any]:
+    """What else is said of a text or a question; numbers that are not finite, which no page can hold, as text."""
+    found: dict[str, Any] = json.loads(json.dumps(fields.part("info", optional=True).data), parse_constant=str)
+    return found
 
 
 def text_of(fields: Fields) -> Text:
@@ -197,9 +204,13 @@ def text_of(fields: Fields) -> Text:
         answers = query.items("answers")
         if not all(isinstance(answer, str) for answer in answers):
             raise query.fail("answers", "a list of strings")
-        info = query.part("info", optional=True).data
+        info = _info(query)
+        try:
+            get_metric(query.text("metric"))
+        except ValueError as error:
+            raise ValueError(f"{query.place}: {error}") from None
         queries.append(Asked(query.text("text"), query.text("prefix"), tuple(answers), query.text("metric"), info))
     return Text(
         fields.text("model"), fields.text("task"), fields.number("length", null=True, whole=True),
-        fields.text("example"), fields.text("context"), fields.part("info", optional=True).data, tuple(queries),
+        fields.text("example"), fields.text("context"), _info(fields), tuple(queries),
     )  # fmt: skip
