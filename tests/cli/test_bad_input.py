@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from kvfold.cli import main
+import kvfold
+from kvfold.cli import common, main
+from kvfold.evaluation import prompts
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96,
@@ -196,3 +199,34 @@ def test_help_of_all_commands_in_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("run", "compare", "methods", "models", "plan", "eval", "calibrate", "report", "bench"):
         code, out = written(monkeypatch, "ascii", name, "--help")
         assert code == 0 and b"Usage" in out
+
+
+def test_a_long_document_is_not_encoded_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    """Refused, or cut, from what its ends and its first pieces say; cut as a text that is encoded whole."""
+    text = "".join(f"{number} foxes jump. " for number in range(8_000))
+    (tmp_path / "long.txt").write_text(text)
+    monkeypatch.setattr(common, "LONG", 50_000)
+    monkeypatch.setattr(prompts, "PIECE", 1024)
+    _, tokenizer = kvfold.load(folder, progress=False)
+    encoded: list[int] = []
+    whole = type(tokenizer).__call__
+
+    def counted(self: Any, given: str, *rest: Any, **named: Any) -> Any:
+        encoded.append(len(given))
+        return whole(self, given, *rest, **named)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counted)
+    words = ["run", "--model", folder, "--file", tmp_path / "long.txt", "--max-new-tokens", 2, "--method", "full"]
+    code, err = ends(monkeypatch, capsys, *words)
+    assert code == 2 and "the prompt has at least" in err and "--context 510 cuts the document" in err
+    assert encoded and sum(encoded) < 20_000
+    encoded.clear()
+    given = dict(chat=True, context=300, new=2)
+    model, _ = kvfold.load(folder, progress=False)
+    ids, cut = common.read_prompt(model, tokenizer, text, "What?", **given)
+    assert sum(encoded) < 20_000 and cut == pytest.approx(len(text) - 300, rel=0.1)
+    monkeypatch.setattr(common, "LONG", len(text))
+    same, exact = common.read_prompt(model, tokenizer, text, "What?", **given)
+    assert torch.equal(ids, same) and exact == pytest.approx(cut, rel=0.1)

@@ -73,7 +73,7 @@ def read_document(path: Path) -> str:
     return text
 
 
-def check_fits(model: Any, tokens: int, new: int) -> None:
+def check_fits(model: Any, tokens: int, new: int, about: str = "") -> None:
     """Raise ValueError where prompt and answer exceed the model's context."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and tokens + new > limit:
@@ -82,19 +82,42 @@ def check_fits(model: Any, tokens: int, new: int) -> None:
             f"--context {room} cuts the document in its middle" if room >= SHORTEST else "ask for fewer new tokens"
         )
         raise ValueError(
-            f"the prompt has {tokens} tokens and the answer up to {new}, but the model's context is {limit}; {way_out}"
+            f"the prompt has {about}{tokens} tokens and the answer up to {new}, but the model's context is {limit}; "
+            f"{way_out}"
         )
 
 
-def read_prompt(tokenizer: Any, document: str, ask: str | None, *, chat: bool, context: int | None) -> tuple[Any, int]:
-    """The prompt's ids (1, T), and how many tokens `context` cut from it, which is said on stderr, too."""
-    from kvfold.evaluation.prompts import build_prompt
+LONG = 2**20
+"""Characters from which on a document is not encoded whole before it is known that it fits."""
 
+
+def read_prompt(
+    model: Any, tokenizer: Any, document: str, ask: str | None, *, chat: bool, context: int | None, new: int
+) -> tuple[Any, int]:
+    """The prompt's ids (1, T), and how many tokens `context` cut from it (of a long one about), said on stderr, too.
+
+    Raises ValueError where it and `new` tokens of answer exceed the model's context.
+    """
+    from kvfold.evaluation.prompts import build_prompt, count_up_to, ends_of
+
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if len(document) > LONG and context is not None:
+        ends, per_character = ends_of(tokenizer, document, context)
+        ids = build_prompt(tokenizer, ends, ask, chat=chat, limit=context)["input_ids"]
+        total = round(per_character * len(document))
+        stderr.print(
+            f"cut about {total - ids.shape[1]:,} of {total:,} tokens, from the document's middle", highlight=False
+        )
+        check_fits(model, ids.shape[1], new)
+        return ids, total - ids.shape[1]
+    if len(document) > LONG and limit is not None:
+        check_fits(model, count_up_to(tokenizer, document, limit), new, "at least ")
     ids = whole = build_prompt(tokenizer, document, ask, chat=chat)["input_ids"]
     if context is not None and whole.shape[1] > context:
         ids = build_prompt(tokenizer, document, ask, chat=chat, limit=context)["input_ids"]
     if cut := whole.shape[1] - ids.shape[1]:
         stderr.print(f"cut {cut:,} of {whole.shape[1]:,} tokens, from the document's middle", highlight=False)
+    check_fits(model, ids.shape[1], new)
     return ids, cut
 
 

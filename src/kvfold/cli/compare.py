@@ -60,8 +60,9 @@ def compare_command(
         check_chart_path(chart)
     document = common.read_document(file)
     lm, tokenizer = load(model, dtype=dtype, device=device)
-    ids, cut = common.read_prompt(tokenizer, document, ask, chat=chat, context=context)
-    common.check_fits(lm, ids.shape[1], max_new_tokens)
+    ids, cut = common.read_prompt(
+        lm, tokenizer, document, ask, chat=chat, context=context, new=max_new_tokens
+    )  # fmt: skip
     others, begun = Elsewhere(), 0.0
     timed = sum(name != "full" for name in names)
 

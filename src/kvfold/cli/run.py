@@ -48,8 +48,9 @@ def run(
     from kvfold.models.load import load
 
     lm, tokenizer = load(model, dtype=dtype, device=device)
-    ids, cut = common.read_prompt(tokenizer, document, ask, chat=chat, context=context)
-    common.check_fits(lm, ids.shape[1], max_new_tokens)
+    ids, cut = common.read_prompt(
+        lm, tokenizer, document, ask, chat=chat, context=context, new=max_new_tokens
+    )  # fmt: skip
     cache = Cache(lm, chosen)
     before = resident_bytes()
     written = None if json else TextStreamer(tokenizer, skip_special_tokens=True)

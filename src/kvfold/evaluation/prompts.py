@@ -24,6 +24,34 @@ def build_prompt(
     return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
 
 
+PIECE = 2**16
+"""Characters that are counted at once: a tokenizer takes 200 bytes and more for each of a text."""
+
+
+def count_up_to(tokenizer: Any, text: str, most: int) -> int:
+    """Tokens of a text, or as many as its beginning has where that is more than `most`; a few off at each piece."""
+    found = 0
+    for start in range(0, len(text), PIECE):
+        found += len(tokenizer(text[start : start + PIECE], add_special_tokens=False).input_ids)
+        if found > most:
+            break
+    return found
+
+
+def ends_of(tokenizer: Any, text: str, tokens: int) -> tuple[str, float]:
+    """Beginning and end of a long text, each of more than `tokens` tokens, and how many tokens a character has there.
+
+    Whoever keeps at most `tokens` of either gets the same from them as from the whole text.
+    """
+    size = 8 * tokens
+    while 2 * size < len(text):
+        counts = [count_up_to(tokenizer, part, len(part)) for part in (text[:size], text[-size:])]
+        if min(counts) > tokens:
+            return text[:size] + text[-size:], sum(counts) / (2 * size)
+        size *= 2
+    return text, count_up_to(tokenizer, text, len(text)) / len(text)
+
+
 def _encode(tokenizer: Any, document: str, question: str | None, chat: bool) -> list[int]:
     if chat and getattr(tokenizer, "chat_template", None):
         text = document if question is None else f"{document}\n\nQuestion: {question}"
