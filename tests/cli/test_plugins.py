@@ -38,7 +38,7 @@ PACKAGES = {
     "no_such_name": ("x = 1\n", "no_such_name:Theirs"),
     "not_there": (None, "not_there_at_all:Theirs"),
 }
-LINES = {"missing_import": 2, "no_python": 1, "exits": 2, "raises": 4, "twice": 5, "half": 10}
+LINES = {"missing_import": 2, "no_python": 1, "exits": 2, "raises": 4, "half": 10}
 
 
 @pytest.fixture
