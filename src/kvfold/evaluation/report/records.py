@@ -126,7 +126,7 @@ class Fields:
             raise self.fail(name, "a string")
         return value
 
-    def number(self, name: str, *, null: bool = False, whole: bool = False, least: float = 0) -> Any:
+    def number(self, name: str, *, null: bool = False, whole: bool = False, least: int = 0) -> Any:
         """A number from `least` on, below 2**63 so that sums are finite; `null`: or null; `whole`: an integer."""
         value = self.data.get(name, "")
         if value is None and null:
