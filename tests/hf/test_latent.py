@@ -95,6 +95,18 @@ def test_it_is_forked_saved_and_read_on(tmp_path):
     assert first.fork().dense_nbytes == first.dense_nbytes
 
 
+@pytest.mark.parametrize("chunk", [8, 23])
+def test_in_chunks_and_bfloat16(chunk):
+    model, prompt = made("deepseek_v3"), tokens(40, 31)
+    expected = follow(model, dynamic(model), *prompt.values(), FORCED)
+    got = follow(model, kvfold.Cache(model, prefill_chunk=chunk), *prompt.values(), FORCED)
+    torch.testing.assert_close(got, expected, atol=2e-4, rtol=0)
+    half = model.to(torch.bfloat16)
+    coarse = follow(half, kvfold.Cache(half, prefill_chunk=chunk), *prompt.values(), FORCED)
+    theirs = follow(half, dynamic(half), *prompt.values(), FORCED)
+    assert float((coarse - expected).abs().mean()) < 2 * float((theirs - expected).abs().mean())
+
+
 def test_compact_positions_are_refused():
     with pytest.raises(ValueError, match=r"positions='compact'\) needs RoPE"):
         kvfold.Cache(made("deepseek_v3"), "streamingllm", positions="compact")

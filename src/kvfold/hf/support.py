@@ -21,6 +21,8 @@ def check_model(model: Any, method: Method | None = None) -> None:
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; kvfold caches serve decoder-only models")
+    if getattr(config, "add_cross_attention", False):
+        raise ValueError(f"{name} attends to an encoder (add_cross_attention); kvfold caches serve decoder-only models")
     if not model._can_set_attn_implementation():
         raise ValueError(f"the attention of {name} does not go through transformers' AttentionInterface")
     forwards = (type(model).forward, type(text_decoder(model)).forward)
