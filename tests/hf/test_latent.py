@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
 
 import kvfold
+from kvfold.bench.plan import shape_of
 from kvfold.hf.latent import LatentHandle, is_latent
 from models import COMMON, dynamic, follow, greedy, tokens
 
@@ -81,6 +82,14 @@ def test_bytes_are_those_of_latents():
     assert sum(layer.dense_nbytes for layer in ours.report().layers) == held
     (heads, d, dv), *_ = [core.shape for core in ours.paged]
     assert (heads, d, dv) == (1, 16 + 8, 16)
+
+
+def test_plan_knows_what_is_held():
+    model = made("deepseek_v3")
+    cache = kvfold.Cache(model)
+    greedy(model, cache, *tokens(9).values(), 1)
+    planned = [(layer.heads, layer.key_size, layer.value_size) for layer in shape_of(model).layers]
+    assert planned == [core.shape for core in cache.paged]
 
 
 def test_it_is_forked_saved_and_read_on(tmp_path):
