@@ -80,7 +80,7 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "phimoe": {"initializer_range": 0.5},
     "roberta": {"initializer_range": 0.5},
-    "roberta-prelayernorm": {"initializer_range": 0.5},
+    "roberta-prelayernorm": {"initializer_range": 0.1},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
              "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}},
     "data2vec-text": {"initializer_range": 0.5},
@@ -260,7 +260,7 @@ def reference(family: str) -> tuple[PreTrainedModel, dict[int, Tensor]]:
                     raise Untestable("its logits are not finite with transformers' own cache")
             changed = batch(0)[0].index_fill(1, torch.tensor([PROMPT - 6]), 7)
             other = logits(model, own_cache(model), changed, batch(0)[1])
-            if float((other - found[0])[-1].abs().max()) < 1e-2 * float(found[0].abs().max()):
+            if float((other - found[0])[-1].abs().max()) < 5e-3 * float(found[0].abs().max()):
                 raise Untestable("the tiny model's answer does not depend on the text before")
             return model, found
         except Exception as error:
