@@ -80,8 +80,8 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "phimoe": {"initializer_range": 0.5},
     "roberta": {"initializer_range": 0.5},
-    "roberta-prelayernorm": {"initializer_range": 0.5},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+    "roberta-prelayernorm": {"initializer_range": 0.1},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
              "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}},
     "data2vec-text": {"initializer_range": 0.5},
     "marian": {"init_std": 0.5, "decoder_start_token_id": 1},
@@ -92,6 +92,10 @@ OWN: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "reformer": {"axial_pos_embds": False},
+    "dots3_note_text": {"per_layer_config": {
+        layer: {"head_dim": 24, "kv_lora_rank": 16, "num_attention_heads": 4, "num_key_value_heads": 4,
+                "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+        for layer in (2, 3)}},
     "xmod": {"default_language": "en_XX"},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -256,7 +260,7 @@ def reference(family: str) -> tuple[PreTrainedModel, dict[int, Tensor]]:
                     raise Untestable("its logits are not finite with transformers' own cache")
             changed = batch(0)[0].index_fill(1, torch.tensor([PROMPT - 6]), 7)
             other = logits(model, own_cache(model), changed, batch(0)[1])
-            if float((other - found[0])[-1].abs().max()) < 1e-2 * float(found[0].abs().max()):
+            if float((other - found[0])[-1].abs().max()) < 5e-3 * float(found[0].abs().max()):
                 raise Untestable("the tiny model's answer does not depend on the text before")
             return model, found
         except Exception as error:
@@ -380,8 +384,8 @@ def page(found: list[Row]) -> str:
         + ".",
         "",
         "Exact: with `full`, logits (even, padded, step by step) and greedy tokens are those of transformers' own",
-        "cache, and `h2o` runs. Refused: when the cache is made, with the model as it was. Not testable: by",
-        "transformers' own cache.",
+        "cache, and `h2o` runs. Refused: when the cache is made, with the model as it was. Not testable: transformers",
+        "can't run it with a cache of its own, or it can't be made tiny.",
         "",
         "*On pages*: how many of the tiny model's layers kvfold holds and compresses. Sliding windows and recurrent",
         "states are transformers' own. With none on pages the model is left untouched.",

@@ -126,6 +126,22 @@ def test_a_cache_that_nobody_reads_with_is_an_error():
     model(**tokens(9))
 
 
+@torch.no_grad()
+def test_a_model_that_gives_back_another_cache_is_an_error():
+    model = build("llama")
+    forward, name = type(model).forward, name_of(type(model).forward)
+
+    def other(*args, **kwargs):
+        out = forward(model, *args, **kwargs)
+        out[name] = dynamic(model)
+        return out
+
+    cache = kvfold.Cache(model)
+    model.forward = other
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM was given a kvfold cache and gives back a DynamicCache"):
+        model(**tokens(9), **with_cache(model, cache))
+
+
 def test_generate_hears_of_the_models_own_arguments():
     model = long()
     before = inspect.signature(model.prepare_inputs_for_generation)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
 
 import kvfold
+from kvfold.bench.plan import shape_of
 from kvfold.hf.latent import LatentHandle, is_latent
 from models import COMMON, dynamic, follow, greedy, tokens
 
@@ -83,6 +84,14 @@ def test_bytes_are_those_of_latents():
     assert (heads, d, dv) == (1, 16 + 8, 16)
 
 
+def test_plan_knows_what_is_held():
+    model = made("deepseek_v3")
+    cache = kvfold.Cache(model)
+    greedy(model, cache, *tokens(9).values(), 1)
+    planned = [(layer.heads, layer.key_size, layer.value_size) for layer in shape_of(model).layers]
+    assert planned == [core.shape for core in cache.paged]
+
+
 def test_it_is_forked_saved_and_read_on(tmp_path):
     model, prompt = made("deepseek_v3"), tokens(23, 9)
     first = kvfold.Cache(model, "h2o", budget=16)
@@ -93,6 +102,18 @@ def test_it_is_forked_saved_and_read_on(tmp_path):
     read = kvfold.Cache.load(tmp_path / "cache", model)
     assert read.kept(0) == first.kept(0) and read.dense_nbytes == first.dense_nbytes
     assert first.fork().dense_nbytes == first.dense_nbytes
+
+
+@pytest.mark.parametrize("chunk", [8, 23])
+def test_in_chunks_and_bfloat16(chunk):
+    model, prompt = made("deepseek_v3"), tokens(40, 31)
+    expected = follow(model, dynamic(model), *prompt.values(), FORCED)
+    got = follow(model, kvfold.Cache(model, prefill_chunk=chunk), *prompt.values(), FORCED)
+    torch.testing.assert_close(got, expected, atol=2e-4, rtol=0)
+    half = model.to(torch.bfloat16)
+    coarse = follow(half, kvfold.Cache(half, prefill_chunk=chunk), *prompt.values(), FORCED)
+    theirs = follow(half, dynamic(half), *prompt.values(), FORCED)
+    assert float((coarse - expected).abs().mean()) < 2 * float((theirs - expected).abs().mean())
 
 
 def test_compact_positions_are_refused():

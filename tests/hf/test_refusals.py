@@ -6,6 +6,8 @@ from transformers import (
     AutoModelForCausalLM,
     DiffLlamaConfig,
     DiffLlamaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -85,6 +87,11 @@ def test_encoder_decoder():
     config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     model = T5ForConditionalGeneration(config)
     refused(model, "T5ForConditionalGeneration is an encoder-decoder; kvfold caches serve decoder-only models")
+
+
+def test_attention_to_an_encoder():
+    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=2, add_cross_attention=True)
+    refused(GPT2LMHeadModel(config), r"GPT2LMHeadModel attends to an encoder \(add_cross_attention\)")
 
 
 def test_logit_softcap():

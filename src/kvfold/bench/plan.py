@@ -20,6 +20,8 @@ from kvfold.bench.devices import Device
 from kvfold.budgets import Budget, allocate, is_all
 from kvfold.evaluation.compare import budget_of
 from kvfold.formats import POSITION, Chunk
+from kvfold.hf.anatomy import attention_modules
+from kvfold.hf.latent import is_latent
 from kvfold.hf.layers import tensors
 from kvfold.hf.support import check_model
 from kvfold.methods import Method
@@ -199,12 +201,14 @@ def _layers(model: Any, config: Any) -> tuple[LayerShape, ...]:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return tuple(LayerShape(p, heads, size, size, w) for p, w in zip(paged, windows, strict=True))
-    found = []
+    found, modules = list[LayerShape](), attention_modules(model)
     for layer, on_pages, window in zip(filled, paged, windows, strict=True):
         keys: Any = getattr(layer, "keys", None)
         values: Any = getattr(layer, "values", None)
         some = isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.dim() == 4
         heads, dk, dv = (keys.shape[1], keys.shape[3], values.shape[3]) if some else (0, 0, 0)
+        if on_pages and is_latent(modules.get(len(found))):
+            dk, dv = dk + dv, dk  # hf/latent.py: the key is all of it, the value the latent
         # Windows also count their tokens, in an integer.
         state = sum(t.nbytes for t in tensors(layer) if t.is_floating_point() and t is not keys and t is not values)
         found.append(LayerShape(on_pages, heads, dk, dv, window, state))

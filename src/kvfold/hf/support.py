@@ -4,13 +4,16 @@ from inspect import signature
 from typing import Any
 
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvfold.hf.anatomy import attention_modules, has_grid_positions, text_decoder, wrappers
 from kvfold.hf.argument import NEW, OLD
 from kvfold.hf.images import check_images
 from kvfold.hf.source import changed_by_name, unfit
 from kvfold.methods.base import Method
+
+NOTHING = "DummyLayer"
+"""transformers' cache layer for a layer without attention; its releases before that one have none to import."""
 
 
 def check_model(model: Any, method: Method | None = None) -> None:
@@ -21,6 +24,8 @@ def check_model(model: Any, method: Method | None = None) -> None:
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; kvfold caches serve decoder-only models")
+    if getattr(config, "add_cross_attention", False):
+        raise ValueError(f"{name} attends to an encoder (add_cross_attention); kvfold caches serve decoder-only models")
     if not model._can_set_attn_implementation():
         raise ValueError(f"the attention of {name} does not go through transformers' AttentionInterface")
     forwards = (type(model).forward, type(text_decoder(model)).forward)
@@ -45,7 +50,8 @@ def check_model(model: Any, method: Method | None = None) -> None:
         check_images(model, method)
     layers = layers_of(model)
     for layer in layers:
-        if not (isinstance(layer, CacheLayerMixin | DummyLayer) or hasattr(layer, "conv_states")):
+        known = isinstance(layer, CacheLayerMixin) or hasattr(layer, "conv_states")
+        if not known and type(layer).__name__ != NOTHING:
             raise ValueError(f"{name} has cache layers of type {type(layer).__name__}, which kvfold does not know")
     paged = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
     others = [type(layer).__name__ for layer in layers if isinstance(layer, DynamicLayer) and not _is_plain(layer)]

@@ -204,6 +204,12 @@ def _after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output:
             f"{type(module).__name__} was given a kvfold cache and has not read with it: its layers kept to a cache "
             "of their own, or to none"
         )
+    given_back = cache_in(output) if isinstance(output, dict) else None
+    if given_back is not None and given_back is not cache and _outermost(cache, module):
+        raise RuntimeError(
+            f"{type(module).__name__} was given a kvfold cache and gives back a {type(given_back).__name__}, "
+            "with which generate would go on"
+        )
     chosen = isinstance(kwargs.get("logits_to_keep"), torch.Tensor)  # columns in an order that nobody knows
     cache.pending.uncropped = cache.pending.recording
     with cache.ending() if _outermost(cache, module) else nullcontext():
