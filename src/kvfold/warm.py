@@ -32,8 +32,8 @@ def _work(dtype: torch.dtype) -> None:
     one_each = torch.ones(1, 2, dtype=torch.int64)
     ops.top_mask(sums, one_each)
     ops.most_alike([states], [states], one_each, one_each)
-    valid = torch.arange(40) < torch.tensor([40, 9])[None, :, None]
-    columns = {POSITION: torch.zeros(1, 2, 40, dtype=torch.int32), "score": torch.zeros(1, 2, 40)}
+    valid = torch.arange(40) < torch.tensor([40, 9], dtype=torch.int64)[None, :, None]
+    columns = {POSITION: torch.zeros(1, 2, 40, dtype=torch.int32), "score": torch.zeros(1, 2, 40, dtype=torch.float32)}
     chunk = Chunk(states, states, valid, columns)
     segment = Dense().open(Spec.of(chunk))
     segment.append(chunk)

@@ -22,7 +22,7 @@ def most_alike(
     from kvfold.ops.alike import cpu_kernels
 
     use_threads()
-    best, first = torch.empty(b * h, n), torch.empty(b * h, n, dtype=torch.int64)
+    best, first = torch.empty(b * h, n, dtype=torch.float32), torch.empty(b * h, n, dtype=torch.int64)
     left = [floats(x).reshape(b * h, n, -1) for x in asking]
     right = [panels(y) for y in others]
     if len(left) == 1:

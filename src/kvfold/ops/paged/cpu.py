@@ -34,9 +34,9 @@ def attend_pages(
         )
     from kvfold.ops.paged import cpu_kernels
 
-    out = torch.empty(b * h, g * n, dv)
-    lse = torch.empty(b * h, g * n)
-    probabilities = torch.empty(b * h, g * n, t) if weights else None
+    out = torch.empty(b * h, g * n, dv, dtype=torch.float32)
+    lse = torch.empty(b * h, g * n, dtype=torch.float32)
+    probabilities = torch.empty(b * h, g * n, t, dtype=torch.float32) if weights else None
     cpu_kernels.attend(
         floats(q.reshape(b * h, g * n, d)), pool.array("keys"), pool.array("values"),
         _NO_MASS if mass is None else pool.array(mass),
@@ -67,8 +67,8 @@ def step_pages(
             column = column.to(pool.planes[name].dtype)
             cpu_kernels.write_one(pool.array(name), _rows(column)[:, 0], table.table, start, pool.page_size)
     t = table.longest
-    out, lse = torch.empty(b * h, g, dv), torch.empty(b * h, g)
-    probabilities = torch.empty(b * h, g, t) if weights else None
+    out, lse = torch.empty(b * h, g, dv, dtype=torch.float32), torch.empty(b * h, g, dtype=torch.float32)
+    probabilities = torch.empty(b * h, g, t, dtype=torch.float32) if weights else None
     cpu_kernels.step(
         _rows(new)[:, 0], _rows(value)[:, 0], start, floats(q.reshape(b * h, g, d)),
         pool.array("keys"), pool.array("values"), _NO_MASS if mass is None else pool.array(mass), _NO_READ,
@@ -124,7 +124,9 @@ def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor], *, slack
 
 def _fill(spec: Any, rows: int, count: int) -> Tensor:
     """What a plane gets where nobody says."""
-    return torch.full((rows, count) if spec.width is None else (rows, count, spec.width), spec.fill)
+    return torch.full(
+        (rows, count) if spec.width is None else (rows, count, spec.width), spec.fill, dtype=torch.float32
+    )
 
 
 def _readable(pool: Any, queries: int, d: int, mass: str | None) -> bool:

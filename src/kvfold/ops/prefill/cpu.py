@@ -22,9 +22,9 @@ def causal(
     from kvfold.ops.prefill import cpu_kernels
 
     use_threads()
-    out = torch.empty(b * h, hq // h, t, dv)
-    lse = torch.empty(b * h, hq // h, t)
-    parts = torch.zeros(b * h, cpu_kernels.PARTS, t if sums else 0)
+    out = torch.empty(b * h, hq // h, t, dv, dtype=torch.float32)
+    lse = torch.empty(b * h, hq // h, t, dtype=torch.float32)
+    parts = torch.zeros(b * h, cpu_kernels.PARTS, t if sums else 0, dtype=torch.float32)
     cpu_kernels.causal(
         floats(q).reshape(b * h, hq // h, t, d), panels(k), floats(v).reshape(-1), np.float32(scale), tile(t),
         naive.faded(t, fade, q.device).numpy(), out.numpy(), lse.numpy(), parts.numpy(),
@@ -44,6 +44,6 @@ def panels(k: Tensor) -> np.ndarray:
 
     b, h, t, d = k.shape
     count = -(-t // STRIP)
-    padded = torch.zeros(b * h, count * STRIP, d)
+    padded = torch.zeros(b * h, count * STRIP, d, dtype=torch.float32)
     padded[:, :t] = k.reshape(b * h, t, d)
     return bits(padded.view(b * h, count, STRIP, d).transpose(2, 3)).reshape(-1)

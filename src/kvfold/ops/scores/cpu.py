@@ -18,7 +18,7 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, scale: float, start: Tensor, 
     from kvfold.ops.prefill import cpu_kernels
 
     use_threads()
-    sums = torch.zeros(b * h, cpu_kernels.PARTS, t)
+    sums = torch.zeros(b * h, cpu_kernels.PARTS, t, dtype=torch.float32)
     extra = np.empty((b * h, 0), dtype=np.float32) if bias is None else floats(bias.expand(b, h, t)).reshape(b * h, t)
     cpu_kernels.column_sums(
         floats(q).reshape(b * h, hq // h, n, d), panels(k), floats(lse).reshape(b * h, hq // h, n), extra,
