@@ -11,6 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from kvfold.hf.eager import eager
+
 NAME = "kvfold"
 HANDLE = "_kvfold_handle"
 """The attribute in which a key tensor carries its layer from `Cache.update` to the attention function."""
@@ -31,6 +33,7 @@ class PagedLength(int):
     """A key length that says: this layer is paged, its mask is the padding mask alone."""
 
 
+@eager
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -64,6 +67,7 @@ def attention(
     return handle.attend(module, query, key, value, valid, scale).transpose(1, 2).contiguous(), None
 
 
+@eager
 def mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """A mask function of transformers' interface: the padding mask for paged layers, SDPA's mask elsewhere."""
     if not isinstance(kwargs.get("kv_length"), PagedLength):

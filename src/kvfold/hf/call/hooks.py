@@ -19,6 +19,7 @@ from kvfold.hf.call.host import Host
 from kvfold.hf.call.images import check_ids, find_images, refuse_pixels
 from kvfold.hf.call.narrow import before_layer
 from kvfold.hf.call.rewriting import placed_behind, reread
+from kvfold.hf.eager import eager
 from kvfold.hf.gradient import refuse_gradient
 from kvfold.hf.images import image_ids
 from kvfold.hf.layers import PagedLayer
@@ -82,6 +83,7 @@ def _cache_of(kwargs: dict[str, Any]) -> Host | None:
     return cache if isinstance(cache, Host) else None
 
 
+@eager
 def _before_text(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     cache = _cache_of(kwargs)
     if cache is None or module is cache.model:
@@ -93,6 +95,7 @@ def _before_text(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _before_attention(index: int) -> Callable[..., None]:
+    @eager
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = _cache_of(kwargs)
         layer = None if cache is None or not cache.rows.listens("admit") else cache.layers[index]
@@ -103,6 +106,7 @@ def _before_attention(index: int) -> Callable[..., None]:
 
 
 def _before_layer(index: int) -> Callable[..., Any]:
+    @eager
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         cache = _cache_of(kwargs)
         return None if cache is None else before_layer(cache, index, args, kwargs)
@@ -110,6 +114,7 @@ def _before_layer(index: int) -> Callable[..., Any]:
     return hook
 
 
+@eager
 def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     cache = _cache_of(kwargs)
     if cache is None or _inner(cache, module):
@@ -157,6 +162,7 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
     return changed
 
 
+@eager
 def _after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     cache = _cache_of(kwargs)
     if cache is None or _inner(cache, module):
