@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -20,7 +21,7 @@ from kvfold.hf.layers import PagedLayer, WindowLayer, held_bytes, storage_bytes
 from kvfold.hf.report import Report, layer_report
 from kvfold.hf.rope import find_rope
 from kvfold.hf.saving.file import load, save
-from kvfold.hf.support import check_model
+from kvfold.hf.support import check_model, unwrapped
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.rows import Rows
 from kvfold.methods.base import Method
@@ -47,14 +48,15 @@ class Cache(Adopting):
     for which there is no page raises OutOfPages before any layer has read it. What a prompt keeps is known when it was
     read, and new columns of a method when it makes them: then OutOfPages leaves this cache to be `reset()`.
 
+    A wrapper around a model (a PeftModel, torch.compile's) will do: the cache belongs to the model in it.
     Raises ValueError for a model that can't work, naming what is missing, and for options that don't fit.
     """
 
     def __init__(
-        self, model: PreTrainedModel, method: str | Method = "full", *, prefill_chunk: int | None = None,
+        self, model: nn.Module, method: str | Method = "full", *, prefill_chunk: int | None = None,
         arena: Arena | None = None, **options: Any,
     ):  # fmt: skip
-        chosen = parse(method, **options)
+        chosen, model = parse(method, **options), unwrapped(model)
         if prefill_chunk is not None:
             check_int("prefill_chunk", prefill_chunk, 2)
             check_reads_on(chosen)
@@ -182,7 +184,7 @@ class Cache(Adopting):
         save(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, arena: Arena | None = None) -> "Cache":
+    def load(cls, path: str | os.PathLike[str], model: nn.Module, arena: Arena | None = None) -> "Cache":
         """Read a cache that `save` wrote for this model. Raises ValueError where it does not fit the model.
 
         `arena`: what its pages come out of; OutOfPages where that has no room for it.
