@@ -1,7 +1,7 @@
 """Forward hooks on a model: its passes tell their cache what they read, in what order, and which tokens go on."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def watch_layers(model: PreTrainedModel) -> None:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers whose input could be narrowed")
     if not getattr(model, "_kvfold_layer_hooks", None):
         model._kvfold_layer_hooks = tuple(
-            layer.register_forward_pre_hook(_before_layer(index), with_kwargs=True)
+            layer.register_forward_pre_hook(partial(_before_layer, index), with_kwargs=True)
             for index, layer in enumerate(layers)
         )
 
@@ -67,7 +67,7 @@ def watch_attention(model: PreTrainedModel) -> None:
     """Let the attention modules hand what enters them to the paged layers of caches whose method admits tokens."""
     if not getattr(model, "_kvfold_attention_hooks", None):
         model._kvfold_attention_hooks = tuple(
-            module.register_forward_pre_hook(_before_attention(index), with_kwargs=True)
+            module.register_forward_pre_hook(partial(_before_attention, index), with_kwargs=True)
             for index, module in attention_modules(model).items()
         )
 
@@ -94,24 +94,21 @@ def _before_text(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         check_ids(cache, tokens.shape[1])
 
 
-def _before_attention(index: int) -> Callable[..., None]:
-    @eager
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        cache = _cache_of(kwargs)
-        layer = None if cache is None or not cache.rows.listens("admit") else cache.layers[index]
-        if isinstance(layer, PagedLayer):
-            layer.entering = kwargs.get("hidden_states", args[0] if args else None)
-
-    return hook
+# With a partial, not a closure: a model with hooks can be pickled (torch.save).
+@eager
+def _before_attention(index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    cache = _cache_of(kwargs)
+    layer = None if cache is None or not cache.rows.listens("admit") else cache.layers[index]
+    if isinstance(layer, PagedLayer):
+        layer.entering = kwargs.get("hidden_states", args[0] if args else None)
 
 
-def _before_layer(index: int) -> Callable[..., Any]:
-    @eager
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        cache = _cache_of(kwargs)
-        return None if cache is None else before_layer(cache, index, args, kwargs)
-
-    return hook
+@eager
+def _before_layer(
+    index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    cache = _cache_of(kwargs)
+    return None if cache is None else before_layer(cache, index, args, kwargs)
 
 
 @eager
