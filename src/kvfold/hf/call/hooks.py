@@ -121,6 +121,11 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
         raise ValueError("use_cache=False with a cache would read the whole text again at every step: leave one out")
     if cache.paged:
         refuse_gradient(kwargs)
+        if kwargs.get("output_attentions", getattr(cache.model.config, "output_attentions", None)):
+            raise ValueError(
+                "output_attentions=True: a kvfold cache attends without a matrix of weights; observe the layers' views "
+                "instead (cache.observed), or read without the cache under attn_implementation='eager'"
+            )
     changed, own = None, _outermost(cache, module)
     if own:
         cache.forgive()
