@@ -128,3 +128,24 @@ def test_transformers_own_caches_and_copies_of_the_model_are_left_alone():
     for each in (model, twin, torch.load(stored, weights_only=False)):
         assert torch.equal(each.generate(**prompt, past_key_values=dynamic(each), **OPTIONS), plain)
         assert each.generate.__self__ is each
+
+
+@pytest.mark.parametrize("name,method", [("llama", "fastkv"), ("llama", "attention-gate"), ("llava", "look-m")])
+def test_a_model_with_hooks_can_be_saved(name, method):
+    model, prompt = build(name), tokens(30)
+    said = model.generate(**prompt, past_key_values=kvfold.Cache(model, method), **OPTIONS)
+    torch.save(model, stored := io.BytesIO())
+    stored.seek(0)
+    again = torch.load(stored, weights_only=False)
+    for each in (again, copy.deepcopy(model)):
+        assert torch.equal(each.generate(**prompt, past_key_values=kvfold.Cache(each, method), **OPTIONS), said)
+
+
+def test_attention_weights_that_nobody_has():
+    model = subject("llama")
+    asked = {"output_attentions": True, "return_dict_in_generate": True}
+    for call, more in ((model.generate, {**OPTIONS, **asked}), (model, {"output_attentions": True})):
+        cache = kvfold.Cache(model, "full")
+        with pytest.raises(ValueError, match="output_attentions=True"), torch.no_grad():
+            call(**tokens(9), past_key_values=cache, **more)
+        assert cache.get_seq_length() == 0

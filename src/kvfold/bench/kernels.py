@@ -106,7 +106,7 @@ def _layer(case: Case, lengths: Tensor | None, device: torch.device, seed: int) 
     dtype = getattr(torch, case.dtype)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(device, dtype)
 
     q, keys, values = draw(b, h * case.group, 1, d), draw(b, h, t, d), draw(b, h, t, d)
     valid = torch.ones(b, h, t, dtype=torch.bool, device=device)

@@ -59,7 +59,7 @@ class ReadRate:
     def __init__(self, device: torch.device, nbytes: int | None = None):
         self.device = device
         numbers = (nbytes or READ_BYTES.get(device.type, 2**29)) // 4
-        self.data = torch.ones(max(1, numbers // 2**15) * 2**15, device=device)
+        self.data = torch.ones(max(1, numbers // 2**15) * 2**15, device=device, dtype=torch.float32)
         self.readers: dict[str, Callable[[], object]] = {"torch sum": self.data.sum}
         kernels = library() if device.type == "cpu" else None
         if kernels is not None:

@@ -251,16 +251,16 @@ def stored(
     Raises ValueError for a method that stores tokens in another format, whose bytes nobody has told us.
     """
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(1, heads, SAMPLE, 8, generator=generator)
+    states = torch.randn(1, heads, SAMPLE, 8, generator=generator, dtype=torch.float32)
     positions = torch.arange(SAMPLE, dtype=torch.int32)[None]
     valid = torch.ones(1, heads, SAMPLE, dtype=torch.bool)
-    queries = Queries(states, valid[:, 0], torch.zeros(1, heads, SAMPLE), positions)
-    read = torch.tensor([context])
+    queries = Queries(states, valid[:, 0], torch.zeros(1, heads, SAMPLE, dtype=torch.float32), positions)
+    read = torch.tensor([context], dtype=torch.int64)
     place = Place(paged[ordinal], ordinal, paged, depth, 1.0, prompt=read, seen=read)
     columns = {POSITION: positions[:, None].expand(1, heads, SAMPLE)}
     asked: list[Tensor] = []
     view: LayerView = _AskedView(Chunk(states, states, valid, columns), queries, place, asked=asked)
-    tokens = torch.full((heads,), context)
+    tokens = torch.full((heads,), context, dtype=torch.int64)
     if method.listens("after_prefill"):
         with use("naive"):  # the fast kernels take longer to start than these few tokens take
             for decision in decided(method.after_prefill(view)):
@@ -271,7 +271,7 @@ def stored(
         raise ValueError(f"method={method} stores tokens in a format of its own, which a plan can't size yet")
     if not asked and (budget := budget_of(method)) is not None:
         # A method that decides when all layers are done: its split is its own, the sum is the budget's.
-        tokens = torch.tensor(allocate(budget, context, context, len(paged), heads)[ordinal])
+        tokens = torch.tensor(allocate(budget, context, context, len(paged), heads)[ordinal], dtype=torch.int64)
     return tuple(tokens.tolist()), sum(column.element_size() for column in view.columns.values())
 
 

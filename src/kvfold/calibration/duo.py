@@ -87,7 +87,7 @@ def train_gates(run: Run) -> dict[str, Any]:
     paged = [layer.layer for layer in core.paged]
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    gates = nn.Parameter(torch.ones(len(paged), heads, device=model.device))
+    gates = nn.Parameter(torch.ones(len(paged), heads, device=model.device, dtype=torch.float32))
     optimizer = torch.optim.AdamW([gates], lr=RATE, weight_decay=0.0)
     ramp = max(1, steps // 5)
     losses = []
@@ -139,4 +139,4 @@ def passkeys(run: Run, rng: random.Random, length: int) -> tuple[Tensor, int]:
     for cut, key in zip(cuts, rng.sample(planted, len(planted)), strict=True):
         text[cut:cut] = key
     first = [] if run.tokenizer.bos_token_id is None else [run.tokenizer.bos_token_id]
-    return torch.tensor([[*first, *text, *tail]]), len(tail)
+    return torch.tensor([[*first, *text, *tail]], dtype=torch.int64), len(tail)

@@ -43,7 +43,7 @@ def layer_error(view: LayerView, asked: NeedleQuestion, method: CompressKV) -> f
     columns = {name: column[..., :prompt] for name, column in tokens.columns.items()}
     cut = replace(tokens, keys=tokens.keys[:, :, :prompt], values=tokens.values[:, :, :prompt],
                   valid=tokens.valid[..., :prompt], columns=columns)  # fmt: skip
-    length = torch.tensor([prompt])
+    length = torch.tensor([prompt], dtype=torch.int64)
     before = replace(
         view, tokens=cut, memo={}, queries=view.queries.pick(torch.arange(prompt, device=view.valid.device)),
         place=replace(view.place, prompt=length, seen=length),

@@ -146,11 +146,12 @@ def start(model: Any, layers: int) -> dict[str, nn.Parameter]:
     config = text_config(model)
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     shape = (layers, GATE_HEADS, GATE_SIZE, config.hidden_size)
-    rows = torch.randn(2, *shape) / config.hidden_size**0.5
+    rows = torch.randn(2, *shape, dtype=torch.float32) / config.hidden_size**0.5
     made = {
         "wq": rows[0] * 2**0.5, "wk": rows[0] * 2**0.5, "wv": rows[1],
-        "wg": torch.randn(layers, heads, GATE_HEADS, GATE_SIZE) * 0.5 / (GATE_HEADS * GATE_SIZE) ** 0.5,
-        "bg": torch.full((layers, heads), OPEN),
+        "wg": torch.randn(layers, heads, GATE_HEADS, GATE_SIZE, dtype=torch.float32)
+        * (0.5 / (GATE_HEADS * GATE_SIZE) ** 0.5),
+        "bg": torch.full((layers, heads), OPEN, dtype=torch.float32),
     }  # fmt: skip
     return {name: nn.Parameter(weight.clone().to(model.device)) for name, weight in made.items()}
 
@@ -187,7 +188,7 @@ def window(texts: list[list[int]], rng: random.Random, length: int, first: list[
     """At most `length` tokens of running text, (1, T), after those that every text starts with."""
     words, room = rng.choice(texts), length - len(first)
     at = rng.randrange(max(1, len(words) - room + 1))
-    return torch.tensor([[*first, *words[at : at + room]]])
+    return torch.tensor([[*first, *words[at : at + room]]], dtype=torch.int64)
 
 
 @torch.no_grad()

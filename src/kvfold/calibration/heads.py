@@ -24,7 +24,7 @@ def copy_score(rows: Rows, asked: NeedleQuestion) -> Float[Tensor, " Hq"]:
     """HeadKV-R: steps at which the most attended token is the needle's and the one that is said, over its length."""
     start, stop = asked.span
     best, ids = rows.argmax(-1), asked.fed[0]  # Hq N
-    said = torch.tensor(asked.answer)
+    said = torch.tensor(asked.answer, dtype=torch.int64)
     hit = (best >= start) & (best < stop) & (ids[best.cpu()] == said).to(best.device)
     return hit.sum(-1).float() / (stop - start)
 
@@ -39,7 +39,9 @@ def reason_score(rows: Rows, asked: NeedleQuestion) -> Float[Tensor, " Hq"]:
 def semantic_score(rows: Rows, asked: NeedleQuestion) -> Float[Tensor, " Hq"]:
     """CompressKV: attention to the whole needle at the steps that say one of its tokens, as often as it has that."""
     needle = asked.needle
-    times = torch.tensor([float(needle.count(token)) for token in asked.answer], device=rows.device)
+    times = torch.tensor(
+        [float(needle.count(token)) for token in asked.answer], device=rows.device, dtype=torch.float32
+    )
     return rows[..., slice(*asked.span)].sum(-1) @ times
 
 
@@ -83,7 +85,7 @@ def answered(run: Run, asked: NeedleQuestion, observe: Callable[[LayerView], Non
     with cache.observed(observe):
         logits = run.model(asked.fed.to(run.model.device), logits_to_keep=count, **with_cache(run.model, cache)).logits
     said: Int[Tensor, " N"] = logits[0].argmax(-1).cpu()
-    return bool((said == torch.tensor(asked.answer)).float().mean() >= COUNTS_FROM)
+    return bool((said == torch.tensor(asked.answer, dtype=torch.int64)).float().mean() >= COUNTS_FROM)
 
 
 __all__ = ["answer_rows", "answered", "copy_score", "headkv_tables", "mean_scores", "reason_score", "semantic_score"]

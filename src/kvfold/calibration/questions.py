@@ -94,7 +94,7 @@ def _question(
     cut = start + int(room * rng.uniform(0.05, 0.95))
     first = [*head, *words[start:cut], *pieces[0]]
     ids = [*first, *pieces[1], *pieces[2], *words[cut : start + room], *tail]
-    return NeedleQuestion(torch.tensor([ids]), reply, (len(first), len(first) + len(pieces[1])))
+    return NeedleQuestion(torch.tensor([ids], dtype=torch.int64), reply, (len(first), len(first) + len(pieces[1])))
 
 
 def frame(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:

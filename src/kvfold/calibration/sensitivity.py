@@ -92,4 +92,4 @@ def sample(run: Run, rng: random.Random, length: int) -> Tensor:
     start = [] if run.tokenizer.bos_token_id is None else [run.tokenizer.bos_token_id]
     room = length - len(start)
     begin = rng.randrange(max(1, len(words) - room + 1))
-    return torch.tensor([[*start, *words[begin : begin + room]]])
+    return torch.tensor([[*start, *words[begin : begin + room]]], dtype=torch.int64)

@@ -80,7 +80,9 @@ class OwnStates:
         for text in texts:
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
             with kept_tables(self.model):
-                states = text_decoder(self.model)(torch.tensor([ids], device=self.model.device), use_cache=False)
+                states = text_decoder(self.model)(
+                    torch.tensor([ids], device=self.model.device, dtype=torch.int64), use_cache=False
+                )
             means.append(states.last_hidden_state[0].float().mean(0).cpu().numpy())
         found = np.stack(means)
         if self.centre is None:

@@ -199,7 +199,7 @@ class Asker:
             if turn.branches:
                 branch = cache.fork()
                 if rows != list(range(len(at.logits))):
-                    branch.batch_select_indices(torch.tensor(rows))
+                    branch.batch_select_indices(torch.tensor(rows, dtype=torch.int64))
                     here = at.pick(rows)
             if turn.tails is not None and not turn.lasting and turn.tails[0]:
                 with branch.undecided():  # the method has decided about the context, before any question
@@ -250,7 +250,9 @@ class Asker:
     def _forced(self, cache: Cache, at: ReadRows, queries: Sequence[Query], truth: "Truth") -> list[dict[str, Any]]:
         ids = [self.prompter.tokenizer(query.target, add_special_tokens=False).input_ids for query in queries]
         counts = [len(row) for row in ids]
-        targets = torch.tensor([row + [self.fill] * (max(counts) - len(row)) for row in ids]).to(self.model.device)
+        targets = torch.tensor([row + [self.fill] * (max(counts) - len(row)) for row in ids], dtype=torch.int64).to(
+            self.model.device
+        )
         found = truth.compare(targets, counts, lambda look: force_rows(self.model, cache, at, targets, look))
         return [{"prediction": "", "scores": scores, "tokens": n} for scores, n in zip(found, counts, strict=True)]
 
@@ -276,7 +278,7 @@ class Truth:
             if first:
                 self._logs.append(log)
             true = self._logs[i]
-            here = torch.tensor([i < n and (i > 0 or n == 1) for n in counts], device=log.device)
+            here = torch.tensor([i < n and (i > 0 or n == 1) for n in counts], device=log.device, dtype=torch.bool)
             kl, same = divergence(true, log)
             nll, nll_full = (-each.gather(1, targets[:, i : i + 1])[:, 0] for each in (log, true))
             sums.add_(torch.where(here, torch.stack([kl, same, nll, nll_full]), 0.0).double().cpu())

@@ -68,7 +68,7 @@ def decode(
     sync(model.device)
     start = time.perf_counter()
     while True:
-        step = torch.tensor([[tokens[-1]]])
+        step = torch.tensor([[tokens[-1]]], dtype=torch.int64)
         if put is not None:
             put(step[0])
         if len(tokens) == count or tokens[-1] in ends:
@@ -83,6 +83,6 @@ def teacher_forced(model: PreTrainedModel, cache: HFCache, first: Tensor, tokens
     """Logits (len(tokens), V) before each of `tokens`, fed one by one as if the model had said them."""
     logits = [first]
     for token in tokens[:-1]:
-        step = torch.tensor([[token]], device=model.device)
+        step = torch.tensor([[token]], device=model.device, dtype=torch.int64)
         logits.append(model(input_ids=step, **with_cache(model, cache)).logits[0, -1].float())
     return torch.stack(logits)

@@ -21,7 +21,10 @@ def build_prompt(
             raise ValueError(f"limit={limit} tokens leaves no room for the document; the question alone takes more")
         document = tokenizer.decode(words[: room - room // 2]) + tokenizer.decode(words[len(words) - room // 2 :])
         ids = _encode(tokenizer, document, question, chat)[:limit]
-    return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    return {
+        "input_ids": torch.tensor([ids], dtype=torch.int64),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+    }
 
 
 PIECE = 2**16

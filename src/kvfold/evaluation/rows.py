@@ -23,7 +23,7 @@ class ReadRows:
 
     def pick(self, rows: Sequence[int]) -> "ReadRows":
         """Row i becomes what row `rows[i]` was."""
-        index = torch.tensor(rows, device=self.mask.device)
+        index = torch.tensor(rows, device=self.mask.device, dtype=torch.int64)
         return ReadRows(self.mask[index], self.logits[index.to(self.logits.device)])
 
 
@@ -88,7 +88,7 @@ def decode_rows(
     while True:
         early = [row for row, least in enumerate(minima) if len(found[row]) < least]
         if early and len(banned):
-            at.logits[torch.tensor(early, device=banned.device)[:, None], banned] = float("-inf")
+            at.logits[torch.tensor(early, device=banned.device, dtype=torch.int64)[:, None], banned] = float("-inf")
         chosen = at.logits.argmax(-1)
         for row, token in enumerate(chosen.tolist()):
             if row in open_rows:

@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from kvfold.hf import source
+from kvfold.hf.eager import eager
 
 NAME = source.NAME
 HANDLE = "_kvfold_handle"
@@ -38,6 +39,7 @@ class PagedLength(int):
     """A key length that says: this layer is paged, its mask is the padding mask alone."""
 
 
+@eager
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -73,6 +75,7 @@ def attention(
     return handle.attend(module, query, key, value, valid, scale).transpose(1, 2).contiguous(), None
 
 
+@eager
 def mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """A mask function of transformers' interface: the padding mask for paged layers, SDPA's mask elsewhere."""
     if not isinstance(kwargs.get("kv_length"), PagedLength):

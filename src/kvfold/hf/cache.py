@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvfold.hf.adopting import Adopting
@@ -21,7 +21,7 @@ from kvfold.hf.layers import PagedLayer, WindowLayer, held_bytes, storage_bytes
 from kvfold.hf.report import Report, layer_report
 from kvfold.hf.rope import find_ropes
 from kvfold.hf.saving.file import load, save
-from kvfold.hf.support import check_model, layers_of
+from kvfold.hf.support import check_model, layers_of, unwrapped
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.rows import Rows
 from kvfold.methods.base import Method
@@ -48,14 +48,15 @@ class Cache(Adopting):
     for which there is no page raises OutOfPages before any layer has read it. What a prompt keeps is known when it was
     read, and new columns of a method when it makes them: then OutOfPages leaves this cache to be `reset()`.
 
+    A wrapper around a model (a PeftModel, torch.compile's) will do: the cache belongs to the model in it.
     Raises ValueError for a model that can't work, naming what is missing, and for options that don't fit.
     """
 
     def __init__(
-        self, model: PreTrainedModel, method: str | Method = "full", *, prefill_chunk: int | None = None,
+        self, model: nn.Module, method: str | Method = "full", *, prefill_chunk: int | None = None,
         arena: Arena | None = None, **options: Any,
     ):  # fmt: skip
-        chosen = parse(method, **options)
+        chosen, model = parse(method, **options), unwrapped(model)
         if prefill_chunk is not None:
             check_int("prefill_chunk", prefill_chunk, 2)
             check_reads_on(chosen)
@@ -193,9 +194,8 @@ class Cache(Adopting):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], model: PreTrainedModel, arena: Arena | None = None, *,
-        allow: Collection[str] = (),
-    ) -> "Cache":  # fmt: skip
+        cls, path: str | os.PathLike[str], model: nn.Module, arena: Arena | None = None, *, allow: Collection[str] = ()
+    ) -> "Cache":
         """Read a cache that `save` wrote for this model. Raises ValueError where it does not fit the model.
 
         A file of which a byte was changed is refused, and so is one whose method would have a model or another file

@@ -62,7 +62,7 @@ class DecodeGraph:
         self._forward = model.forward
         self._graph: torch.cuda.CUDAGraph | None = None
         self._where: list[Tensor] = []
-        self._token = self._logits = torch.empty(0)
+        self._token = self._logits = torch.empty(0, dtype=torch.float32)
         self._warm = False
         self._given = {**with_cache(model, cache), "use_cache": True}
 

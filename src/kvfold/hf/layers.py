@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from kvfold.hf.attention import HANDLE, PagedLength
+from kvfold.hf.eager import eager
 from kvfold.hf.gradient import without_gradient
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.plan import Plan
@@ -57,6 +58,7 @@ class PagedLayer(CacheLayerMixin):
         """Nothing to do: the first attention call knows the shapes."""
         self.is_initialized = True
 
+    @eager
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The same tensors, the keys carrying a handle on this layer."""
         owner = self.owner()
@@ -97,9 +99,11 @@ class PagedLayer(CacheLayerMixin):
     def batch_size(self) -> int:
         return self.core.batch
 
+    @eager
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return PagedLength(self.core.width + query_length), 0
 
+    @eager
     def get_seq_length(self) -> int:
         return self.core.width
 
@@ -181,6 +185,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
         super().batch_select_indices(indices)
         self._select(indices)
 
+    @eager
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         self._give_back()

@@ -12,6 +12,7 @@ from kvfold.hf.argument import with_cache
 from kvfold.hf.cache import Cache
 from kvfold.hf.images import image_ids
 from kvfold.hf.layers import PagedLayer
+from kvfold.hf.support import unwrapped
 from kvfold.views import LayerView
 
 
@@ -23,7 +24,7 @@ def prefill_many(model: PreTrainedModel, inputs: dict[str, Tensor], caches: Sequ
     prompts in a way of its own (`Cache.shares_prefill`).
     """
     for cache in caches:
-        if cache.model is not model:
+        if cache.model is not unwrapped(model):
             raise ValueError(f"a cache was made for another {type(cache.model).__name__} than the one that reads")
         if cache.get_seq_length():
             raise ValueError(f"a cache with {cache.get_seq_length()} tokens can't adopt a prefill; it must be empty")

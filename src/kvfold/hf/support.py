@@ -3,6 +3,7 @@
 from inspect import signature
 from typing import Any
 
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -14,6 +15,39 @@ from kvfold.methods.base import Method
 
 NOTHING = "DummyLayer"
 """transformers' cache layer for a layer without attention; its releases before that one have none to import."""
+INSIDE = ("_orig_mod", "base_model", "pretrained_model", "model")
+"""Under what name wrappers hold the model that they call: of torch.compile, of adapters, of value heads."""
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model that a wrapper calls (a PeftModel, torch.compile's module); a model as it is.
+
+    Raises ValueError for wrappers whose calls a cache can't follow, saying what to pass.
+    """
+    outside, seen = type(model).__name__, [model]
+    while not isinstance(model, PreTrainedModel):
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"model={outside} spreads a call over copies of the model, and a cache has one: pass model.module, and "
+                "call that with the cache"
+            )
+        kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
+        if kind is not None and str(getattr(kind, "value", kind)) == "PREFIX_TUNING":
+            raise ValueError(
+                f"model={outside} puts a learned prefix in the cache's place (prefix tuning): not supported"
+            )
+        # Its own parts alone: many look up in the model what they lack.
+        own = dict(model.named_children()) if isinstance(model, nn.Module) else {}
+        base = getattr(type(model), "get_base_model", None)
+        inner = base(model) if base is not None else next((own[name] for name in INSIDE if name in own), None)
+        if inner is None or any(inner is x for x in seen):
+            raise ValueError(
+                f"model={outside} is not a transformers PreTrainedModel, nor a wrapper that holds one as "
+                f"{', '.join(INSIDE)}: pass the PreTrainedModel that it calls"
+            )
+        seen.append(inner)
+        model = inner
+    return model
 
 
 def check_model(model: Any, method: Method | None = None) -> None:

@@ -51,7 +51,9 @@ class Asking:
         (b, hq, n, d), h = self.q.shape, k.shape[1]
         bias = None
         if valid is not None:
-            bias = torch.zeros(valid.shape, device=k.device).masked_fill(~valid, -torch.inf)[:, None, None]
+            bias = torch.zeros(valid.shape, device=k.device, dtype=torch.float32).masked_fill(~valid, -torch.inf)[
+                :, None, None
+            ]
             bias = bias.expand(-1, h, -1, -1)
         out, lse = ops.attend(self.q.reshape(b, h, hq // h * n, d), k, v, self.scale, bias)
         return out.reshape(b, hq, n, -1), lse.reshape(b, hq, n)

@@ -52,7 +52,9 @@ def mixed(
 ) -> Float[Tensor, "B H T D"]:
     """At each home the sum of weight * state over its set; a token that nothing joins comes back bit for bit."""
     joined = over_set(torch.ones_like(weight), home) > 1
-    total = into_rows(torch.zeros(states.shape, device=states.device), home, states.float() * weight[..., None])
+    total = into_rows(
+        torch.zeros(states.shape, device=states.device, dtype=torch.float32), home, states.float() * weight[..., None]
+    )
     return torch.where((joined & (home == at_home(weight)))[..., None], total.to(states.dtype), states)
 
 
@@ -105,7 +107,7 @@ def absorb(
 
 def log_mass(view: LayerView) -> Float[Tensor, "B H T"]:
     """The log of how many tokens each slot stands for."""
-    return view.columns.get(LOG_MASS, torch.zeros(view.valid.shape, device=view.valid.device))
+    return view.columns.get(LOG_MASS, torch.zeros(view.valid.shape, device=view.valid.device, dtype=torch.float32))
 
 
 def counted(view: LayerView, home: Int[Tensor, "B H T"]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ def nearest(giving: Bool[Tensor, "B H T"], taking: Bool[Tensor, "B H T"], *state
     givers, gives = few(giving)
     takers, takes = few(taking)
     home = at_home(giving)
-    similarity = torch.full(giving.shape, -torch.inf, device=giving.device)
+    similarity = torch.full(giving.shape, -torch.inf, device=giving.device, dtype=torch.float32)
     if not givers.shape[2] or not takers.shape[2]:
         return home, similarity
     given, near = ([F.normalize(take(x, slots).float(), dim=-1) for x in states] for slots in (givers, takers))

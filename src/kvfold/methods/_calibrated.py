@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from jaxtyping import Float
-from torch import Tensor, tensor
+from torch import Tensor, float32, tensor
 
 from kvfold import artefacts
 from kvfold.methods.base import Method
@@ -90,5 +90,5 @@ def query_heads(view: LayerView) -> int:
 
 def over_groups(scores: Table, heads: int) -> Float[Tensor, "L H"]:
     """The mean over each KV head's group of query heads."""
-    table = tensor(scores)
+    table = tensor(scores, dtype=float32)
     return table.view(len(scores), heads, -1).mean(-1)

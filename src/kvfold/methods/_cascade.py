@@ -78,7 +78,7 @@ class Cascade(Scored):
         """The rows whose text is no longer than the budget yet; on the view's device, once for the layers of a step."""
         found, key = view.place.step.setdefault(SHORT, {}), (self, view.valid.device)
         if key not in found:
-            each = torch.tensor(self._each(view.place))
+            each = torch.tensor(self._each(view.place), dtype=torch.float32)
             found[key] = (view.place.seen <= each).to(view.valid.device)[:, None]
         rows: Tensor = found[key]
         return rows

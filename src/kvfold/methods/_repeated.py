@@ -24,7 +24,7 @@ def repeated(
     it is given), and reads the chunk as its own answer (KVzip, arXiv:2505.23416). Without a tokenizer beside the
     model's weights it repeats unasked. Costs a second prefill; nothing of it stays.
     """
-    scores = [torch.zeros(view.valid.shape, device=view.valid.device) for view in views]
+    scores = [torch.zeros(view.valid.shape, device=view.valid.device, dtype=torch.float32) for view in views]
     order = torch.argsort(prompt.valid.byte(), dim=1, descending=True, stable=True)
     ids, own = prompt.ids.gather(1, order), prompt.valid.sum(1, keepdim=True)
     start = views[0].place.seen.to(ids.device)[:, None] - own

@@ -85,7 +85,9 @@ class CaM(Merging):
             chance = (((bits >> 8) & 0xFFFFFF).float() * 2.0**-24 < chance).float()
         part = (chance / many)[..., None] * there
         # Tokens that leave at once may have targets in common, which are written once.
-        written = torch.zeros(kept.shape, device=kept.device).scatter_add_(2, slots, part.flatten(2)) > 0
+        written = (
+            torch.zeros(kept.shape, device=kept.device, dtype=torch.float32).scatter_add_(2, slots, part.flatten(2)) > 0
+        )
         touched, here = few(written)
         if not touched.shape[-1]:
             return Amend(touched)

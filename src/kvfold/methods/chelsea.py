@@ -81,7 +81,7 @@ class Chelsea(Method):
             return None
         tail = view.positions >= (view.place.seen - self.chunk).to(view.valid.device)[:, None, None]
         left = [max(1, int(self.chunk * fraction)) for fraction in view.fraction(self.budget)]
-        need = torch.tensor(left, device=view.valid.device)[:, None]
+        need = torch.tensor(left, device=view.valid.device, dtype=torch.int64)[:, None]
         tail = view.valid & tail & full.to(view.valid.device)[:, None, None]
         return list(self.clustered(view, tail, (tail.sum(-1) - need).clamp(min=0)))
 

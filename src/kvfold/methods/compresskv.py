@@ -67,8 +67,10 @@ class CompressKV(Scored):
 
     def scores(self, view: LayerView) -> Float[Tensor, "B H T"]:
         table = table_of(self, view, "heads", query_heads(view))
-        ranked = torch.tensor(table[view.place.ordinal]).argsort(descending=True, stable=True)
-        chosen = torch.zeros(len(ranked)).index_fill(0, ranked[: self.first], 1.0).view(view.heads, -1)  # H G
+        ranked = torch.tensor(table[view.place.ordinal], dtype=torch.float32).argsort(descending=True, stable=True)
+        chosen = (
+            torch.zeros(len(ranked), dtype=torch.float32).index_fill(0, ranked[: self.first], 1.0).view(view.heads, -1)
+        )  # H G
         received = view.attention(self.window).sum(3)  # B H G T
         votes = common(view, torch.einsum("bhgt,hg->bht", received, chosen.to(received.device)), chosen.sum(1))
         return smoothed(view, votes, view.last(self.window), self.kernel)
@@ -83,7 +85,7 @@ class CompressKV(Scored):
             cap = prompt if isinstance(self.budget, float) else seen
             each = int(self.budget * prompt + 1e-9) if isinstance(self.budget, float) else self.budget
             found.append(layer_budgets(min(each, cap), cap, self.errors, self.least)[view.place.ordinal])
-        return torch.tensor(found, device=view.valid.device)[:, None].expand(-1, view.heads)
+        return torch.tensor(found, device=view.valid.device, dtype=torch.int64)[:, None].expand(-1, view.heads)
 
     def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
         return exempt(view, counts, self.window)

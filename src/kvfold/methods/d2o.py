@@ -103,7 +103,7 @@ class D2O(Method):
         if is_all(self.budget):
             return None
         # A layer is as large as its share, unless the text is still shorter than the budget.
-        each = torch.tensor(tokens_each(self.budget, view.place.prompt, view.place.seen))
+        each = torch.tensor(tokens_each(self.budget, view.place.prompt, view.place.seen), dtype=torch.float32)
         short = (view.place.seen <= each).to(view.valid.device)[:, None]
         counts = torch.where(short, view.count, view.earlier.sum(-1))
         return self.merged(view, counts, self.scores(view, view.column_sums()))

@@ -63,7 +63,7 @@ class DuoAttention(Method):
         roles, key = view.place.step.setdefault(ROLES, {}), (self, view.valid.device)
         if key not in roles:  # once for the layers of a pass
             found = retrieval_heads(table_of(self, view, "gates", view.heads), float(self.sparsity))
-            roles[key] = torch.tensor(found, device=view.valid.device)  # L H
+            roles[key] = torch.tensor(found, device=view.valid.device, dtype=torch.bool)  # L H
         whole = roles[key][view.place.ordinal]
         near = (view.rank < self.sinks) | view.last(self.recent)
         return Keep(view.valid & (whole[:, None] | near))

@@ -68,7 +68,7 @@ class DynamicKV(Cascade):
         return votes, view.pack(votes.masked_fill(~competing, -torch.inf))
 
     def at_most(self, view: LayerView) -> Int[Tensor, "B H"]:
-        each = torch.tensor(tokens_each(self.budget, view.place.prompt, view.place.seen))
+        each = torch.tensor(tokens_each(self.budget, view.place.prompt, view.place.seen), dtype=torch.float32)
         room = each.clamp(max=self.window) + self.buffer * (each - self.window).clamp(min=0)
         return room.clamp(max=float(view.valid.shape[-1])).ceil().long().to(view.valid.device)[:, None]
 

@@ -94,7 +94,7 @@ class FastKV(Scored):
         new = view.queries.valid
         votes = scores[..., -view.new :].sum(1).masked_fill(~new, -torch.inf)
         own = new.sum(1)
-        least = own * torch.tensor(view.fraction(self.budget), device=own.device)
+        least = own * torch.tensor(view.fraction(self.budget), device=own.device, dtype=torch.float32)
         wanted = own * self.propagated if isinstance(self.propagated, float) else torch.full_like(own, self.propagated)
         number = torch.maximum(wanted.floor(), least.ceil()).long().clamp(min=self.window + 1)
         number = torch.minimum(number, own)[:, None]

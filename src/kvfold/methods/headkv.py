@@ -83,7 +83,7 @@ def by_heads(view: LayerView, budget: Budget, shares: "Shares") -> Int[Tensor, "
     lengths = zip(view.place.prompt.tolist(), view.place.seen.tolist(), strict=True)
     caps = [(prompt, prompt if isinstance(budget, float) else seen) for prompt, seen in lengths]
     found = [allocate_heads(budget, length, cap, shares)[view.place.ordinal] for length, cap in caps]
-    return torch.tensor(found, device=view.valid.device).reshape(-1, view.heads)
+    return torch.tensor(found, device=view.valid.device, dtype=torch.int64).reshape(-1, view.heads)
 
 
 @dataclass(frozen=True)

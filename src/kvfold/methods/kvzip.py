@@ -82,7 +82,7 @@ class KVzip(Method):
         slots = among.flatten(0, 1).any(0).nonzero()[:, 0]  # the rest of a long prompt costs nothing
         tokens = view.tokens.but(among).take(slots.expand(*among.shape[:2], -1))
         found = peaks(replace(view, tokens=tokens, memo={})).clamp(min=TINY)
-        return torch.zeros(among.shape, device=found.device).index_copy(2, slots, found)
+        return torch.zeros(among.shape, device=found.device, dtype=torch.float32).index_copy(2, slots, found)
 
     def choose(
         self, views: Sequence[LayerView], scores: Sequence[Float[Tensor, "B H _"]]

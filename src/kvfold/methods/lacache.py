@@ -105,7 +105,9 @@ class LaCache(Method):
         if is_all(self.budget):
             return view.count
         each = tokens_each(self.budget, view.place.prompt, view.place.seen)
-        return torch.tensor([int(x + 1e-9) for x in each], device=view.valid.device)[:, None].expand(-1, view.heads)
+        return torch.tensor([int(x + 1e-9) for x in each], device=view.valid.device, dtype=torch.int64)[:, None].expand(
+            -1, view.heads
+        )
 
     def _compacted(
         self, view: LayerView, room: Int[Tensor, "B H"]

@@ -76,7 +76,7 @@ class LookM(Method):
 
     def after_prefill(self, view: LayerView) -> list[Decision] | None:
         images = view.images
-        before = view.columns.get(SCORE, torch.zeros(view.valid.shape, device=view.valid.device))
+        before = view.columns.get(SCORE, torch.zeros(view.valid.shape, device=view.valid.device, dtype=torch.float32))
         looked = (images | (view.valid & (before > 0))).flatten(1).any(1)[:, None]  # rows with images, now or earlier
         if is_all(self.budget) or not looked.any():
             return None

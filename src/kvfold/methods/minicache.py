@@ -96,7 +96,7 @@ class MiniCache(Method):
         """The mean distance of a token over the heads that hold it."""
         size = int(pair.lower.positions.max()) + 1
         at = pair.lower.positions.long().masked_fill(~pair.valid, size)  # what is no token goes behind the last
-        sums = torch.zeros(len(d), size + 1, device=d.device)
+        sums = torch.zeros(len(d), size + 1, device=d.device, dtype=torch.float32)
         total = sums.scatter_add(1, at.flatten(1), d.masked_fill(~pair.valid, 0.0).flatten(1))
         count = sums.scatter_add(1, at.flatten(1), pair.valid.float().flatten(1))
         return (total / count.clamp(min=1)).gather(1, at.flatten(1)).view_as(d)

@@ -73,12 +73,16 @@ class RazorAttention(Method):
             retrieval_heads(tables[0], float(self.induction_ratio)),
             retrieval_heads(tables[1], float(self.echo_ratio)),
         )
-        whole = torch.tensor([a or b for a, b in zip(*(r[view.place.ordinal] for r in roles), strict=True)])
+        whole = torch.tensor(
+            [a or b for a, b in zip(*(r[view.place.ordinal] for r in roles), strict=True)], dtype=torch.bool
+        )
         folded = self.dropped(view, whole.to(view.valid.device))
         if not folded.any():
             return None
         mass = (
-            view.columns[LOG_MASS].exp() if LOG_MASS in view.columns else torch.ones(view.valid.shape).to(folded.device)
+            view.columns[LOG_MASS].exp()
+            if LOG_MASS in view.columns
+            else torch.ones(view.valid.shape, dtype=torch.float32).to(folded.device)
         )
         weight = mass * folded  # B H T
         total = weight.sum(-1, keepdim=True)

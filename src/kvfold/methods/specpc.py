@@ -74,7 +74,7 @@ class SpecPC(Method):
         if counts == lengths:
             return None
         importance = self.importance(prompt)
-        order = torch.full((len(counts), max(counts)), -1, device=prompt.ids.device)
+        order = torch.full((len(counts), max(counts)), -1, device=prompt.ids.device, dtype=torch.int64)
         for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
             chosen = self.select(importance[row, :length], count) if count < length else torch.arange(length)
             chosen = chosen.to(order.device)
@@ -83,7 +83,7 @@ class SpecPC(Method):
 
     def importance(self, prompt: RawPrompt) -> Float[Tensor, "B T"]:
         """What each row's tokens get, side by side from 0 on; what stands behind a row's last has no meaning."""
-        total = torch.zeros(prompt.ids.shape, device=prompt.ids.device)
+        total = torch.zeros(prompt.ids.shape, device=prompt.ids.device, dtype=torch.float32)
 
         def look(view: LayerView) -> None:
             nonlocal total
@@ -119,10 +119,10 @@ class SpecPC(Method):
         offsets = sorted(range(-left, self.neighbours - left), key=abs) if self.neighbours else [0]
         never = len(best) * len(offsets)
         # When each token is named first: every chosen one brings its neighbours, the nearest first.
-        turn = torch.full((length,), never, device=device)
+        turn = torch.full((length,), never, device=device, dtype=torch.int64)
         ranks = torch.arange(len(best), device=device) * len(offsets)
         for i, offset in enumerate(offsets):
             turn.scatter_reduce_(0, (best + offset).clamp(0, length - 1), ranks + i, "amin")
-        first, last = both_ends(torch.tensor(count), self.window)
+        first, last = both_ends(torch.tensor(count, dtype=torch.int64), self.window)
         turn[:first], turn[length - int(last) :] = -1, -1
         return turn.sort(stable=True).indices[:count].sort().values

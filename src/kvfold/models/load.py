@@ -120,7 +120,7 @@ def checked_device(device: str | torch.device) -> torch.device:
     """`device` as torch has it. Raises ValueError if this machine has no such device."""
     try:
         wanted = torch.device(device)
-        torch.empty(0, device=wanted)
+        torch.empty(0, device=wanted, dtype=torch.float32)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         why = str(error).strip().split("\n")[0].split(". ")[0]  # torch goes on with all that it was built with
         raise ValueError(f"device={device!r} must be a device that torch has here: {why}") from error

@@ -15,7 +15,7 @@ class Planes(TableRows):
 
     def valid(self) -> Bool[Tensor, "R T"]:
         """Which slots of a dense read are tokens."""
-        lengths = torch.tensor(self.lengths, device=self.pool.device)
+        lengths = torch.tensor(self.lengths, device=self.pool.device, dtype=torch.int64)
         valid = torch.arange(self.longest, device=self.pool.device) < lengths[:, None]
         if self.holed:
             rows, slots = spans(np.zeros_like(self.hole_count), self.hole_count)

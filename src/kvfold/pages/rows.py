@@ -186,7 +186,7 @@ def _send(array: np.ndarray, place: Tensor | None, device: torch.device) -> Tens
     """A copy on the device: in `place`, where it fits."""
     if place is None or place.shape != array.shape:
         with torch.inference_mode(False):  # it may be written outside
-            return torch.tensor(array, device=device)
+            return torch.from_numpy(array.copy()).to(device)
     return place.copy_(torch.from_numpy(array.copy()), non_blocking=True)
 
 

@@ -76,7 +76,9 @@ def lost_without_copies(view: LayerView, period: int) -> Float[Tensor, " Hq"]:
     Its text is one token, and then one of `period` tokens that repeats.
     """
     _, heads, total, d = view.keys.shape
-    asked = torch.linspace(1 + period, total - 1, min(ASKED, total - 1 - period), device=view.keys.device).long()
+    asked = torch.linspace(
+        1 + period, total - 1, min(ASKED, total - 1 - period), device=view.keys.device, dtype=torch.float32
+    ).long()
     q = view.queries.states[:1, :, asked].view(1, heads, -1, len(asked), d)
     keys, values = view.keys[:1], view.values[:1, :, None].float()
     seen = torch.arange(total, device=asked.device) <= asked[:, None]
@@ -152,7 +154,7 @@ def random_words(
 ) -> Int[Tensor, " N"]:
     """Tokens drawn from those that a text may have: not `special`, and none that stands for an image."""
     size = min(model.get_input_embeddings().num_embeddings, vocabulary)
-    weights = torch.ones(size, device="cpu")
+    weights = torch.ones(size, device="cpu", dtype=torch.float32)
     banned = [token for token in (*special, *image_ids(model)) if token is not None and 0 <= token < size]
     weights[torch.tensor(banned, dtype=torch.long, device="cpu")] = 0.0
     return torch.multinomial(weights, count, replacement=True, generator=torch.Generator("cpu").manual_seed(seed))
@@ -178,7 +180,7 @@ def attention_to_copies(
 
 def repeated_text(words: Int[Tensor, " N"], first: int, repeats: int) -> Int[Tensor, "1 T"]:
     """`first`, and then `words` so many times."""
-    return torch.cat([torch.tensor([first], device="cpu"), words.repeat(repeats)])[None]
+    return torch.cat([torch.tensor([first], device="cpu", dtype=torch.int64), words.repeat(repeats)])[None]
 
 
 def read_with(model: Any, ids: Int[Tensor, "B T"], look: Callable[[LayerView], None]) -> None:

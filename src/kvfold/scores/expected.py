@@ -26,8 +26,11 @@ def future_queries(
     (b, hq, n, d), rope = view.queries.states.shape, view.place.rope
     positions = view.queries.positions
     counted = view.queries.valid & (positions >= skip)  # B Q
-    mean = torch.zeros(b, hq, 1, d, device=positions.device)
-    spread, many = torch.zeros(b, hq, d, d, device=positions.device), torch.zeros(b, 1, 1, 1, device=positions.device)
+    mean = torch.zeros(b, hq, 1, d, device=positions.device, dtype=torch.float32)
+    spread, many = (
+        torch.zeros(b, hq, d, d, device=positions.device, dtype=torch.float32),
+        torch.zeros(b, 1, 1, 1, device=positions.device, dtype=torch.float32),
+    )
     for start in range(0, n, BLOCK_QUERIES):
         here = slice(start, start + BLOCK_QUERIES)
         weight = counted[:, None, here, None].float()  # B 1 W 1
@@ -54,7 +57,7 @@ def future_queries(
 
 def mean_rotation(rope: Rope, future: int, size: int, device: torch.device) -> Float[Tensor, "D D"]:
     """The mean of the rotations by 0, 1, ... future - 1 positions, as a matrix; not a rotation itself."""
-    basis = torch.eye(size, device=device).repeat_interleave(future, 0)[None, None]  # 1 1 D*F D
+    basis = torch.eye(size, device=device, dtype=torch.float32).repeat_interleave(future, 0)[None, None]  # 1 1 D*F D
     steps = torch.arange(future, device=device).repeat(size)[None, None]
     return rope.shift(basis, steps).view(size, future, size).mean(1).T
 

@@ -24,7 +24,9 @@ def log_exponents(view: LayerView, window: int, decay: float) -> tuple[Float[Ten
     if w == 1:
         return found[:, :, 0].masked_fill(~seen[:, :, 0], 0.0), seen[:, :, 0].long()
     ages = torch.arange(w - 1, -1, -1, device=found.device, dtype=torch.float32)
-    weight = torch.pow(torch.tensor(float(decay), device=found.device), ages)[:, None].log()  # 0^0 = 1
+    weight = torch.pow(torch.tensor(float(decay), device=found.device, dtype=torch.float32), ages)[
+        :, None
+    ].log()  # 0^0 = 1
     weight = weight.expand_as(found).masked_fill(~seen, -torch.inf)
     found = torch.where(seen, found, 0.0)  # padding may hold anything
     mean = (found + weight).logsumexp(2) - weight.logsumexp(2)

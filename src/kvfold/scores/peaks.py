@@ -22,7 +22,7 @@ def peaks(view: LayerView, asking: Bool[Tensor, "B Q"] | None = None, heads: str
     queries = view.queries
     asking = queries.valid if asking is None else asking & queries.valid
     chosen = asking.any(0).nonzero()[:, 0]
-    best = torch.zeros(view.valid.shape, device=view.valid.device)
+    best = torch.zeros(view.valid.shape, device=view.valid.device, dtype=torch.float32)
     for some in torch.split(chosen, BLOCK):
         part = replace(queries.pick(some), valid=asking[:, some])
         weights = replace(view, queries=part, memo={}).attention(len(some))  # B H G W T

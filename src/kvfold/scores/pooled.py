@@ -28,7 +28,7 @@ def common(
     `votes`: of how many numbers each head's score is the sum (default: 1); what only heads without votes hold gets 0.
     """
     (b, h, t), wide = view.valid.shape, scores.shape[3:]
-    votes = torch.ones(h, device=scores.device) if votes is None else votes.to(scores.device)
+    votes = torch.ones(h, device=scores.device, dtype=torch.float32) if votes is None else votes.to(scores.device)
     scores, holders = scores.reshape(b, h, t, -1), view.valid.float() * votes[:, None]
     scores = scores.masked_fill(~view.valid[..., None], 0.0)
     if bool((view.positions == view.positions[:, :1]).all()) and bool((view.valid == view.valid[:, :1]).all()):
@@ -36,8 +36,8 @@ def common(
         return mean.expand(-1, h, -1, -1).reshape(b, h, t, *wide)
     size = max(1, int(view.place.seen.max()))
     places = view.positions.long().clamp(max=size - 1).flatten(1)  # padding may stand behind
-    total = torch.zeros(b, size, scores.shape[-1], device=scores.device)
+    total = torch.zeros(b, size, scores.shape[-1], device=scores.device, dtype=torch.float32)
     total = total.scatter_add(1, places[..., None].expand(-1, -1, total.shape[-1]), scores.flatten(1, 2))
-    count = torch.zeros(b, size, device=scores.device).scatter_add(1, places, holders.flatten(1))
+    count = torch.zeros(b, size, device=scores.device, dtype=torch.float32).scatter_add(1, places, holders.flatten(1))
     mean = total / count.clamp(min=1)[..., None]
     return mean.gather(1, places[..., None].expand(-1, -1, total.shape[-1])).view(b, h, t, *wide)

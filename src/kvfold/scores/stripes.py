@@ -16,7 +16,7 @@ def stripes(view: LayerView, period: int, start: int) -> Float[Tensor, "two H G"
     _, heads, total, d = view.keys.shape
     q = view.queries.states[:1].view(1, heads, -1, total, d)[0].float() * view.place.scale  # H G T D
     k, lse = view.keys[0].float(), view.queries.lse[:1].view(1, heads, -1, total)[0]
-    sums = torch.zeros(2, heads, q.shape[1], device=q.device)
+    sums = torch.zeros(2, heads, q.shape[1], device=q.device, dtype=torch.float32)
     for back in range(period, total - start, period):
         at = torch.arange(start + back, total, device=q.device)
         for which in (0, 1):

@@ -102,14 +102,14 @@ class LayerView(TokenView):
         if self._differs:  # work out each block's own softmax
             slots = torch.arange(self.new, device=self.valid.device)
             shares = torch.exp(-fading)[:, None, None, :, None]
-            total = torch.zeros(self.valid.shape, device=self.valid.device)
+            total = torch.zeros(self.valid.shape, device=self.valid.device, dtype=torch.float32)
             for block in torch.split(slots, 64):
                 total += (self.attention_of(self.queries.pick(block)) * shares[..., block, :]).sum((2, 3))
             return total
         lse = self.queries.lse.masked_fill(~self.queries.valid[:, None], torch.inf)
         start = self.queries.start
         if start is None:
-            start = torch.full(self.keys.shape[:2], self.keys.shape[2] - self.new)
+            start = torch.full(self.keys.shape[:2], self.keys.shape[2] - self.new, dtype=torch.int64)
         lse = lse + fading[:, None]  # a probability is exp(logit - lse)
         return ops.column_sums(self.queries.states, self.keys, lse, self.place.scale, start, self.columns.get(LOG_MASS))
 

@@ -93,7 +93,7 @@ class TokenView:
         slots = torch.arange(self.valid.shape[-1], device=self.valid.device).expand(self.valid.shape)
         if self.order is not None:
             slots = torch.cat([self.order, slots[..., self.order.shape[-1] :]], -1)
-        ends = torch.tensor(self.bounds or (0,), device=slots.device)
+        ends = torch.tensor(self.bounds or (0,), device=slots.device, dtype=torch.int64)
         return torch.bucketize(slots.contiguous(), ends, right=True).masked_fill(slots >= ends[-1], -1)
 
     @cached_property
@@ -152,7 +152,7 @@ class TokenView:
             # Of an even share a text that grows changes nothing any more.
             cap = prompt if isinstance(budget, float) else seen if shares else min(seen, budget)
             rows.append(allocate(budget, prompt, cap, layers, heads, shares[row] if shares else None)[place.ordinal])
-        return torch.tensor(rows, device=self.valid.device).reshape(-1, heads)
+        return torch.tensor(rows, device=self.valid.device, dtype=torch.int64).reshape(-1, heads)
 
     def last(self, window: int) -> Bool[Tensor, "B H T"]:
         """The last `window` tokens of each (row, head)."""

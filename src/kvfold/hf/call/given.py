@@ -58,7 +58,7 @@ def ids_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int[Tensor, "B Q"] 
     ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
     if not isinstance(ids, Tensor):
         embeds = kwargs.get("inputs_embeds")
-        return torch.full(embeds.shape[:2], UNKNOWN) if isinstance(embeds, Tensor) else None
+        return torch.full(embeds.shape[:2], UNKNOWN, dtype=torch.int64) if isinstance(embeds, Tensor) else None
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= ids.shape[1]:
         return ids.masked_fill(~mask[:, -ids.shape[1] :].bool().to(ids.device), UNKNOWN)
     return ids.clone()  # whoever gave them may write the next ones there

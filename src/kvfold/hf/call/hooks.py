@@ -1,7 +1,7 @@
 """Forward hooks on a model: its passes tell their cache what they read, in what order, and which tokens go on."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from kvfold.hf.call.images import check_ids, find_images, refuse_pixels
 from kvfold.hf.call.narrow import before_layer
 from kvfold.hf.call.preparing import watch_preparing
 from kvfold.hf.call.rewriting import placed_behind, reread
+from kvfold.hf.eager import eager
 from kvfold.hf.gradient import refuse_gradient
 from kvfold.hf.images import image_ids
 from kvfold.hf.latent import is_latent, watch_latent
@@ -70,7 +71,7 @@ def watch_layers(model: PreTrainedModel) -> None:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers whose input could be narrowed")
     if not getattr(model, "_kvfold_layer_hooks", None):
         model._kvfold_layer_hooks = tuple(
-            layer.register_forward_pre_hook(_before_layer(index), with_kwargs=True)
+            layer.register_forward_pre_hook(partial(_before_layer, index), with_kwargs=True)
             for index, layer in enumerate(layers)
         )
 
@@ -79,7 +80,7 @@ def watch_attention(model: PreTrainedModel) -> None:
     """Let the attention modules hand what enters them to the paged layers of caches whose method admits tokens."""
     if not getattr(model, "_kvfold_attention_hooks", None):
         model._kvfold_attention_hooks = tuple(
-            module.register_forward_pre_hook(_before_attention(index), with_kwargs=True)
+            module.register_forward_pre_hook(partial(_before_attention, index), with_kwargs=True)
             for index, module in attention_modules(model).items()
         )
 
@@ -95,6 +96,7 @@ def _cache_of(kwargs: dict[str, Any]) -> Host | None:
     return cache if isinstance(cache, Host) else None
 
 
+@eager
 def _before_body(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     cache = _cache_of(kwargs)
     if cache is not None:
@@ -110,6 +112,7 @@ def _check_own(cache: Host, module: nn.Module) -> None:
         )
 
 
+@eager
 def _before_text(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     cache = _cache_of(kwargs)
     if cache is None or module is cache.model:
@@ -120,24 +123,24 @@ def _before_text(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         check_ids(cache, tokens.shape[1])
 
 
-def _before_attention(index: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        cache = _cache_of(kwargs)
-        layer = None if cache is None or not cache.rows.listens("admit") else cache.layers[index]
-        if isinstance(layer, PagedLayer):
-            layer.entering = kwargs.get("hidden_states", args[0] if args else None)
-
-    return hook
-
-
-def _before_layer(index: int) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        cache = _cache_of(kwargs)
-        return None if cache is None else before_layer(cache, index, args, kwargs)
-
-    return hook
+# With a partial, not a closure: a model with hooks can be pickled (torch.save).
+@eager
+def _before_attention(index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    cache = _cache_of(kwargs)
+    layer = None if cache is None or not cache.rows.listens("admit") else cache.layers[index]
+    if isinstance(layer, PagedLayer):
+        layer.entering = kwargs.get("hidden_states", args[0] if args else None)
 
 
+@eager
+def _before_layer(
+    index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    cache = _cache_of(kwargs)
+    return None if cache is None else before_layer(cache, index, args, kwargs)
+
+
+@eager
 def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     cache = _cache_of(kwargs)
     if cache is None:
@@ -150,6 +153,11 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
         raise ValueError("use_cache=False with a cache would read the whole text again at every step: leave one out")
     if cache.paged:
         refuse_gradient(kwargs)
+        if kwargs.get("output_attentions", getattr(cache.model.config, "output_attentions", None)):
+            raise ValueError(
+                "output_attentions=True: a kvfold cache attends without a matrix of weights; observe the layers' views "
+                "instead (cache.observed), or read without the cache under attn_implementation='eager'"
+            )
     changed, own = None, _outermost(cache, module)
     if own:
         check_arguments(args, kwargs, cache.rows.width)
@@ -189,6 +197,7 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
     return changed
 
 
+@eager
 def _after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     cache = _cache_of(kwargs)
     if cache is None or _inner(cache, module):

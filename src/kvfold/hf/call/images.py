@@ -19,7 +19,7 @@ def find_images(cache: Host, ids: Int[Tensor, "B Q"] | None, mask: Tensor | None
     known = image_ids(cache.model)
     if ids is None or not known or not cache.paged or not cache.reads_prompt(ids.shape[1]):
         return None
-    flags = torch.isin(ids, torch.tensor(known, device=ids.device))
+    flags = torch.isin(ids, torch.tensor(known, device=ids.device, dtype=torch.int64))
     if mask is not None:  # padding goes behind
         order = torch.argsort((~mask[:, -ids.shape[1] :].bool()).byte().to(ids.device), dim=1, stable=True)
         flags = flags.gather(1, order)

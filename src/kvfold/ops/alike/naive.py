@@ -16,7 +16,7 @@ def most_alike(
     asking: Sequence[Tensor], others: Sequence[Tensor], asks: Tensor, there: Tensor
 ) -> tuple[Tensor, Tensor]:
     (b, h, n), m = asking[0].shape[:3], others[0].shape[2]
-    best = torch.full((b, h, n), -torch.inf, device=asking[0].device)
+    best = torch.full((b, h, n), -torch.inf, device=asking[0].device, dtype=torch.float32)
     first = torch.zeros(b, h, n, dtype=torch.int64, device=best.device)
     able = torch.arange(m, device=best.device) < there[..., None]  # B H M
     size = max(1, BLOCK_ELEMENTS // max(1, b * h * m))

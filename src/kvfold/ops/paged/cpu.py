@@ -120,7 +120,9 @@ def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor], *, slack
 
 def _fill(spec: Any, rows: int, count: int) -> Tensor:
     """What a plane gets where nobody says."""
-    return torch.full((rows, count) if spec.width is None else (rows, count, spec.width), spec.fill)
+    return torch.full(
+        (rows, count) if spec.width is None else (rows, count, spec.width), spec.fill, dtype=torch.float32
+    )
 
 
 def _readable(pool: Any, queries: int, d: int, mass: str | None) -> bool:

@@ -28,7 +28,9 @@ def attend_pages(
     if read is not None or not table.even or table.holed:  # -inf for a slot that is empty or not read
         seen = rows(table.valid())
         seen = seen if read is None else seen & read
-        bias = torch.where(seen, torch.zeros((), device=seen.device) if bias is None else bias, -torch.inf)
+        bias = torch.where(
+            seen, torch.zeros((), device=seen.device, dtype=torch.float32) if bias is None else bias, -torch.inf
+        )
     # The heads of a group, and all their queries, read the same keys: one block of G * Q queries per KV head.
     block = q.reshape(b, h, g * n, d)
     bias = None if bias is None else bias[:, :, None]

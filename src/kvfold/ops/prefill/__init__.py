@@ -44,7 +44,7 @@ def causal_rows(
     """`causal` with padding: each row alone, without it, so that no T x T mask is made. A padded query: 0 and -inf."""
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
-    total = torch.zeros(k.shape[:3], device=q.device) if sums else None
+    total = torch.zeros(k.shape[:3], device=q.device, dtype=torch.float32) if sums else None
     for row in range(q.shape[0]):
         here = valid[row].nonzero()[:, 0]
         if len(here):

@@ -22,7 +22,7 @@ def causal(
     grouped = q.view(b, h, hq // h, t, d)
     out = q.new_empty(b, h, hq // h, t, v.shape[-1])
     lse = q.new_empty(b, h, hq // h, t, dtype=torch.float32)
-    total = torch.zeros(b, h, t, device=q.device) if sums else None
+    total = torch.zeros(b, h, t, device=q.device, dtype=torch.float32) if sums else None
     shares = faded(t, fade, q.device)
     for i in range(0, t, BLOCK):
         j = min(i + BLOCK, t)

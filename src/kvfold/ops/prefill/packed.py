@@ -60,4 +60,4 @@ def packed(q: Tensor, k: Tensor, v: Tensor, admitted: Tensor, scale: float) -> t
 
 def as_bias(seen: Tensor) -> Tensor:
     """What is added to the logits: nothing where `seen`, else minus infinity."""
-    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
+    return torch.zeros(seen.shape, device=seen.device, dtype=torch.float32).masked_fill(~seen, -torch.inf)

@@ -1,0 +1,52 @@
+"""What torch's default dtype is, is the caller's affair: every method keeps and says what it does under float32."""
+
+import pytest
+import torch
+
+import kvfold
+from families import METHODS
+from models import build, greedy, subject, tokens
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture
+def default():
+    """Sets torch's default for the length of a test."""
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+
+def said(method, name="llama", dtype=torch.float32):
+    model = subject(name, dtype)
+    options = {"budget": 0.5} if "budget" in next(i.options for i in kvfold.list_methods() if i.slug == method) else {}
+    cache = kvfold.Cache(model, method, **options)
+    ids, logits = greedy(model, cache, *tokens(48, 40).values(), 6)
+    return ids, logits, cache.kept(0)
+
+
+@pytest.mark.parametrize("number,method", list(enumerate(METHODS)), ids=METHODS)
+def test_a_method_does_what_it_does(default, number, method):
+    expected = said(method)
+    default(DTYPES[number % 3])
+    found = said(method)
+    assert torch.equal(found[0], expected[0]) and found[2] == expected[2]
+    assert found[1].dtype == torch.float32
+    torch.testing.assert_close(found[1], expected[1])
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("method", ["full", "h2o", "kvmerger", "int4"])
+def test_models_in_sixteen_bits(default, method, kind):
+    expected = said(method, dtype=torch.bfloat16)
+    default(kind)
+    assert torch.equal(said(method, dtype=torch.bfloat16)[0], expected[0])
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_the_first_cache_of_a_model(default, kind):
+    """Kernels are compiled, and a model is looked at, under the caller's default too."""
+    default(kind)
+    model = build("qwen3")
+    assert model.generate(**tokens(30), past_key_values=kvfold.Cache(model, "kvfold"), max_new_tokens=3).shape[1] == 33
