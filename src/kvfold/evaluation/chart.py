@@ -105,11 +105,7 @@ def chart_page(chart: Any) -> str:
 
 def save_chart(chart: Any, path: Path) -> None:
     """Write a chart, whole or not at all; HTML is self-contained and opens without a network."""
-
-    def write(part: Path) -> None:
-        if path.suffix == ".html":  # altair's own page has the data in its script as they come
-            part.write_text(chart_page(chart), encoding="utf-8")
-        else:
-            chart.save(str(part))
-
-    write_whole(path, write, "chart")
+    if path.suffix == ".html":  # altair's own page has the data in its script as they come
+        write_whole(path, chart_page(chart).encode(), "chart")
+    else:
+        write_whole(path, lambda part: chart.save(str(part)), "chart")

@@ -132,8 +132,8 @@ def _keys(model: Any, decoder: Any) -> dict[int, Tensor]:
 
     cache = DynamicCache(config=config)
     device = decoder.device
-    tokens = torch.tensor([config.vocab_size // part for part in PARTS], device=device)
-    places = torch.tensor(POSITIONS, device=device).repeat_interleave(len(PARTS))
+    tokens = torch.tensor([config.vocab_size // part for part in PARTS], device=device, dtype=torch.int64)
+    places = torch.tensor(POSITIONS, device=device, dtype=torch.int64).repeat_interleave(len(PARTS))
     with looking(model), ExitStack() as stack:
         for rotary in rotaries(model):
             stack.callback(rotary.register_forward_hook(turn).remove)
@@ -182,6 +182,6 @@ def _width(rotary: nn.Module, layer_type: str | None, device: torch.device) -> i
 def _explains(rope: ModelRope, rows: Float[Tensor, "R H N D"], close: float) -> bool:
     """Whether a rotation makes of the keys that were not turned those that the model has."""
     still, turned = rows[:1].expand_as(rows[2:]), rows[2:]
-    places = torch.tensor(POSITIONS[2:], device=rows.device)[:, None, None].expand(turned.shape[:3])
+    places = torch.tensor(POSITIONS[2:], device=rows.device, dtype=torch.int64)[:, None, None].expand(turned.shape[:3])
     gap = (rope.shift(still, places) - turned).abs().max()
     return bool(gap <= close * turned.abs().max())
