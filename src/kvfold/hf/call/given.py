@@ -15,7 +15,7 @@ UNKNOWN = -1
 class Given:
     """The ids of all columns given so far, in the pieces in which they came."""
 
-    pieces: tuple[Int[Tensor, "B Q"], ...] = ()
+    pieces: tuple[Int[Tensor, "B _"], ...] = ()
 
     @property
     def width(self) -> int:
