@@ -50,3 +50,13 @@ def test_the_first_cache_of_a_model(default, kind):
     default(kind)
     model = build("qwen3")
     assert model.generate(**tokens(30), past_key_values=kvfold.Cache(model, "kvfold"), max_new_tokens=3).shape[1] == 33
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_models_in_float64(method):
+    """Attention over pages is float32's; nothing else of it is narrowed without a word."""
+    ids, logits, kept = said(method, dtype=torch.float64)
+    expected = said(method)
+    assert logits.dtype == torch.float64
+    assert torch.equal(ids, expected[0]) and kept == expected[2]
+    torch.testing.assert_close(logits.float(), expected[1], rtol=1e-3, atol=1e-3)

@@ -72,7 +72,7 @@ def test_a_wrapper_is_the_model_in_it(wrap, tmp_path):
         logits = [x(said[:, -1:], past_key_values=y).logits for x, y in ((model, cache), (outside, loaded))]
     assert torch.equal(*logits)
     many = [kvfold.Cache(wrapper, method) for method in ("full", "snapkv")]
-    prefill_many(model if wrap is compiled else wrapper, prompt, many)
+    prefill_many(wrapper, prompt, many)
     assert many[0].kept_tokens == 30
 
 

@@ -122,7 +122,7 @@ class DepthSegment(TokenSegment):
 
     def norms(self, what: str, states: Tensor) -> dict[str, Tensor]:
         """The plane of the lengths of keys or values."""
-        return {self.own(NORMS[what]): torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)}
+        return {self.own(NORMS[what]): torch.linalg.vector_norm(states.float(), dim=-1)}
 
     def states(self, what: str) -> Tensor:
         return (self.plane(what) * self.column(NORMS[what])[..., None]).to(self.compute)

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from kvfold.hf.argument import with_cache
 from kvfold.hf.cache import Cache
@@ -16,15 +15,16 @@ from kvfold.hf.support import unwrapped
 from kvfold.views import LayerView
 
 
-def prefill_many(model: PreTrainedModel, inputs: dict[str, Tensor], caches: Sequence[Cache], **kwargs: Any) -> Tensor:
+def prefill_many(model: nn.Module, inputs: dict[str, Tensor], caches: Sequence[Cache], **kwargs: Any) -> Tensor:
     """Run the prompt once and fill all `caches` (empty, of this model) from it. Returns the logits (B, Q, V).
 
     The same as a forward pass for each cache, since a prompt is attended in full before a method decides what is
     stored. Raises ValueError for a cache of another model, one that has read something, or one whose method reads
     prompts in a way of its own (`Cache.shares_prefill`).
     """
+    model = unwrapped(model)
     for cache in caches:
-        if cache.model is not unwrapped(model):
+        if cache.model is not model:
             raise ValueError(f"a cache was made for another {type(cache.model).__name__} than the one that reads")
         if cache.get_seq_length():
             raise ValueError(f"a cache with {cache.get_seq_length()} tokens can't adopt a prefill; it must be empty")

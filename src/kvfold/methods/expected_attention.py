@@ -53,7 +53,7 @@ class ExpectedAttention(Scored):
     def scores(self, view: LayerView) -> Float[Tensor, "B H T"]:
         among = view.valid & (view.rank >= self.sinks)
         attention = expected_attention(view, *future_queries(view, self.future, self.sinks), among).mean(2)  # B H T
-        length: Tensor = torch.linalg.vector_norm(view.values, dim=-1, dtype=torch.float32)
+        length: Tensor = torch.linalg.vector_norm(view.values.float(), dim=-1)
         return (attention + self.epsilon) * length
 
     def always(self, view: LayerView, counts: Int[Tensor, "B H"]) -> Bool[Tensor, "B H T"]:
