@@ -3,6 +3,8 @@
 PYTHON ?= python3
 EXTRAS ?= dev,gpu,eval,episodes,ray
 PYTEST_FLAGS ?=
+# off: without the compiled kernels, in plain torch.
+KVFOLD_COMPILE ?= require
 
 DEMO_DOC ?= examples/documents/blue-carbuncle.txt
 DEMO_QUESTION ?= What was the name of the hotel?
@@ -14,7 +16,7 @@ DEMO_BUDGET ?= 0.2,0.1
 VENV = .venv
 PY = $(VENV)/bin/python
 # As variables, because they then pin the build backend too, which -c does not.
-PINS = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+PINS = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt KVFOLD_COMPILE=$(KVFOLD_COMPILE)
 PIP = $(PINS) $(PY) -m pip --disable-pip-version-check
 STAMP = $(VENV)/.installed
 
@@ -30,7 +32,7 @@ venv: $(STAMP) ## create .venv with kvfold, its tools and extras (EXTRAS=dev,gpu
 
 # torch goes first, at its pinned version: an open range would bring in gigabytes of CUDA packages where a CPU
 # build is to be had. The stamp comes last, so that an interrupted install runs again.
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*)
+$(STAMP): pyproject.toml constraints.txt hatch_build.py CMakeLists.txt $(wildcard cpp/*)
 	@$(PYTHON) -c 'import sys; sys.exit("kvfold needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -qq "$$(grep '^torch==' constraints.txt)"
