@@ -1,7 +1,7 @@
 """Compiles cpp/ into the package when a wheel, or an editable install, is made: `kvfold.ops._cpu`.
 
 Without a C++20 compiler kvfold installs all the same, and its operations run in plain torch. KVFOLD_COMPILE=require
-makes that an error, KVFOLD_COMPILE=off does not try. What an editable install compiled is used again while it is newest.
+makes that an error, KVFOLD_COMPILE=off does not try. What an editable install compiled is used while it is newest.
 """
 
 import os
