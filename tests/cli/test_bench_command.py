@@ -15,7 +15,7 @@ from kvfold.cli.app import app
 runner = CliRunner()
 MACHINE = {
     "cpu", "cores", "usable_cores", "threads", "memory_bytes", "system", "device", "gpu", "versions", "command",
-    "cores_busy_elsewhere",
+    "cores_busy_elsewhere", "instructions", "beside",
 }  # fmt: skip
 SPREAD = {"median", "min", "max", "count"}
 RUN_ROW = {"contender", "library", "budget", "separate_process", "decode", "prefill", "memory", "peer"}
@@ -74,7 +74,7 @@ def test_run_as_json(folder: Path) -> None:
     found = got(*words, "--steps", "2", "--rounds", "1", "--prefill-batch", "1")
     assert set(found) == {
         "bench", "machine", "model", "dtype", "context", "batch", "prefill_batch", "steps", "rounds", "weight_bytes",
-        "read_bandwidth", "rows", "skipped", "probe_seconds",
+        "read_bandwidth", "rows", "skipped", "probe_seconds", "format", "fast_linears",
     }  # fmt: skip
     assert {row["contender"] for row in found["rows"]} >= {"DynamicCache", "full", "snapkv"}
     for row in found["rows"]:

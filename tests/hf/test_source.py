@@ -57,14 +57,15 @@ def test_a_model_that_asks_keeps_its_answers(name):
     matrix = families()
     model = matrix["build"](name)
     given = matrix["batch"](9)
-    before, expected = matrix["state"](model), matrix["logits"](model, matrix["own_cache"](model), *given)
+    before, as_set = matrix["state"](model), matrix["attentions"](model)
+    expected = matrix["logits"](model, matrix["own_cache"](model), *given)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # nothing on pages
         try:
             made = kvfold.Cache(model)
         except ValueError:
             made = None
-    assert made is None or made.paged or matrix["state"](model) == before
+    assert made is None or made.paged or matrix["attentions"](model) == as_set
     assert made is not None or matrix["state"](model) == before
     for held in [matrix["own_cache"](model), made]:
         if held is not None:
@@ -164,14 +165,14 @@ def test_transformers_models_that_cant_be(name):
     assert row.outcome in ("refused", "not testable"), row
 
 
-def test_a_model_with_nothing_on_pages_is_left_as_it_is():
+def test_a_model_with_nothing_on_pages_computes_as_it_did():
     matrix = families()
     model = LlamaForCausalLM(LlamaConfig(**COMMON)).eval()
     model.config.sliding_window = 8
-    before = matrix["state"](model)
+    before = matrix["attentions"](model)
     with pytest.warns(UserWarning, match=r"no layer with full attention alone \(it has DynamicSlidingWindowLayer\)"):
         held = kvfold.Cache(model, "h2o")
-    assert matrix["state"](model) == before
+    assert matrix["attentions"](model) == before
     prompt = tokens(12)
     expected, _ = greedy(model, dynamic(model), *prompt.values(), 8)
     assert torch.equal(greedy(model, held, *prompt.values(), 8)[0], expected)

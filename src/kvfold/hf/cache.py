@@ -74,11 +74,10 @@ class Cache(Adopting):
             return
         warnings.warn(
             f"{type(model).__name__} has no layer with full attention alone (it has {_kinds(plan)}): {self.method} has "
-            "nothing to do, and the model is left as it is",
+            "nothing to do, and the model computes as it did",
             stacklevel=2,
         )
-        if prefill_chunk is not None:
-            hook(model)
+        hook(model)  # which change nothing of what it computes: a draft's end, states that are forgotten, chunks
 
     def _layers(self, plan: list[Any]) -> list[Any]:
         """Our layers in place of transformers' own."""

@@ -9,15 +9,14 @@ from torch import Tensor
 from kvfold.hf.argument import cache_in
 from kvfold.hf.call.modes import Modal
 
-GENERATE, PREPARE = "generate", "prepare_inputs_for_generation"
+GENERATE = "generate"
 
 
 def watch_generation(model: Any) -> None:
     """Let `generate` compare the ids that it gets with those that its cache has read, before the model is called."""
-    # Each is named as the method that it stands before: so a pickled model has the method itself there.
-    for name, wrapped in ((GENERATE, _compared), (PREPARE, _cut)):
-        if hasattr(model, name) and name not in vars(model):
-            setattr(model, name, MethodType(wrapped(getattr(type(model), name)), model))
+    # Named as the method that it stands before: so a pickled model has the method itself there.
+    if hasattr(model, GENERATE) and GENERATE not in vars(model):
+        setattr(model, GENERATE, MethodType(_compared(getattr(type(model), GENERATE)), model))
 
 
 def _compared(original: Any) -> Any:
@@ -47,16 +46,12 @@ def _check(cache: Modal, ids: Tensor, mask: Any) -> None:
         )
 
 
-def _cut(original: Any) -> Any:
-    @wraps(original)
-    def prepare_inputs_for_generation(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = cache_in(kwargs)
-        # Assisted decoding does not say what is new of its first pass: transformers would read all again.
-        if isinstance(cache, Modal) and not args and kwargs.get("is_first_iteration") and cache.pending.opening:
-            before, mask = cache.get_seq_length(), kwargs.get("attention_mask")
-            whole = mask is None or mask.shape[1] == input_ids.shape[1]
-            if whole and 0 < before < input_ids.shape[1] and cache.given.begins(input_ids, before):
-                kwargs["next_sequence_length"] = input_ids.shape[1] - before
-        return original(self, input_ids, *args, **kwargs)
-
-    return prepare_inputs_for_generation
+def cut(cache: Any, ids: Any, kwargs: dict[str, Any]) -> None:
+    """Say what is new of the first pass of an assisted decoding: transformers does not, and would read all again."""
+    if not (isinstance(cache, Modal) and isinstance(ids, Tensor)):
+        return
+    if kwargs.get("is_first_iteration") and cache.pending.opening:
+        before, mask = cache.get_seq_length(), kwargs.get("attention_mask")
+        whole = mask is None or mask.shape[1] == ids.shape[1]
+        if whole and 0 < before < ids.shape[1] and cache.given.begins(ids, before):
+            kwargs["next_sequence_length"] = ids.shape[1] - before

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvfold.hf.argument import cache_in, name_of
+from kvfold.hf.call.generating import cut
 from kvfold.hf.call.host import Host
 
 PREPARE = "prepare_inputs_for_generation"
@@ -25,10 +26,11 @@ class Preparing:
         self.__signature__ = inspect.signature(getattr(type(model), PREPARE).__get__(model))  # generate looks at it
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        given, ids = cache_in(kwargs), kwargs.get("input_ids", args[0] if args else None)
+        if len(args) < 2:
+            cut(given, ids, kwargs)
         made: dict[str, Any] = getattr(type(self.model), PREPARE)(self.model, *args, **kwargs)
-        given = cache_in(kwargs)
         if isinstance(given, Host) and cache_in(made) is not given:
-            ids = kwargs.get("input_ids", args[0] if args else None)
             keep(given, made, ids.shape[1] if isinstance(ids, Tensor) else 0)
             made[name_of(type(self.model).forward)] = given
         return made
