@@ -21,4 +21,5 @@ def name_of(forward: Callable[..., Any]) -> str:
 
 def cache_in(kwargs: dict[str, Any]) -> Any:
     """What a call was given, by either name; None: nothing."""
-    return kwargs.get(NEW, kwargs.get(OLD))
+    found = kwargs.get(NEW)
+    return kwargs.get(OLD) if found is None else found

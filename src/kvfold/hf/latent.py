@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kvfold.hf.attention import HANDLE, Handle
 from kvfold.hf.source import EXPAND
+from kvfold.hf.standing import Standing, stand
 
 
 def is_latent(module: nn.Module | None) -> bool:
@@ -56,11 +57,10 @@ def expand(module: Any, latent: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]
     return made
 
 
-class Expanding:
+class Expanding(Standing):
     """`expand_kv` of one module, whose keys carry the handle that its latents carried."""
 
-    def __init__(self, module: nn.Module):
-        self.module = module
+    name = EXPAND
 
     def __call__(self, latent: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = expand(self.module, latent, turned)
@@ -72,5 +72,4 @@ class Expanding:
 
 def watch_latent(module: nn.Module) -> None:
     """Let the keys that a module makes of latents know their layer; without a kvfold cache nothing changes."""
-    if EXPAND not in vars(module):
-        setattr(module, EXPAND, Expanding(module))
+    stand(Expanding, module)

@@ -134,9 +134,12 @@ def _questions_of(module: str) -> tuple[Question, ...]:
         return ()
 
 
+MODELS = "transformers.models."
+
+
 def _is_a_models(module: str) -> bool:
     """Whether a file is a model's own: what all models share knows of other implementations."""
-    return module.startswith("transformers.models.") or module.split(".")[0] not in (
+    return module.startswith(MODELS) or module.split(".")[0] not in (
         "builtins",
         "torch",
         "transformers",
@@ -144,7 +147,9 @@ def _is_a_models(module: str) -> bool:
 
 
 def changed_by_name(classes: Iterable[type]) -> Question | None:
-    """The first question in the code of these classes, or in the functions beside them, that kvfold would answer anew.
+    """The first question in the code of these classes that kvfold would answer anew.
+
+    In a file of transformers' models the functions beside them count, too.
 
     A class that other code builds on brings its bases.
     """
@@ -153,7 +158,8 @@ def changed_by_name(classes: Iterable[type]) -> Question | None:
     for module in dict.fromkeys(base.__module__ for base in lines if _is_a_models(base.__module__)):
         for question in _questions_of(module):
             owner, dot, function = question.where.partition(".")
-            if question.differs and (not dot or (module, owner) in names) and function not in HARMLESS:
+            beside = not dot and module.startswith(MODELS)  # a script of one's own has functions that no model calls
+            if question.differs and (beside or (module, owner) in names) and function not in HARMLESS:
                 return question
     return None
 

@@ -1,34 +1,30 @@
 """What `generate` gives a cache: ids that go on where those end which the cache has read, or ValueError."""
 
-from functools import wraps
-from types import MethodType
 from typing import Any
 
 from torch import Tensor
 
 from kvfold.hf.argument import cache_in
 from kvfold.hf.call.modes import Modal
-
-GENERATE = "generate"
-
-
-def watch_generation(model: Any) -> None:
-    """Let `generate` compare the ids that it gets with those that its cache has read, before the model is called."""
-    # Named as the method that it stands before: so a pickled model has the method itself there.
-    if hasattr(model, GENERATE) and GENERATE not in vars(model):
-        setattr(model, GENERATE, MethodType(_compared(getattr(type(model), GENERATE)), model))
+from kvfold.hf.standing import Standing, stand
 
 
-def _compared(original: Any) -> Any:
-    @wraps(original)
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+class Comparing(Standing):
+    """`generate` of one model, which compares the ids that it gets with those that its cache has read."""
+
+    name = "generate"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
         cache, ids = cache_in(kwargs), next((x for x in given if x is not None), None)
         if isinstance(cache, Modal) and isinstance(ids, Tensor):
             _check(cache, ids, kwargs.get("attention_mask"))
-        return original(self, *args, **kwargs)
+        return self.original(*args, **kwargs)
 
-    return generate
+
+def watch_generation(model: Any) -> None:
+    """See to it that `generate` compares, before the model is called."""
+    stand(Comparing, model)
 
 
 def _check(cache: Modal, ids: Tensor, mask: Any) -> None:

@@ -43,6 +43,8 @@ class Given:
             return None
         mine, theirs = self.ids(), ids.cpu()
         common = min(mine.shape[1], theirs.shape[1])
+        if len(theirs) and len(mine) % len(theirs) == 0:  # beams, or several answers to a prompt: a row for each
+            theirs = theirs.repeat_interleave(len(mine) // len(theirs), 0)
         if len(mine) != len(theirs):
             return None
         other = (mine[:, :common] != theirs[:, :common]) & (mine[:, :common] != UNKNOWN)

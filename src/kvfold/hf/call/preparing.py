@@ -5,7 +5,6 @@ read with it is worth nothing: their `prepare_inputs_for_generation` drops the c
 So does it before a long text is read at all. transformers then makes a cache of its own, in silence.
 """
 
-import inspect
 from typing import Any
 
 from torch import Tensor
@@ -14,25 +13,22 @@ from transformers import PreTrainedModel
 from kvfold.hf.argument import cache_in, name_of
 from kvfold.hf.call.generating import cut
 from kvfold.hf.call.host import Host
+from kvfold.hf.standing import Standing, stand
 
-PREPARE = "prepare_inputs_for_generation"
 
-
-class Preparing:
+class Preparing(Standing):
     """`prepare_inputs_for_generation` of one model, after which its call has the cache that `generate` was given."""
 
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
-        self.__signature__ = inspect.signature(getattr(type(model), PREPARE).__get__(model))  # generate looks at it
+    name = "prepare_inputs_for_generation"
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         given, ids = cache_in(kwargs), kwargs.get("input_ids", args[0] if args else None)
         if len(args) < 2:
             cut(given, ids, kwargs)
-        made: dict[str, Any] = getattr(type(self.model), PREPARE)(self.model, *args, **kwargs)
+        made: dict[str, Any] = self.original(*args, **kwargs)
         if isinstance(given, Host) and cache_in(made) is not given:
             keep(given, made, ids.shape[1] if isinstance(ids, Tensor) else 0)
-            made[name_of(type(self.model).forward)] = given
+            made[name_of(type(self.module).forward)] = given
         return made
 
 
@@ -62,8 +58,7 @@ def keep(cache: Host, made: dict[str, Any], length: int) -> None:
 
 def watch_preparing(model: PreTrainedModel) -> None:
     """See to it that `generate` keeps the cache that it is given."""
-    if hasattr(type(model), PREPARE) and PREPARE not in vars(model):
-        setattr(model, PREPARE, Preparing(model))
+    stand(Preparing, model)
 
 
 __all__ = ["Preparing", "keep", "watch_preparing"]
