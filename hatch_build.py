@@ -34,8 +34,8 @@ class CompiledKernels(BuildHookInterface[Any]):
             return
         sources = [root / "CMakeLists.txt", *(root / "cpp").iterdir()]
         if not target.exists() or target.stat().st_mtime < max(source.stat().st_mtime for source in sources):
-            target.unlink(missing_ok=True)
             try:
+                target.unlink(missing_ok=True)
                 compile_into(root, target)
             except (OSError, subprocess.CalledProcessError) as error:
                 said = getattr(error, "stdout", None) or str(error)

@@ -53,12 +53,11 @@ void read_span(const void* context, int64_t index) {
 
 double read(const float* x, int64_t count, int threads) {
     const int64_t spans = (count + SPAN - 1) / SPAN;
-    double* sums = static_cast<double*>(take(spans * sizeof(double)));
-    const Span on{x, count, sums};
+    const Taken<double> sums(spans);
+    const Span on{x, count, sums.at};
     for_each(spans, threads, read_span, &on);
     double total = 0;
-    for (int64_t i = 0; i < spans; i++) total += sums[i];
-    give_back(sums);
+    for (int64_t i = 0; i < spans; i++) total += sums.at[i];
     return total;
 }
 

@@ -4,6 +4,8 @@
 
 #include <math.h>
 #include <stdint.h>
+
+#include "threads.hpp"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -31,6 +33,15 @@ typedef float quad __attribute__((vector_size(16)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float loose_quad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+// Memory that goes back at the end of its block.
+template <class T>
+struct Taken {
+    T* at;
+    explicit Taken(int64_t count) : at(static_cast<T*>(take(count * sizeof(T)))) {}
+    ~Taken() { give_back(at); }
+    Taken(const Taken&) = delete;
+};
 
 struct bf16 {
     uint16_t bits;
@@ -119,10 +130,10 @@ inline float highest(vec x) {
     return top;
 }
 
-// exp(x) for x <= 0, within 2 units in the last place; 0 below -87, NaN for NaN. Range reduction by a two-part ln 2
+// exp(x) for x <= 88, within 2 units in the last place; 0 below -87, exp(88) above 88, NaN for NaN. Range reduction by a two-part ln 2
 // and the minimax polynomial of the Cephes library (expf).
 inline vec exponential(vec x) {
-    const vec y = (vec)(((ivec)x & ~(x < -87.0f)) | ((ivec)everywhere(-87.0f) & (x < -87.0f)));
+    const vec least = x < -87.0f ? everywhere(-87.0f) : x, y = least > 88.0f ? everywhere(88.0f) : least;
     const vec turned = y * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the integer lies in the low bits
     const vec n = turned - 12582912.0f;
     const vec r = y - n * 0.693359375f + n * 2.12194440e-4f;

@@ -7,6 +7,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cxxabi.h>
+#include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -29,6 +35,35 @@ using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 using Any2 = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Const2 = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
+// Without the GIL. A daemon thread that wants it back when Python ends is unwound by Python, which a destructor may not
+// be: it stands still instead, and the process ends around it.
+struct Free {
+    PyThreadState* const state = PyEval_SaveThread();
+    Free() = default;
+    Free(const Free&) = delete;
+    ~Free() {
+#if defined(__GLIBCXX__)
+        try {
+            PyEval_RestoreThread(state);
+        } catch (abi::__forced_unwind&) {
+            for (;;) ::pause();
+        }
+#else
+        PyEval_RestoreThread(state);
+#endif
+    }
+};
+
+// Not every compiler's __builtin_cpu_supports knows of it.
+bool has_f16c() {
+#if defined(__x86_64__)
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+#else
+    return false;
+#endif
+}
+
 std::vector<const Kernels*> known() {
     std::vector<const Kernels*> found;
 #if defined(__x86_64__)
@@ -36,7 +71,7 @@ std::vector<const Kernels*> known() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
         found.push_back(&avx512::kernels);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
         found.push_back(&avx2::kernels);
 #endif
     found.push_back(&baseline::kernels);
@@ -106,7 +141,10 @@ void attend(Array<const float, 3> q, Const2 keys, Const2 values, std::optional<A
     check(out.shape(1) == q.shape(1) && lse.shape(1) == q.shape(1) && out.shape(2) == values.shape(1) &&
               keys.shape(1) == q.shape(2) && keys.shape(0) == values.shape(0),
           "shapes of q, keys, values, out and lse don't fit");
+    check(on.d > 0, "keys must have at least one number");
     check_pages(on.on, keys.shape(0) / page_size);
+    for (size_t r = 0; r < rows; r++)
+        check(on.on.hole_count[r] >= 0 && on.on.hole_count[r] <= on.on.most, "hole_count goes beyond holes");
     int64_t longest = 0;
     for (size_t r = 0; r < rows; r++) longest = std::max<int64_t>(longest, on.on.lengths[r]);
     if (mass) check(mass->shape(0) == keys.shape(0) && mass->shape(1) == 1, "mass must have one number a slot");
@@ -126,7 +164,7 @@ void attend(Array<const float, 3> q, Const2 keys, Const2 values, std::optional<A
     on.scale = scale, on.threads = threads, on.out = out.data(), on.lse = lse.data();
     on.weights = weights ? weights->data() : nullptr;
     const Kernels& set = kernels_for({on.d, on.dv});
-    nb::gil_scoped_release free;
+    const Free free;
     set.attend(on);
 }
 
@@ -150,7 +188,7 @@ void write(Any2 plane, nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device
     }
     char* to = static_cast<char*>(plane.data());
     const char* from = static_cast<const char*>(fresh.data());
-    nb::gil_scoped_release free;
+    const Free free;
     for (size_t r = 0; r < rows; r++)
         for (int64_t slot = first.data()[r]; slot < stop.data()[r];) {
             // As many as lie side by side.
@@ -201,7 +239,7 @@ void close_gaps(Any2 plane, Array<const bool, 2> mask, Table table, Counts lengt
     const Gaps gaps{static_cast<char*>(plane.data()), mask.data(), table.data(), lengths.data(),
                     static_cast<int64_t>(mask.shape(1)), static_cast<int64_t>(table.shape(1)), page_size,
                     static_cast<int64_t>(plane.shape(1) * bytes_of(plane))};
-    nb::gil_scoped_release free;
+    const Free free;
     for_each(rows, threads, close_row, &gaps);
 }
 
@@ -209,7 +247,7 @@ void close_gaps(Any2 plane, Array<const bool, 2> mask, Table table, Counts lengt
 bool punch_holes(Array<const bool, 2> mask, Counts lengths, Array<int32_t, 2> holes, Array<int32_t, 1> hole_count) {
     const size_t rows = lengths.shape(0);
     check(mask.shape(0) == rows && holes.shape(0) == rows && hole_count.shape(0) == rows, "all must have the same rows");
-    nb::gil_scoped_release free;
+    const Free free;
     std::vector<size_t> gone(rows, 0);
     for (size_t r = 0; r < rows; r++) {
         if (lengths.data()[r] > static_cast<int64_t>(mask.shape(1))) return false;
@@ -245,7 +283,7 @@ void top_row(const void* context, int64_t r) {
         return;
     }
     float* copy = scratch(on.t);
-    std::copy(line, line + on.t, copy);
+    for (int64_t i = 0; i < on.t; i++) copy[i] = line[i] > -INFINITY ? line[i] : -INFINITY;  // NaN has no place in an order
     std::nth_element(copy, copy + on.t - k, copy + on.t);
     const float bar = copy[on.t - k];  // the lowest that is chosen
     int64_t room = k;
@@ -259,7 +297,7 @@ void top_mask(Array<const float, 2> scores, Array<const int64_t, 1> count, Array
     check(count.shape(0) == scores.shape(0) && chosen.shape(0) == scores.shape(0) && chosen.shape(1) == scores.shape(1),
           "scores, count and chosen must have the same rows");
     const Top on{scores.data(), count.data(), chosen.data(), static_cast<int64_t>(scores.shape(1))};
-    nb::gil_scoped_release free;
+    const Free free;
     for_each(scores.shape(0), scores.size() < 4096 ? 1 : threads, top_row, &on);
 }
 
@@ -280,7 +318,7 @@ void causal(Array<const float, 4> q, Array<const float, 3> k, Array<const float,
     on.q = q.data(), on.k = k.data(), on.v = v.data(), on.shares = shares.data(), on.window = window, on.scale = scale;
     on.threads = threads, on.out = out.data(), on.lse = lse.data(), on.sums = sums ? sums->data() : nullptr;
     const Kernels& set = kernels_for({on.d, on.dv});
-    nb::gil_scoped_release free;
+    const Free free;
     set.causal(on);
 }
 
@@ -298,7 +336,7 @@ void column_sums(Array<const float, 4> q, Array<const float, 3> k, Array<const f
     on.q = q.data(), on.k = k.data(), on.lse = lse.data(), on.bias = bias ? bias->data() : nullptr;
     on.first = first.data(), on.scale = scale, on.threads = threads, on.sums = sums.data();
     const Kernels& set = kernels_for({on.d});
-    nb::gil_scoped_release free;
+    const Free free;
     set.column_sums(on);
 }
 
@@ -324,7 +362,7 @@ void most_alike(Array<const float, 3> left, Array<const float, 3> right, std::op
     on.left = left.data(), on.right = right.data(), on.asks = asks.data(), on.there = there.data(), on.threads = threads;
     on.best = best.data(), on.first = first.data();
     const Kernels& set = *sets.front();  // a panel's columns are padded, and a sum along any width will do
-    nb::gil_scoped_release free;
+    const Free free;
     set.most_alike(on);
 }
 
@@ -338,7 +376,7 @@ void linear(Array<const float, 2> x, Const2 weight, std::optional<Array<const fl
     on.x = x.data(), on.weight = weight.data(), on.kind = kind_of(weight), on.bias = bias ? bias->data() : nullptr;
     on.threads = threads, on.out = out.data();
     const Kernels& set = kernels_for({on.k});
-    nb::gil_scoped_release free;
+    const Free free;
     set.linear(on);
 }
 
@@ -385,7 +423,7 @@ NB_MODULE(_cpu, m) {
     m.def("linear", linear, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(), "threads"_a,
           "out"_a.noconvert());
     m.def("read", [](Array<const float, 1> x, int threads) {
-        nb::gil_scoped_release free;
+        const Free free;
         return sets.front()->read(x.data(), static_cast<int64_t>(x.shape(0)), threads);
     }, "x"_a.noconvert(), "threads"_a, "The sum of an array: as fast as memory can be read.");
     m.def("exponential", [](Array<const float, 1> x, Array<float, 1> out) {

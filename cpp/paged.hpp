@@ -199,11 +199,16 @@ struct Reader {
                 vec high = load(line);
                 for (int64_t i = LANES; i < BLOCK; i += LANES) high = larger(high, load(line + i));
                 const float best = larger(highest(high), top[h]);
+                vec here{};
                 if (best <= NEVER) {  // nothing seen so far: an exponential of 0 would count what is not there
-                    for (int64_t i = 0; i < BLOCK; i++) line[i] = 0;
+                    for (int64_t i = 0; i < BLOCK; i += LANES) {
+                        const vec x = load(line + i), broken = (vec)((ivec)x & (x != x));  // NaN is to be seen
+                        store(line + i, broken);
+                        here += broken;
+                    }
+                    total[h] += sum(here);
                     continue;
                 }
-                vec here{};
                 for (int64_t i = 0; i < BLOCK; i += LANES) {
                     const vec weight = exponential(load(line + i) - best);
                     store(line + i, weight);
@@ -329,20 +334,21 @@ Task task_of(Kind value) {
 }
 
 void attend(const Attend& on) {
+    if (!on.g) return;
     const int64_t rows = on.on.rows;
-    int64_t* begin = static_cast<int64_t*>(take((rows + 1) * sizeof(int64_t)));
-    begin[0] = 0;
+    const Taken<int64_t> begin(rows + 1);
+    begin.at[0] = 0;
     bool several = false;
     int64_t tokens = 0;
     for (int64_t r = 0; r < rows; r++) {
         const int64_t parts = (on.on.lengths[r] + PART - 1) / PART;
-        begin[r + 1] = begin[r] + parts;
+        begin.at[r + 1] = begin.at[r] + parts;
         several |= parts > 1;
         tokens += on.on.lengths[r];
     }
-    const int64_t parts = begin[rows];
-    float* outs = several ? static_cast<float*>(take(parts * on.g * (on.dv + 1) * sizeof(float))) : nullptr;
-    const Parts all{&on, begin, outs, outs + (several ? parts * on.g * on.dv : 0)};
+    const int64_t parts = begin.at[rows], apart = several ? parts : 0;
+    const Taken<float> outs(apart * on.g * (on.dv + 1));
+    const Parts all{&on, begin.at, outs.at, outs.at + apart * on.g * on.dv};
     const Task task = on.key_kind == Kind::f32    ? task_of<float>(on.value_kind)
                       : on.key_kind == Kind::bf16 ? task_of<bf16>(on.value_kind)
                                                   : task_of<f16>(on.value_kind);
@@ -351,8 +357,6 @@ void attend(const Attend& on) {
     for_each(parts, threads, task, &all);
     merge(all);
     if (on.weights) for_each(rows, threads, normalise, &on);
-    give_back(outs);
-    give_back(begin);
 }
 
 }  // namespace

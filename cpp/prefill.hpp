@@ -39,13 +39,14 @@ void pack_panel(const void* context, int64_t index) {
         for (int64_t j = 0; j < STRIP; j++) to[i * STRIP + j] = j < held ? from[j * on.d + i] : 0.0f;
 }
 
-// Keys (n, t, d) as panels (n, panels, d, STRIP); the caller frees it.
-float* pack(const float* k, int64_t n, int64_t t, int64_t d, int threads) {
-    float* to = static_cast<float*>(take(n * panels(t) * STRIP * d * sizeof(float)));
-    const Pack on{k, to, t, d};
-    for_each(n * panels(t), n * t * d < 65536 ? 1 : threads, pack_panel, &on);
-    return to;
-}
+// Keys (n, t, d) as panels (n, panels, d, STRIP).
+struct Panels {
+    const Taken<float> own;
+    Panels(const float* k, int64_t n, int64_t t, int64_t d, int threads) : own(n * panels(t) * STRIP * d) {
+        const Pack on{k, own.at, t, d};
+        for_each(n * panels(t), n * t * d < 65536 ? 1 : threads, pack_panel, &on);
+    }
+};
 
 inline void copy_scaled(const float* from, float scale, float* to, int64_t count) {
     for (int64_t i = 0; i < count; i++) to[i] = from[i] * scale;
@@ -130,6 +131,7 @@ void causal_share(const void* context, int64_t task) {
             for (int64_t j = from; j < oldest; j++) line[j] = NEVER;
             const float top = highest_of(line, from, seen);
             const float total = exponentials(line, from, seen, top);
+            for (int64_t j = from; j < oldest; j++) line[j] = 0;  // where all that is seen is -inf they were not
             for (int64_t j = seen; j < stop; j++) line[j] = 0;
             weights[r] = 1 / total;
             counted[r] = weights[r] * on.shares[start + r];
@@ -146,10 +148,9 @@ void causal_share(const void* context, int64_t task) {
 }
 
 void causal(const Causal& on) {
-    float* keys = pack(on.k, on.n, on.t, on.d, on.threads);
-    const Prompt all{&on, keys, tile_of(on.window ? smaller(on.t, on.window + 48 + STRIP) : on.t)};
+    const Panels keys(on.k, on.n, on.t, on.d, on.threads);
+    const Prompt all{&on, keys.own.at, tile_of(on.window ? smaller(on.t, on.window + 48 + STRIP) : on.t)};
     for_each(on.n * SHARES, on.threads, causal_share, &all);
-    give_back(keys);
 }
 
 struct Asked {
@@ -187,10 +188,9 @@ void sums_share(const void* context, int64_t task) {
 }
 
 void column_sums(const ColumnSums& on) {
-    float* keys = pack(on.k, on.n, on.t, on.d, on.threads);
-    const Asked all{&on, keys, tile_of(on.t)};
+    const Panels keys(on.k, on.n, on.t, on.d, on.threads);
+    const Asked all{&on, keys.own.at, tile_of(on.t)};
     for_each(on.n * SHARES, on.threads, sums_share, &all);
-    give_back(keys);
 }
 
 struct Likeness {
@@ -229,13 +229,11 @@ void alike_tile(const void* context, int64_t task) {
 }
 
 void most_alike(const Alike& on) {
-    float* right = pack(on.right, on.n, on.others, on.d, on.threads);
-    float* right2 = on.also ? pack(on.right2, on.n, on.others, on.also, on.threads) : nullptr;
+    const Panels right(on.right, on.n, on.others, on.d, on.threads);
+    const Panels right2(on.right2, on.n, on.also ? on.others : 0, on.also, on.threads);
     const int64_t tile = tile_of(on.others);
-    const Likeness all{&on, right, right2, tile};
+    const Likeness all{&on, right.own.at, right2.own.at, tile};
     for_each(on.n * ((on.asking + tile - 1) / tile), on.threads, alike_tile, &all);
-    give_back(right);
-    give_back(right2);
 }
 
 }  // namespace

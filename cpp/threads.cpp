@@ -8,6 +8,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -24,6 +25,7 @@ struct Job {
     int room;                     // workers that may still join; guarded by the pool's mutex
     std::atomic<int64_t> next{0};
     std::atomic<int32_t> done{0};
+    std::exception_ptr error;     // the first; guarded by the pool's mutex, read when all is done
 };
 
 struct Pool {
@@ -45,9 +47,17 @@ inline void pause() {
 #endif
 }
 
-void run(Job& job) {
+// A task that fails counts as done: the caller's context must outlive all that was taken, whatever comes of it.
+void run(Job& job, Pool& mine_of) {
     int32_t mine = 0;
-    for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count; mine++) job.task(job.context, i);
+    for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count; mine++) {
+        try {
+            job.task(job.context, i);
+        } catch (...) {
+            std::lock_guard<std::mutex> lock(mine_of.mutex);
+            if (!job.error) job.error = std::current_exception();
+        }
+    }
     if (mine && job.done.fetch_add(mine, std::memory_order_acq_rel) + mine == job.count) job.done.notify_all();
 }
 
@@ -66,18 +76,15 @@ void work(Pool* mine) {
         }
         job->room--;
         lock.unlock();
-        run(*job);
+        run(*job, *mine);
         lock.lock();
     }
 }
 
 // A child has none of its parent's threads: it begins with a pool of its own. The mutex is held across the fork, so
 // that no list is caught half-changed.
-void watch_forks() {
-    static const int watched = pthread_atfork(
-        [] { pool->mutex.lock(); }, [] { pool->mutex.unlock(); }, [] { pool = new Pool; });
-    (void)watched;
-}
+const int watched = pthread_atfork(
+    [] { pool->mutex.lock(); }, [] { pool->mutex.unlock(); }, [] { pool = new Pool; });
 
 struct Memory {
     float* at = nullptr;
@@ -114,11 +121,10 @@ int workers() {
 
 void for_each(int64_t count, int threads, Task task, const void* context) {
     const int others = static_cast<int>(count < threads ? count : threads) - 1;
-    if (others <= 0) {
+    if (others <= 0 || count > INT32_MAX) {
         for (int64_t i = 0; i < count; i++) task(context, i);
         return;
     }
-    watch_forks();
     Pool* mine = pool;
     auto job = std::make_shared<Job>();
     job->task = task, job->context = context, job->count = count, job->room = others;
@@ -130,20 +136,21 @@ void for_each(int64_t count, int threads, Task task, const void* context) {
         while (mine->started < others) {
             try {
                 std::thread(work, mine).detach();
-            } catch (const std::system_error&) {
+            } catch (const std::exception&) {
                 break;  // no thread is to be had: the caller does the work
             }
             mine->started++;
         }
     }
     for (int i = 0; i < others; i++) mine->some.notify_one();
-    run(*job);
+    run(*job, *mine);
     {
         std::lock_guard<std::mutex> lock(mine->mutex);
         mine->jobs.erase(at);
     }
     for (int i = 0; i < LOOKS && job->done.load(std::memory_order_acquire) < count; i++) pause();
     for (int32_t done; (done = job->done.load(std::memory_order_acquire)) < count;) job->done.wait(done);
+    if (job->error) std::rethrow_exception(job->error);
 }
 
 }  // namespace kvfold

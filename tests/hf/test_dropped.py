@@ -148,6 +148,6 @@ def test_generate_hears_of_the_models_own_arguments():
     kvfold.Cache(model)
     assert inspect.signature(model.prepare_inputs_for_generation) == before
     twin = copy.deepcopy(model)
-    assert twin.prepare_inputs_for_generation.model is twin
+    assert twin.prepare_inputs_for_generation.module is twin
     with pytest.raises(ValueError, match="nonsense"):
         model.generate(**tokens(5), nonsense=1)

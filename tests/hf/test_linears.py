@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 import kvfold
@@ -126,16 +127,75 @@ def test_what_cannot_be_done_is_refused_before_anything_is_set():
     assert all(type(layer) is nn.Linear for layer in model)
 
 
-def test_it_is_undone_after_an_error_and_copies_live_on():
-    model, x = layer_with()
+def test_it_is_undone_after_an_error():
+    model, _ = layer_with()
     with pytest.raises(KeyError), kvfold.fast_linears(model):
         raise KeyError
     assert all(type(layer) is nn.Linear for layer in model)
-    lasting = kvfold.fast_linears(model)
-    copied, file = copy.deepcopy(model), io.BytesIO()
-    torch.save(model, file)
+
+
+def test_copies_are_plain():
+    model, x = layer_with()
+    with kvfold.fast_linears(model):
+        copied, file = copy.deepcopy(model), io.BytesIO()
+        torch.save(model, file)
     file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    lasting.undo()
-    for other in (copied, loaded):
-        assert_close(other(x), model(x))
+    for other in (copied, torch.load(file, weights_only=False)):
+        assert all(type(layer) is nn.Linear and "kvfold_choices" not in vars(layer) for layer in other)
+        assert torch.equal(other(x), model(x))
+        with kvfold.fast_linears(other):
+            assert_close(other(x), model(x))
+
+
+def test_layers_that_became_something_else_meanwhile_stay_that():
+    model, x = layer_with()
+    want = model(x)
+    with kvfold.fast_linears(model):
+        nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+        assert_close(model(x), want)
+    assert type(model[0]) is not nn.Linear and type(model[1]) is nn.Linear
+    assert_close(model(x), want)
+
+
+def test_without_compiled_kernels_torchs_ways_are_taken(monkeypatch):
+    monkeypatch.setattr("kvfold.hf.linears.library", lambda: None)
+    model, x = layer_with()
+    with kvfold.fast_linears(model) as fast:
+        for _ in range(3 * TRIES):
+            model(x)
+        assert set(fast.report().values()) <= {"torch", "transposed"} and fast.report()
+
+
+def trained_bias(model: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    model[1].bias.requires_grad_()
+    return model(x)
+
+
+LOOKED_AT = {
+    "vmap": lambda model, x: torch.vmap(model)(x),
+    "jvp": lambda model, x: torch.func.jvp(model, (x,), (torch.ones_like(x),))[1],
+    "make_fx": lambda model, x: make_fx(model)(x)(x),
+    "jit.trace": lambda model, x: torch.jit.trace(model, (x,))(x),
+    "trained bias": trained_bias,
+    "float64": lambda model, x: copy.deepcopy(model).double()(x.double()),
+    "fewer outputs": lambda model, x: nn.Sequential(pruned(model[0]))(x),
+}
+
+
+def pruned(layer: nn.Linear) -> nn.Linear:
+    layer.weight, layer.bias = nn.Parameter(layer.weight[:8], False), nn.Parameter(layer.bias[:8], False)
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch itself calls it
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch itself calls it
+@pytest.mark.parametrize("how", LOOKED_AT)
+def test_whoever_looks_at_the_product_sees_torchs(how, monkeypatch):
+    model, x = layer_with()
+    plain = copy.deepcopy(model)
+    want = LOOKED_AT[how](plain, x)
+    fast = kvfold.fast_linears(model)
+    for shape in ((64, 32), (32, 64)):
+        fast.choices.chosen[(*shape, torch.float32, 2, torch.get_num_threads())] = "kvfold"
+    assert_close(LOOKED_AT[how](model, x), want)
+    fast.undo()

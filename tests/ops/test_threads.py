@@ -149,6 +149,9 @@ def attend(**changed) -> None:
         dict(mass=np.zeros((2, 1), np.float32)),
         dict(weights=np.zeros((1, 1, 2), np.float32)),
         dict(keys=np.zeros((16, 16), np.int16)[:, :8].copy()),
+        dict(hole_count=np.full(1, 1, np.int32)),
+        dict(hole_count=np.full(1, -1, np.int32)),
+        dict(q=np.zeros((1, 1, 0), np.float32), keys=np.zeros((16, 0), np.float32)),
     ],
 )
 def test_what_does_not_fit_together_is_refused_before_it_is_read(changed):
@@ -160,3 +163,48 @@ def test_what_does_not_fit_together_is_refused_before_it_is_read(changed):
 def test_arrays_of_another_type_are_refused():
     with pytest.raises(TypeError):
         attend(lse=np.zeros((1, 1)))
+
+
+SCARCE = """
+import resource
+import numpy as np
+from kvfold.ops import _cpu
+scores, count, chosen = np.zeros((2, 1 << 23), np.float32), np.full(2, 5), np.zeros((2, 1 << 23), bool)
+_cpu.read(scores.reshape(-1), 3)  # workers are there
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (8 << 20), -1))
+for _ in range(3):
+    try:
+        _cpu.top_mask(scores, count, chosen, 2)
+    except MemoryError:
+        print("refused")
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+_cpu.top_mask(scores, count, chosen, 2)
+print(chosen.sum(1).tolist())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are set as Linux has them")
+def test_memory_that_is_not_there_is_an_error_and_no_end():
+    found = subprocess.run([sys.executable, "-c", SCARCE], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0 and found.stdout == "refused\nrefused\nrefused\n[5, 5]\n", found.stderr
+
+
+ENDING = """
+import threading, time
+import numpy as np
+from kvfold.ops import _cpu
+x = np.ones(1 << 20, np.float32)
+def go():
+    while True:
+        _cpu.read(x, 2)
+for _ in range(2):
+    threading.Thread(target=go, daemon=True).start()
+time.sleep(0.3)
+"""
+
+
+def test_a_process_ends_while_daemon_threads_are_in_kernels():
+    for _ in range(3):
+        found = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=120)
+        assert found.returncode == 0, found.stderr

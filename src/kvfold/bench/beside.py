@@ -15,8 +15,9 @@ def busy(count: int) -> Iterator[None]:
     """`count` processes that do nothing but count, until the block is over."""
     if count < 0:
         raise ValueError(f"beside={count} must be at least 0")
-    loops = [subprocess.Popen([sys.executable, "-S", "-c", LOOP, str(os.getpid())]) for _ in range(count)]
+    loops: list[subprocess.Popen[bytes]] = []
     try:
+        loops.extend(subprocess.Popen([sys.executable, "-S", "-c", LOOP, str(os.getpid())]) for _ in range(count))
         yield
     finally:
         for loop in loops:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as by_torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from kvfold.ops.cpu import FLOATS, widths_fit
+from kvfold.ops.cpu import FLOATS, library, widths_fit
 from kvfold.ops.linear.cpu import linear as by_kvfold
 
 ROWS = 16
@@ -34,6 +35,13 @@ WAYS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "transposed": _transposed,
     "kvfold": by_kvfold,
 }
+
+
+def ways() -> list[str]:
+    """Those that this installation has."""
+    return [name for name in WAYS if name != "kvfold" or library() is not None]
+
+
 Shape = tuple[int, int, torch.dtype, int, int]
 """Outputs, inputs, dtype, rows, threads: what a choice is for."""
 
@@ -51,7 +59,7 @@ class Choices:
         way = self.chosen.get(shape)
         if way is not None:
             return WAYS[way](x, layer.weight, layer.bias)
-        taken = self.seconds.setdefault(shape, {name: [] for name in WAYS})
+        taken = self.seconds.setdefault(shape, {name: [] for name in ways()})
         way = min(taken, key=lambda name: len(taken[name]))
         start = time.perf_counter()
         out = WAYS[way](x, layer.weight, layer.bias)
@@ -62,24 +70,44 @@ class Choices:
 
 
 class FastLinear(nn.Linear):
-    """A `torch.nn.Linear` that asks its choices for few rows; made of one in place, and made one again."""
+    """A `torch.nn.Linear` that asks its choices for few rows; made of one in place, and made one again.
 
-    kvfold_choices: Choices
+    Copies and pickles of it are plain layers.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = input.numel() // max(1, self.in_features)
-        if not 0 < rows <= ROWS or not _plain(input, self.weight):
-            return super().forward(input)
-        out = self.kvfold_choices.run(input.reshape(rows, self.in_features), self)
-        return out.view(*input.shape[:-1], self.out_features)
+        choices: Choices | None = vars(self).get("kvfold_choices")
+        if choices is None or not _plain(input, self.weight, self.bias):
+            return nn.Linear.forward(self, input)  # not super(): another thread may have undone us meanwhile
+        rows = input.numel() // self.weight.shape[1]
+        if not 0 < rows <= ROWS:
+            return nn.Linear.forward(self, input)
+        out = choices.run(input.reshape(rows, self.weight.shape[1]), self)
+        return out.view(*input.shape[:-1], -1)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        state = {name: value for name, value in vars(self).items() if name != "kvfold_choices"}
+        return _unmade, (), state
 
 
-def _plain(x: Tensor, weight: Tensor) -> bool:
+def _unmade() -> nn.Linear:
+    """A layer before its state."""
+    return nn.Linear.__new__(nn.Linear)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether nobody but the layer looks at its product: no gradient, autocast, tracing, other device or dtype."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    traced = torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
+    inside = torch._C._functorch.peek_interpreter_stack() is not None  # vmap, jvp
+    if traced or inside or is_in_torch_dispatch_mode() or torch.is_autocast_enabled("cpu"):
         return False
-    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return not wanted and x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype
+    parts = [x, weight] if bias is None else [x, weight, bias]
+    if any(part.device.type != "cpu" or part.dtype != x.dtype for part in parts) or x.dtype not in FLOATS:
+        return False
+    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        return False
+    fit = type(x) in (Tensor, nn.Parameter) and x.shape[-1:] == weight.shape[1:] and weight.numel() > 0
+    return fit and weight.is_contiguous()
 
 
 def _known(module: nn.Module) -> bool:
@@ -103,7 +131,7 @@ class fast_linears:
     """
 
     def __init__(self, model: nn.Module):
-        if any(isinstance(module, FastLinear) for module in model.modules()):
+        if any(type(module) is FastLinear for module in model.modules()):
             raise ValueError(f"model={type(model).__name__} has fast linear layers already; undo() those first")
         found: list[Any] = [module for module in model.modules() if _known(module)]
         if not found:
@@ -119,8 +147,10 @@ class fast_linears:
     def undo(self) -> None:
         """Make the layers what they were."""
         for layer in self.layers:
-            layer.__class__ = nn.Linear
-            del layer.kvfold_choices
+            plain: Any = nn.Linear
+            if type(layer) is FastLinear:  # else somebody has made another kind of it, which goes on without choices
+                layer.__class__ = plain
+            vars(layer).pop("kvfold_choices", None)
         self.layers = []
 
     def report(self) -> dict[Shape, str]:

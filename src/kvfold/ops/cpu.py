@@ -27,6 +27,8 @@ def library() -> ModuleType | None:
     try:
         from kvfold.ops import _cpu
     except ImportError as missing:
+        if os.environ.get("KVFOLD_ISA"):
+            raise  # what was asked for by name is not there
         logging.getLogger("kvfold").warning(
             "the CPU kernels are not there (%s): plain torch does their work, several times slower; "
             "install kvfold where a C++20 compiler is",

@@ -10,7 +10,8 @@ from kvfold.ops.linear import naive
 
 @register("linear", "cpu", rank=10, fits=fits)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not widths_fit(*weight.shape) or not weight.numel() or not weight.is_contiguous():
+    given = fits(x) and (bias is None or fits(bias))
+    if not (given and widths_fit(*weight.shape) and weight.numel() and weight.is_contiguous()):
         return naive.linear(x, weight, bias)
     from kvfold.ops import _cpu
 

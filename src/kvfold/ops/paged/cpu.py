@@ -129,8 +129,8 @@ def _readable(pool: Any, queries: int, d: int, mass: str | None) -> bool:
     """Whether the kernel can answer so many queries of a row over the pages of this pool."""
     keys, values = pool.planes["keys"], pool.planes["values"]
     masses = mass is None or pool.planes[mass].dtype == torch.float32
-    sizes = queries <= ROWS and pool.page_size in PAGE_SIZES and widths_fit(d, values.shape[-1])
-    return fits(keys) and masses and sizes
+    sizes = 0 < queries <= ROWS and d > 0 and pool.page_size in PAGE_SIZES and widths_fit(d, values.shape[-1])
+    return fits(keys) and fits(values) and masses and sizes
 
 
 def _set_columns(table: Any, columns: Mapping[str, Tensor]) -> None:
