@@ -187,7 +187,7 @@ def pruned(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch itself calls it
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch itself calls it
 @pytest.mark.parametrize("how", LOOKED_AT)
 def test_whoever_looks_at_the_product_sees_torchs(how, monkeypatch):
