@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -171,11 +172,17 @@ def trained_bias(model: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     return model(x)
 
 
+def traced(model: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls it deprecated, in several ways
+        return torch.jit.trace(model, (x,), check_trace=False)(x)
+
+
 LOOKED_AT = {
     "vmap": lambda model, x: torch.vmap(model)(x),
     "jvp": lambda model, x: torch.func.jvp(model, (x,), (torch.ones_like(x),))[1],
     "make_fx": lambda model, x: make_fx(model)(x)(x),
-    "jit.trace": lambda model, x: torch.jit.trace(model, (x,))(x),
+    "jit.trace": traced,
     "trained bias": trained_bias,
     "float64": lambda model, x: copy.deepcopy(model).double()(x.double()),
     "fewer outputs": lambda model, x: nn.Sequential(pruned(model[0]))(x),
@@ -187,7 +194,6 @@ def pruned(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch itself calls it
 @pytest.mark.parametrize("how", LOOKED_AT)
 def test_whoever_looks_at_the_product_sees_torchs(how, monkeypatch):
