@@ -22,7 +22,7 @@ SHIPPED = {"full", "h2o", "kvmerger", "snapkv", "streamingllm", "tova"}
 def test_public_names():
     assert kvfold.__all__ == [
         "Arena", "Cache", "Dense", "Drop", "Keep", "LayerView", "Method", "MethodInfo", "OutOfPages", "Pipeline",
-        "Read", "Rewrite", "Store", "list_methods", "load", "method", "parse",
+        "Read", "Rewrite", "Store", "fast_linears", "list_methods", "load", "method", "parse",
     ]  # fmt: skip
     assert all(getattr(kvfold, name) is not None and name in dir(kvfold) for name in kvfold.__all__)
     with pytest.raises(AttributeError, match="'kvfold' has no attribute 'Cahce'"):
