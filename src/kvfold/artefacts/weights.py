@@ -17,20 +17,53 @@ TABLE = "inv_freq"
 def sample(digest: Any, module: Any) -> None:
     """Give `digest` (of `hashlib`) the names, shapes and dtypes of a module's weights, and numbers of each.
 
-    On any device; of weights that are elsewhere (on "meta") no numbers. Buffers count: quantised layers have their
-    weights there. Of PEFT's adapters those count that are on, under whatever name, so that a model whose adapters are
-    off is the model without. Cheap, not a proof.
+    On any device, and of weights that accelerate brings for a pass (read where they lie, a weight at a time). Buffers
+    count: quantised layers have their weights there. Of PEFT's adapters those count that are on, under whatever name,
+    so that a model whose adapters are off is the model without. Cheap, not a proof. ValueError for weights on "meta"
+    that nobody brings.
     """
-    entries = _entries(module)
+    entries, ties = _entries(module), getattr(module, "all_tied_weights_keys", None) or {}
+    shared: dict[str, bytes] = {}
     for path, weight in (*module.named_parameters(), *module.named_buffers()):
         known = _known(path, entries)
         if known is None or TABLE in path:
             continue
+        there = _brought(module, path, weight) if weight.is_meta else weight
+        numbers, owner = b"".join(_numbers(part) for part in _parts(there.detach())), ties.get(path, path)
+        if weight.is_meta and shared.get(owner) == numbers:
+            continue  # tied: one weight under two names, which on "meta" are two
+        shared.setdefault(owner, numbers)
         digest.update(f"{known} {tuple(weight.shape)} {weight.dtype}".encode())
-        for part in _parts(weight.detach()):
-            flat = part.reshape(-1)
-            some = flat[:: max(1, len(flat) // SAMPLES)].cpu().contiguous()
-            digest.update(some.view(torch.uint8).numpy().tobytes())
+        digest.update(numbers)
+
+
+def movers(module: Any) -> tuple[Any, ...]:
+    """What accelerate has put on a module, to bring its weights or move what it is given."""
+    hook = getattr(module, "_hf_hook", None)
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
+def _brought(module: Any, path: str, weight: Tensor) -> Tensor:
+    """A weight on "meta" as accelerate brings it, from the module that holds it or one around that."""
+    steps = path.split(".")
+    for end in reversed(range(len(steps))):
+        for mover in movers(module.get_submodule(".".join(steps[:end]))):
+            try:
+                found = (getattr(mover, "weights_map", None) or {})[".".join(steps[end:])]
+            except KeyError:
+                continue
+            if isinstance(found, Tensor) and not found.is_meta:
+                return found if found.dtype == weight.dtype else found.to(weight.dtype)
+    raise ValueError(
+        f"{path} of {type(module).__name__} is on 'meta', and no hook of accelerate's brings it: "
+        "a cache is saved and loaded for a model by its weights, so they must be there, or offloaded by accelerate"
+    )
+
+
+def _numbers(part: Tensor) -> bytes:
+    flat = part.reshape(-1)
+    some = flat[:: max(1, len(flat) // SAMPLES)].cpu().contiguous()
+    return some.view(torch.uint8).numpy().tobytes()
 
 
 def _entries(module: Any) -> dict[str, str | None]:
@@ -66,5 +99,5 @@ def _parts(weight: Tensor) -> Iterator[Tensor]:
     if hasattr(weight, "__tensor_flatten__"):
         for name in weight.__tensor_flatten__()[0]:
             yield from _parts(getattr(weight, name))
-    elif not weight.is_meta:
+    else:
         yield weight

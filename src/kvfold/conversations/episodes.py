@@ -15,6 +15,7 @@ from kvfold.conversations.topics import Cluster, Encoder, Turn, cluster, embed, 
 from kvfold.hf.anatomy import text_decoder
 from kvfold.hf.argument import with_cache
 from kvfold.hf.cache import Cache
+from kvfold.hf.looking import ids_device
 from kvfold.hf.words import WORDS
 from kvfold.methods.base import Method
 from kvfold.methods.registry import parse
@@ -154,7 +155,7 @@ class Episodes:
 
     def _ids(self, text: str) -> Int[Tensor, "B T"]:
         found = self.tokenizer(text, add_special_tokens=False).input_ids
-        return torch.tensor([found], dtype=torch.long, device=self.model.device)
+        return torch.tensor([found], dtype=torch.long, device=ids_device(self.model))
 
     @contextmanager
     def _watched(self, cache: Cache) -> Iterator[None]:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvfold.hf.anatomy import text_decoder
+from kvfold.hf.looking import ids_device
 from kvfold.hf.tables import kept_tables
 
 Turn = tuple[str, str] | str
@@ -81,7 +82,7 @@ class OwnStates:
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
             with kept_tables(self.model):
                 states = text_decoder(self.model)(
-                    torch.tensor([ids], device=self.model.device, dtype=torch.int64), use_cache=False
+                    torch.tensor([ids], device=ids_device(self.model), dtype=torch.int64), use_cache=False
                 )
             means.append(states.last_hidden_state[0].float().mean(0).cpu().numpy())
         found = np.stack(means)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from kvfold.hf.argument import with_cache
 from kvfold.hf.call.host import Host
 from kvfold.hf.greedy import Drafted, go_on
+from kvfold.hf.looking import ids_device
 from kvfold.hf.tables import kept_tables
 from kvfold.hf.words import tokenizer_of
 from kvfold.models.load import load
@@ -64,8 +65,8 @@ def look_ahead(
     `observe` gets every layer's view of every pass: padding of the prompt stands first, and is not stored.
     """
     model = cache.model
-    order = torch.argsort(valid.byte(), dim=1, stable=True)
-    ids, mask = ids.gather(1, order).to(model.device), valid.gather(1, order).to(model.device)
+    order, device = torch.argsort(valid.byte(), dim=1, stable=True), ids_device(model)
+    ids, mask = ids.gather(1, order).to(device), valid.gather(1, order).to(device)
     with kept_tables(model), nullcontext() if observe is None else cache.observed(observe):
         given = {} if bool(mask.all()) else {"attention_mask": mask.long()}
         places = (mask.cumsum(1) - 1).clamp(min=0)

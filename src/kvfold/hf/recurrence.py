@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from kvfold.hf.anatomy import text_decoder
 from kvfold.hf.argument import with_cache
+from kvfold.hf.looking import ids_device, is_offloaded
 
 _known: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
@@ -26,7 +27,8 @@ def carries_state(model: Any) -> bool:
     """Whether a pass of several tokens goes on from a recurrent state, instead of starting anew.
 
     Found once for a model: two tokens are read, the state that they leave is spoiled, and two more are read. A new
-    state that is not spoiled did not come from the old one. Each pass ends at the first layer with a state.
+    state that is not spoiled did not come from the old one. Each pass ends at the first layer with a state, but where
+    accelerate brings weights for a pass and takes them away behind it: there it must come to its end.
     """
     if model not in _known:
         _known[model] = _carries_state(model)
@@ -37,7 +39,7 @@ def carries_state(model: Any) -> bool:
 def _carries_state(model: Any) -> bool:
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     for layer in cache.layers:
-        if hasattr(layer, "update_recurrent_state"):
+        if hasattr(layer, "update_recurrent_state") and not is_offloaded(model):
             layer.update_recurrent_state = _then_stop(layer.update_recurrent_state)
     for _ in range(2):
         for layer in cache.layers:
@@ -51,11 +53,9 @@ def _carries_state(model: Any) -> bool:
 
 def _read_two(model: Any, cache: DynamicCache) -> None:
     decoder = text_decoder(model)
-    device = model.get_input_embeddings().weight.device
+    ids = torch.zeros(1, 2, dtype=torch.long, device=ids_device(model))
     try:
-        decoder(
-            input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), **with_cache(decoder, cache), use_cache=True
-        )
+        decoder(input_ids=ids, **with_cache(decoder, cache), use_cache=True)
     except _StateSeen:
         return
 

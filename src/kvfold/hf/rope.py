@@ -10,8 +10,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from threading import RLock, get_ident
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,7 +22,7 @@ from transformers import DynamicCache
 from kvfold.artefacts.fields import text_config, turns_by_length
 from kvfold.hf.anatomy import attention_modules, has_grid_positions, text_decoder
 from kvfold.hf.argument import with_cache
-from kvfold.hf.looking import has_weights, looking
+from kvfold.hf.looking import has_weights, ids_device, looking
 from kvfold.hf.tables import rotaries
 from kvfold.rotation import Rope, Still
 
@@ -37,6 +38,9 @@ CLOSE, COARSE = 1e-3, 0.05
 """How far a key that is turned here may be from the model's, of the largest; the second in 16 bits."""
 
 _found: WeakKeyDictionary[nn.Module, dict[int, Rope]] = WeakKeyDictionary()
+_failed: WeakSet[nn.Module] = WeakSet()
+"""Models of which was said that the pass over them failed."""
+_measuring = RLock()
 
 
 @dataclass(frozen=True)
@@ -80,19 +84,24 @@ def find_ropes(model: Any) -> dict[int, Rope]:
 
     `Still` where positions leave them as they are. None is known where the model has no rotary module, its angles
     depend on the text's length, images have positions of their own, or the model's own keys are not what its
-    rotation makes of them (a norm behind it). Measured once for a model, by a pass over a few tokens.
+    rotation makes of them (a norm behind it). Measured once for a model, by a pass over a few tokens, in which other
+    threads may use the model. A pass that fails is said once, as a warning, and made again for the next cache.
     """
     decoder = text_decoder(model)
     if has_grid_positions(model) or not rotaries(model) or not has_weights(decoder):
         return {}
-    if decoder not in _found:
-        try:
-            keys = _keys(model, decoder)
-        except Exception as error:  # a model that reads no lone token: that alone keeps nobody from using it
-            logging.getLogger("kvfold").debug("which keys of %s turn is not known: %s", type(model).__name__, error)
-            return {}
-        _found[decoder] = _ropes(model, keys)
-    return _found[decoder]
+    with _measuring:
+        if decoder not in _found:
+            try:
+                keys = _keys(model, decoder)
+            except Exception as error:  # a model that reads no lone token: that alone keeps nobody from using it
+                if decoder not in _failed:
+                    _failed.add(decoder)
+                    name, text = type(model).__name__, "which keys of %s turn is not known: %s: %s"
+                    logging.getLogger("kvfold").warning(text, name, type(error).__name__, error)
+                return {}
+            _found[decoder] = _ropes(model, keys)
+        return _found[decoder]
 
 
 def _ropes(model: Any, keys: dict[int, Tensor]) -> dict[int, Rope]:
@@ -114,9 +123,11 @@ def _ropes(model: Any, keys: dict[int, Tensor]) -> dict[int, Rope]:
 
 def _keys(model: Any, decoder: Any) -> dict[int, Tensor]:
     """The keys of every layer that holds keys, (R * N, H, 1, D); none where the rotations don't go by rows."""
-    config, seen = text_config(model), list[bool]()
+    config, seen, here = text_config(model), list[bool](), get_ident()
 
     def turn(module: nn.Module, args: Any, output: Any) -> Any:
+        if get_ident() != here:  # another thread's pass: it is to read as ever
+            return None
         parts = output if isinstance(output, tuple) else (output,)
         made = [part.clone() for part in parts]
         each = len(PARTS)
@@ -124,14 +135,14 @@ def _keys(model: Any, decoder: Any) -> dict[int, Tensor]:
         if seen[-1]:
             size = parts[0].abs() if len(parts) == 1 else torch.sqrt(sum(part.float() ** 2 for part in parts))
             for row, cosine in enumerate(COSINES):
-                here = slice(row * each, (row + 1) * each)
-                made[0][here] = (cosine * size[here]).to(made[0].dtype)
+                rows = slice(row * each, (row + 1) * each)
+                made[0][rows] = (cosine * size[rows]).to(made[0].dtype)
                 for sine in made[1:]:
-                    sine[here] = 0
+                    sine[rows] = 0
         return tuple(made) if isinstance(output, tuple) else made[0]
 
     cache = DynamicCache(config=config)
-    device = decoder.device
+    device = ids_device(decoder)
     tokens = torch.tensor([config.vocab_size // part for part in PARTS], device=device, dtype=torch.int64)
     places = torch.tensor(POSITIONS, device=device, dtype=torch.int64).repeat_interleave(len(PARTS))
     with looking(model), ExitStack() as stack:

@@ -15,6 +15,7 @@ from kvfold.hf.beside import check_state, is_window, restore, state_of
 from kvfold.hf.call.host import Host
 from kvfold.hf.call.reading import Reading
 from kvfold.hf.layers import PagedLayer
+from kvfold.hf.looking import device_of
 from kvfold.hf.saving.fingerprint import fields_of, fingerprint, modules_of
 from kvfold.hf.saving.outside import check_outside
 from kvfold.hf.saving.said import Entry, SaidGroup, SaidLayer, SaidRows, check_reading, groups_of
@@ -32,8 +33,7 @@ READING = ("valid", "places", "given")
 
 def _device(model: PreTrainedModel, index: int) -> torch.device:
     """Where layer `index` of the model lies: a model may be spread over several devices."""
-    weights = (weight for module in modules_of(model, index) for weight in module.parameters())
-    return next((weight.device for weight in weights if not weight.is_meta), model.device)
+    return device_of(*modules_of(model, index), model)
 
 
 def save(cache: Host, path: str | os.PathLike[str]) -> None:
