@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import kvfold
 from kvfold.conversations.topics import OwnStates
+from kvfold.hf.draft import look_ahead
 from kvfold.hf.looking import ids_device
 from kvfold.hf.recurrence import carries_state
 from kvfold.hf.rope import find_ropes
@@ -83,6 +84,13 @@ def test_states_of_texts():
     texts = ["a", "bb", "ccc"]
     model, plain = cpu_offload(build("llama"), CPU), build("llama")
     assert (abs(OwnStates(model, words)(texts) - OwnStates(plain, words)(texts)) < 1e-5).all()
+
+
+def test_a_draft(away):
+    said, prompt = [], tokens(12, 9)
+    for model in (away(build("llama")), build("llama")):
+        said.append(look_ahead(kvfold.Cache(model), prompt["input_ids"], prompt["attention_mask"].bool(), 4))
+    assert torch.equal(said[0][0], said[1][0])
 
 
 # -- files ---------------------------------------------------------------------------------------------------
