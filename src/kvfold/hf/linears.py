@@ -97,7 +97,7 @@ def _unmade() -> nn.Linear:
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether nobody but the layer looks at its product: no gradient, autocast, tracing, other device or dtype."""
-    traced = torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
     inside = torch._C._functorch.peek_interpreter_stack() is not None  # vmap, jvp
     if traced or inside or is_in_torch_dispatch_mode() or torch.is_autocast_enabled("cpu"):
         return False
@@ -150,7 +150,8 @@ class fast_linears:
             plain: Any = nn.Linear
             if type(layer) is FastLinear:  # else somebody has made another kind of it, which goes on without choices
                 layer.__class__ = plain
-            vars(layer).pop("kvfold_choices", None)
+            if hasattr(layer, "kvfold_choices"):
+                del layer.kvfold_choices
         self.layers = []
 
     def report(self) -> dict[Shape, str]:
