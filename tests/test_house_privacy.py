@@ -12,7 +12,7 @@ from source_tree import Module, Modules, house, imports, made
 OPEN = {
     "_C": "torch's own state: whether vmap or jvp look at an operation (`torch._C._functorch`) has no other name",
     "_functorch": "the same",
-    "_python_dispatch": "torch's question whether a mode looks at operations, which has no other name",
+    "_len_torch_dispatch_stack": "torch's number of modes that look at operations, which has no other name",
     "_attn_implementation": "transformers' field of a config, which has no other name",
     "_can_set_attn_implementation": "transformers' question to a model, which has no other name",
     "_name_or_path": "transformers' field of a config, which has no other name",

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as by_torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kvfold.ops.cpu import FLOATS, library, widths_fit
 from kvfold.ops.linear.cpu import linear as by_kvfold
@@ -99,7 +98,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether nobody but the layer looks at its product: no gradient, autocast, tracing, other device or dtype."""
     traced = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
     inside = torch._C._functorch.peek_interpreter_stack() is not None  # vmap, jvp
-    if traced or inside or is_in_torch_dispatch_mode() or torch.is_autocast_enabled("cpu"):
+    if traced or inside or torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
         return False
     parts = [x, weight] if bias is None else [x, weight, bias]
     if any(part.device.type != "cpu" or part.dtype != x.dtype for part in parts) or x.dtype not in FLOATS:
