@@ -41,7 +41,7 @@ def test_a_change_is_seen_or_not_and_nothing_stays(tmp_path, monkeypatch):
     source, name = tmp_path / "src", "src/kvfold/options.py"
     shutil.copytree(ROOT / "src", source)
     path, text = source / "kvfold/options.py", (ROOT / name).read_text(encoding="utf-8")
-    line = "def check_int(name: str, value: object, low: int, odd: bool = False) -> None:"
+    line = "def check_int(name: str, value: object, low: int, odd: bool = False, high: int = LARGEST) -> None:"
     broken = Mutant("broken", name, line, f"{line}\n    return None", ("tests/test_budgets.py",))
     harmless = replace(broken, name="harmless", new=f"{line}  # another comment")
     before = path.read_bytes(), path.stat().st_mtime_ns

@@ -106,9 +106,15 @@ class ResultFolder:
             raise RuntimeError(f"another process is writing to {folder}") from None
         path = folder / DEFINITION
         if path.exists():
-            before = read_sweep(path).get("sweep")
-            if not isinstance(before, dict) or not all(isinstance(each, dict) for each in before.get("tasks", [])):
-                raise ValueError(f"{path} is damaged: sweep={shown(before)} must be an object")
+            try:
+                before = read_sweep(path).get("sweep")
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged: {error}") from None
+            tasks = before.get("tasks", []) if isinstance(before, dict) else None
+            if not isinstance(before, dict) or not (
+                isinstance(tasks, list) and all(isinstance(x, dict) for x in tasks)
+            ):
+                raise ValueError(f"{path} is damaged: sweep={shown(before)} must be an object with a list of tasks")
             self._check(before, definition)
         write_json(path, {"format": FORMAT, "sweep": definition, **about}, indent=2)
         if retry_failed:

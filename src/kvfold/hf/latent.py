@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kvfold.hf.attention import HANDLE, Handle
 from kvfold.hf.source import EXPAND
-from kvfold.hf.standing import Standing, stand
+from kvfold.hf.standing import StandIn, stand
 
 
 def is_latent(module: nn.Module | None) -> bool:
@@ -57,7 +57,7 @@ def expand(module: Any, latent: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]
     return made
 
 
-class Expanding(Standing):
+class Expanding(StandIn):
     """`expand_kv` of one module, whose keys carry the handle that its latents carried."""
 
     name = EXPAND

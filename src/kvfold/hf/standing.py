@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 
-class Standing:
+class StandIn:
     """A callable that takes the place of the method `name` on one module: it can be copied and pickled with it.
 
     It holds the module weakly. One that held it would keep a model alive, which nobody uses any more, until Python
@@ -32,14 +32,14 @@ class Standing:
         """What the class's own method makes of a call."""
         return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Standing":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StandIn":
         return type(self)(memo.get(id(self.module), self.module))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.module,)
 
 
-def stand(kind: type[Standing], module: nn.Module) -> None:
+def stand(kind: type[StandIn], module: nn.Module) -> None:
     """Put one on a module whose class has that method, and which has nothing of its own there."""
     if hasattr(type(module), kind.name) and kind.name not in vars(module):
         setattr(module, kind.name, kind(module))

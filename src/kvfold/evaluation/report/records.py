@@ -177,13 +177,14 @@ def record_of(fields: Fields) -> ResultRecord:
                 raise query.fail("scores", "numbers by name")
             if not -(2**63) < value < 2**63:  # NaN is neither
                 return ResultRecord(**key, error=f"the score {name} is {value}")
-        answers.append(RecordedAnswer(query.text("prediction"), scores, query.number("tokens", whole=True)))
+        made = {name: float(value) for name, value in scores.items()}
+        answers.append(RecordedAnswer(query.text("prediction"), made, query.number("tokens", whole=True)))
     kept = fields.items("kept")
     if not all(isinstance(share, int | float) and 0 <= share < 2**63 for share in kept):
         raise fields.fail("kept", "a list of shares, none negative")
     timing = fields.part("timing")
     return ResultRecord(
-        **key, kept=tuple(kept), answers=tuple(answers), kept_tokens=fields.number("kept_tokens"),
+        **key, kept=tuple(map(float, kept)), answers=tuple(answers), kept_tokens=fields.number("kept_tokens"),
         prompt_tokens=fields.number("prompt_tokens", whole=True), nbytes=fields.number("nbytes", whole=True),
         full_nbytes=fields.number("full_nbytes", whole=True, least=1),
         prefill_seconds=timing.number("prefill_seconds", null=True),

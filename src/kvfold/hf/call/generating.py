@@ -6,10 +6,10 @@ from torch import Tensor
 
 from kvfold.hf.argument import cache_in
 from kvfold.hf.call.modes import Modal
-from kvfold.hf.standing import Standing, stand
+from kvfold.hf.standing import StandIn, stand
 
 
-class Comparing(Standing):
+class Comparing(StandIn):
     """`generate` of one model, which compares the ids that it gets with those that its cache has read."""
 
     name = "generate"

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from kvfold.hf.argument import cache_in, name_of
 from kvfold.hf.call.generating import cut
 from kvfold.hf.call.host import Host
-from kvfold.hf.standing import Standing, stand
+from kvfold.hf.standing import StandIn, stand
 
 
-class Preparing(Standing):
+class Preparing(StandIn):
     """`prepare_inputs_for_generation` of one model, after which its call has the cache that `generate` was given."""
 
     name = "prepare_inputs_for_generation"
