@@ -149,10 +149,10 @@ inline vec exponential(vec x) {
 
 inline float exponential(float x) { return exponential(everywhere(x))[0]; }
 
-// The lines that hold so many bytes come into the first cache while other work is done.
-inline void fetch(const void* at, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i);
-}
+constexpr int AT_ONCE = MANY ? 4 : 3;  // rows whose sums for four others are in registers at once
+
+// Rows that are worked out together of `left` ones: two pairs rather than three and one.
+inline int64_t rows_of_four(int64_t left) { return left == AT_ONCE + 1 ? (left + 1) / 2 : smaller(left, AT_ONCE); }
 
 // C[ROWS, WIDE * LANES] += A[ROWS, k] B[k, WIDE * LANES], with C in registers meanwhile.
 template <int ROWS, int WIDE, class T>

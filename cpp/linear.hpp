@@ -8,8 +8,7 @@
 namespace kvfold::ISA {
 namespace {
 
-constexpr int64_t OUTPUTS = 32;                  // of one task
-constexpr int64_t ROWS_AT_ONCE = MANY ? 4 : 3;  // whose sums for four outputs are in registers
+constexpr int64_t OUTPUTS = 32;  // of one task
 
 // out[r][o..o+3] = x[r] . weight[o..o+3] for R rows.
 template <int R, class T>
@@ -46,7 +45,7 @@ void linear_task(const void* context, int64_t task) {
     const int64_t stop = smaller(on.n, (task + 1) * OUTPUTS);
     for (int64_t o = task * OUTPUTS; o < stop; o += 4)
         for (int64_t r = 0; r < on.rows;) {
-            const int64_t left = on.rows - r, now = left == ROWS_AT_ONCE + 1 ? (left + 1) / 2 : smaller(left, ROWS_AT_ONCE);
+            const int64_t now = rows_of_four(on.rows - r);
             const float* x = on.x + r * on.k;
             const float* bias = on.bias ? on.bias + o : nullptr;
             float* out = on.out + r * on.n + o;

@@ -10,8 +10,6 @@
 namespace kvfold::ISA {
 namespace {
 
-constexpr int HEADS = MANY ? 4 : 3;  // heads whose sums for four tokens are in registers at once
-
 // A page that is wanted soon. Its lines are asked for one after another, while others are worked on: memory must have
 // something to do all the time, and a burst of requests would only stand in line.
 struct Soon {
@@ -50,14 +48,11 @@ inline void dots(const float* q, const T* keys, const Soon& soon, int64_t slot, 
         *reinterpret_cast<loose_quad*>(logits + h * BLOCK) = sums(acc[h][0], acc[h][1], acc[h][2], acc[h][3]);
 }
 
-// Heads that are worked out together of `left` ones.
-inline int64_t heads_of(int64_t left) { return left == HEADS + 1 ? (left + 1) / 2 : smaller(left, HEADS); }
-
 template <class T>
 inline void dots_of_all(const float* q, const T* keys, const Soon& soon, int64_t slot, int64_t g, int64_t d,
                         float* logits) {
     for (int64_t h = 0; h < g;) {
-        const int64_t now = heads_of(g - h);
+        const int64_t now = rows_of_four(g - h);
         const float* from = q + h * d;
         float* to = logits + h * BLOCK;
         switch (now) {
@@ -234,7 +229,7 @@ struct Reader {
                 held[used++] = {values + int64_t{pages()[index]} * size * dv, smaller(size, count - at), at, soon};
             }
             for (int64_t h = 0; h < g;) {
-                const int64_t now = heads_of(g - h);
+                const int64_t now = rows_of_four(g - h);
                 const float* from = logits + h * BLOCK;
                 float* to = out + h * dv;
                 switch (now) {

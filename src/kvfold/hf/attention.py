@@ -82,9 +82,8 @@ def mask(*args: Any, **kwargs: Any) -> Tensor | None:
         made: Tensor | None = sdpa_mask(*args, **kwargs)
         return made
     if not _is_causal(kwargs):
-        refused = torch.empty(
-            0, dtype=torch.float32
-        )  # models make masks that none of their layers uses: who uses it says so
+        # Models make masks that none of their layers uses: who uses it says so.
+        refused = torch.empty(0, dtype=torch.float32)
         setattr(refused, OTHER, True)
         return refused
     padding: Tensor | None = kwargs.get("attention_mask")
