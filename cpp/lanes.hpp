@@ -32,6 +32,7 @@ typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef float quad __attribute__((vector_size(16)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float loose_quad __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t pairs __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 // Memory that goes back at the end of its block.
@@ -53,7 +54,14 @@ struct f16 {
 inline vec load(const float* p) { return *reinterpret_cast<const loose*>(p); }
 
 inline vec load(const bf16* p) {  // the upper half of a float
-    return (vec)(__builtin_convertvector(*reinterpret_cast<const halves*>(p), uvec) << 16);
+#if defined(__AVX512F__)
+    const uvec wide = (uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)  // compilers take five instructions for what has one
+    const uvec wide = (uvec)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    const uvec wide = __builtin_convertvector(*reinterpret_cast<const halves*>(p), uvec);
+#endif
+    return (vec)(wide << 16);
 }
 
 inline vec load(const f16* p) {
@@ -69,6 +77,44 @@ inline vec load(const f16* p) {
     const uvec endless = (uvec)((bits & 0x7c00u) == 0x7c00u) & 0x7f800000u;
     return (vec)((uvec)size | endless | (bits & 0x8000u) << 16);
 #endif
+}
+
+// One of two vectors that lie side by side. In bfloat16 it is the numbers at even or at odd places, which a shift or a
+// mask takes out of the two: INTERLEAVED tells whether `apart` and `together` have anything to do.
+template <int WHICH, class T>
+inline vec half(const T* p) {
+    return load(p + WHICH * LANES);
+}
+
+template <int WHICH>
+inline vec half(const bf16* p) {
+    const uvec both = (uvec)*reinterpret_cast<const pairs*>(p);
+    return (vec)(WHICH ? both & 0xffff0000u : both << 16);
+}
+
+template <class T>
+constexpr bool INTERLEAVED = false;
+template <>
+inline constexpr bool INTERLEAVED<bf16> = true;
+
+// Numbers in the order of `half`, as far as whole pairs of vectors go.
+template <class T>
+inline void apart(const float* x, float* out, int64_t count) {
+    int64_t i = 0;
+    if (INTERLEAVED<T>)
+        for (; i + 2 * LANES <= count; i += 2 * LANES)
+            for (int j = 0; j < LANES; j++) out[i + j] = x[i + 2 * j], out[i + LANES + j] = x[i + 2 * j + 1];
+    for (; i < count; i++) out[i] = x[i];
+}
+
+// The way back, in place.
+template <class T>
+inline void together(float* x, int64_t count) {
+    if (!INTERLEAVED<T>) return;
+    for (int64_t i = 0; i + 2 * LANES <= count; i += 2 * LANES) {
+        const vec even = *reinterpret_cast<const loose*>(x + i), odd = *reinterpret_cast<const loose*>(x + i + LANES);
+        for (int j = 0; j < LANES; j++) x[i + 2 * j] = even[j], x[i + 2 * j + 1] = odd[j];
+    }
 }
 
 inline void store(float* p, vec x) { *reinterpret_cast<loose*>(p) = x; }
@@ -118,6 +164,46 @@ inline vec quarter(vec a, vec b) {
 
 // The sums of four vectors, side by side: a tree over the registers.
 inline quad sums(vec a, vec b, vec c, vec d) { return fold(quarter(halve(a, b), halve(c, d))); }
+
+// In a register from here on, and not before: compilers load too much too early, and spill sums.
+inline vec held(vec x) {
+#if LANES == 16
+    asm volatile("" : "+v"(x));
+#elif defined(__x86_64__)
+    asm volatile("" : "+x"(x));
+#endif
+    return x;
+}
+
+// acc[r][t] += x[r] * y(t): for three rows as many registers as AVX2 has.
+template <int R, class Four>
+inline void outer(const float* x, int64_t ldx, vec (&acc)[R][4], Four y) {
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; t++) {
+        const vec now = held(y(t));
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) acc[r][t] += load(x + r * ldx) * now;
+    }
+}
+
+// x[r] . y[0..3] for R rows, whose numbers lie in the order of `half`; `each(i)` comes before those from i on.
+template <int R, class T, class Each>
+inline void dots(const float* x, int64_t ldx, const T* y, int64_t ldy, int64_t count, quad (&out)[R], Each each) {
+    vec acc[R][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int t = 0; t < 4; t++) acc[r][t] = vec{};
+    int64_t i = 0;
+    for (; i + 2 * LANES <= count; i += 2 * LANES) {
+        each(i);
+        outer<R>(x + i, ldx, acc, [&](int t) { return half<0>(y + t * ldy + i); });
+        outer<R>(x + i + LANES, ldx, acc, [&](int t) { return half<1>(y + t * ldy + i); });
+    }
+    if (i < count) outer<R>(x + i, ldx, acc, [&](int t) { return load(y + t * ldy + i); });
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) out[r] = sums(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+}
 
 inline float sum(vec x) {
     const quad y = fold(x);

@@ -12,29 +12,13 @@ constexpr int64_t OUTPUTS = 32;  // of one task
 
 // out[r][o..o+3] = x[r] . weight[o..o+3] for R rows.
 template <int R, class T>
-inline void outputs(const float* x, const T* weight, int64_t k, float* out, int64_t n, const float* bias) {
-    vec acc[R][4], w[4];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int o = 0; o < 4; o++) acc[r][o] = vec{};
-    int64_t i = 0;
-    do {
-#pragma GCC unroll 4
-        for (int o = 0; o < 4; o++) w[o] = load(weight + o * k + i);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            const vec y = load(x + r * k + i);
-#pragma GCC unroll 4
-            for (int o = 0; o < 4; o++) acc[r][o] += y * w[o];
-        }
-        i += LANES;
-    } while (i < k);
+[[gnu::noinline]] void outputs(const float* x, const T* weight, int64_t k, float* out, int64_t n, const float* bias) {
+    quad found[R];
+    dots<R>(x, k, weight, k, k, found, [](int64_t) {});
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-        quad found = sums(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
-        if (bias) found += *reinterpret_cast<const loose_quad*>(bias);
-        *reinterpret_cast<loose_quad*>(out + r * n) = found;
+        if (bias) found[r] += *reinterpret_cast<const loose_quad*>(bias);
+        *reinterpret_cast<loose_quad*>(out + r * n) = found[r];
     }
 }
 
@@ -59,7 +43,13 @@ void linear_task(const void* context, int64_t task) {
         }
 }
 
-void linear(const Linear& on) {
+void linear(const Linear& asked) {
+    Linear on = asked;
+    const Taken<float> x(on.kind == Kind::bf16 ? on.rows * on.k : 0);
+    if (on.kind == Kind::bf16) {
+        for (int64_t r = 0; r < on.rows; r++) apart<bf16>(on.x + r * on.k, x.at + r * on.k, on.k);
+        on.x = x.at;
+    }
     const Task task = on.kind == Kind::f32 ? linear_task<float> : on.kind == Kind::bf16 ? linear_task<bf16> : linear_task<f16>;
     for_each((on.n + OUTPUTS - 1) / OUTPUTS, on.n * on.k < 65536 ? 1 : on.threads, task, &on);
 }

@@ -19,47 +19,36 @@ struct Soon {
     void line(int64_t slot, int64_t byte) const { __builtin_prefetch(at + slot * token + byte); }
 };
 
-// logits[h * BLOCK + 0..3] = q[h] . key[0..3]; meanwhile the tokens from `slot` of `soon` come in.
+// logits[h * BLOCK + t] = q[h] . key[t] for a page of `size` tokens, four at a time; meanwhile those of `soon` come in.
+// A function of its own, for which registers are enough.
 template <int H, class T>
-inline void dots(const float* q, const T* keys, const Soon& soon, int64_t slot, int64_t d, float* logits) {
-    constexpr int64_t LINE = 64 / sizeof(T) < LANES ? LANES : 64 / sizeof(T);
-    vec acc[H][4], key[4];
+[[gnu::noinline]] void look_at(const float* q, const T* keys, const Soon& soon, int64_t size, int64_t d, float* logits) {
+    constexpr int64_t LINE = 64 / sizeof(T), STEP = 2 * LANES;  // numbers
+    for (int64_t first = 0; first < size; first += 4) {
+        quad found[H];
+        dots<H>(q, d, keys + first * d, d, d, found, [&](int64_t i) {
+            for (int64_t n = i; n < i + STEP; n += LINE)
+                if (STEP >= LINE || i % LINE == 0)
 #pragma GCC unroll 4
-    for (int h = 0; h < H; h++)
+                    for (int t = 0; t < 4; t++) soon.line(first + t, n * static_cast<int64_t>(sizeof(T)));
+        });
 #pragma GCC unroll 4
-        for (int t = 0; t < 4; t++) acc[h][t] = vec{};
-    int64_t i = 0;
-    do {
-        if (i % LINE == 0)
-#pragma GCC unroll 4
-            for (int t = 0; t < 4; t++) soon.line(slot + t, i * static_cast<int64_t>(sizeof(T)));
-#pragma GCC unroll 4
-        for (int t = 0; t < 4; t++) key[t] = load(keys + t * d + i);
-#pragma GCC unroll 4
-        for (int h = 0; h < H; h++) {
-            const vec x = load(q + h * d + i);
-#pragma GCC unroll 4
-            for (int t = 0; t < 4; t++) acc[h][t] += x * key[t];
-        }
-        i += LANES;
-    } while (i < d);
-#pragma GCC unroll 4
-    for (int h = 0; h < H; h++)
-        *reinterpret_cast<loose_quad*>(logits + h * BLOCK) = sums(acc[h][0], acc[h][1], acc[h][2], acc[h][3]);
+        for (int h = 0; h < H; h++) *reinterpret_cast<loose_quad*>(logits + h * BLOCK + first) = found[h];
+    }
 }
 
 template <class T>
-inline void dots_of_all(const float* q, const T* keys, const Soon& soon, int64_t slot, int64_t g, int64_t d,
+inline void look_at_all(const float* q, const T* keys, const Soon& soon, int64_t size, int64_t g, int64_t d,
                         float* logits) {
     for (int64_t h = 0; h < g;) {
         const int64_t now = rows_of_four(g - h);
         const float* from = q + h * d;
         float* to = logits + h * BLOCK;
         switch (now) {
-            case 4: dots<4>(from, keys, soon, slot, d, to); break;
-            case 3: dots<3>(from, keys, soon, slot, d, to); break;
-            case 2: dots<2>(from, keys, soon, slot, d, to); break;
-            default: dots<1>(from, keys, soon, slot, d, to);
+            case 4: look_at<4>(from, keys, soon, size, d, to); break;
+            case 3: look_at<3>(from, keys, soon, size, d, to); break;
+            case 2: look_at<2>(from, keys, soon, size, d, to); break;
+            default: look_at<1>(from, keys, soon, size, d, to);
         }
         h += now;
     }
@@ -88,11 +77,15 @@ inline void weigh(const float* weights, const Page<T>* pages, int64_t count, int
         const Soon soon = pages[p].soon;
         for (int64_t i = 0; i < pages[p].held; i++, value += dv) {
             for (int n = 0; n < W * LANES; n += LINE) soon.line(i, (first + n) * static_cast<int64_t>(sizeof(T)));
+            vec w[H];
+#pragma GCC unroll 4
+            for (int h = 0; h < H; h++) w[h] = everywhere(weight[h * BLOCK + i]);
 #pragma GCC unroll 4
             for (int n = 0; n < W; n++) {
-                const vec x = load(value + n * LANES);
+                const T* pair = value + (n - n % 2) * LANES;
+                const vec x = W == 1 ? load(value) : n % 2 ? half<1>(pair) : half<0>(pair);
 #pragma GCC unroll 4
-                for (int h = 0; h < H; h++) acc[h][n] += weight[h * BLOCK + i] * x;
+                for (int h = 0; h < H; h++) acc[h][n] += w[h] * x;
             }
         }
     }
@@ -102,10 +95,12 @@ inline void weigh(const float* weights, const Page<T>* pages, int64_t count, int
         for (int n = 0; n < W; n++) store(sums + h * dv + first + n * LANES, acc[h][n]);
 }
 
+constexpr int64_t STRETCH = 4 * LANES;  // numbers whose sums are in registers at once: in the order of `half`
+
 template <int H, class T>
 inline void weigh_all(const float* weights, const Page<T>* pages, int64_t count, int64_t dv, float* sums) {
     int64_t i = 0;
-    for (; i + 4 * LANES <= dv; i += 4 * LANES) weigh<H, 4>(weights, pages, count, i, dv, sums);
+    for (; i + STRETCH <= dv; i += STRETCH) weigh<H, 4>(weights, pages, count, i, dv, sums);
     for (; i < dv; i += LANES) weigh<H, 1>(weights, pages, count, i, dv, sums);
 }
 
@@ -146,8 +141,7 @@ struct Reader {
             some = true;
             const int64_t index = (block + at) / size, place = int64_t{pages()[index]} * size;
             const Soon soon = at + size < count ? of_keys(index + 1) : of_values(block / size);
-            for (int64_t t = 0; t < size; t += 4)
-                dots_of_all(q, keys + (place + t) * d, soon, t, g, d, logits + at + t);
+            look_at_all(q, keys + place * d, soon, size, g, d, logits + at);
             if (on.mass)
                 for (int64_t h = 0; h < g; h++)
                     for (int64_t i = 0; i < size; i++) logits[h * BLOCK + at + i] += on.mass[place + i];
@@ -173,7 +167,11 @@ struct Reader {
         const V* values = static_cast<const V*>(on.values);
         float* q = scratch(g * (d + BLOCK + 2));
         float *logits = q + g * d, *top = logits + g * BLOCK, *total = top + g;
-        for (int64_t i = 0; i < g * d; i++) q[i] = on.q[row * g * d + i] * on.scale;
+        for (int64_t h = 0; h < g; h++) {
+            const float* from = on.q + (row * g + h) * d;
+            apart<K>(from, q + h * d, d);
+            for (int64_t i = 0; i < d; i++) q[h * d + i] *= on.scale;
+        }
         for (int64_t h = 0; h < g; h++) top[h] = NEVER, total[h] = 0;
         for (int64_t i = 0; i < g * dv; i++) out[i] = 0;
         bool live[BLOCK / 4];
@@ -243,6 +241,7 @@ struct Reader {
         }
         for (int64_t h = 0; h < g; h++) {
             lse[h] = total[h] == 0 ? -INFINITY : top[h] + logf(total[h]);
+            together<V>(out + h * dv, dv / STRETCH * STRETCH);
             if (total[h] != 0)
                 for (int64_t i = 0; i < dv; i += LANES) store(out + h * dv + i, load(out + h * dv + i) / total[h]);
         }
