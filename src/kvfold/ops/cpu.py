@@ -79,11 +79,13 @@ def quota(root: Path) -> float:
 
 def floats(x: Tensor) -> np.ndarray:
     """A tensor as a contiguous float32 array."""
-    array: np.ndarray = x.float().contiguous().numpy()
+    wide = x if x.dtype == torch.float32 else x.float()
+    array: np.ndarray = wide.contiguous().numpy()
     return array
 
 
 def bits(x: Tensor) -> np.ndarray:
     """A tensor as the kernels read it, contiguous: bfloat16 as uint16, float16 as int16, others as they are."""
-    array: np.ndarray = x.contiguous().view(BITS.get(x.dtype, x.dtype)).numpy()
+    kind = BITS.get(x.dtype)
+    array: np.ndarray = (x if kind is None else x.contiguous().view(kind)).contiguous().numpy()
     return array

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.ops.cpu import BITS, fits, floats, holds, threads, widths_fit
+from kvfold.ops.cpu import FLOATS, bits, fits, floats, holds, library, threads
 from kvfold.ops.dispatch import register
 from kvfold.ops.paged import naive
 
@@ -23,52 +23,49 @@ def attend_pages(
     q: Tensor, table: Any, scale: float, *,
     mass: str | None, read: Tensor | None, compact: Any, position: str, weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    (b, h, g, n, d), pool = q.shape, table.pool
-    dv, t = pool.planes["values"].shape[-1], table.longest
-    if compact is not None or not t or not _readable(pool, g * n, d, mass):
+    queries, d = q.shape[2] * q.shape[3], q.shape[4]
+    if compact is not None or not table.longest or not _readable(table.pool, queries, d, mass):
         return naive.attend_pages(
             q, table, scale, mass=mass, read=read, compact=compact, position=position, weights=weights
         )
-    out, lse, probabilities = _attend(q, table, scale, mass, read, weights)
-    shaped = None if probabilities is None else probabilities.view(b, h, g, n, t)
-    return out.to(q.dtype).view(b, h, g, n, dv), lse.view(b, h, g, n), shaped
+    return _attend(q, table, scale, mass, read, weights)
 
 
 def _attend(
     q: Tensor, table: Any, scale: float, mass: str | None, read: Tensor | None, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """q (B, H, G, Q, D): out (R, G * Q, Dv), lse (R, G * Q) and, with `weights`, probabilities (R, G * Q, T)."""
+    """As `attend_pages` returns. A step asks once a layer: NumPy makes its arrays in a tenth of the time of torch."""
     from kvfold.ops import _cpu
 
-    (b, h, g, n, d), pool = q.shape, table.pool
-    rows, values = b * h, pool.array("values")
-    out, lse = _empty(rows, g * n, values.shape[1]), _empty(rows, g * n)
-    probabilities = _empty(rows, g * n, table.longest) if weights else None
+    (b, h, g, n, d), pool, t = q.shape, table.pool, table.longest
+    values, rows = pool.array("values"), (b * h, g * n)
+    out = np.empty((b, h, g, n, values.shape[1]), dtype=np.float32)
+    lse = np.empty((b, h, g, n), dtype=np.float32)
+    probabilities = np.empty((b, h, g, n, t), dtype=np.float32) if weights else None
     _cpu.attend(
-        floats(q.reshape(rows, g * n, d)), pool.array("keys"), values, None if mass is None else pool.array(mass),
-        None if read is None else read.reshape(rows, -1).contiguous().numpy(),
+        floats(q).reshape(*rows, d), pool.array("keys"), values, None if mass is None else pool.array(mass),
+        None if read is None else read.reshape(b * h, -1).contiguous().numpy(),
         table.table, table.lengths, table.holes, table.hole_count, pool.page_size, scale, threads(),
-        out.numpy(), lse.numpy(), None if probabilities is None else probabilities.numpy(),
+        out.reshape(*rows, -1), lse.reshape(rows), None if probabilities is None else probabilities.reshape(*rows, t),
     )  # fmt: skip
-    return out, lse, probabilities
-
-
-def _empty(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32)
+    answer = torch.from_numpy(out)
+    return (
+        answer if q.dtype == torch.float32 else answer.to(q.dtype),
+        torch.from_numpy(lse),
+        None if probabilities is None else torch.from_numpy(probabilities),
+    )
 
 
 @register("step_pages", "cpu", rank=10, fits=fits)
 def step_pages(
     q: Tensor, table: Any, planes: Mapping[str, Tensor], scale: float, *, mass: str | None, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    (b, h, g, _, d), pool, new, value = q.shape, table.pool, planes["keys"], planes["values"]
-    dv, kind = value.shape[-1], pool.planes["keys"].dtype
-    if new.dtype != kind or value.dtype != pool.planes["values"].dtype or not _readable(pool, g, d, mass):
+    pool, specs = table.pool, table.pool.specs
+    known = planes["keys"].dtype == specs["keys"].dtype and planes["values"].dtype == specs["values"].dtype
+    if not known or not _readable(pool, q.shape[2], q.shape[4], mass):
         return naive.step_pages(q, table, planes, scale, mass=mass, weights=weights)
     append(table, planes, 1)
-    out, lse, probabilities = _attend(q, table, scale, mass, None, weights)
-    shaped = None if probabilities is None else probabilities.view(b, h, g, 1, table.longest)
-    return out.to(q.dtype).view(b, h, g, 1, dv), lse.view(b, h, g, 1), shaped
+    return _attend(q, table, scale, mass, None, weights)
 
 
 @register("append_pages", "cpu", rank=10, fits=holds)
@@ -87,9 +84,8 @@ def append(table: Any, planes: Mapping[str, Tensor], count: int) -> None:
     start = table.extend(count)
     pool = table.pool
     for name, spec in pool.specs.items():
-        kind = pool.planes[name].dtype
-        new = (planes[name] if name in planes else _fill(spec, table.rows, count)).to(kind)
-        _cpu.write(pool.array(name), _rows(new), table.table, start, table.lengths, pool.page_size)
+        new = planes[name] if name in planes else _fill(spec, table.rows, count)
+        _cpu.write(pool.array(name), _rows(new, spec.dtype), table.table, start, table.lengths, pool.page_size)
 
 
 @register("keep_pages", "cpu", rank=10, fits=holds)
@@ -127,10 +123,12 @@ def _fill(spec: Any, rows: int, count: int) -> Tensor:
 
 def _readable(pool: Any, queries: int, d: int, mass: str | None) -> bool:
     """Whether the kernel can answer so many queries of a row over the pages of this pool."""
-    keys, values = pool.planes["keys"], pool.planes["values"]
-    masses = mass is None or pool.planes[mass].dtype == torch.float32
-    sizes = 0 < queries <= ROWS and d > 0 and pool.page_size in PAGE_SIZES and widths_fit(d, values.shape[-1])
-    return fits(keys) and fits(values) and masses and sizes
+    keys, values = pool.specs["keys"], pool.specs["values"]
+    kinds = (
+        keys.dtype in FLOATS and values.dtype in FLOATS and (mass is None or pool.specs[mass].dtype == torch.float32)
+    )
+    sizes = 0 < queries <= ROWS and d > 0 and pool.page_size in PAGE_SIZES and not (d % 4 or values.width % 4)
+    return kinds and sizes and pool.device.type == "cpu" and library() is not None
 
 
 def _set_columns(table: Any, columns: Mapping[str, Tensor]) -> None:
@@ -140,12 +138,12 @@ def _set_columns(table: Any, columns: Mapping[str, Tensor]) -> None:
     pool, start = table.pool, np.zeros(table.rows, dtype=np.int32)
     for name, new in columns.items():
         _cpu.write(
-            pool.array(name), _rows(new.to(pool.planes[name].dtype)), table.table, start, table.lengths, pool.page_size
+            pool.array(name), _rows(new, pool.specs[name].dtype), table.table, start, table.lengths, pool.page_size
         )
 
 
-def _rows(new: Tensor) -> np.ndarray:
+def _rows(new: Tensor, dtype: torch.dtype) -> np.ndarray:
     """(R, T, ...) as (R, T, W), the way pools show their planes."""
-    kind = BITS.get(new.dtype, new.dtype)
-    array: np.ndarray = (new if new.dim() == 3 else new[..., None]).contiguous().view(kind).numpy()
-    return array
+    plane = new if new.dtype == dtype else new.to(dtype)
+    array: np.ndarray = bits(plane)
+    return array if array.ndim == 3 else array[..., None]
