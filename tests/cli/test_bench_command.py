@@ -55,10 +55,12 @@ def test_kernels_as_json_with_file_and_chart(tmp_path: Path) -> None:
     found = got(*words, *files, "--dtype", "bfloat16")
     assert found["format"] == 1
     assert (
-        set(found) == {"format", "bench", "machine", "rounds", "read_bandwidth", "rows"} and found["bench"] == "kernels"
+        set(found) == {"format", "bench", "machine", "rounds", "read_bandwidth", "arithmetic", "rows"}
+        and found["bench"] == "kernels"
     )
+    assert [(each["dtype"], each["group"]) for each in found["arithmetic"]] == [("bfloat16", 3)]
     assert set(found["machine"]) == MACHINE
-    assert len(found["rows"]) == 2 * 2 * 2
+    assert len(found["rows"]) == 2 * (3 + 2 + 3)
     for row in found["rows"]:
         assert set(row["seconds"]) == SPREAD
         assert (row["dtype"], row["batch"], row["kv_heads"], row["group"], row["head_dim"]) == ("bfloat16", 2, 3, 3, 32)

@@ -7,7 +7,9 @@ from kvfold.bench import endtoend, growth, kernels
 
 KILO = "datum.value >= 1024 ? format(datum.value / 1024, '.3~r') + 'k' : datum.value"
 COLORS = {
-    "kvfold": "#4c78a8", "torch SDPA": "#f58518", "kvfold, ragged": "#9ecae9", "torch SDPA, ragged": "#ffbf79",
+    "kvfold, pages in order": "#4c78a8", "plain read, pages in order": "#bab0ac", "torch SDPA": "#f58518",
+    "kvfold, pages scattered": "#72b7b2", "plain read, pages scattered": "#d8d2cf",
+    "kvfold, ragged": "#9ecae9", "plain read, ragged": "#e8e4e1", "torch SDPA, ragged": "#ffbf79",
 }  # fmt: skip
 
 
@@ -18,7 +20,7 @@ def kernels_chart(rows: Sequence[kernels.KernelRow], bandwidth: float, title: st
     points = [
         {
             "shape": f"{row.case.context:,} x {row.case.batch}", "dtype": row.case.dtype,
-            "contender": kernels.NAMES[row.contender] + (", ragged" if row.ragged else ""),
+            "contender": row.label,
             "rate": row.bytes_per_second / 1e9, "microseconds": row.seconds.median * 1e6,
             "low": row.kv_bytes / row.seconds.max / 1e9, "high": row.kv_bytes / row.seconds.min / 1e9,
             "share": row.of_bandwidth,
@@ -27,7 +29,7 @@ def kernels_chart(rows: Sequence[kernels.KernelRow], bandwidth: float, title: st
     ]  # fmt: skip
     order = [name for name in COLORS if any(point["contender"] == name for point in points)]
     shapes = list(dict.fromkeys(str(point["shape"]) for point in points))
-    top = max([bandwidth / 1e9, *(float(str(point["rate"])) for point in points)]) * 1.05
+    top = max([bandwidth / 1e9, *(float(str(point["rate"])) for point in points)]) * 1.1
     limit = alt.Chart(alt.Data(values=[{"limit": bandwidth / 1e9, "text": f"plain read: {bandwidth / 1e9:,.1f} GB/s"}]))
 
     def panel(dtype: str) -> Any:
@@ -47,13 +49,13 @@ def kernels_chart(rows: Sequence[kernels.KernelRow], bandwidth: float, title: st
         )  # fmt: skip
         spans = base.mark_rule(color="#555", clip=True).encode(y="low:Q", y2="high:Q")
         rule = limit.mark_rule(strokeDash=[6, 4]).encode(y="limit:Q")
-        text = limit.mark_text(align="right", dx=-4, dy=9).encode(y="limit:Q", x=alt.value("width"), text="text:N")
-        width = max(240, 90 * len(shapes))
+        text = limit.mark_text(align="right", dx=-4, dy=-7).encode(y="limit:Q", x=alt.value("width"), text="text:N")
+        width = max(240, (30 + 15 * len(order)) * len(shapes))
         return (bars + spans + rule + text).properties(width=width, height=280, title=dtype)
 
     panels = [panel(dtype) for dtype in dict.fromkeys(str(point["dtype"]) for point in points)]
     under = "Medians; thin lines span fastest and slowest round."
-    if any(row.ragged for row in rows):
+    if any(row.kind == "ragged" for row in rows):
         under += " Ragged: 10 % to 100 % of the tokens kept; SDPA reads the rest, too."
     return alt.hconcat(*panels).properties(title=alt.TitleParams(title, subtitle=under))
 

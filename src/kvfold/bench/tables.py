@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+import torch
 from rich.table import Table
 
 from kvfold.bench import endtoend, growth, kernels
+from kvfold.bench.arithmetic import Arithmetic
 
 
 def megabytes(nbytes: float | int) -> str:
@@ -29,23 +31,47 @@ def _table(title: str, caption: str, left: Sequence[str], right: Sequence[str]) 
     return table
 
 
-def kernels_table(rows: Sequence[kernels.KernelRow], bandwidth: float, title: str) -> Table:
-    """A line for each case and contender; `bandwidth` in bytes/s is what they are compared with."""
+def kernels_table(
+    rows: Sequence[kernels.KernelRow], bandwidth: float, title: str, cores: Sequence[Arithmetic] = ()
+) -> Table:
+    """A line for each case and contender; `bandwidth` in bytes/s is what they are compared with.
+
+    `cores`: what they can do where nothing waits for memory, a line under the table for each.
+    """
     caption = (
-        f"A plain read gives {bandwidth / 1e9:,.1f} GB/s in this run. Rates count the bytes of the tokens kept. "
+        f"A plain read of a large array gives {bandwidth / 1e9:,.1f} GB/s in this run; bound: the bytes of the tokens "
+        "kept at that rate, which GB/s count. Of same read: over a plain read of the same pages in the same order. "
         "Cost/token: over that of the full-length case."
     )
-    right = ("time", "min", "max", "bound", "GB/s", "of read", "times SDPA", "cost/token")
+    caption = "\n".join([caption, *(sum_of(each, bandwidth) for each in cores)])
+    right = (
+        "time", "min", "max", "bound", "arithmetic", "GB/s", "of read", "of same read", "times SDPA", "cost/token",
+    )  # fmt: skip
     table = _table(title, caption, ("dtype", "tokens x rows", "kernel"), right)
     for row in rows:
-        cost = "-" if row.cost_per_token is None else f"{row.cost_per_token:.2f}"
+        cost, same = ("-" if x is None else f"{x:.2f}" for x in (row.cost_per_token, row.of_read))
         table.add_row(
-            row.case.dtype, f"{row.case.context:,} x {row.case.batch}",
-            kernels.NAMES[row.contender] + (", ragged" if row.ragged else ""), duration(row.seconds.median),
+            row.case.dtype, f"{row.case.context:,} x {row.case.batch}", row.label, duration(row.seconds.median),
             duration(row.seconds.min), duration(row.seconds.max), duration(row.bound_seconds),
-            f"{row.bytes_per_second / 1e9:.1f}", f"{row.of_bandwidth:.2f}", f"{row.of_sdpa:.2f}", cost,
+            "-" if row.arithmetic_seconds is None else duration(row.arithmetic_seconds),
+            f"{row.bytes_per_second / 1e9:.1f}", f"{row.of_bandwidth:.2f}", same, f"{row.of_sdpa:.2f}", cost,
         )  # fmt: skip
     return table
+
+
+def sum_of(cores: Arithmetic, bandwidth: float) -> str:
+    """The arithmetic bound of attention, worked out in a line, and what memory's (bytes/s) is beside it."""
+    width = int(getattr(torch, cores.dtype).itemsize)
+    done = cores.numbers_per_second
+    widening = "" if width == 4 else "widened, and "
+    first, second = ("arithmetic", "memory") if done * width < bandwidth else ("memory", "arithmetic")
+    return (
+        f"Arithmetic, {cores.dtype}, {cores.group} heads: a number is {widening}multiplied and added {cores.group} "
+        f"times; a core does {cores.per_cycle:.2f} numbers ({cores.per_cycle * cores.group:.1f} products) a cycle of "
+        f"{cores.hertz / 1e9:.2f} GHz from its first cache, all together {done / 1e9:.1f} G numbers/s x {width} "
+        f"bytes = {done * width / 1e9:.1f} GB/s: {first} binds before {second}; one after the other "
+        f"{1e-9 / (1 / (done * width) + 1 / bandwidth):.1f} GB/s."
+    )
 
 
 def run_table(rows: Sequence[endtoend.RunRow], bandwidth: float, weights: int, title: str) -> Table:

@@ -37,6 +37,7 @@ def kernels_command(
     head_dim: Annotated[int, typer.Option("--head-dim", min=1, help="Numbers of a key, and of a value.")] = 64,
     dtype: Annotated[str, typer.Option("--dtype", help="One or several.")] = "float32,bfloat16",
     ragged: Annotated[bool, typer.Option("--ragged", help="Also heads that keep 10 % to 100 % of the tokens.")] = False,
+    scattered: Annotated[bool, typer.Option("--scattered/--no-scattered", help="Also pages in any order.")] = True,
     device: common.Device = "cpu",
     rounds: Rounds = 15,
     beside: Beside = 0,
@@ -44,23 +45,27 @@ def kernels_command(
     out: Out = None,
     chart: Chart = None,
 ) -> None:
-    """Decode attention over pages beside torch's SDPA, and both beside a plain read of memory."""
+    """Decode attention over pages beside torch's SDPA, and both beside plain reads of memory."""
     contexts, batches = integers("context", context), integers("batch", batch)
     dtypes = [known_dtype(part.strip()) for part in dtype.split(",")]
 
     from kvfold.bench import chart as charts
     from kvfold.bench import tables
-    from kvfold.bench.kernels import Case, measure_kernels
+    from kvfold.bench.kernels import KINDS, Case, measure_kernels
 
     on = prepared(device, out, chart)
     cases = [Case(t, b, kv_heads, group, head_dim, d) for d in dtypes for t in contexts for b in batches]
     with measured("kernels", on, beside) as (tick, result):
-        rows, rate = measure_kernels(cases, ragged=ragged, device=on, rounds=rounds, tick=tick)
-        result |= {"rounds": rounds, "read_bandwidth": rate.to_dict(), "rows": [row.to_dict() for row in rows]}
+        kinds = [kind for kind, wanted in zip(KINDS, (True, scattered, ragged), strict=True) if wanted]
+        rows, rate, cores = measure_kernels(cases, kinds=kinds, device=on, rounds=rounds, tick=tick)
+        result |= {
+            "rounds": rounds, "read_bandwidth": rate.to_dict(),
+            "arithmetic": [each.to_dict() for each in cores.found()], "rows": [row.to_dict() for row in rows],
+        }  # fmt: skip
     bandwidth = rate.bytes_per_second
     title = f"Decode attention, {kv_heads} KV heads x {group}, {head_dim} numbers, on {hardware(result)}"
     finish(
-        result, tables.kernels_table(rows, bandwidth, title), json, out, chart,
+        result, tables.kernels_table(rows, bandwidth, title, cores.found()), json, out, chart,
         lambda: charts.kernels_chart(rows, bandwidth, title),
     )  # fmt: skip
 
