@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from kvfold.bench import contenders as c
-from kvfold.bench import kernels, peers, tables
+from kvfold.bench import kernels, tables
 from kvfold.bench.arithmetic import ArithmeticRate
 from kvfold.bench.chart import growth_chart, kernels_chart, run_chart
 from kvfold.bench.endtoend import RunRow, measure_prefill, measure_run
 from kvfold.bench.growth import exponents, measure_growth
 from kvfold.bench.kernels import KINDS, Case, draw_lengths, measure_kernels, scatter
 from kvfold.bench.machine import Elsewhere, ReadRate, describe, spread
+from kvfold.bench.parts import PARTS
 from kvfold.evaluation.chart import save_chart
 from kvfold.evaluation.compare import with_budget
 from kvfold.files import write_json
@@ -235,7 +236,11 @@ def test_run_rows_are_consistent(rate: ReadRate):
         assert decode.kv_ratio == decode.kv_bytes / dense.decode.kv_bytes
         assert decode.bound_seconds == pytest.approx((c.weight_bytes(model) + decode.kv_bytes) / rate.bytes_per_second)
         assert decode.of_bound == pytest.approx(decode.bound_seconds / decode.step_seconds.median)
-        assert decode.speedup == pytest.approx(dense.decode.step_seconds.median / decode.step_seconds.median)
+        ratios = [a / b for a, b in zip(dense.decode.round_seconds, decode.round_seconds, strict=True)]
+        assert decode.speedup.to_dict() == spread(ratios).to_dict() and decode.times_peers == {}
+        assert decode.floor_seconds > 0 and decode.floor_bound_seconds < decode.bound_seconds
+        assert sum(getattr(decode.parts, part) for part in PARTS) == pytest.approx(decode.parts.step_seconds)
+        assert decode.parts.share("attention") > 0 and decode.parts.share("linears") > 0
         assert decode.bound_speedup == pytest.approx(dense.decode.bound_seconds / decode.bound_seconds)
         assert prefill.ratio_dynamic == pytest.approx(prefill.seconds.median / dense.prefill.seconds.median)
         assert prefill.ratio_full == pytest.approx(prefill.seconds.median / full.prefill.seconds.median)
@@ -243,6 +248,11 @@ def test_run_rows_are_consistent(rate: ReadRate):
     c.read_prompt(model, own, c.draw_prompts(model, 2, 64))
     assert (rows[-2].decode.kv_bytes, rows[-2].decode.kept_tokens) == (own.nbytes, 16.0)
     assert dense.decode.kept_tokens is None
+    assert dense.decode.floor_seconds != full.decode.floor_seconds == rows[-1].decode.floor_seconds
+    table = tables.parts_table(rows, 1e9, "where")
+    assert len(table.rows) == len(rows) and "kvfold's Python" in [column.header for column in table.columns]
+    without = [replace(row, decode=replace(row.decode, parts=None)) for row in rows]
+    assert not tables.parts_table(without, 1e9, "where").rows
 
 
 def test_without_full_and_without_dynamic(rate: ReadRate):
@@ -279,12 +289,7 @@ def test_growth_exponents(rate: ReadRate):
         assert row.of_bound == pytest.approx(row.bound_seconds / row.step_seconds.median)
 
 
-# -- peers, tables and charts --------------------------------------------------------------------------------
-
-
-def test_the_peers_presses_are_read_without_running_it():
-    known = peers.known_methods(Path(__file__).parents[2] / peers.SCRIPT)
-    assert {"full", "snapkv", "streamingllm", "tova"} <= set(known)
+# -- tables and charts ---------------------------------------------------------------------------------------
 
 
 def test_durations_have_three_digits():
@@ -296,8 +301,7 @@ def test_charts_stand_alone(rate: ReadRate, tmp_path: Path):
     case = Case(16, 1, 1, 1, 16, "float32")
     shapes, _, _ = measure_kernels([case], kinds=KINDS, rounds=1, rate=rate, working_set=1)
     rows, _ = measure_run(model, entrants(model, "full", "tova"), context=20, batch=1, steps=1, rounds=1, rate=rate)
-    peer = {"kv_bytes": 10, "decode_tokens_per_second": 2.0, "bound_tokens_per_second": 4.0}
-    rows.append(replace(RunRow("tova", "kvpress", 0.25, separate_process=True), peer=peer))
+    rows.append(RunRow("tova", "kvpress", 0.25, separate_process=True, decode=rows[0].decode))
     grown, _ = measure_growth(model, entrants(model, "h2o", budget=8), [16, 32], steps=1, rounds=1, rate=rate)
     bandwidth = rate.bytes_per_second
     for name, chart, words in (

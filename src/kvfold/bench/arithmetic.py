@@ -2,6 +2,7 @@
 
 import statistics
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -59,7 +60,7 @@ class ArithmeticRate:
             x = bits(torch.ones(kernels.FEW, dtype=getattr(torch, dtype)))
             rounds = ceil(group / kernels.GROUP)
             heads, tasks = ceil(group / rounds), TASKS * threads()
-            seconds = timed(lambda x=x, g=heads, n=tasks: kernels.multiply_add(x, 1e-3, g, PASSES, n, threads()), CPU)
+            seconds = timed(partial(kernels.multiply_add, x, 1e-3, heads, PASSES, tasks, threads()), CPU)
             taken.append(seconds * rounds / (tasks * PASSES * kernels.FEW))
         self.hertz.append(CHAIN / timed(lambda: kernels.chain(CHAIN), CPU))
 

@@ -68,14 +68,10 @@ def run_chart(rows: Sequence[endtoend.RunRow], title: str) -> Any:
     for row in rows:
         name = row.contender + (f" {row.budget}" if row.budget is not None else "")
         name += f" ({row.library}, own process)" if row.separate_process else ""
-        if row.decode is not None:
-            bytes_, rate = row.decode.kv_bytes, row.decode.tokens_per_second
-            bound = row.decode.bound_tokens_per_second
-        elif row.peer is not None:
-            bytes_, rate = row.peer["kv_bytes"], row.peer["decode_tokens_per_second"]
-            bound = row.peer["bound_tokens_per_second"]
-        else:
+        if row.decode is None:
             continue
+        bytes_, rate = row.decode.kv_bytes, row.decode.tokens_per_second
+        bound = row.decode.bound_tokens_per_second
         prefill = None if row.prefill is None else row.prefill.seconds.median
         points.append({
             "cache": name, "library": row.library, "rate": rate, "bound": bound, "MB": bytes_ / 1e6,

@@ -1,12 +1,14 @@
 """Tables of benchmarks for a rich console."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from rich.table import Table
 
 from kvfold.bench import endtoend, growth, kernels
 from kvfold.bench.arithmetic import Arithmetic
+from kvfold.bench.machine import Spread
+from kvfold.bench.parts import PARTS
 
 
 def megabytes(nbytes: float | int) -> str:
@@ -20,6 +22,11 @@ def duration(seconds: float) -> str:
         if seconds >= factor:
             return f"{seconds / factor:.3g} {unit}"
     return f"{seconds * 1e6:.3g} µs"
+
+
+def spanned(found: Spread, rounds: Sequence[float], form: Callable[[float], str]) -> str:
+    """A median with the least and the most of the rounds' own."""
+    return f"{form(found.median)} [{form(min(rounds))}, {form(max(rounds))}]"
 
 
 def _table(title: str, caption: str, left: Sequence[str], right: Sequence[str]) -> Table:
@@ -78,7 +85,9 @@ def run_table(rows: Sequence[endtoend.RunRow], bandwidth: float, weights: int, t
     """A line a cache; a peer of another process says so. `weights` in bytes, `bandwidth` in bytes/s."""
     caption = (
         f"Bound: {megabytes(weights)} of weights and the KV bytes read once at {bandwidth / 1e9:,.1f} GB/s, the plain "
-        "read of this run. Speedup over DynamicCache, with its bound. Prefill: against DynamicCache's and full's."
+        "read of this run. Step and speedup: medians, in brackets the least and the most of "
+        "the rounds; speedup over DynamicCache, round by round, with its bound. Prefill: against DynamicCache's and "
+        "full's."
     )
     right = [
         "step", "tokens/s", "at most", "speedup", "at most", "KV cache", "of dense", "prefill", "of dense", "of full",
@@ -95,17 +104,60 @@ def run_table(rows: Sequence[endtoend.RunRow], bandwidth: float, weights: int, t
 
 
 def _decode(row: endtoend.RunRow) -> tuple[str, ...]:
-    if row.decode is not None:
-        d = row.decode
-        step, rate, kv, ratio = d.step_seconds.median, d.tokens_per_second, d.kv_bytes, d.kv_ratio
-        most, speedup, bound = d.bound_tokens_per_second, d.speedup, f"{d.bound_speedup:.2f}"
-    elif row.peer is not None:
-        p = row.peer
-        step, rate, kv, ratio = p["step_seconds"], p["decode_tokens_per_second"], p["kv_bytes"], p["kv_ratio"]
-        most, speedup, bound = p["bound_tokens_per_second"], p["speedup"], "-"
-    else:
+    d = row.decode
+    if d is None:
         return ("-",) * 7
-    return duration(step), f"{rate:.1f}", f"{most:.1f}", f"{speedup:.2f}", bound, megabytes(kv), f"{ratio:.3f}"
+    return (
+        spanned(d.step_seconds, d.round_seconds, duration), f"{d.tokens_per_second:.1f}",
+        f"{d.bound_tokens_per_second:.1f}", spanned(d.speedup, (d.speedup.min, d.speedup.max), "{:.2f}".format),
+        f"{d.bound_speedup:.2f}", megabytes(d.kv_bytes), f"{d.kv_ratio:.3f}",
+    )  # fmt: skip
+
+
+NAMES = dict(zip(PARTS, ("linears", "attention", "methods", "kvfold's Python", "rest of the model"), strict=True))
+
+
+def parts_table(rows: Sequence[endtoend.RunRow], bandwidth: float, title: str) -> Table:
+    """Where the time of a step goes, a line a cache: its floor, and its parts with their shares, beside their bounds.
+
+    Caches without parts, as peers and those on a device, have no line.
+    """
+    caption = (
+        "Floor: the same step with an empty cache, in the same rounds; kvfold's is that of full. Parts are those of "
+        "steps under Python's profiler, which make a step longer by what stands last. Bounds: weights (floor, linears) "
+        f"and KV bytes (attention) read once at {bandwidth / 1e9:,.1f} GB/s; the others need not read anything."
+    )
+    right = ["step", "floor", "at least"]
+    for part in PARTS:
+        right += [NAMES[part], "at least"] if part in ("linears", "attention") else [NAMES[part]]
+    right.append("profiled")
+    table = _table(title, caption, ("cache", "budget"), right)
+    for row in rows:
+        d = row.decode
+        if d is None or d.parts is None:
+            continue
+        floor = "-" if d.floor_seconds is None else duration(d.floor_seconds)
+        bounds = {"linears": d.floor_bound_seconds, "attention": d.bound_seconds - d.floor_bound_seconds}
+        cells = []
+        for part in PARTS:
+            cells.append(f"{duration(getattr(d.parts, part))}, {d.parts.share(part):.0%}")
+            cells += [duration(bounds[part])] if part in bounds else []
+        table.add_row(
+            row.contender, "-" if row.budget is None else str(row.budget), duration(d.step_seconds.median), floor,
+            duration(d.floor_bound_seconds), *cells, f"x {d.parts.step_seconds / d.step_seconds.median:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def peer_lines(rows: Sequence[endtoend.RunRow]) -> list[str]:
+    """Each peer's step over each cache's, a line a peer."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.decode is not None and not row.separate_process:
+            for peer, ratio in row.decode.times_peers.items():
+                said = spanned(ratio, (ratio.min, ratio.max), "{:.2f}".format)
+                found.setdefault(peer, []).append(f"{row.contender} {said}")
+    return [f"times as fast as {peer}, round by round: {', '.join(ratios)}" for peer, ratios in found.items()]
 
 
 def _prefill(row: endtoend.RunRow) -> tuple[str, ...]:
@@ -113,9 +165,6 @@ def _prefill(row: endtoend.RunRow) -> tuple[str, ...]:
         full = row.prefill.ratio_full
         ratio = f"{row.prefill.ratio_dynamic:.2f}"
         return duration(row.prefill.seconds.median), ratio, "-" if full is None else f"{full:.2f}"
-    if row.peer is not None and "prefill_run" in row.peer:
-        run = row.peer["prefill_run"]
-        return duration(run["prefill_seconds"]), f"{run['ratio_dynamic']:.2f}", "-"
     return "-", "-", "-"
 
 

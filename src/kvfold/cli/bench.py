@@ -65,7 +65,7 @@ def kernels_command(
     bandwidth = rate.bytes_per_second
     title = f"Decode attention, {kv_heads} KV heads x {group}, {head_dim} numbers, on {hardware(result)}"
     finish(
-        result, tables.kernels_table(rows, bandwidth, title, cores.found()), json, out, chart,
+        result, [tables.kernels_table(rows, bandwidth, title, cores.found())], json, out, chart,
         lambda: charts.kernels_chart(rows, bandwidth, title),
     )  # fmt: skip
 
@@ -86,7 +86,7 @@ def run_command(
     beside: Beside = 0,
     quantized: Quantized = True,
     memory: Annotated[bool, typer.Option("--memory", help="Also each cache's peak, in a process of its own.")] = False,
-    peer_python: Annotated[list[str], typer.Option("--peer-python", help="A Python that has kvpress.")] = [],  # noqa: B006
+    peer_python: Annotated[list[str], typer.Option("--peer-python", help="A Python that has kvpress or vLLM.")] = [],  # noqa: B006
     json: common.Json = False,
     out: Out = None,
     chart: Chart = None,
@@ -98,39 +98,39 @@ def run_command(
     from kvfold.bench import chart as charts
     from kvfold.bench import contenders as c
     from kvfold.bench import peers, tables
-    from kvfold.bench.endtoend import WARM_STEPS, measure_run
+    from kvfold.bench.endtoend import PROFILED, WARM_STEPS, measure_run
     from kvfold.models.load import load
 
     on = prepared(device, out, chart)
-    script = peers.find_script() if peer_python else None
     folder = peer_folder(model) if peer_python else None
     for python in peer_python:
-        peers.check_python(python)
+        peers.find_script(peers.which_peer(python))
     lm, _ = load(model, dtype=kind, device=on)
-    common.check_fits(lm, context, rounds * steps + WARM_STEPS)
+    new = WARM_STEPS + rounds * (steps + PROFILED)
+    common.check_fits(lm, context, new)
     own, unfit = c.fitting(lm, c.kvfold_contenders(lm, wanted))
     theirs, skipped = c.transformers_contenders(lm, quantized)
     skipped = skipped + unfit
     with measured("run", on, beside) as (tick, result), common.with_fast_linears(lm, fast_linears):
-        rows, rate = measure_run(
-            lm, [*theirs, *own], context=context, batch=batch, steps=steps, rounds=rounds,
-            prefill_batch=prefill_batch, tick=tick,
+        threads = result["machine"]["threads"]
+        guests = peers.waiting(
+            peer_python, folder, [(one.name, one.budget) for one in own], context=context, batch=batch, dtype=kind,
+            new_tokens=new, threads=threads,
         )  # fmt: skip
-        weights, threads = c.weight_bytes(lm), result["machine"]["threads"]
+        with guests as (lanes, without):
+            rows, rate = measure_run(
+                lm, [*theirs, *own], context=context, batch=batch, steps=steps, rounds=rounds,
+                prefill_batch=prefill_batch, peers=lanes, tick=tick,
+            )  # fmt: skip
+        weights = c.weight_bytes(lm)
+        skipped = [*skipped, *without]
+        skipped += [{"contender": lane.name, "reason": lane.failed} for lane in lanes if lane.failed is not None]
         if memory:
             rows, left_out = with_peaks(
                 rows, tick, model=model, context=context, batch=max(1, prefill_batch), steps=steps, dtype=kind,
                 device=str(on), threads=threads,
             )  # fmt: skip
             skipped = skipped + left_out
-        for python in peer_python:
-            assert script is not None and folder is not None
-            more, left_out = peers.kvpress_rows(
-                python, script, folder, [(one.name, one.budget) for one in own], rows=rows, weights=weights,
-                bandwidth=rate.bytes_per_second, context=context, batch=batch,
-                prefill_batch=prefill_batch, dtype=kind, steps=steps, rounds=rounds, threads=threads, tick=tick,
-            )  # fmt: skip
-            rows, skipped = rows + more, skipped + left_out
         result |= {
             "model": model, "dtype": kind, "context": context, "batch": batch, "prefill_batch": prefill_batch,
             "steps": steps, "rounds": rounds, "fast_linears": fast_linears, "weight_bytes": weights,
@@ -139,8 +139,10 @@ def run_command(
         }  # fmt: skip
     linears = ", fast linears" if fast_linears else ""
     title = f"{model}, {context:,} tokens, batch {batch}, {kind}{linears}, on {hardware(result)}"
-    table = tables.run_table(rows, rate.bytes_per_second, weights, title)
-    finish(result, table, json, out, chart, lambda: charts.run_chart(rows, title))
+    shown = [tables.run_table(rows, rate.bytes_per_second, weights, title)]
+    where = tables.parts_table(rows, rate.bytes_per_second, f"Where a step goes: {title}")
+    shown += [where] if where.rows else []
+    finish(result, shown, json, out, chart, lambda: charts.run_chart(rows, title), tables.peer_lines(rows))
     common.end(not unfit)
 
 
@@ -187,7 +189,7 @@ def growth_command(
         }  # fmt: skip
     title = f"{model}, batch {batch}, {kind}, on {hardware(result)}"
     table = tables.growth_table(rows, found, rate.bytes_per_second, title)
-    finish(result, table, json, out, chart, lambda: charts.growth_chart(rows, title))
+    finish(result, [table], json, out, chart, lambda: charts.growth_chart(rows, title))
     common.end(not unfit)
 
 
@@ -255,6 +257,9 @@ def with_peaks(
 
     found, skipped = [], []
     for row in rows:
+        if row.separate_process:  # which has told its own
+            found.append(row)
+            continue
         tick(f"peak memory: {row.contender}, in a process of its own")
         try:
             row = replace(row, memory=measure_peak(contender=row.contender, budget=row.budget, **options))
@@ -289,9 +294,10 @@ def hardware(result: dict[str, Any]) -> str:
 
 
 def finish(
-    result: dict[str, Any], table: Table, json: bool, out: Path | None, chart: Path | None, draw: Callable[[], Any]
-) -> None:
-    """Print, write and draw a result."""
+    result: dict[str, Any], shown: Sequence[Table], json: bool, out: Path | None, chart: Path | None,
+    draw: Callable[[], Any], lines: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Print a result (tables, then lines), write and draw it."""
     from kvfold.artefacts.probed import probe_note
     from kvfold.evaluation.chart import save_chart
     from kvfold.files import write_json
@@ -302,7 +308,10 @@ def finish(
     if json:
         common.print_json(result)
     else:
-        common.show(table)
+        for table in shown:
+            common.show(table)
+        for line in lines:
+            print(line)
         if note := probe_note(result.get("probe_seconds", {})):
             print(note)
         for left_out in result.get("skipped", ()):

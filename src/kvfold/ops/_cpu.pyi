@@ -110,7 +110,7 @@ def read_pages(
     """The sum, modulo 2**32, of the 32-bit words of rows' pages in their order: as fast as those can be read."""
 
 def multiply_add(x: np.ndarray, factor: float, group: int, passes: int, tasks: int, threads: int) -> float:
-    """`tasks` x `passes` times x (FEW,) is widened, and added times `factor` to `group` (1 to GROUP) sums; their sum."""
+    """`tasks` x `passes` times x (FEW,) is widened and added times `factor` to `group` (1 to GROUP) sums; their sum."""
 
 def chain(count: int) -> int:
     """As many operations (in eights), each of which waits for the one before: one a cycle."""
