@@ -13,7 +13,7 @@ from kvfold.bench import kernels, tables
 from kvfold.bench.arithmetic import ArithmeticRate
 from kvfold.bench.chart import growth_chart, kernels_chart, run_chart
 from kvfold.bench.endtoend import RunRow, measure_prefill, measure_run
-from kvfold.bench.growth import exponents, measure_growth
+from kvfold.bench.growth import exponents, flat_lines, measure_growth
 from kvfold.bench.kernels import KINDS, Case, draw_lengths, measure_kernels, scatter
 from kvfold.bench.machine import Elsewhere, ReadRate, describe, spread
 from kvfold.bench.parts import PARTS
@@ -275,9 +275,8 @@ def test_what_is_left_out_has_its_reason():
 
 def test_growth_exponents(rate: ReadRate):
     model = build("llama")
-    rows, _ = measure_growth(
-        model, entrants(model, "full", "streamingllm", budget=16), [32, 64, 128], steps=1, rounds=1, rate=rate
-    )
+    wanted = entrants(model, "full", "streamingllm", budget=16)
+    rows, _ = measure_growth(model, wanted, [32, 64, 128], steps=1, rounds=2, prefills=3, rate=rate)
     assert [row.context for row in rows] == [t for t in (32, 64, 128) for _ in range(len(rows) // 3)]
     found = {(each.contender, each.measure, each.start): each.exponent for each in exponents(rows)}
     assert len(found) == len(rows) // 3 * 3 * 2
@@ -287,6 +286,23 @@ def test_growth_exponents(rate: ReadRate):
     assert found["full", "step_seconds", 32] == pytest.approx(log2(of_full[64] / of_full[32]))
     for row in rows:
         assert row.of_bound == pytest.approx(row.bound_seconds / row.step_seconds.median)
+        assert (row.step_seconds.count, row.of_first.count, row.prefill_seconds.count) == (2, 2, 3)
+        if row.context == 32:
+            assert row.of_first.min == row.of_first.max == 1.0
+    lines = flat_lines(rows)
+    middle, last = (row for row in rows if row.contender == "streamingllm" and row.context > 32)
+    assert len(lines) == len(rows) // 3
+    assert f" to {max(1.0, last.of_first.median, middle.of_first.median):.2f} of the first" in lines[-1]
+    assert lines[-1].endswith("holds 1.00 to 1.00 of its bytes") and "holds 1.00 to 4.00 of its bytes" in lines[0]
+
+
+def test_a_prompt_in_chunks_is_what_a_cache_reads_in_chunks(rate: ReadRate):
+    model = build("llama")
+    wanted = c.kvfold_contenders(model, [("snapkv", with_budget("snapkv", 16))], chunk=20)
+    rows, _ = measure_growth(model, wanted, [32, 64], steps=1, rounds=1, rate=rate)
+    cache = Cache(model, "snapkv", budget=16, prefill_chunk=20)
+    c.read_prompt(model, cache, c.draw_prompts(model, 1, 64))
+    assert rows[-1].kv_bytes == cache.nbytes and [row.contender for row in rows] == ["snapkv"] * 2
 
 
 # -- tables and charts ---------------------------------------------------------------------------------------

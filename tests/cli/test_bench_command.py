@@ -98,7 +98,7 @@ def test_run_prints_a_table_and_draws(folder: Path, tmp_path: Path) -> None:
     assert "tova 0.2" in (tmp_path / "r.html").read_text()
 
 
-def test_growth_as_json_and_as_a_table(folder: Path) -> None:
+def test_growth_as_json_and_as_a_table(folder: Path, tmp_path: Path) -> None:
     words = ["growth", "--model", folder, "--methods", "full,h2o", "--budget", "16", "--steps", "1", "--rounds", "1"]
     found = got(*words, "--context", "64,32")
     assert [(row["contender"], row["context"]) for row in found["rows"]] == [
@@ -106,8 +106,13 @@ def test_growth_as_json_and_as_a_table(folder: Path) -> None:
     ]
     rates = {(each["contender"], each["measure"]): each["exponent"] for each in found["exponents"]}
     assert len(rates) == 3 * 3 and rates["DynamicCache", "kv_bytes"] == 1.0 and rates["h2o", "kv_bytes"] == 0.0
-    result = runner.invoke(app, ["bench", *map(str, words), "--context", "20,40"])
+    assert (found["window"], found["chunk"], found["prefills"]) == (512, None, 1)
+    more = ["--context", "20,540", "--chunk", "128", "--no-dynamic", "--chart", str(tmp_path / "g.html")]
+    result = runner.invoke(app, ["bench", *map(str, words), *more])
     assert result.exit_code == 0 and "exponent" in result.stdout and "streamingllm" not in result.stdout
+    assert "window of 512 tokens only the cost counts" in result.stdout and "DynamicCache" not in result.stdout
+    assert "h2o, from 20 to 540 tokens: a step takes" in result.stdout and "chunks of 128" in result.stdout
+    assert "shortest context" in (tmp_path / "g.html").read_text()
 
 
 PEER = """

@@ -102,30 +102,46 @@ def run_chart(rows: Sequence[endtoend.RunRow], title: str) -> Any:
 
 
 def growth_chart(rows: Sequence[growth.GrowthRow], title: str) -> Any:
-    """Seconds a step, seconds of the prompt and KV bytes over the context, all on log scales; a line a cache."""
+    """Seconds a step, seconds of the prompt and KV bytes over the context, all on log scales; a line a cache.
+
+    Below them the step over the step at the shortest context, with a band of a tenth around 1.
+    """
     import altair as alt
 
     points = [
         {
             "cache": row.contender + (f" {row.budget}" if row.budget is not None else ""), "context": row.context,
             "step": row.amount("step_seconds") * 1e3, "bound": row.bound_seconds * 1e3,
-            "prefill": row.amount("prefill_seconds"), "MB": row.kv_bytes / 1e6,
+            "prefill": row.amount("prefill_seconds"), "MB": row.kv_bytes / 1e6, "first": row.of_first.median,
+            "low": row.of_first.min, "high": row.of_first.max,
         }
         for row in rows
     ]  # fmt: skip
     order, ticks = list(dict.fromkeys(str(p["cache"]) for p in points)), sorted({row.context for row in rows})
     tips = [alt.Tooltip("cache:N"), alt.Tooltip("context:Q", format=",")]
-    tips += [alt.Tooltip(f"{name}:Q", format=",.3f") for name in ("step", "bound", "prefill", "MB")]
+    tips += [alt.Tooltip(f"{name}:Q", format=",.3f") for name in ("step", "bound", "prefill", "MB", "first")]
+
+    x = alt.X("context:Q", title="context (tokens)", axis=alt.Axis(values=ticks, labelExpr=KILO),
+              scale=alt.Scale(type="log", base=2, domain=[ticks[0], ticks[-1]], nice=False, padding=8))  # fmt: skip
+    color = alt.Color("cache:N", sort=order, title=None, legend=alt.Legend(orient="top", labelLimit=300))
+
+    def flat() -> Any:
+        band = alt.Chart(alt.Data(values=[{"low": 0.9, "high": 1.1}])).mark_rect(color="#999", opacity=0.2)
+        band = band.encode(y="low:Q", y2="high:Q")
+        base = alt.Chart(alt.Data(values=points)).encode(x=x, color=color, tooltip=tips)
+        y = alt.Y("first:Q", title=None, scale=alt.Scale(zero=False))
+        marks = base.mark_line().encode(y=y) + base.mark_point(filled=True, size=40, opacity=1).encode(y=y)
+        spans = base.mark_rule(opacity=0.6).encode(y="low:Q", y2="high:Q")
+        caption = "a step over the step at the shortest context; thin: least and most of the rounds, grey: a tenth"
+        return (band + spans + marks).properties(width=1010, height=220, title=caption)
 
     def panel(field: str, caption: str) -> Any:
         # No zero on a log scale, and no axis of a single tick.
         values = [float(str(p[name])) for p in points for name in ((field, "bound") if field == "step" else (field,))]
         base = alt.Chart(alt.Data(values=points)).encode(
-            x=alt.X("context:Q", title="context (tokens)", axis=alt.Axis(values=ticks, labelExpr=KILO),
-                    scale=alt.Scale(type="log", base=2, domain=[ticks[0], ticks[-1]], nice=False, padding=8)),
+            x=x, color=color,
             y=alt.Y(f"{field}:Q", title=None, axis=alt.Axis(format="~g", tickCount=5),
                     scale=alt.Scale(type="log", domain=[min(values) / 1.2, max(values) * 1.2], nice=False)),
-            color=alt.Color("cache:N", sort=order, title=None, legend=alt.Legend(orient="top", labelLimit=300)),
             tooltip=tips,
         )  # fmt: skip
         marks = base.mark_line() + base.mark_point(filled=True, size=40, opacity=1)
@@ -137,4 +153,4 @@ def growth_chart(rows: Sequence[growth.GrowthRow], title: str) -> Any:
         panel("step", "ms for a decode step; dashed: its bound"), panel("prefill", "seconds of the prompt"),
         panel("MB", "KV cache, MB"),
     ]  # fmt: skip
-    return alt.hconcat(*panels).properties(title=title)
+    return alt.vconcat(alt.hconcat(*panels), flat()).properties(title=title)

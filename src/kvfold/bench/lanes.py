@@ -43,9 +43,16 @@ class CacheLane:
 
     failed: None = None
 
-    def __init__(self, model: PreTrainedModel, contender: c.BenchContender, cache: HFCache, token: Tensor):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        contender: c.BenchContender,
+        cache: HFCache,
+        token: Tensor,
+        name: str | None = None,
+    ):
         self.model, self.contender, self.cache, self.token = model, contender, cache, token
-        self.name, self.kv_bytes = contender.name, c.held_bytes(cache)
+        self.name, self.kv_bytes = name or contender.name, c.held_bytes(cache)
         self.kept = cache.kept_tokens if isinstance(cache, Cache) else None
         self.profile = Profile()
 

@@ -29,6 +29,11 @@ def spanned(found: Spread, rounds: Sequence[float], form: Callable[[float], str]
     return f"{form(found.median)} [{form(min(rounds))}, {form(max(rounds))}]"
 
 
+def ratio_of(found: Spread) -> str:
+    """A median of ratios with the least and the most."""
+    return spanned(found, (found.min, found.max), "{:.2f}".format)
+
+
 def _table(title: str, caption: str, left: Sequence[str], right: Sequence[str]) -> Table:
     table = Table(title=title, caption=caption, caption_justify="left")
     for name in left:
@@ -109,7 +114,7 @@ def _decode(row: endtoend.RunRow) -> tuple[str, ...]:
         return ("-",) * 7
     return (
         spanned(d.step_seconds, d.round_seconds, duration), f"{d.tokens_per_second:.1f}",
-        f"{d.bound_tokens_per_second:.1f}", spanned(d.speedup, (d.speedup.min, d.speedup.max), "{:.2f}".format),
+        f"{d.bound_tokens_per_second:.1f}", ratio_of(d.speedup),
         f"{d.bound_speedup:.2f}", megabytes(d.kv_bytes), f"{d.kv_ratio:.3f}",
     )  # fmt: skip
 
@@ -155,8 +160,7 @@ def peer_lines(rows: Sequence[endtoend.RunRow]) -> list[str]:
     for row in rows:
         if row.decode is not None and not row.separate_process:
             for peer, ratio in row.decode.times_peers.items():
-                said = spanned(ratio, (ratio.min, ratio.max), "{:.2f}".format)
-                found.setdefault(peer, []).append(f"{row.contender} {said}")
+                found.setdefault(peer, []).append(f"{row.contender} {ratio_of(ratio)}")
     return [f"times as fast as {peer}, round by round: {', '.join(ratios)}" for peer, ratios in found.items()]
 
 
@@ -183,9 +187,10 @@ def growth_table(
     """A line for each cache and context; exponents stand in the line of the longer context."""
     caption = (
         "Exponents between this context and the one before: 1.0 grows like the text, 0.0 not at all. Bound: weights "
-        f"and KV bytes read once at {bandwidth / 1e9:,.1f} GB/s, the plain read of this run."
+        f"and KV bytes read once at {bandwidth / 1e9:,.1f} GB/s, the plain read of this run. Of first: the step over "
+        "that at the shortest context, round by round; in brackets the least and the most."
     )
-    right = ("context", "step", "bound", "exponent", "prefill", "exponent", "KV cache", "exponent")
+    right = ("context", "step", "of first", "bound", "exponent", "prefill", "exponent", "KV cache", "exponent")
     table = _table(title, caption, ("cache", "budget"), right)
     known = {(each.contender, each.measure, each.stop): f"{each.exponent:.2f}" for each in exponents}
     order = list(dict.fromkeys(row.contender for row in rows))
@@ -193,7 +198,8 @@ def growth_table(
         step, prefill, kv = (known.get((row.contender, measure, row.context), "") for measure in growth.MEASURES)
         table.add_row(
             row.contender, "-" if row.budget is None else str(row.budget), f"{row.context:,}",
-            duration(row.step_seconds.median), duration(row.bound_seconds), step,
+            duration(row.step_seconds.median), ratio_of(row.of_first),
+            duration(row.bound_seconds), step,
             duration(row.prefill_seconds.median), prefill, megabytes(row.kv_bytes), kv,
         )  # fmt: skip
     return table

@@ -137,8 +137,7 @@ def run_command(
             "read_bandwidth": rate.to_dict(), "rows": [row.to_dict() for row in rows], "skipped": skipped,
             "probe_seconds": probe_seconds(lm),
         }  # fmt: skip
-    linears = ", fast linears" if fast_linears else ""
-    title = f"{model}, {context:,} tokens, batch {batch}, {kind}{linears}, on {hardware(result)}"
+    title = f"{model}, {context:,} tokens, batch {batch}, {kind}{linears_of(fast_linears)}, on {hardware(result)}"
     shown = [tables.run_table(rows, rate.bytes_per_second, weights, title)]
     where = tables.parts_table(rows, rate.bytes_per_second, f"Where a step goes: {title}")
     shown += [where] if where.rows else []
@@ -155,8 +154,15 @@ def growth_command(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows that are read together.")] = 1,
     steps: Steps = 12,
     rounds: Rounds = 2,
+    prefills: Annotated[int, typer.Option("--prefills", min=1, help="Prompts that each cache reads.")] = 1,
+    chunk: Annotated[
+        int | None, typer.Option("--chunk", min=1, help="Prompts in chunks: what is kept is chosen after each.")
+    ] = None,
+    dynamic: Annotated[bool, typer.Option("--dynamic/--no-dynamic", help="Also transformers' DynamicCache.")] = True,
     dtype: Kind = "float32",
     device: common.Device = "cpu",
+    fast_linears: common.FastLinears = False,
+    beside: Beside = 0,
     json: common.Json = False,
     out: Out = None,
     chart: Chart = None,
@@ -170,26 +176,35 @@ def growth_command(
     from kvfold.bench import chart as charts
     from kvfold.bench import contenders as c
     from kvfold.bench import tables
-    from kvfold.bench.growth import exponents, measure_growth
+    from kvfold.bench.growth import exponents, flat_lines, measure_growth
     from kvfold.models.load import load
 
     on = prepared(device, out, chart)
     lm, _ = load(model, dtype=kind, device=on)
-    common.check_fits(lm, contexts[-1], steps)
-    own, unfit = c.fitting(lm, c.kvfold_contenders(lm, wanted))
-    entrants = [*c.transformers_contenders(lm, quantized=False)[0], *own]
-    with measured("growth", on) as (tick, result):
-        rows, rate = measure_growth(lm, entrants, contexts, batch=batch, steps=steps, rounds=rounds, tick=tick)
+    window = getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    own, unfit = c.fitting(lm, c.kvfold_contenders(lm, wanted, chunk))
+    entrants = [*(c.transformers_contenders(lm, quantized=False)[0] if dynamic else ()), *own]
+    with measured("growth", on, beside) as (tick, result), common.with_fast_linears(lm, fast_linears):
+        rows, rate = measure_growth(
+            lm, entrants, contexts, batch=batch, steps=steps, rounds=rounds, prefills=prefills, tick=tick
+        )
         found = exponents(rows)
         result |= {
-            "model": model, "dtype": kind, "batch": batch, "steps": steps, "rounds": rounds,
+            "model": model, "dtype": kind, "batch": batch, "steps": steps, "rounds": rounds, "prefills": prefills,
+            "chunk": chunk, "window": window, "fast_linears": fast_linears,
             "weight_bytes": c.weight_bytes(lm), "read_bandwidth": rate.to_dict(),
             "rows": [row.to_dict() for row in rows], "exponents": [each.to_dict() for each in found],
             "probe_seconds": probe_seconds(lm), "skipped": unfit,
         }  # fmt: skip
-    title = f"{model}, batch {batch}, {kind}, on {hardware(result)}"
+    read = f", prompts in chunks of {chunk:,}" if chunk else ""
+    title = f"{model}, batch {batch}, {kind}{linears_of(fast_linears)}{read}, on {hardware(result)}"
+    lines = flat_lines(rows)
+    if window is not None and contexts[-1] > window:
+        lines.append(
+            f"beyond the model's window of {window:,} tokens only the cost counts: the text means nothing there"
+        )
     table = tables.growth_table(rows, found, rate.bytes_per_second, title)
-    finish(result, [table], json, out, chart, lambda: charts.growth_chart(rows, title))
+    finish(result, [table], json, out, chart, lambda: charts.growth_chart(rows, title), lines)
     common.end(not unfit)
 
 
@@ -284,6 +299,11 @@ def measured(bench: str, device: Any, beside: int = 0) -> Iterator[tuple[Callabl
     with busy(beside), common.stderr.status("", refresh_per_second=1) as status:
         yield status.update, result
     result["machine"]["cores_busy_elsewhere"] = others.cores()
+
+
+def linears_of(fast: bool) -> str:
+    """What a title says of the model's linear layers."""
+    return ", fast linears" if fast else ""
 
 
 def hardware(result: dict[str, Any]) -> str:
