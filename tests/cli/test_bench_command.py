@@ -22,7 +22,7 @@ RUN_ROW = {"contender", "library", "budget", "separate_process", "decode", "pref
 DECODE = {
     "batch", "context", "step_seconds", "round_seconds", "tokens_per_second", "kv_bytes", "kv_ratio", "kept_tokens",
     "bound_seconds", "bound_tokens_per_second", "of_bound", "speedup", "bound_speedup", "floor_seconds",
-    "floor_bound_seconds", "parts", "times_peers",
+    "floor_bound_seconds", "parts", "times_peers", "beside_seconds", "keeps",
 }  # fmt: skip
 PREFILL = {"batch", "context", "seconds", "tokens_per_second", "ratio_dynamic", "ratio_full", "peak_cuda_bytes"}
 
@@ -86,6 +86,20 @@ def test_run_as_json(folder: Path) -> None:
         assert (row["decode"]["batch"], row["prefill"]["batch"], row["memory"]) == (2, 1, None)
     assert found["rows"][-1]["decode"]["kept_tokens"] == 16
     assert all(set(each) == {"contender", "reason"} for each in found["skipped"])
+
+
+def test_each_round_is_played_once_more_beside_busy_programs(folder: Path) -> None:
+    found = got("kernels", "--context", "40", "--batch", "1", "--rounds", "2", "--dtype", "float32", "--beside", "1")
+    assert found["machine"]["beside"] == 1
+    for row in found["rows"]:
+        assert row["beside_seconds"]["count"] == 2
+        assert row["keeps"] == pytest.approx(row["seconds"]["median"] / row["beside_seconds"]["median"])
+    words = ["run", "--model", folder, "--methods", "full", "--context", "30", "--batch", "1", "--steps", "2"]
+    words += ["--rounds", "2", "--prefill-batch", "0", "--no-quantized", "--beside", "1"]
+    for row in got(*words)["rows"]:
+        assert row["decode"]["beside_seconds"]["count"] == 4 and row["decode"]["keeps"]["count"] == 2
+    result = runner.invoke(app, ["bench", *map(str, words)], env={"COLUMNS": "300"})
+    assert "keeps" in result.stdout and "beside: 1 busy" in result.stdout
 
 
 def test_run_prints_a_table_and_draws(folder: Path, tmp_path: Path) -> None:

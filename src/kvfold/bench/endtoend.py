@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvfold.bench import contenders as c
+from kvfold.bench.beside import BusyLoops
 from kvfold.bench.lanes import CacheLane, Lane, Rounds, can_profile, floors
 from kvfold.bench.machine import ReadRate, Spread, spread
 from kvfold.bench.parts import Parts
@@ -30,7 +31,8 @@ class Decoding:
     is DynamicCache's step over this one, round by round, `bound_speedup` what their bounds allow; `of_bound` the bound
     over the step. `floor_seconds` is the same step with a cache that holds next to nothing, in the same rounds, and
     `floor_bound_seconds` the weights' share of the bound; `parts` says where the time of a step goes, on a CPU.
-    `times_peers`: each peer's step over this one, round by round.
+    `times_peers`: each peer's step over this one, round by round. `beside_seconds` is a step beside busy programs, in
+    the same rounds, `keeps` the share of its own speed that is left.
     """
 
     batch: int
@@ -50,6 +52,8 @@ class Decoding:
     floor_bound_seconds: float
     parts: Parts | None
     times_peers: dict[str, Spread]
+    beside_seconds: Spread | None
+    keeps: Spread | None
 
 
 @dataclass(frozen=True)
@@ -88,12 +92,13 @@ class RunRow:
 
 def measure_decode(
     model: PreTrainedModel, entrants: Sequence[c.BenchContender], ids: Tensor, *, steps: int, rounds: int,
-    rate: ReadRate, peers: Sequence[PeerLane] = (), tick: Callable[[str], None] = lambda _: None,
+    rate: ReadRate, peers: Sequence[PeerLane] = (), loops: BusyLoops | None = None,
+    tick: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Decoding]:  # fmt: skip
     """Greedy steps of every contender after one shared prefill of `ids` (B, T), by name; DynamicCache must be in.
 
-    In a round each takes `steps` steps, one cache after the other, peers and empty caches too; the caches go on growing
-    from round to round. A peer that fails is left out and says why.
+    In a round each takes `steps` steps, one cache after the other, peers and empty caches too, and as many while
+    `loops` are busy; the caches go on growing from round to round. A peer that fails is left out and says why.
     """
     b, t = ids.shape
     caches = [contender.make() for contender in entrants]
@@ -105,10 +110,13 @@ def measure_decode(
         tick(f"prefill of {b} x {t} tokens: {peer.name}")
         peer.fill()
     empty = floors(model, entrants, ids)
-    played = Rounds([*lanes, *empty, *peers])
+    played, crowded = Rounds([*lanes, *empty, *peers]), Rounds([*lanes, *peers])
     for turn in range(rounds + 1):  # the first warms up
         ticking = f"decode round {turn} of {rounds}: "
         played.play(steps if turn else WARM_STEPS, keep=turn > 0, tick=lambda name, so=ticking: tick(so + name))  # type: ignore[misc]
+        if turn and loops is not None:
+            with loops.running():
+                crowded.play(steps, tick=lambda name, so=ticking: tick(f"{so}{name}, beside others"))  # type: ignore[misc]
         if turn:
             rate.sample(READS)
             for cached in lanes if can_profile(model) else ():
@@ -131,6 +139,8 @@ def measure_decode(
             floor_seconds=None if own is None else floor.get(own.contender.library),
             floor_bound_seconds=weights / bandwidth, parts=None if own is None else own.parts(),
             times_peers={peer.name: played.ratio(peer, lane) for peer in well if peer is not lane},
+            beside_seconds=None if loops is None else crowded.steps(lane),
+            keeps=None if loops is None else played.over(crowded, lane),
         )  # fmt: skip
     return found
 
@@ -182,11 +192,12 @@ def measure_prefill(
 def measure_run(
     model: PreTrainedModel, entrants: Sequence[c.BenchContender], *, context: int, batch: int, steps: int, rounds: int,
     prefill_batch: int = 1, seed: int = 0, rate: ReadRate | None = None, peers: Sequence[PeerLane] = (),
-    tick: Callable[[str], None] = lambda _: None,
+    loops: BusyLoops | None = None, tick: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[RunRow], ReadRate]:  # fmt: skip
     """Prefill (unless `prefill_batch` is 0), then decode: a row for each contender, in their order, then for each peer.
 
-    Prompts are random token ids. Raises ValueError if DynamicCache, which the others are measured by, is missing.
+    Prompts are random token ids; decoding is measured beside busy `loops`, too. Raises ValueError if DynamicCache,
+    which the others are measured by, is missing.
     """
     if c.DYNAMIC not in {contender.name for contender in entrants}:
         raise ValueError(f"entrants={[contender.name for contender in entrants]} must hold {c.DYNAMIC}")
@@ -196,7 +207,9 @@ def measure_run(
         prompts = c.draw_prompts(model, prefill_batch, context, seed)
         read = measure_prefill(model, entrants, prompts, rounds=rounds, rate=rate, peers=peers, tick=tick)
     prompts = c.draw_prompts(model, batch, context, seed)
-    decoded = measure_decode(model, entrants, prompts, steps=steps, rounds=rounds, rate=rate, peers=peers, tick=tick)
+    decoded = measure_decode(
+        model, entrants, prompts, steps=steps, rounds=rounds, rate=rate, peers=peers, loops=loops, tick=tick
+    )
     rows = [
         RunRow(one.name, one.library, one.budget, decode=decoded[one.name], prefill=read.get(one.name))
         for one in entrants

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvfold.bench.arithmetic import ArithmeticRate
+from kvfold.bench.beside import BusyLoops
 from kvfold.bench.machine import ReadRate, Spread, spread, timed
 from kvfold.formats import POSITION, Chunk, Dense, Spec
 from kvfold.formats.dense import DenseSegment
@@ -58,7 +59,7 @@ class KernelRow:
     pages in the same order, which the contender "read" is. `arithmetic_seconds` is the time that widening and
     multiplying takes where nothing waits for memory. `cost_per_token` is a ragged case's seconds for each token kept
     over the full-length case's (1.0: cost in proportion to the tokens kept), `max_error` the largest difference from
-    SDPA's answer.
+    SDPA's answer. `beside_seconds` are those beside busy programs, `keeps` the share of its own speed that is left.
     """
 
     case: Case
@@ -76,6 +77,8 @@ class KernelRow:
     of_sdpa: float
     cost_per_token: float | None
     max_error: float | None
+    beside_seconds: Spread | None
+    keeps: float | None
 
     @property
     def label(self) -> str:
@@ -177,6 +180,7 @@ class _Contest:
         reads = ["read"] if device.type == "cpu" and library() is not None else []
         dense = [] if kind == "scattered" else ["sdpa"]  # it has no pages: how they lie is nothing to it
         self.taken: dict[str, list[float]] = {name: [] for name in ["kvfold", *reads, *dense]}
+        self.beside: dict[str, list[float]] = {name: [] for name in self.taken}
 
     def _twin(self, layer: _Layer, number: int) -> _Layer:
         table = layer.segment.dense()
@@ -197,27 +201,26 @@ class _Contest:
             )
         return error
 
-    def play(self, contender: str, keep: bool = True) -> None:
+    def play(self, contender: str) -> float:
+        """Seconds of a call."""
         calls: list[Callable[[], object]] = [getattr(layer, contender) for layer in self.layers]
 
         def work() -> None:
             for call in calls:
                 call()
 
-        seconds = timed(work, self.device) / self.copies
-        if keep:
-            self.taken[contender].append(seconds)
+        return timed(work, self.device) / self.copies
 
 
 def measure_kernels(
     cases: Sequence[Case], *, kinds: Sequence[str] = KINDS[:2], device: torch.device | None = None, rounds: int = 15,
-    rate: ReadRate | None = None, working_set: int | None = None, seed: int = 0,
+    rate: ReadRate | None = None, working_set: int | None = None, seed: int = 0, loops: BusyLoops | None = None,
     tick: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[KernelRow], ReadRate, ArithmeticRate]:  # fmt: skip
     """Rows for every case and kind, and what memory and cores can do between the rounds of all of them.
 
-    In a round every contender has one turn on each of `kinds` (of KINDS, "in order" first). Raises RuntimeError where
-    kvfold and SDPA disagree, before they are timed.
+    In a round every contender has one turn on each of `kinds` (of KINDS, "in order" first), and another one while
+    `loops` are busy. Raises RuntimeError where kvfold and SDPA disagree, before they are timed.
     """
     on = device or torch.device("cpu")
     rate = rate or ReadRate(on)
@@ -231,12 +234,18 @@ def measure_kernels(
         contests = [_Contest(case, kind, on, size, seed) for kind in kinds]
         for turn in range(rounds + 1):  # the first warms up
             tick(f"{what}: round {turn} of {rounds}")
-            for contest in contests:
-                for name in contest.taken:
-                    contest.play(name, keep=turn > 0)
+            turns = [(contest, name) for contest in contests for name in contest.taken]
+            for contest, name in turns:
+                seconds = contest.play(name)
+                if turn:
+                    contest.taken[name].append(seconds)
             if turn:
                 rate.sample()
                 cores.sample()
+            if turn and loops is not None:
+                with loops.running():
+                    for contest, name in turns:
+                        contest.beside[name].append(contest.play(name))
         for contest in contests:
             contest.layers = []  # the numbers stay, the pages go
         done.append(contests)
@@ -253,6 +262,7 @@ def _rows(contest: _Contest, full: _Contest, memory: ReadRate, cores: Arithmetic
     for name, seconds in medians.items():
         whole = spread(full.taken[name]).median / full.tokens
         rate = contest.kv_bytes / seconds.median
+        beside = spread(contest.beside[name]) if contest.beside[name] else None
         rows.append(
             KernelRow(
                 case=case, contender=name, kind=contest.kind, tokens=contest.tokens,
@@ -263,6 +273,7 @@ def _rows(contest: _Contest, full: _Contest, memory: ReadRate, cores: Arithmetic
                 of_sdpa=sdpa.median / seconds.median,
                 cost_per_token=seconds.median / contest.tokens / whole if contest.kind == "ragged" else None,
                 max_error=None if name == "read" else contest.error,
+                beside_seconds=beside, keeps=None if beside is None else seconds.median / beside.median,
             )
         )  # fmt: skip
     return rows

@@ -125,6 +125,11 @@ class Rounds:
         pairs = zip(self.medians(other), self.medians(lane), strict=True)
         return spread([theirs / ours for theirs, ours in pairs])
 
+    def over(self, others: "Rounds", lane: Lane) -> Spread:
+        """A lane's step in these rounds over its step in others, which were played in turns with these."""
+        pairs = zip(self.medians(lane), others.medians(lane), strict=True)
+        return spread([ours / theirs for ours, theirs in pairs])
+
 
 def can_profile(model: PreTrainedModel) -> bool:
     """Whether the time of a step is spent where Python sees it: not on a device that works behind its back."""

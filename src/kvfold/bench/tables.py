@@ -58,6 +58,7 @@ def kernels_table(
     caption = "\n".join([caption, *(sum_of(each, bandwidth) for each in cores)])
     right = (
         "time", "min", "max", "bound", "arithmetic", "GB/s", "of read", "of same read", "times SDPA", "cost/token",
+        *(("beside", "keeps") if any(row.keeps is not None for row in rows) else ()),
     )  # fmt: skip
     table = _table(title, caption, ("dtype", "tokens x rows", "kernel"), right)
     for row in rows:
@@ -67,6 +68,7 @@ def kernels_table(
             duration(row.seconds.min), duration(row.seconds.max), duration(row.bound_seconds),
             "-" if row.arithmetic_seconds is None else duration(row.arithmetic_seconds),
             f"{row.bytes_per_second / 1e9:.1f}", f"{row.of_bandwidth:.2f}", same, f"{row.of_sdpa:.2f}", cost,
+            *(() if row.beside_seconds is None else (duration(row.beside_seconds.median), f"{row.keeps:.2f}")),
         )  # fmt: skip
     return table
 
@@ -98,12 +100,14 @@ def run_table(rows: Sequence[endtoend.RunRow], bandwidth: float, weights: int, t
         "step", "tokens/s", "at most", "speedup", "at most", "KV cache", "of dense", "prefill", "of dense", "of full",
     ]  # fmt: skip
     peaks = any(row.memory is not None for row in rows)
-    table = _table(title, caption, ("cache", "budget"), [*right, "peak memory"] if peaks else right)
+    beside = any(row.decode is not None and row.decode.keeps is not None for row in rows)
+    right += ["beside", "keeps"] * beside + ["peak memory"] * peaks
+    table = _table(title, caption, ("cache", "budget"), right)
     for row in rows:
         table.add_row(
             row.contender + (f" ({row.library}, own process)" if row.separate_process else ""),
             "-" if row.budget is None else str(row.budget), *_decode(row), *_prefill(row),
-            *([_peak(row)] if peaks else []),
+            *(_beside(row) if beside else ()), *([_peak(row)] if peaks else []),
         )  # fmt: skip
     return table
 
@@ -117,6 +121,13 @@ def _decode(row: endtoend.RunRow) -> tuple[str, ...]:
         f"{d.bound_tokens_per_second:.1f}", ratio_of(d.speedup),
         f"{d.bound_speedup:.2f}", megabytes(d.kv_bytes), f"{d.kv_ratio:.3f}",
     )  # fmt: skip
+
+
+def _beside(row: endtoend.RunRow) -> tuple[str, str]:
+    d = row.decode
+    if d is None or d.beside_seconds is None or d.keeps is None:
+        return "-", "-"
+    return duration(d.beside_seconds.median), ratio_of(d.keeps)
 
 
 NAMES = dict(zip(PARTS, ("linears", "attention", "methods", "kvfold's Python", "rest of the model"), strict=True))

@@ -24,7 +24,7 @@ Chart = Annotated[Path | None, typer.Option("--chart", help="Draw the result (.h
 Methods = Annotated[str, typer.Option("--methods", help="Slugs, separated by commas.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Tokens that each cache decodes in a round.")]
 Quantized = Annotated[bool, typer.Option("--quantized/--no-quantized", help="Also transformers' QuantizedCache.")]
-Beside = Annotated[int, typer.Option("--beside", min=0, help="Busy programs to run meanwhile.")]
+Beside = Annotated[int, typer.Option("--beside", min=0, help="Each round once more, beside so many busy programs.")]
 Kind = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 
 
@@ -51,13 +51,14 @@ def kernels_command(
 
     from kvfold.bench import chart as charts
     from kvfold.bench import tables
+    from kvfold.bench.beside import busy
     from kvfold.bench.kernels import KINDS, Case, measure_kernels
 
     on = prepared(device, out, chart)
     cases = [Case(t, b, kv_heads, group, head_dim, d) for d in dtypes for t in contexts for b in batches]
-    with measured("kernels", on, beside) as (tick, result):
+    with measured("kernels", on, beside) as (tick, result), busy(beside) as loops:
         kinds = [kind for kind, wanted in zip(KINDS, (True, scattered, ragged), strict=True) if wanted]
-        rows, rate, cores = measure_kernels(cases, kinds=kinds, device=on, rounds=rounds, tick=tick)
+        rows, rate, cores = measure_kernels(cases, kinds=kinds, device=on, rounds=rounds, loops=loops, tick=tick)
         result |= {
             "rounds": rounds, "read_bandwidth": rate.to_dict(),
             "arithmetic": [each.to_dict() for each in cores.found()], "rows": [row.to_dict() for row in rows],
@@ -98,6 +99,7 @@ def run_command(
     from kvfold.bench import chart as charts
     from kvfold.bench import contenders as c
     from kvfold.bench import peers, tables
+    from kvfold.bench.beside import busy
     from kvfold.bench.endtoend import PROFILED, WARM_STEPS, measure_run
     from kvfold.models.load import load
 
@@ -106,12 +108,16 @@ def run_command(
     for python in peer_python:
         peers.find_script(peers.which_peer(python))
     lm, _ = load(model, dtype=kind, device=on)
-    new = WARM_STEPS + rounds * (steps + PROFILED)
+    new = WARM_STEPS + rounds * (steps * (2 if beside else 1) + PROFILED)
     common.check_fits(lm, context, new)
     own, unfit = c.fitting(lm, c.kvfold_contenders(lm, wanted))
     theirs, skipped = c.transformers_contenders(lm, quantized)
     skipped = skipped + unfit
-    with measured("run", on, beside) as (tick, result), common.with_fast_linears(lm, fast_linears):
+    with (
+        measured("run", on, beside) as (tick, result),
+        common.with_fast_linears(lm, fast_linears),
+        busy(beside) as loops,
+    ):
         threads = result["machine"]["threads"]
         guests = peers.waiting(
             peer_python, folder, [(one.name, one.budget) for one in own], context=context, batch=batch, dtype=kind,
@@ -120,7 +126,7 @@ def run_command(
         with guests as (lanes, without):
             rows, rate = measure_run(
                 lm, [*theirs, *own], context=context, batch=batch, steps=steps, rounds=rounds,
-                prefill_batch=prefill_batch, peers=lanes, tick=tick,
+                prefill_batch=prefill_batch, peers=lanes, loops=loops, tick=tick,
             )  # fmt: skip
         weights = c.weight_bytes(lm)
         skipped = [*skipped, *without]
@@ -162,7 +168,6 @@ def growth_command(
     dtype: Kind = "float32",
     device: common.Device = "cpu",
     fast_linears: common.FastLinears = False,
-    beside: Beside = 0,
     json: common.Json = False,
     out: Out = None,
     chart: Chart = None,
@@ -184,7 +189,7 @@ def growth_command(
     window = getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
     own, unfit = c.fitting(lm, c.kvfold_contenders(lm, wanted, chunk))
     entrants = [*(c.transformers_contenders(lm, quantized=False)[0] if dynamic else ()), *own]
-    with measured("growth", on, beside) as (tick, result), common.with_fast_linears(lm, fast_linears):
+    with measured("growth", on) as (tick, result), common.with_fast_linears(lm, fast_linears):
         rows, rate = measure_growth(
             lm, entrants, contexts, batch=batch, steps=steps, rounds=rounds, prefills=prefills, tick=tick
         )
@@ -288,15 +293,14 @@ def with_peaks(
 def measured(bench: str, device: Any, beside: int = 0) -> Iterator[tuple[Callable[[str], None], dict[str, Any]]]:
     """A way to say on stderr what is going on, and the result that begins with what the machine is.
 
-    `beside`: busy programs that run meanwhile.
+    `beside`: busy programs that each round is played beside once more.
     """
-    from kvfold.bench.beside import busy
     from kvfold.bench.machine import Elsewhere, describe
 
     result: dict[str, Any] = {"format": FORMAT, "bench": bench, "machine": describe(device)}
     result["machine"]["beside"] = beside
     others = Elsewhere()
-    with busy(beside), common.stderr.status("", refresh_per_second=1) as status:
+    with common.stderr.status("", refresh_per_second=1) as status:
         yield status.update, result
     result["machine"]["cores_busy_elsewhere"] = others.cores()
 
@@ -309,7 +313,7 @@ def linears_of(fast: bool) -> str:
 def hardware(result: dict[str, Any]) -> str:
     """The GPU, or the processor with its threads."""
     machine = result["machine"]
-    meanwhile = f", beside {machine['beside']} busy" if machine["beside"] else ""
+    meanwhile = f"; beside: {machine['beside']} busy" if machine["beside"] else ""
     return (machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, {machine['instructions']}") + meanwhile
 
 
