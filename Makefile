@@ -20,7 +20,7 @@ PINS = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt KVFOL
 PIP = $(PINS) $(PY) -m pip --disable-pip-version-check
 STAMP = $(VENV)/.installed
 
-.PHONY: help venv test test-fast mutants lint format types snippets newest check demo clean
+.PHONY: help venv test test-fast mutants gpu-check lint format types snippets newest check demo clean
 .DEFAULT_GOAL := help
 .SUFFIXES:
 .DELETE_ON_ERROR:
@@ -50,6 +50,10 @@ test-fast: $(STAMP) ## the quick tests, without shape checks at calls
 # Nightly, not in CI: it takes about half an hour. Ends with an error where a change of the code is seen by no test.
 mutants: $(STAMP) ## change the core a line at a time and see that a test fails (docs/mutants.md)
 	@OMP_NUM_THREADS=1 $(PY) tests/mutants.py
+
+# Ends with an error, and says so, where there is no GPU.
+gpu-check: $(STAMP) ## on a GPU: CUDA tests and benchmarks, ten minutes, results in benchmarks/results
+	@$(PY) benchmarks/gpu_check.py
 
 lint: $(STAMP) ## ruff: lint rules and format
 	@$(PY) -m ruff check .

@@ -8,6 +8,8 @@ namespace kvfold {
 
 constexpr int64_t BLOCK = 64;   // tokens between two looks at the running maximum
 constexpr int64_t PART = 256;   // tokens of a row that one task reads: fixed, so that threads don't change results
+constexpr int64_t FEW = 1920;   // numbers that stay in a core's first cache, in whole rounds of every unrolled loop
+constexpr int64_t GROUP = 8;    // query heads that one pass over them multiplies for at most
 constexpr int64_t SHARES = 16;  // of a row's queries, each with column sums of its own: fixed for the same reason
 
 enum class Kind { f32, bf16, f16 };
@@ -78,6 +80,23 @@ struct Linear {
     float* out;
 };
 
+// Pages in the order in which rows hold them, to be read and nothing else.
+struct Pages {
+    const char *keys, *values;
+    int64_t key_bytes, value_bytes;  // of a page, multiples of 4
+    const int32_t* pages;
+    int64_t count;
+    int threads;
+};
+
+struct MultiplyAdd {
+    const void* x;  // FEW numbers
+    Kind kind;
+    float factor;
+    int64_t group, passes, tasks;
+    int threads;
+};
+
 struct Kernels {
     const char* name;
     int lanes;
@@ -89,6 +108,8 @@ struct Kernels {
     void (*exponential)(const float* x, float* out, int64_t count);         // for tests
     void (*widen)(const void* x, Kind kind, float* out, int64_t count);     // for tests
     double (*read)(const float* x, int64_t count, int threads);             // a plain read, for benchmarks
+    uint32_t (*read_pages)(const Pages&);                                   // likewise
+    double (*multiply_add)(const MultiplyAdd&);                             // arithmetic without memory, likewise
 };
 
 #if defined(__x86_64__)

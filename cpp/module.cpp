@@ -380,6 +380,48 @@ void linear(Array<const float, 2> x, Const2 weight, std::optional<Array<const fl
     set.linear(on);
 }
 
+uint32_t read_pages(Const2 keys, Const2 values, Table table, Counts lengths, int64_t page_size, int threads) {
+    check(lengths.shape(0) == table.shape(0) && page_size > 0 && keys.shape(0) == values.shape(0) &&
+              keys.shape(0) % page_size == 0,
+          "table and lengths must have the same rows, keys and values the same pages");
+    const Rows on{static_cast<int64_t>(table.shape(0)), page_size, table.data(), static_cast<int64_t>(table.shape(1)),
+                  lengths.data(), nullptr, 0, nullptr};
+    check_pages(on, keys.shape(0) / page_size);
+    const int64_t key_bytes = page_size * keys.shape(1) * bytes_of(keys);
+    const int64_t value_bytes = page_size * values.shape(1) * bytes_of(values);
+    check(key_bytes % 4 == 0 && value_bytes % 4 == 0, "pages must have a multiple of 4 bytes");
+    std::vector<int32_t> pages;
+    for (int64_t r = 0; r < on.rows; r++)
+        pages.insert(pages.end(), on.table + r * on.width,
+                     on.table + r * on.width + (on.lengths[r] + page_size - 1) / page_size);
+    const Pages all{static_cast<const char*>(keys.data()), static_cast<const char*>(values.data()), key_bytes,
+                    value_bytes, pages.data(), static_cast<int64_t>(pages.size()), threads};
+    const Free free;
+    return sets.front()->read_pages(all);
+}
+
+double multiply_add(nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu> x, float factor, int64_t group,
+                    int64_t passes, int64_t tasks, int threads) {
+    check(x.shape(0) == FEW && group > 0 && group <= GROUP && tasks >= 0,
+          "x must have FEW numbers, and group lie between 1 and GROUP");
+    const MultiplyAdd on{x.data(), kind_of(x), factor, group, passes, tasks, threads};
+    const Free free;
+    return sets.front()->multiply_add(on);
+}
+
+// Each operation waits for the one before: one a cycle. The compiler sees none of them.
+uint64_t chain(int64_t count) {
+    const Free free;
+    uint64_t x = 1;
+    const uint64_t y = static_cast<uint64_t>(count) | 1;
+    for (int64_t i = 0; i < count; i += 8)
+        for (int n = 0; n < 8; n++) {
+            x ^= y;
+            asm volatile("" : "+r"(x));
+        }
+    return x;
+}
+
 std::vector<std::string> names() {
     std::vector<std::string> found;
     for (const Kernels* each : sets) found.emplace_back(each->name);
@@ -406,6 +448,8 @@ NB_MODULE(_cpu, m) {
     m.attr("SHARES") = SHARES;
     m.attr("BLOCK") = BLOCK;
     m.attr("PART") = PART;
+    m.attr("FEW") = FEW;
+    m.attr("GROUP") = GROUP;
     m.def("names", names, "The instruction sets in use, the widest first.");
     m.def("use", use, "name"_a, "Use none that is wider than this one. Raises ValueError where the processor has it not.");
     m.def("workers", workers, "Threads that were started in this process, beside its own.");
@@ -426,6 +470,11 @@ NB_MODULE(_cpu, m) {
         const Free free;
         return sets.front()->read(x.data(), static_cast<int64_t>(x.shape(0)), threads);
     }, "x"_a.noconvert(), "threads"_a, "The sum of an array: as fast as memory can be read.");
+    m.def("read_pages", read_pages, "keys"_a.noconvert(), "values"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(),
+          "page_size"_a, "threads"_a, "The sum of the words of rows' pages, in their order: as fast as those can be read.");
+    m.def("multiply_add", multiply_add, "x"_a.noconvert(), "factor"_a, "group"_a, "passes"_a, "tasks"_a, "threads"_a,
+          "tasks x passes x group times the sum of x times a factor: as fast as cores can widen, multiply and add.");
+    m.def("chain", chain, "count"_a, "As many operations (in eights), each of which waits for the one before: one a cycle.");
     m.def("exponential", [](Array<const float, 1> x, Array<float, 1> out) {
         check(out.shape(0) == x.shape(0), "out must be as long as x");
         sets.front()->exponential(x.data(), out.data(), static_cast<int64_t>(x.shape(0)));

@@ -21,6 +21,8 @@ Settings tried, on two cores that others used too (so no more than a hint): with
 default here, a step at 4096 tokens in 4 rows took 0.15 s, and with vLLM's own default of an engine and a worker
 process, bound to the cores, 0.32 s (`--processes`; prefill 62 and 52 s).
 `--batched-tokens` was not compared under equal load.
+
+With `--turns` it waits for what it is asked (turns.py), as `kvfold bench run --peer-python` does.
 """
 
 import argparse
@@ -33,10 +35,10 @@ import statistics
 import sys
 import time
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 
 import machine
+import turns
 
 
 def arguments() -> argparse.Namespace:
@@ -55,11 +57,70 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--processes", action="store_true", help="engine and worker in processes of their own")
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--eager", action="store_true", help="no torch.compile")
+    parser.add_argument("--turns", action="store_true", help="wait for what standard input asks")
     return parser.parse_args()
+
+
+class Engine:
+    """vLLM's engine, a step at a time."""
+
+    def __init__(self, llm, sampling):
+        self.engine, self.sampling, self.started, self.rows = llm.llm_engine, sampling, 0, 0
+
+    def start(self, prompts: list[list[int]], tokens: int) -> float:
+        """Seconds until every prompt has its first token; each gets `tokens` in the end."""
+        waiting = {f"{self.started}-{row}" for row in range(len(prompts))}
+        options = self.sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        for row, prompt in enumerate(prompts):
+            self.engine.add_request(f"{self.started}-{row}", {"prompt_token_ids": prompt}, options)
+        self.started, self.rows = self.started + 1, len(prompts)
+        while waiting:
+            waiting -= {output.request_id for output in self.engine.step()}
+        return time.perf_counter() - start
+
+    def steps(self, count: int) -> list[float]:
+        """Seconds of the next `count` steps, in which every row decodes one token."""
+        taken = []
+        for _ in range(count):
+            start = time.perf_counter()
+            outputs = self.engine.step()
+            while not outputs:  # what was begun before this step may come out of the next one
+                outputs = self.engine.step()
+            taken.append(time.perf_counter() - start)
+            assert len(outputs) == self.rows and not any(output.finished for output in outputs), "a row has ended"
+        return taken
+
+    def finish(self) -> None:
+        """Let all rows come to their end."""
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+
+
+def take_turns(engine: Engine, prompts: list[list[int]], new_tokens: int, kv_bytes: int, about: dict, out) -> None:
+    """One batch, of a full cache."""
+
+    def read(method: str, budget: float, rows: int, context: int) -> dict:
+        seconds = engine.start([prompt[:context] for prompt in prompts[:rows]], 1)
+        engine.finish()
+        return {"seconds": seconds}
+
+    def fill(method: str, budget: float) -> dict:
+        engine.start(prompts, new_tokens)
+        return {"kv_bytes": kv_bytes}
+
+    def decode(method: str, budget: float, steps: int) -> dict:
+        return {"seconds": engine.steps(steps)}
+
+    def report(method: str, budget: float) -> dict:
+        return {**about, "method": "full", "budget": 1.0, "peak_rss_bytes": machine.peak_rss()}
+
+    turns.serve({"read": read, "fill": fill, "decode": decode, "report": report}, out)
 
 
 def main() -> None:
     args = arguments()
+    out = turns.answers() if args.turns else None
     cores = sorted(os.sched_getaffinity(0))
     bind = args.bind or ",".join(map(str, cores))
     config = json.loads((args.model / "config.json").read_text())
@@ -69,11 +130,13 @@ def main() -> None:
     batched = args.batched_tokens or args.batch * args.context
     extra = 2 + math.ceil(args.batch * args.context / batched)  # the first rows decode while the last are read
     length = args.context + args.new_tokens + extra
-    blocks = math.ceil(length / args.block_size)
-    kv_bytes = args.batch * blocks * args.block_size * token_bytes
+    kv_bytes, room = (
+        args.batch * math.ceil(tokens / args.block_size) * args.block_size * token_bytes
+        for tokens in (args.context, length)
+    )
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = bind
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(args.processes))
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(kv_bytes * 1.1 / 2**30)))  # GiB
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(room * 1.1 / 2**30)))  # GiB
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -95,33 +158,10 @@ def main() -> None:
         seed=args.seed,
     )
 
-    def measure(prompts: list[list[int]], tokens: int) -> tuple[float, list[float]]:
-        """Seconds until every prompt has its first token, and of each step in which all of them then decode."""
-        sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        engine, waiting, marks, done = llm.llm_engine, {str(row) for row in range(len(prompts))}, [], False
-        start = time.perf_counter()
-        for row, prompt in enumerate(prompts):
-            engine.add_request(str(row), {"prompt_token_ids": prompt}, sampling)
-        while engine.has_unfinished_requests():
-            outputs = engine.step()
-            now = time.perf_counter()
-            done = done or any(output.finished for output in outputs)
-            waiting -= {output.request_id for output in outputs}
-            if outputs and not waiting and not done:
-                assert not marks or len(outputs) == len(prompts)
-                marks.append(now)
-        return marks[0] - start, [after - before for before, after in pairwise(marks)]
-
     ids = torch.randint(10, 10_000, (args.batch, args.context), generator=torch.Generator().manual_seed(args.seed))
-    prompts = ids.tolist()
-    measure([prompt[:128] for prompt in prompts], 4)  # warms up
-    others = machine.Elsewhere()
-    rounds = [measure(prompts, args.new_tokens + extra) for _ in range(args.rounds)]
-    reads = [read for read, _ in rounds]
-    elsewhere = others.cores()
-    step = statistics.median(taken for _, steps in rounds for taken in steps)
+    prompts, engine = ids.tolist(), Engine(llm, SamplingParams)
     argv = [args.model.name if word == str(args.model) else word for word in sys.argv[1:]]
-    report = {
+    about = {
         "peer": "vllm-cpu",
         "versions": {
             "vllm-cpu": version("vllm-cpu"),
@@ -134,6 +174,32 @@ def main() -> None:
         "batch": args.batch,
         "dtype": args.dtype,
         "threads": len(cores),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *argv]),
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("VLLM_CPU_", "VLLM_ENABLE_V1"))
+        },
+    }
+    if out is not None:
+        take_turns(engine, prompts, args.new_tokens + extra, kv_bytes, about, out)
+        return
+
+    def measure(prompts: list[list[int]], tokens: int) -> tuple[float, list[float]]:
+        """Seconds until every prompt has its first token, and of each step in which all of them then decode."""
+        read = engine.start(prompts, tokens + extra)
+        steps = engine.steps(tokens - 1)
+        engine.finish()
+        return read, steps
+
+    measure([prompt[:128] for prompt in prompts], 4)  # warms up
+    others = machine.Elsewhere()
+    rounds = [measure(prompts, args.new_tokens) for _ in range(args.rounds)]
+    elsewhere = others.cores()
+    reads = [read for read, _ in rounds]
+    step = statistics.median(taken for _, steps in rounds for taken in steps)
+    report = {
+        **about,
         "method": "full",
         "budget": 1.0,
         "prefill_seconds": statistics.median(reads),
@@ -141,7 +207,6 @@ def main() -> None:
         "decode_tokens_per_second": args.batch / step,
         "kv_bytes": kv_bytes,
         "peak_rss_bytes": machine.peak_rss(),
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *argv]),
         "rounds": {
             "prefill_seconds": reads,
             "step_seconds": [statistics.median(steps) for _, steps in rounds],
@@ -149,11 +214,6 @@ def main() -> None:
             "steps": [len(steps) for _, steps in rounds],
         },
         "cores_busy_elsewhere": elsewhere,
-        "environment": {
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name.startswith(("VLLM_CPU_", "VLLM_ENABLE_V1"))
-        },
     }
     print(json.dumps(report), flush=True)
 

@@ -4,24 +4,30 @@ from dataclasses import replace
 from math import log2
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from kvfold.bench import contenders as c
-from kvfold.bench import kernels, peers, tables
+from kvfold.bench import kernels, tables
+from kvfold.bench.arithmetic import ArithmeticRate
 from kvfold.bench.chart import growth_chart, kernels_chart, run_chart
 from kvfold.bench.endtoend import RunRow, measure_prefill, measure_run
-from kvfold.bench.growth import exponents, measure_growth
-from kvfold.bench.kernels import Case, draw_lengths, measure_kernels
+from kvfold.bench.growth import exponents, flat_lines, measure_growth
+from kvfold.bench.kernels import KINDS, Case, draw_lengths, measure_kernels, scatter
 from kvfold.bench.machine import Elsewhere, ReadRate, describe, spread
+from kvfold.bench.parts import PARTS
 from kvfold.evaluation.chart import save_chart
 from kvfold.evaluation.compare import with_budget
 from kvfold.files import write_json
+from kvfold.formats import POSITION, Chunk, Dense, Spec
 from kvfold.hf.cache import Cache
 from kvfold.ops import _cpu
+from kvfold.ops.cpu import bits, threads
 from models import build, dynamic, feed, reference, subject, tokens
 
 CPU = torch.device("cpu")
+SETS = _cpu.names()
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +51,51 @@ def test_the_plain_read_reads_everything():
     data = torch.arange(3 * 2**14 + 77, dtype=torch.float32) % 7
     for workers in (1, 2, 5):
         assert _cpu.read(data.numpy(), workers) == float(data.double().sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_read_of_pages_reads_each_once(dtype: torch.dtype):
+    pages, size, d, dv = 37, 4, 12, 20
+    planes = [torch.randn(pages * size, width).to(dtype) for width in (d, dv)]
+    table = torch.randperm(pages)[:34].view(2, 17).numpy().astype(np.int32)
+    lengths = np.array([65, 30], dtype=np.int32)
+    held = [page for row, used in zip(table, (17, 8), strict=True) for page in row[:used]]
+    words = [int(bits(plane).reshape(pages, -1)[held].copy().view(np.uint32).sum(dtype=np.uint64)) for plane in planes]
+    for name in SETS:
+        _cpu.use(name)
+        for workers in (1, 3):
+            assert _cpu.read_pages(*map(bits, planes), table, lengths, size, workers) == sum(words) % 2**32
+    _cpu.use(SETS[0])
+    with pytest.raises(ValueError, match="a page that the pool does not have"):
+        _cpu.read_pages(*map(bits, planes), table + 1000, lengths, size, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_arithmetic_is_done(dtype: torch.dtype):
+    x = torch.randn(_cpu.FEW).to(dtype)
+    for name in SETS:
+        _cpu.use(name)
+        for group in range(1, _cpu.GROUP + 1):
+            found = _cpu.multiply_add(bits(x), 0.5, group, 2, 3, 2)
+            assert found == pytest.approx(3 * 2 * group * 0.5 * float(x.double().sum()), abs=0.05)
+    _cpu.use(SETS[0])
+    for wrong in (0, _cpu.GROUP + 1):
+        with pytest.raises(ValueError, match="group lie between"):
+            _cpu.multiply_add(bits(x), 0.5, wrong, 1, 1, 1)
+    assert _cpu.chain(16) == 1 and _cpu.chain(8) == 1  # a number that is turned over an even number of times
+
+
+def test_what_cores_can_do_is_per_number():
+    cores = ArithmeticRate([("float32", 3), ("bfloat16", 2 * _cpu.GROUP)])
+    for _ in range(2):
+        cores.sample()
+    few, many = cores.found()
+    assert (few.dtype, few.group, many.group) == ("float32", 3, 16) and few.seconds.count == 2
+    assert few.numbers_per_second == pytest.approx(1 / few.seconds.median)
+    assert few.per_cycle * few.hertz * threads() == pytest.approx(few.numbers_per_second)
+    line = tables.sum_of(few, 1.0)
+    assert "memory binds before arithmetic" in line and "widened" not in line
+    assert "arithmetic binds before memory" in tables.sum_of(many, 1e15) and "widened" in tables.sum_of(many, 1.0)
 
 
 def test_the_faster_reader_is_the_bandwidth(rate: ReadRate):
@@ -76,10 +127,11 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path):
 
 def test_kernel_rows_are_consistent(rate: ReadRate):
     cases = [Case(100, 2, 3, 2, 32, dtype) for dtype in ("float32", "bfloat16")]
-    rows, _ = measure_kernels(cases, ragged=True, rounds=2, rate=rate, working_set=400_000)
-    assert [(r.case.dtype, r.contender, r.ragged) for r in rows] == [
-        (dtype, name, ragged)
-        for dtype in ("float32", "bfloat16") for ragged in (False, True) for name in ("kvfold", "sdpa")
+    rows, _, cores = measure_kernels(cases, kinds=KINDS, rounds=2, rate=rate, working_set=400_000)
+    assert [(r.case.dtype, r.contender, r.kind) for r in rows] == [
+        (dtype, name, kind)
+        for dtype in ("float32", "bfloat16") for kind in KINDS for name in ("kvfold", "read", "sdpa")
+        if (name, kind) != ("sdpa", "scattered")
     ]  # fmt: skip
     for row in rows:
         assert row.kv_bytes == row.tokens * 2 * 32 * (4 if row.case.dtype == "float32" else 2)
@@ -87,12 +139,34 @@ def test_kernel_rows_are_consistent(rate: ReadRate):
         assert row.bytes_per_second == pytest.approx(row.kv_bytes / row.seconds.median)
         assert row.of_bandwidth == pytest.approx(row.bound_seconds / row.seconds.median)
         assert row.seconds.min <= row.seconds.median <= row.seconds.max and row.seconds.count == 2
-    full, ragged = rows[0], rows[2]
+        read = next(r for r in rows if (r.case, r.kind, r.contender) == (row.case, row.kind, "read"))
+        assert row.of_read == pytest.approx(read.seconds.median / row.seconds.median)
+        done = cores.of(row.case.dtype, 2).numbers_per_second
+        assert row.arithmetic_seconds == (None if row is read else pytest.approx(row.tokens * 2 * 32 / done))
+    full, scattered, ragged = (next(r for r in rows if r.kind == kind) for kind in KINDS)
+    assert scattered.of_sdpa == pytest.approx(rows[2].seconds.median / scattered.seconds.median)
+    assert [row.label for row in rows[:4]] == [
+        "kvfold, pages in order", "plain read, pages in order", "torch SDPA", "kvfold, pages scattered",
+    ]  # fmt: skip
     assert full.tokens == 2 * 3 * 100 and ragged.tokens == int(draw_lengths(cases[0]).sum())
-    assert full.cost_per_token is None
+    assert full.cost_per_token is None and scattered.cost_per_token is None
     per_token = ragged.seconds.median / ragged.tokens
     assert ragged.cost_per_token == pytest.approx(per_token / (full.seconds.median / full.tokens))
-    assert rows[1].of_sdpa == 1.0 and full.of_sdpa == pytest.approx(rows[1].seconds.median / full.seconds.median)
+    assert rows[2].of_sdpa == 1.0 and full.of_sdpa == pytest.approx(rows[2].seconds.median / full.seconds.median)
+
+
+def test_scattered_pages_hold_what_they_held():
+    states = torch.randn(2, 3, 100, 16)
+    positions = torch.arange(100, dtype=torch.int32).expand(2, 3, 100)
+    chunk = Chunk(states, states + 1, torch.ones(2, 3, 100, dtype=torch.bool), {POSITION: positions})
+    segment = Dense().open(Spec.of(chunk))
+    segment.append(chunk, even=True)
+    before = segment.table.table.copy()
+    scatter(segment, 3)
+    after, held = segment.table.table, segment.dense()
+    assert sorted(after.ravel()) == sorted(before.ravel()) and (after != before).mean() > 0.5
+    assert torch.equal(held.keys, states) and torch.equal(held.values, states + 1) and bool(held.valid.all())
+    assert torch.equal(held.columns[POSITION], positions)
 
 
 def test_lengths_are_drawn_between_a_tenth_and_all():
@@ -162,7 +236,11 @@ def test_run_rows_are_consistent(rate: ReadRate):
         assert decode.kv_ratio == decode.kv_bytes / dense.decode.kv_bytes
         assert decode.bound_seconds == pytest.approx((c.weight_bytes(model) + decode.kv_bytes) / rate.bytes_per_second)
         assert decode.of_bound == pytest.approx(decode.bound_seconds / decode.step_seconds.median)
-        assert decode.speedup == pytest.approx(dense.decode.step_seconds.median / decode.step_seconds.median)
+        ratios = [a / b for a, b in zip(dense.decode.round_seconds, decode.round_seconds, strict=True)]
+        assert decode.speedup.to_dict() == spread(ratios).to_dict() and decode.times_peers == {}
+        assert decode.floor_seconds > 0 and decode.floor_bound_seconds < decode.bound_seconds
+        assert sum(getattr(decode.parts, part) for part in PARTS) == pytest.approx(decode.parts.step_seconds)
+        assert decode.parts.share("attention") > 0 and decode.parts.share("linears") > 0
         assert decode.bound_speedup == pytest.approx(dense.decode.bound_seconds / decode.bound_seconds)
         assert prefill.ratio_dynamic == pytest.approx(prefill.seconds.median / dense.prefill.seconds.median)
         assert prefill.ratio_full == pytest.approx(prefill.seconds.median / full.prefill.seconds.median)
@@ -170,6 +248,11 @@ def test_run_rows_are_consistent(rate: ReadRate):
     c.read_prompt(model, own, c.draw_prompts(model, 2, 64))
     assert (rows[-2].decode.kv_bytes, rows[-2].decode.kept_tokens) == (own.nbytes, 16.0)
     assert dense.decode.kept_tokens is None
+    assert dense.decode.floor_seconds != full.decode.floor_seconds == rows[-1].decode.floor_seconds
+    table = tables.parts_table(rows, 1e9, "where")
+    assert len(table.rows) == len(rows) and "kvfold's Python" in [column.header for column in table.columns]
+    without = [replace(row, decode=replace(row.decode, parts=None)) for row in rows]
+    assert not tables.parts_table(without, 1e9, "where").rows
 
 
 def test_without_full_and_without_dynamic(rate: ReadRate):
@@ -192,9 +275,8 @@ def test_what_is_left_out_has_its_reason():
 
 def test_growth_exponents(rate: ReadRate):
     model = build("llama")
-    rows, _ = measure_growth(
-        model, entrants(model, "full", "streamingllm", budget=16), [32, 64, 128], steps=1, rounds=1, rate=rate
-    )
+    wanted = entrants(model, "full", "streamingllm", budget=16)
+    rows, _ = measure_growth(model, wanted, [32, 64, 128], steps=1, rounds=2, prefills=3, rate=rate)
     assert [row.context for row in rows] == [t for t in (32, 64, 128) for _ in range(len(rows) // 3)]
     found = {(each.contender, each.measure, each.start): each.exponent for each in exponents(rows)}
     assert len(found) == len(rows) // 3 * 3 * 2
@@ -204,14 +286,26 @@ def test_growth_exponents(rate: ReadRate):
     assert found["full", "step_seconds", 32] == pytest.approx(log2(of_full[64] / of_full[32]))
     for row in rows:
         assert row.of_bound == pytest.approx(row.bound_seconds / row.step_seconds.median)
+        assert (row.step_seconds.count, row.of_first.count, row.prefill_seconds.count) == (2, 2, 3)
+        if row.context == 32:
+            assert row.of_first.min == row.of_first.max == 1.0
+    lines = flat_lines(rows)
+    middle, last = (row for row in rows if row.contender == "streamingllm" and row.context > 32)
+    assert len(lines) == len(rows) // 3
+    assert f" to {max(1.0, last.of_first.median, middle.of_first.median):.2f} of the first" in lines[-1]
+    assert lines[-1].endswith("holds 1.00 to 1.00 of its bytes") and "holds 1.00 to 4.00 of its bytes" in lines[0]
 
 
-# -- peers, tables and charts --------------------------------------------------------------------------------
+def test_a_prompt_in_chunks_is_what_a_cache_reads_in_chunks(rate: ReadRate):
+    model = build("llama")
+    wanted = c.kvfold_contenders(model, [("snapkv", with_budget("snapkv", 16))], chunk=20)
+    rows, _ = measure_growth(model, wanted, [32, 64], steps=1, rounds=1, rate=rate)
+    cache = Cache(model, "snapkv", budget=16, prefill_chunk=20)
+    c.read_prompt(model, cache, c.draw_prompts(model, 1, 64))
+    assert rows[-1].kv_bytes == cache.nbytes and [row.contender for row in rows] == ["snapkv"] * 2
 
 
-def test_the_peers_presses_are_read_without_running_it():
-    known = peers.known_methods(Path(__file__).parents[2] / peers.SCRIPT)
-    assert {"full", "snapkv", "streamingllm", "tova"} <= set(known)
+# -- tables and charts ---------------------------------------------------------------------------------------
 
 
 def test_durations_have_three_digits():
@@ -220,14 +314,18 @@ def test_durations_have_three_digits():
 
 def test_charts_stand_alone(rate: ReadRate, tmp_path: Path):
     model = build("llama")
-    shapes, _ = measure_kernels([Case(16, 1, 1, 1, 16, "float32")], ragged=True, rounds=1, rate=rate, working_set=1)
+    case = Case(16, 1, 1, 1, 16, "float32")
+    shapes, _, _ = measure_kernels([case], kinds=KINDS, rounds=1, rate=rate, working_set=1)
     rows, _ = measure_run(model, entrants(model, "full", "tova"), context=20, batch=1, steps=1, rounds=1, rate=rate)
-    peer = {"kv_bytes": 10, "decode_tokens_per_second": 2.0, "bound_tokens_per_second": 4.0}
-    rows.append(replace(RunRow("tova", "kvpress", 0.25, separate_process=True), peer=peer))
+    rows.append(RunRow("tova", "kvpress", 0.25, separate_process=True, decode=rows[0].decode))
     grown, _ = measure_growth(model, entrants(model, "h2o", budget=8), [16, 32], steps=1, rounds=1, rate=rate)
     bandwidth = rate.bytes_per_second
     for name, chart, words in (
-        ("kernels", kernels_chart(shapes, bandwidth, "K"), ("torch SDPA, ragged", "plain read")),
+        (
+            "kernels",
+            kernels_chart(shapes, bandwidth, "K"),
+            ("torch SDPA, ragged", "kvfold, pages scattered", "plain read: "),
+        ),
         ("run", run_chart(rows, "R"), ("tova 0.25 (kvpress, own process)", "DynamicCache")),
         ("growth", growth_chart(grown, "G"), ("h2o 8", "DynamicCache")),
     ):

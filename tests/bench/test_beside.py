@@ -3,27 +3,39 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from kvfold.bench import beside
-from kvfold.bench.machine import Elsewhere
 
 
 def children() -> int:
     found = subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True).stdout
-    return found.count("os.getppid() == int(sys.argv[1])")
+    return found.count("words, busy = sys.stdin.buffer.raw")
 
 
+def ticks(pid: int) -> int:
+    """Hundredths of a second that a process has worked."""
+    return sum(map(int, Path(f"/proc/{pid}/stat").read_text().split()[13:15]))
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no /proc")
 @pytest.mark.parametrize("fails", [False, True])
-def test_they_run_while_the_block_does(fails):
-    before, others = children(), Elsewhere()
+def test_they_count_while_the_block_does(fails):
+    before = children()
     try:
-        with beside.busy(2):
-            assert children() == before + 2
+        with beside.busy(2) as loops:
+            assert children() == before + 2 and loops is not None
+            with loops.running():
+                start, end = [ticks(loop.pid) for loop in loops.loops], time.monotonic() + 60
+                while any(ticks(loop.pid) < then + 10 for loop, then in zip(loops.loops, start, strict=True)):
+                    assert time.monotonic() < end  # on however few cores
+                    time.sleep(0.05)
             time.sleep(0.5)
-            found = others.cores()
-            assert found is None or found > 0.2  # on however few cores
+            rest = [ticks(loop.pid) for loop in loops.loops]
+            time.sleep(0.5)
+            assert [ticks(loop.pid) for loop in loops.loops] == rest  # and are still after it
             if fails:
                 raise KeyError
     except KeyError:
@@ -31,12 +43,16 @@ def test_they_run_while_the_block_does(fails):
     assert children() == before
 
 
+def test_none_are_none():
+    with beside.busy(0) as loops:
+        assert loops is None
+
+
 def test_one_ends_when_its_parent_has():
-    code = (
-        f"import os, subprocess, sys; subprocess.Popen([sys.executable, '-S', '-c', {beside.LOOP!r}, str(os.getpid())])"
-    )
+    words = f"[sys.executable, '-S', '-c', {beside.LOOP!r}]"
+    code = f"import subprocess, sys; subprocess.Popen({words}, stdin=subprocess.PIPE)"
     before = children()
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
     end = time.monotonic() + 60
     while children() > before and time.monotonic() < end:
         time.sleep(0.1)

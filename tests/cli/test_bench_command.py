@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kvfold.bench import kernels, machine
+from kvfold.bench import kernels, machine, peers
 from kvfold.cli import main
 from kvfold.cli.app import app
 
@@ -21,7 +21,8 @@ SPREAD = {"median", "min", "max", "count"}
 RUN_ROW = {"contender", "library", "budget", "separate_process", "decode", "prefill", "memory", "peer"}
 DECODE = {
     "batch", "context", "step_seconds", "round_seconds", "tokens_per_second", "kv_bytes", "kv_ratio", "kept_tokens",
-    "bound_seconds", "bound_tokens_per_second", "of_bound", "speedup", "bound_speedup",
+    "bound_seconds", "bound_tokens_per_second", "of_bound", "speedup", "bound_speedup", "floor_seconds",
+    "floor_bound_seconds", "parts", "times_peers", "beside_seconds", "keeps",
 }  # fmt: skip
 PREFILL = {"batch", "context", "seconds", "tokens_per_second", "ratio_dynamic", "ratio_full", "peak_cuda_bytes"}
 
@@ -55,10 +56,12 @@ def test_kernels_as_json_with_file_and_chart(tmp_path: Path) -> None:
     found = got(*words, *files, "--dtype", "bfloat16")
     assert found["format"] == 1
     assert (
-        set(found) == {"format", "bench", "machine", "rounds", "read_bandwidth", "rows"} and found["bench"] == "kernels"
+        set(found) == {"format", "bench", "machine", "rounds", "read_bandwidth", "arithmetic", "rows"}
+        and found["bench"] == "kernels"
     )
+    assert [(each["dtype"], each["group"]) for each in found["arithmetic"]] == [("bfloat16", 3)]
     assert set(found["machine"]) == MACHINE
-    assert len(found["rows"]) == 2 * 2 * 2
+    assert len(found["rows"]) == 2 * (3 + 2 + 3)
     for row in found["rows"]:
         assert set(row["seconds"]) == SPREAD
         assert (row["dtype"], row["batch"], row["kv_heads"], row["group"], row["head_dim"]) == ("bfloat16", 2, 3, 3, 32)
@@ -85,16 +88,31 @@ def test_run_as_json(folder: Path) -> None:
     assert all(set(each) == {"contender", "reason"} for each in found["skipped"])
 
 
+def test_each_round_is_played_once_more_beside_busy_programs(folder: Path) -> None:
+    found = got("kernels", "--context", "40", "--batch", "1", "--rounds", "2", "--dtype", "float32", "--beside", "1")
+    assert found["machine"]["beside"] == 1
+    for row in found["rows"]:
+        assert row["beside_seconds"]["count"] == 2
+        assert row["keeps"] == pytest.approx(row["seconds"]["median"] / row["beside_seconds"]["median"])
+    words = ["run", "--model", folder, "--methods", "full", "--context", "30", "--batch", "1", "--steps", "2"]
+    words += ["--rounds", "2", "--prefill-batch", "0", "--no-quantized", "--beside", "1"]
+    for row in got(*words)["rows"]:
+        assert row["decode"]["beside_seconds"]["count"] == 4 and row["decode"]["keeps"]["count"] == 2
+    result = runner.invoke(app, ["bench", *map(str, words)], env={"COLUMNS": "300"})
+    assert "keeps" in result.stdout and "beside: 1 busy" in result.stdout
+
+
 def test_run_prints_a_table_and_draws(folder: Path, tmp_path: Path) -> None:
     words = ["bench", "run", "--model", str(folder), "--methods", "tova", "--context", "30", "--batch", "1"]
     more = ["--steps", "1", "--rounds", "1", "--prefill-batch", "0", "--chart", str(tmp_path / "r.html")]
     result = runner.invoke(app, [*words, *more, "--no-quantized"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "DynamicCache" in result.stdout and "at most" in result.stdout and "left out" not in result.stdout
+    assert "Where a step goes" in result.stdout and "brackets" in result.stdout
     assert "tova 0.2" in (tmp_path / "r.html").read_text()
 
 
-def test_growth_as_json_and_as_a_table(folder: Path) -> None:
+def test_growth_as_json_and_as_a_table(folder: Path, tmp_path: Path) -> None:
     words = ["growth", "--model", folder, "--methods", "full,h2o", "--budget", "16", "--steps", "1", "--rounds", "1"]
     found = got(*words, "--context", "64,32")
     assert [(row["contender"], row["context"]) for row in found["rows"]] == [
@@ -102,50 +120,78 @@ def test_growth_as_json_and_as_a_table(folder: Path) -> None:
     ]
     rates = {(each["contender"], each["measure"]): each["exponent"] for each in found["exponents"]}
     assert len(rates) == 3 * 3 and rates["DynamicCache", "kv_bytes"] == 1.0 and rates["h2o", "kv_bytes"] == 0.0
-    result = runner.invoke(app, ["bench", *map(str, words), "--context", "20,40"])
+    assert (found["window"], found["chunk"], found["prefills"]) == (512, None, 1)
+    more = ["--context", "20,540", "--chunk", "128", "--no-dynamic", "--chart", str(tmp_path / "g.html")]
+    result = runner.invoke(app, ["bench", *map(str, words), *more])
     assert result.exit_code == 0 and "exponent" in result.stdout and "streamingllm" not in result.stdout
+    assert "window of 512 tokens only the cost counts" in result.stdout and "DynamicCache" not in result.stdout
+    assert "h2o, from 20 to 540 tokens: a step takes" in result.stdout and "chunks of 128" in result.stdout
+    assert "shortest context" in (tmp_path / "g.html").read_text()
 
 
 PEER = """
 import json, sys
 PRESSES = {"full": None, "snapkv": None, "tova": None}
-options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-if options["--method"] == "tova":
-    sys.exit("no memory left")
-print("words before")
-print(json.dumps({"prefill_seconds": 3.0, "step_seconds": 0.5, "decode_tokens_per_second": 4.0, "kv_bytes": 1000,
-                  "peak_rss_bytes": 5, "options": options}))
+words = sys.argv[2:]
+options = dict(zip(words[::2], words[1::2]))
+asked = []
+print("words of a library", file=sys.stderr)
+for line in sys.stdin:
+    ask = json.loads(line)
+    asked.append(ask)
+    if ask["method"] == "tova" and ask["do"] == "fill":
+        found = {"error": "MemoryError: no memory left"}
+    elif ask["do"] == "read":
+        found = {"seconds": 3.0}
+    elif ask["do"] == "fill":
+        found = {"kv_bytes": 1000}
+    elif ask["do"] == "decode":
+        found = {"seconds": [0.5] * ask["steps"]}
+    else:
+        found = {"peak_rss_bytes": 5, "options": options, "turns": sys.argv[1], "asked": asked}
+    print(json.dumps(found), flush=True)
 """
 
 
-@pytest.fixture
-def peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Python that claims to have kvpress, in a checkout whose peer script only says what it was asked."""
-    script = tmp_path / "benchmarks/peers/kvpress_peer.py"
-    script.parent.mkdir(parents=True)
-    script.write_text(PEER)
+@pytest.fixture(params=["kvpress", "vllm"])
+def peer(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
+    """A Python that claims to have a peer, in a checkout whose peer scripts say what they are asked."""
+    folder = tmp_path / "benchmarks/peers"
+    folder.mkdir(parents=True)
+    for name in peers.SCRIPTS.values():
+        (folder / name).write_text(PEER)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(peers, "PAUSE", 0.0)
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\nexec "{sys.executable}" "$@"\n')
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo {request.param} && exit 0\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    return python
+    return python, request.param
 
 
-def test_a_peer_joins_the_rows(folder: Path, peer: Path) -> None:
+def test_a_peer_takes_turns(folder: Path, peer: tuple[Path, str]) -> None:
+    python, library = peer
     words = ["run", "--model", folder, "--methods", "full,snapkv,kvmerger,tova", "--budget", "16", "--context", "64"]
-    found = got(*words, "--batch", "2", "--steps", "1", "--rounds", "1", "--peer-python", peer, "--no-quantized")
+    found = got(*words, "--batch", "2", "--steps", "1", "--rounds", "2", "--peer-python", python, "--no-quantized")
     rows = [row for row in found["rows"] if row["separate_process"]]
-    assert [(row["contender"], row["library"]) for row in rows] == [("full", "kvpress"), ("snapkv", "kvpress")]
-    asked, dense = rows[1]["peer"]["options"], found["rows"][0]
-    assert (asked["--budget"], asked["--batch"], asked["--model"]) == ("0.25", "2", str(folder))
-    assert rows[1]["peer"]["prefill_run"]["options"]["--batch"] == "1"
-    seconds = dense["prefill"]["seconds"]["median"]
-    assert rows[1]["peer"]["prefill_run"]["ratio_dynamic"] == pytest.approx(3.0 / seconds)
-    assert rows[1]["peer"]["speedup"] == pytest.approx(dense["decode"]["step_seconds"]["median"] / 0.5)
+    methods = ["full", "snapkv"] if library == "kvpress" else ["full"]
+    assert [(row["contender"], row["library"]) for row in rows] == [(method, library) for method in methods]
+    said, dense, last = rows[-1]["peer"], found["rows"][0], rows[-1]["decode"]
+    assert (said["turns"], said["options"]["--batch"], said["options"]["--model"]) == ("--turns", "2", str(folder))
+    own = [ask for ask in said["asked"] if ask["method"] == methods[-1]]
+    assert [ask["do"] for ask in own] == ["read"] * 3 + ["fill"] + ["decode"] * 3 + ["report"]  # the first warms up
+    assert {ask["budget"] for ask in own} == {0.25 if library == "kvpress" else 1.0}
+    assert [(ask["rows"], ask["context"]) for ask in own[:3]] == [(1, 64)] * 3
+    assert rows[-1]["prefill"]["ratio_dynamic"] == pytest.approx(3.0 / dense["prefill"]["seconds"]["median"])
+    ratios = [seconds / 0.5 for seconds in dense["decode"]["round_seconds"]]
+    assert (last["speedup"]["min"], last["speedup"]["max"]) == pytest.approx((min(ratios), max(ratios)))
     bound = (found["weight_bytes"] + 1000) / found["read_bandwidth"]["bytes_per_second"]
-    assert rows[1]["peer"]["bound_seconds"] == pytest.approx(bound)
-    reasons = {each["contender"]: each["reason"] for each in found["skipped"]}
-    assert "no press" in reasons["kvpress kvmerger"] and "no memory left" in reasons["kvpress tova"]
+    assert last["bound_seconds"] == pytest.approx(bound) and last["parts"] is None and last["floor_seconds"] is None
+    ours = dense["decode"]["times_peers"][f"full ({library}, own process)"]
+    assert ours["max"] == pytest.approx(0.5 / min(dense["decode"]["round_seconds"]))
+    if library == "kvpress":
+        reasons = {each["contender"]: each["reason"] for each in found["skipped"]}
+        assert "no press" in reasons["kvpress kvmerger"]
+        assert "no memory left" in reasons["tova (kvpress, own process)"]
 
 
 @pytest.mark.slow
@@ -196,4 +242,6 @@ def test_a_peer_that_is_not_there_is_refused(
     none = tmp_path / "python"
     none.write_text("#!/bin/sh\necho 'ModuleNotFoundError: kvpress' >&2\nexit 1\n")
     none.chmod(0o755)
-    assert "can't import kvpress: ModuleNotFoundError" in refused(monkeypatch, capsys, *words, "--peer-python", none)
+    said = refused(monkeypatch, capsys, *words, "--peer-python", none)
+    assert "can't import one of kvpress, vllm: ModuleNotFoundError" in said
+    assert "can't import one of" in refused(monkeypatch, capsys, *words, "--peer-python", sys.executable)

@@ -7,7 +7,9 @@ from kvfold.bench import endtoend, growth, kernels
 
 KILO = "datum.value >= 1024 ? format(datum.value / 1024, '.3~r') + 'k' : datum.value"
 COLORS = {
-    "kvfold": "#4c78a8", "torch SDPA": "#f58518", "kvfold, ragged": "#9ecae9", "torch SDPA, ragged": "#ffbf79",
+    "kvfold, pages in order": "#4c78a8", "plain read, pages in order": "#bab0ac", "torch SDPA": "#f58518",
+    "kvfold, pages scattered": "#72b7b2", "plain read, pages scattered": "#d8d2cf",
+    "kvfold, ragged": "#9ecae9", "plain read, ragged": "#e8e4e1", "torch SDPA, ragged": "#ffbf79",
 }  # fmt: skip
 
 
@@ -18,7 +20,7 @@ def kernels_chart(rows: Sequence[kernels.KernelRow], bandwidth: float, title: st
     points = [
         {
             "shape": f"{row.case.context:,} x {row.case.batch}", "dtype": row.case.dtype,
-            "contender": kernels.NAMES[row.contender] + (", ragged" if row.ragged else ""),
+            "contender": row.label,
             "rate": row.bytes_per_second / 1e9, "microseconds": row.seconds.median * 1e6,
             "low": row.kv_bytes / row.seconds.max / 1e9, "high": row.kv_bytes / row.seconds.min / 1e9,
             "share": row.of_bandwidth,
@@ -27,7 +29,7 @@ def kernels_chart(rows: Sequence[kernels.KernelRow], bandwidth: float, title: st
     ]  # fmt: skip
     order = [name for name in COLORS if any(point["contender"] == name for point in points)]
     shapes = list(dict.fromkeys(str(point["shape"]) for point in points))
-    top = max([bandwidth / 1e9, *(float(str(point["rate"])) for point in points)]) * 1.05
+    top = max([bandwidth / 1e9, *(float(str(point["rate"])) for point in points)]) * 1.1
     limit = alt.Chart(alt.Data(values=[{"limit": bandwidth / 1e9, "text": f"plain read: {bandwidth / 1e9:,.1f} GB/s"}]))
 
     def panel(dtype: str) -> Any:
@@ -47,13 +49,13 @@ def kernels_chart(rows: Sequence[kernels.KernelRow], bandwidth: float, title: st
         )  # fmt: skip
         spans = base.mark_rule(color="#555", clip=True).encode(y="low:Q", y2="high:Q")
         rule = limit.mark_rule(strokeDash=[6, 4]).encode(y="limit:Q")
-        text = limit.mark_text(align="right", dx=-4, dy=9).encode(y="limit:Q", x=alt.value("width"), text="text:N")
-        width = max(240, 90 * len(shapes))
+        text = limit.mark_text(align="right", dx=-4, dy=-7).encode(y="limit:Q", x=alt.value("width"), text="text:N")
+        width = max(240, (30 + 15 * len(order)) * len(shapes))
         return (bars + spans + rule + text).properties(width=width, height=280, title=dtype)
 
     panels = [panel(dtype) for dtype in dict.fromkeys(str(point["dtype"]) for point in points)]
     under = "Medians; thin lines span fastest and slowest round."
-    if any(row.ragged for row in rows):
+    if any(row.kind == "ragged" for row in rows):
         under += " Ragged: 10 % to 100 % of the tokens kept; SDPA reads the rest, too."
     return alt.hconcat(*panels).properties(title=alt.TitleParams(title, subtitle=under))
 
@@ -66,14 +68,10 @@ def run_chart(rows: Sequence[endtoend.RunRow], title: str) -> Any:
     for row in rows:
         name = row.contender + (f" {row.budget}" if row.budget is not None else "")
         name += f" ({row.library}, own process)" if row.separate_process else ""
-        if row.decode is not None:
-            bytes_, rate = row.decode.kv_bytes, row.decode.tokens_per_second
-            bound = row.decode.bound_tokens_per_second
-        elif row.peer is not None:
-            bytes_, rate = row.peer["kv_bytes"], row.peer["decode_tokens_per_second"]
-            bound = row.peer["bound_tokens_per_second"]
-        else:
+        if row.decode is None:
             continue
+        bytes_, rate = row.decode.kv_bytes, row.decode.tokens_per_second
+        bound = row.decode.bound_tokens_per_second
         prefill = None if row.prefill is None else row.prefill.seconds.median
         points.append({
             "cache": name, "library": row.library, "rate": rate, "bound": bound, "MB": bytes_ / 1e6,
@@ -104,30 +102,46 @@ def run_chart(rows: Sequence[endtoend.RunRow], title: str) -> Any:
 
 
 def growth_chart(rows: Sequence[growth.GrowthRow], title: str) -> Any:
-    """Seconds a step, seconds of the prompt and KV bytes over the context, all on log scales; a line a cache."""
+    """Seconds a step, seconds of the prompt and KV bytes over the context, all on log scales; a line a cache.
+
+    Below them the step over the step at the shortest context, with a band of a tenth around 1.
+    """
     import altair as alt
 
     points = [
         {
             "cache": row.contender + (f" {row.budget}" if row.budget is not None else ""), "context": row.context,
             "step": row.amount("step_seconds") * 1e3, "bound": row.bound_seconds * 1e3,
-            "prefill": row.amount("prefill_seconds"), "MB": row.kv_bytes / 1e6,
+            "prefill": row.amount("prefill_seconds"), "MB": row.kv_bytes / 1e6, "first": row.of_first.median,
+            "low": row.of_first.min, "high": row.of_first.max,
         }
         for row in rows
     ]  # fmt: skip
     order, ticks = list(dict.fromkeys(str(p["cache"]) for p in points)), sorted({row.context for row in rows})
     tips = [alt.Tooltip("cache:N"), alt.Tooltip("context:Q", format=",")]
-    tips += [alt.Tooltip(f"{name}:Q", format=",.3f") for name in ("step", "bound", "prefill", "MB")]
+    tips += [alt.Tooltip(f"{name}:Q", format=",.3f") for name in ("step", "bound", "prefill", "MB", "first")]
+
+    x = alt.X("context:Q", title="context (tokens)", axis=alt.Axis(values=ticks, labelExpr=KILO),
+              scale=alt.Scale(type="log", base=2, domain=[ticks[0], ticks[-1]], nice=False, padding=8))  # fmt: skip
+    color = alt.Color("cache:N", sort=order, title=None, legend=alt.Legend(orient="top", labelLimit=300))
+
+    def flat() -> Any:
+        band = alt.Chart(alt.Data(values=[{"low": 0.9, "high": 1.1}])).mark_rect(color="#999", opacity=0.2)
+        band = band.encode(y="low:Q", y2="high:Q")
+        base = alt.Chart(alt.Data(values=points)).encode(x=x, color=color, tooltip=tips)
+        y = alt.Y("first:Q", title=None, scale=alt.Scale(zero=False))
+        marks = base.mark_line().encode(y=y) + base.mark_point(filled=True, size=40, opacity=1).encode(y=y)
+        spans = base.mark_rule(opacity=0.6).encode(y="low:Q", y2="high:Q")
+        caption = "a step over the step at the shortest context; thin: least and most of the rounds, grey: a tenth"
+        return (band + spans + marks).properties(width=1010, height=220, title=caption)
 
     def panel(field: str, caption: str) -> Any:
         # No zero on a log scale, and no axis of a single tick.
         values = [float(str(p[name])) for p in points for name in ((field, "bound") if field == "step" else (field,))]
         base = alt.Chart(alt.Data(values=points)).encode(
-            x=alt.X("context:Q", title="context (tokens)", axis=alt.Axis(values=ticks, labelExpr=KILO),
-                    scale=alt.Scale(type="log", base=2, domain=[ticks[0], ticks[-1]], nice=False, padding=8)),
+            x=x, color=color,
             y=alt.Y(f"{field}:Q", title=None, axis=alt.Axis(format="~g", tickCount=5),
                     scale=alt.Scale(type="log", domain=[min(values) / 1.2, max(values) * 1.2], nice=False)),
-            color=alt.Color("cache:N", sort=order, title=None, legend=alt.Legend(orient="top", labelLimit=300)),
             tooltip=tips,
         )  # fmt: skip
         marks = base.mark_line() + base.mark_point(filled=True, size=40, opacity=1)
@@ -139,4 +153,4 @@ def growth_chart(rows: Sequence[growth.GrowthRow], title: str) -> Any:
         panel("step", "ms for a decode step; dashed: its bound"), panel("prefill", "seconds of the prompt"),
         panel("MB", "KV cache, MB"),
     ]  # fmt: skip
-    return alt.hconcat(*panels).properties(title=title)
+    return alt.vconcat(alt.hconcat(*panels), flat()).properties(title=title)

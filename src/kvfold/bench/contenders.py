@@ -41,11 +41,13 @@ class BenchContender:
     make: Callable[[], HFCache]
 
 
-def kvfold_contenders(model: PreTrainedModel, methods: Sequence[tuple[str, Method]]) -> list[BenchContender]:
-    """A contender for each method, under the name that it was asked for by."""
+def kvfold_contenders(
+    model: PreTrainedModel, methods: Sequence[tuple[str, Method]], chunk: int | None = None
+) -> list[BenchContender]:
+    """A contender for each method, under the name that it was asked for by; `chunk`: see `Cache(prefill_chunk=...)`."""
 
     def one(name: str, method: Method) -> BenchContender:
-        return BenchContender(name, "kvfold", budget_of(method), lambda: Cache(model, method))
+        return BenchContender(name, "kvfold", budget_of(method), lambda: Cache(model, method, prefill_chunk=chunk))
 
     return [one(name, method) for name, method in methods]
 

@@ -1,4 +1,4 @@
-"""Decode attention over pages, beside torch's SDPA on the same tokens and beside a plain read of memory.
+"""Decode attention over pages, beside torch's SDPA on the same tokens and beside plain reads of memory.
 
 A model's layers follow each other, so that a layer's keys and values have left every cache before they are read again.
 Here as many copies of the same shape take their place: a pass goes through all of them, and its seconds are divided
@@ -10,14 +10,20 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvfold.bench.arithmetic import ArithmeticRate
+from kvfold.bench.beside import BusyLoops
 from kvfold.bench.machine import ReadRate, Spread, spread, timed
-from kvfold.formats import POSITION, Chunk, Dense, Segment, Spec
+from kvfold.formats import POSITION, Chunk, Dense, Spec
+from kvfold.formats.dense import DenseSegment
+from kvfold.ops.cpu import library, threads
 
-NAMES = {"kvfold": "kvfold", "sdpa": "torch SDPA"}
+KINDS = ("in order", "scattered", "ragged")
+"""How the pages of a case lie, side by side or in any order; ragged rows have theirs side by side, too."""
 WORKING_SET = 2**28
 """Bytes of keys and values that a pass goes through at least, so that none of them comes from a cache."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -47,26 +53,40 @@ class Case:
 
 @dataclass(frozen=True)
 class KernelRow:
-    """One contender on one case. Seconds are those of one call; rates count the bytes of the tokens kept alone.
+    """One contender (kvfold, read, sdpa) on one case. Seconds are of one call; rates count the tokens' bytes alone.
 
-    `of_bandwidth` is the rate over the plain read's, `cost_per_token` a ragged case's seconds for each token kept
-    over the full-length case's (1.0: cost in proportion to the tokens kept), `max_error` the largest difference
-    from SDPA's answer.
+    `of_bandwidth` is the rate over that of the plain read of a large array, `of_read` over a plain read of the same
+    pages in the same order, which the contender "read" is. `arithmetic_seconds` is the time that widening and
+    multiplying takes where nothing waits for memory. `cost_per_token` is a ragged case's seconds for each token kept
+    over the full-length case's (1.0: cost in proportion to the tokens kept), `max_error` the largest difference from
+    SDPA's answer. `beside_seconds` are those beside busy programs, `keeps` the share of its own speed that is left.
     """
 
     case: Case
     contender: str
-    ragged: bool
+    kind: str
     tokens: int
     kv_bytes: int
     copies: int
     seconds: Spread
     bytes_per_second: float
     bound_seconds: float
+    arithmetic_seconds: float | None
     of_bandwidth: float
+    of_read: float | None
     of_sdpa: float
     cost_per_token: float | None
-    max_error: float
+    max_error: float | None
+    beside_seconds: Spread | None
+    keeps: float | None
+
+    @property
+    def label(self) -> str:
+        """The contender as tables and charts name it."""
+        if self.contender == "sdpa":
+            return "torch SDPA" + (", ragged" if self.kind == "ragged" else "")
+        name = "plain read" if self.contender == "read" else "kvfold"
+        return f"{name}, {self.kind}" if self.kind == "ragged" else f"{name}, pages {self.kind}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -78,7 +98,7 @@ class _Layer:
     """One copy: the segment, the dense tensors, and which of their tokens are kept (None: all)."""
 
     q: Tensor
-    segment: Segment
+    segment: DenseSegment
     keys: Tensor
     values: Tensor
     mask: Tensor | None
@@ -92,6 +112,28 @@ class _Layer:
     def sdpa(self) -> Tensor:
         """The same by torch, which has no lengths: a mask leaves tokens out, and they are read all the same."""
         return scaled_dot_product_attention(self.q, self.keys, self.values, attn_mask=self.mask, enable_gqa=True)
+
+    def read(self) -> int:
+        """The sum of all that lies on its pages, in the order in which attention reads them: a plain read of those."""
+        table, kernels = self.segment.table, library()
+        assert kernels is not None
+        keys, values = (table.pool.array(name) for name in ("keys", "values"))
+        total: int = kernels.read_pages(keys, values, table.table, table.lengths, table.pool.page_size, threads())
+        return total
+
+
+def scatter(segment: DenseSegment, seed: int) -> None:
+    """Exchange the pages of all rows at random: none lies behind the one that is read before it, but by chance."""
+    table, pool = segment.table, segment.table.pool
+    old = table.held.astype(np.int64)
+    new = old[torch.randperm(len(old), generator=torch.Generator().manual_seed(seed)).numpy()]
+    source, target = (torch.from_numpy(pages).to(pool.device) for pages in (old, new))
+    for plane in pool.planes.values():
+        plane[target] = plane[source]
+    place = np.arange(pool.pages, dtype=np.int32)
+    place[old] = new
+    table.table = np.where(table.table >= 0, place[table.table], np.int32(-1)).astype(np.int32)
+    table.regular = False
 
 
 def draw_lengths(case: Case, seed: int = 0) -> Tensor:
@@ -121,25 +163,32 @@ def _layer(case: Case, lengths: Tensor | None, device: torch.device, seed: int) 
 
 
 class _Contest:
-    """The copies of one case, full-length or ragged, and what its two contenders took."""
+    """The copies of one case, of one of KINDS, and what its contenders took."""
 
-    def __init__(self, case: Case, ragged: bool, device: torch.device, working_set: int, seed: int):
-        self.case, self.ragged, self.device = case, ragged, device
-        lengths = draw_lengths(case, seed) if ragged else None
+    def __init__(self, case: Case, kind: str, device: torch.device, working_set: int, seed: int):
+        self.case, self.kind, self.device, self.seed = case, kind, device, seed
+        lengths = draw_lengths(case, seed) if kind == "ragged" else None
         self.tokens = case.batch * case.kv_heads * case.context if lengths is None else int(lengths.sum())
         self.kv_bytes = self.tokens * case.token_bytes
         self.copies = max(1, ceil(working_set / self.kv_bytes))
         first = _layer(case, lengths, device, seed)
+        if kind == "scattered":
+            scatter(first.segment, seed)
         # Copies hold the same numbers: what differs is where they lie.
-        self.layers = [first, *(self._twin(first) for _ in range(self.copies - 1))]
+        self.layers = [first, *(self._twin(first, number) for number in range(1, self.copies))]
         self.error = self._check(first)
-        self.taken: dict[str, list[float]] = {"kvfold": [], "sdpa": []}
+        reads = ["read"] if device.type == "cpu" and library() is not None else []
+        dense = [] if kind == "scattered" else ["sdpa"]  # it has no pages: how they lie is nothing to it
+        self.taken: dict[str, list[float]] = {name: [] for name in ["kvfold", *reads, *dense]}
+        self.beside: dict[str, list[float]] = {name: [] for name in self.taken}
 
-    @staticmethod
-    def _twin(layer: _Layer) -> _Layer:
+    def _twin(self, layer: _Layer, number: int) -> _Layer:
         table = layer.segment.dense()
         segment = Dense().open(Spec.of(table))
         segment.append(table, even=layer.mask is None)
+        if self.kind == "scattered":
+            scatter(segment, self.seed + number)
+            return _Layer(layer.q, segment, layer.keys, layer.values, layer.mask)
         return _Layer(layer.q, segment, layer.keys.clone(), layer.values.clone(), layer.mask)
 
     def _check(self, layer: _Layer) -> float:
@@ -152,64 +201,79 @@ class _Contest:
             )
         return error
 
-    def play(self, contender: str, keep: bool = True) -> None:
-        calls: list[Callable[[], Tensor]] = [getattr(layer, contender) for layer in self.layers]
+    def play(self, contender: str) -> float:
+        """Seconds of a call."""
+        calls: list[Callable[[], object]] = [getattr(layer, contender) for layer in self.layers]
 
         def work() -> None:
             for call in calls:
                 call()
 
-        seconds = timed(work, self.device) / self.copies
-        if keep:
-            self.taken[contender].append(seconds)
+        return timed(work, self.device) / self.copies
 
 
 def measure_kernels(
-    cases: Sequence[Case], *, ragged: bool = False, device: torch.device | None = None, rounds: int = 15,
-    rate: ReadRate | None = None, working_set: int | None = None, seed: int = 0,
+    cases: Sequence[Case], *, kinds: Sequence[str] = KINDS[:2], device: torch.device | None = None, rounds: int = 15,
+    rate: ReadRate | None = None, working_set: int | None = None, seed: int = 0, loops: BusyLoops | None = None,
     tick: Callable[[str], None] = lambda _: None,
-) -> tuple[list[KernelRow], ReadRate]:  # fmt: skip
-    """Rows for every case, two contenders each, and the read bandwidth between the rounds of all of them.
+) -> tuple[list[KernelRow], ReadRate, ArithmeticRate]:  # fmt: skip
+    """Rows for every case and kind, and what memory and cores can do between the rounds of all of them.
 
-    In a round every contender has one turn (kvfold, SDPA, and both once more on ragged lengths). Raises RuntimeError
-    where the two disagree, before they are timed.
+    In a round every contender has one turn on each of `kinds` (of KINDS, "in order" first), and another one while
+    `loops` are busy. Raises RuntimeError where kvfold and SDPA disagree, before they are timed.
     """
     on = device or torch.device("cpu")
     rate = rate or ReadRate(on)
+    wanted = list(dict.fromkeys((case.dtype, case.group) for case in cases))
+    cores = ArithmeticRate(wanted if on.type == "cpu" else [])
     size = WORKING_SET if working_set is None else working_set
     done: list[list[_Contest]] = []
     for case in cases:
         what = f"{case.dtype}, {case.context} tokens, batch {case.batch}"
         tick(f"{what}: filling pages")
-        contests = [_Contest(case, kind, on, size, seed) for kind in ((False, True) if ragged else (False,))]
+        contests = [_Contest(case, kind, on, size, seed) for kind in kinds]
         for turn in range(rounds + 1):  # the first warms up
             tick(f"{what}: round {turn} of {rounds}")
-            for contest in contests:
-                for name in contest.taken:
-                    contest.play(name, keep=turn > 0)
+            turns = [(contest, name) for contest in contests for name in contest.taken]
+            for contest, name in turns:
+                seconds = contest.play(name)
+                if turn:
+                    contest.taken[name].append(seconds)
             if turn:
                 rate.sample()
+                cores.sample()
+            if turn and loops is not None:
+                with loops.running():
+                    for contest, name in turns:
+                        contest.beside[name].append(contest.play(name))
         for contest in contests:
             contest.layers = []  # the numbers stay, the pages go
         done.append(contests)
-    bandwidth = rate.bytes_per_second
-    return [row for contests in done for each in contests for row in _rows(each, contests[0], bandwidth)], rate
+    rows = [row for contests in done for each in contests for row in _rows(each, contests[0], rate, cores)]
+    return rows, rate, cores
 
 
-def _rows(contest: _Contest, full: _Contest, bandwidth: float) -> list[KernelRow]:
+def _rows(contest: _Contest, full: _Contest, memory: ReadRate, cores: ArithmeticRate) -> list[KernelRow]:
     medians = {name: spread(seconds) for name, seconds in contest.taken.items()}
-    rows = []
+    sdpa = medians.get("sdpa") or spread(full.taken["sdpa"])
+    case, bandwidth, rows = contest.case, memory.bytes_per_second, []
+    numbers = 2 * contest.tokens * case.head_dim
+    widening = numbers / cores.of(case.dtype, case.group).numbers_per_second if cores.taken else None
     for name, seconds in medians.items():
         whole = spread(full.taken[name]).median / full.tokens
         rate = contest.kv_bytes / seconds.median
+        beside = spread(contest.beside[name]) if contest.beside[name] else None
         rows.append(
             KernelRow(
-                case=contest.case, contender=name, ragged=contest.ragged, tokens=contest.tokens,
+                case=case, contender=name, kind=contest.kind, tokens=contest.tokens,
                 kv_bytes=contest.kv_bytes, copies=contest.copies, seconds=seconds, bytes_per_second=rate,
                 bound_seconds=contest.kv_bytes / bandwidth, of_bandwidth=rate / bandwidth,
-                of_sdpa=medians["sdpa"].median / seconds.median,
-                cost_per_token=seconds.median / contest.tokens / whole if contest.ragged else None,
-                max_error=contest.error,
+                arithmetic_seconds=None if name == "read" else widening,
+                of_read=medians["read"].median / seconds.median if "read" in medians else None,
+                of_sdpa=sdpa.median / seconds.median,
+                cost_per_token=seconds.median / contest.tokens / whole if contest.kind == "ragged" else None,
+                max_error=None if name == "read" else contest.error,
+                beside_seconds=beside, keeps=None if beside is None else seconds.median / beside.median,
             )
         )  # fmt: skip
     return rows

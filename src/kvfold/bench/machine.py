@@ -23,7 +23,7 @@ READ_BYTES = {"cpu": 2**29, "cuda": 2**31}
 
 @dataclass(frozen=True)
 class Spread:
-    """Several seconds of the same work."""
+    """Several measurements of the same thing: seconds, or ratios."""
 
     median: float
     min: float

@@ -24,7 +24,7 @@ Chart = Annotated[Path | None, typer.Option("--chart", help="Draw the result (.h
 Methods = Annotated[str, typer.Option("--methods", help="Slugs, separated by commas.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Tokens that each cache decodes in a round.")]
 Quantized = Annotated[bool, typer.Option("--quantized/--no-quantized", help="Also transformers' QuantizedCache.")]
-Beside = Annotated[int, typer.Option("--beside", min=0, help="Busy programs to run meanwhile.")]
+Beside = Annotated[int, typer.Option("--beside", min=0, help="Each round once more, beside so many busy programs.")]
 Kind = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 
 
@@ -37,6 +37,7 @@ def kernels_command(
     head_dim: Annotated[int, typer.Option("--head-dim", min=1, help="Numbers of a key, and of a value.")] = 64,
     dtype: Annotated[str, typer.Option("--dtype", help="One or several.")] = "float32,bfloat16",
     ragged: Annotated[bool, typer.Option("--ragged", help="Also heads that keep 10 % to 100 % of the tokens.")] = False,
+    scattered: Annotated[bool, typer.Option("--scattered/--no-scattered", help="Also pages in any order.")] = True,
     device: common.Device = "cpu",
     rounds: Rounds = 15,
     beside: Beside = 0,
@@ -44,23 +45,28 @@ def kernels_command(
     out: Out = None,
     chart: Chart = None,
 ) -> None:
-    """Decode attention over pages beside torch's SDPA, and both beside a plain read of memory."""
+    """Decode attention over pages beside torch's SDPA, and both beside plain reads of memory."""
     contexts, batches = integers("context", context), integers("batch", batch)
     dtypes = [known_dtype(part.strip()) for part in dtype.split(",")]
 
     from kvfold.bench import chart as charts
     from kvfold.bench import tables
-    from kvfold.bench.kernels import Case, measure_kernels
+    from kvfold.bench.beside import busy
+    from kvfold.bench.kernels import KINDS, Case, measure_kernels
 
     on = prepared(device, out, chart)
     cases = [Case(t, b, kv_heads, group, head_dim, d) for d in dtypes for t in contexts for b in batches]
-    with measured("kernels", on, beside) as (tick, result):
-        rows, rate = measure_kernels(cases, ragged=ragged, device=on, rounds=rounds, tick=tick)
-        result |= {"rounds": rounds, "read_bandwidth": rate.to_dict(), "rows": [row.to_dict() for row in rows]}
+    with measured("kernels", on, beside) as (tick, result), busy(beside) as loops:
+        kinds = [kind for kind, wanted in zip(KINDS, (True, scattered, ragged), strict=True) if wanted]
+        rows, rate, cores = measure_kernels(cases, kinds=kinds, device=on, rounds=rounds, loops=loops, tick=tick)
+        result |= {
+            "rounds": rounds, "read_bandwidth": rate.to_dict(),
+            "arithmetic": [each.to_dict() for each in cores.found()], "rows": [row.to_dict() for row in rows],
+        }  # fmt: skip
     bandwidth = rate.bytes_per_second
     title = f"Decode attention, {kv_heads} KV heads x {group}, {head_dim} numbers, on {hardware(result)}"
     finish(
-        result, tables.kernels_table(rows, bandwidth, title), json, out, chart,
+        result, [tables.kernels_table(rows, bandwidth, title, cores.found())], json, out, chart,
         lambda: charts.kernels_chart(rows, bandwidth, title),
     )  # fmt: skip
 
@@ -81,7 +87,7 @@ def run_command(
     beside: Beside = 0,
     quantized: Quantized = True,
     memory: Annotated[bool, typer.Option("--memory", help="Also each cache's peak, in a process of its own.")] = False,
-    peer_python: Annotated[list[str], typer.Option("--peer-python", help="A Python that has kvpress.")] = [],  # noqa: B006
+    peer_python: Annotated[list[str], typer.Option("--peer-python", help="A Python that has kvpress or vLLM.")] = [],  # noqa: B006
     json: common.Json = False,
     out: Out = None,
     chart: Chart = None,
@@ -93,49 +99,55 @@ def run_command(
     from kvfold.bench import chart as charts
     from kvfold.bench import contenders as c
     from kvfold.bench import peers, tables
-    from kvfold.bench.endtoend import WARM_STEPS, measure_run
+    from kvfold.bench.beside import busy
+    from kvfold.bench.endtoend import PROFILED, WARM_STEPS, measure_run
     from kvfold.models.load import load
 
     on = prepared(device, out, chart)
-    script = peers.find_script() if peer_python else None
     folder = peer_folder(model) if peer_python else None
     for python in peer_python:
-        peers.check_python(python)
+        peers.find_script(peers.which_peer(python))
     lm, _ = load(model, dtype=kind, device=on)
-    common.check_fits(lm, context, rounds * steps + WARM_STEPS)
+    new = WARM_STEPS + rounds * (steps * (2 if beside else 1) + PROFILED)
+    common.check_fits(lm, context, new)
     own, unfit = c.fitting(lm, c.kvfold_contenders(lm, wanted))
     theirs, skipped = c.transformers_contenders(lm, quantized)
     skipped = skipped + unfit
-    with measured("run", on, beside) as (tick, result), common.with_fast_linears(lm, fast_linears):
-        rows, rate = measure_run(
-            lm, [*theirs, *own], context=context, batch=batch, steps=steps, rounds=rounds,
-            prefill_batch=prefill_batch, tick=tick,
+    with (
+        measured("run", on, beside) as (tick, result),
+        common.with_fast_linears(lm, fast_linears),
+        busy(beside) as loops,
+    ):
+        threads = result["machine"]["threads"]
+        guests = peers.waiting(
+            peer_python, folder, [(one.name, one.budget) for one in own], context=context, batch=batch, dtype=kind,
+            new_tokens=new, threads=threads,
         )  # fmt: skip
-        weights, threads = c.weight_bytes(lm), result["machine"]["threads"]
+        with guests as (lanes, without):
+            rows, rate = measure_run(
+                lm, [*theirs, *own], context=context, batch=batch, steps=steps, rounds=rounds,
+                prefill_batch=prefill_batch, peers=lanes, loops=loops, tick=tick,
+            )  # fmt: skip
+        weights = c.weight_bytes(lm)
+        skipped = [*skipped, *without]
+        skipped += [{"contender": lane.name, "reason": lane.failed} for lane in lanes if lane.failed is not None]
         if memory:
             rows, left_out = with_peaks(
                 rows, tick, model=model, context=context, batch=max(1, prefill_batch), steps=steps, dtype=kind,
                 device=str(on), threads=threads,
             )  # fmt: skip
             skipped = skipped + left_out
-        for python in peer_python:
-            assert script is not None and folder is not None
-            more, left_out = peers.kvpress_rows(
-                python, script, folder, [(one.name, one.budget) for one in own], rows=rows, weights=weights,
-                bandwidth=rate.bytes_per_second, context=context, batch=batch,
-                prefill_batch=prefill_batch, dtype=kind, steps=steps, rounds=rounds, threads=threads, tick=tick,
-            )  # fmt: skip
-            rows, skipped = rows + more, skipped + left_out
         result |= {
             "model": model, "dtype": kind, "context": context, "batch": batch, "prefill_batch": prefill_batch,
             "steps": steps, "rounds": rounds, "fast_linears": fast_linears, "weight_bytes": weights,
             "read_bandwidth": rate.to_dict(), "rows": [row.to_dict() for row in rows], "skipped": skipped,
             "probe_seconds": probe_seconds(lm),
         }  # fmt: skip
-    linears = ", fast linears" if fast_linears else ""
-    title = f"{model}, {context:,} tokens, batch {batch}, {kind}{linears}, on {hardware(result)}"
-    table = tables.run_table(rows, rate.bytes_per_second, weights, title)
-    finish(result, table, json, out, chart, lambda: charts.run_chart(rows, title))
+    title = f"{model}, {context:,} tokens, batch {batch}, {kind}{linears_of(fast_linears)}, on {hardware(result)}"
+    shown = [tables.run_table(rows, rate.bytes_per_second, weights, title)]
+    where = tables.parts_table(rows, rate.bytes_per_second, f"Where a step goes: {title}")
+    shown += [where] if where.rows else []
+    finish(result, shown, json, out, chart, lambda: charts.run_chart(rows, title), tables.peer_lines(rows))
     common.end(not unfit)
 
 
@@ -148,8 +160,14 @@ def growth_command(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows that are read together.")] = 1,
     steps: Steps = 12,
     rounds: Rounds = 2,
+    prefills: Annotated[int, typer.Option("--prefills", min=1, help="Prompts that each cache reads.")] = 1,
+    chunk: Annotated[
+        int | None, typer.Option("--chunk", min=1, help="Prompts in chunks: what is kept is chosen after each.")
+    ] = None,
+    dynamic: Annotated[bool, typer.Option("--dynamic/--no-dynamic", help="Also transformers' DynamicCache.")] = True,
     dtype: Kind = "float32",
     device: common.Device = "cpu",
+    fast_linears: common.FastLinears = False,
     json: common.Json = False,
     out: Out = None,
     chart: Chart = None,
@@ -163,26 +181,35 @@ def growth_command(
     from kvfold.bench import chart as charts
     from kvfold.bench import contenders as c
     from kvfold.bench import tables
-    from kvfold.bench.growth import exponents, measure_growth
+    from kvfold.bench.growth import exponents, flat_lines, measure_growth
     from kvfold.models.load import load
 
     on = prepared(device, out, chart)
     lm, _ = load(model, dtype=kind, device=on)
-    common.check_fits(lm, contexts[-1], steps)
-    own, unfit = c.fitting(lm, c.kvfold_contenders(lm, wanted))
-    entrants = [*c.transformers_contenders(lm, quantized=False)[0], *own]
-    with measured("growth", on) as (tick, result):
-        rows, rate = measure_growth(lm, entrants, contexts, batch=batch, steps=steps, rounds=rounds, tick=tick)
+    window = getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    own, unfit = c.fitting(lm, c.kvfold_contenders(lm, wanted, chunk))
+    entrants = [*(c.transformers_contenders(lm, quantized=False)[0] if dynamic else ()), *own]
+    with measured("growth", on) as (tick, result), common.with_fast_linears(lm, fast_linears):
+        rows, rate = measure_growth(
+            lm, entrants, contexts, batch=batch, steps=steps, rounds=rounds, prefills=prefills, tick=tick
+        )
         found = exponents(rows)
         result |= {
-            "model": model, "dtype": kind, "batch": batch, "steps": steps, "rounds": rounds,
+            "model": model, "dtype": kind, "batch": batch, "steps": steps, "rounds": rounds, "prefills": prefills,
+            "chunk": chunk, "window": window, "fast_linears": fast_linears,
             "weight_bytes": c.weight_bytes(lm), "read_bandwidth": rate.to_dict(),
             "rows": [row.to_dict() for row in rows], "exponents": [each.to_dict() for each in found],
             "probe_seconds": probe_seconds(lm), "skipped": unfit,
         }  # fmt: skip
-    title = f"{model}, batch {batch}, {kind}, on {hardware(result)}"
+    read = f", prompts in chunks of {chunk:,}" if chunk else ""
+    title = f"{model}, batch {batch}, {kind}{linears_of(fast_linears)}{read}, on {hardware(result)}"
+    lines = flat_lines(rows)
+    if window is not None and contexts[-1] > window:
+        lines.append(
+            f"beyond the model's window of {window:,} tokens only the cost counts: the text means nothing there"
+        )
     table = tables.growth_table(rows, found, rate.bytes_per_second, title)
-    finish(result, table, json, out, chart, lambda: charts.growth_chart(rows, title))
+    finish(result, [table], json, out, chart, lambda: charts.growth_chart(rows, title), lines)
     common.end(not unfit)
 
 
@@ -250,6 +277,9 @@ def with_peaks(
 
     found, skipped = [], []
     for row in rows:
+        if row.separate_process:  # which has told its own
+            found.append(row)
+            continue
         tick(f"peak memory: {row.contender}, in a process of its own")
         try:
             row = replace(row, memory=measure_peak(contender=row.contender, budget=row.budget, **options))
@@ -263,30 +293,35 @@ def with_peaks(
 def measured(bench: str, device: Any, beside: int = 0) -> Iterator[tuple[Callable[[str], None], dict[str, Any]]]:
     """A way to say on stderr what is going on, and the result that begins with what the machine is.
 
-    `beside`: busy programs that run meanwhile.
+    `beside`: busy programs that each round is played beside once more.
     """
-    from kvfold.bench.beside import busy
     from kvfold.bench.machine import Elsewhere, describe
 
     result: dict[str, Any] = {"format": FORMAT, "bench": bench, "machine": describe(device)}
     result["machine"]["beside"] = beside
     others = Elsewhere()
-    with busy(beside), common.stderr.status("", refresh_per_second=1) as status:
+    with common.stderr.status("", refresh_per_second=1) as status:
         yield status.update, result
     result["machine"]["cores_busy_elsewhere"] = others.cores()
+
+
+def linears_of(fast: bool) -> str:
+    """What a title says of the model's linear layers."""
+    return ", fast linears" if fast else ""
 
 
 def hardware(result: dict[str, Any]) -> str:
     """The GPU, or the processor with its threads."""
     machine = result["machine"]
-    meanwhile = f", beside {machine['beside']} busy" if machine["beside"] else ""
+    meanwhile = f"; beside: {machine['beside']} busy" if machine["beside"] else ""
     return (machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, {machine['instructions']}") + meanwhile
 
 
 def finish(
-    result: dict[str, Any], table: Table, json: bool, out: Path | None, chart: Path | None, draw: Callable[[], Any]
-) -> None:
-    """Print, write and draw a result."""
+    result: dict[str, Any], shown: Sequence[Table], json: bool, out: Path | None, chart: Path | None,
+    draw: Callable[[], Any], lines: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Print a result (tables, then lines), write and draw it."""
     from kvfold.artefacts.probed import probe_note
     from kvfold.evaluation.chart import save_chart
     from kvfold.files import write_json
@@ -297,7 +332,10 @@ def finish(
     if json:
         common.print_json(result)
     else:
-        common.show(table)
+        for table in shown:
+            common.show(table)
+        for line in lines:
+            print(line)
         if note := probe_note(result.get("probe_seconds", {})):
             print(note)
         for left_out in result.get("skipped", ()):

@@ -9,6 +9,8 @@ import numpy as np
 SHARES: int
 BLOCK: int
 PART: int
+FEW: int
+GROUP: int
 
 def names() -> list[str]:
     """The instruction sets in use, the widest first."""
@@ -101,6 +103,17 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, threads: 
 
 def read(x: np.ndarray, threads: int) -> float:
     """The sum of a flat array: as fast as memory can be read."""
+
+def read_pages(
+    keys: np.ndarray, values: np.ndarray, table: np.ndarray, lengths: np.ndarray, page_size: int, threads: int
+) -> int:
+    """The sum, modulo 2**32, of the 32-bit words of rows' pages in their order: as fast as those can be read."""
+
+def multiply_add(x: np.ndarray, factor: float, group: int, passes: int, tasks: int, threads: int) -> float:
+    """`tasks` x `passes` times x (FEW,) is widened and added times `factor` to `group` (1 to GROUP) sums; their sum."""
+
+def chain(count: int) -> int:
+    """As many operations (in eights), each of which waits for the one before: one a cycle."""
 
 def exponential(x: np.ndarray, out: np.ndarray) -> None:
     """exp(x) for x <= 0, as the kernels work it out."""
