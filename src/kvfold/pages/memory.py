@@ -28,7 +28,7 @@ def blank(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     """A tensor to be filled. Under torch.inference_mode() too one that is written outside it later on."""
     with torch.inference_mode(False):
         made = torch.empty(tuple(shape), dtype=dtype, device=device)
-    ask = _madvise()
+    ask = advice()
     if device.type == "cpu" and ask is not None:
         start = -(-made.data_ptr() // HUGE) * HUGE
         stop = (made.data_ptr() + made.nbytes) // HUGE * HUGE
@@ -38,7 +38,7 @@ def blank(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 @cache
-def _madvise() -> Callable[[int, int, int], int] | None:
+def advice() -> Callable[[int, int, int], int] | None:
     """The system's call, where it has one and listens."""
     if not sys.platform.startswith("linux") or huge_pages() in (None, "never"):
         return None

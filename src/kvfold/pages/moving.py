@@ -12,11 +12,9 @@ class Moving(Planes):
 
     def relocate(self, pages: np.ndarray) -> None:
         """Move to a pool of our own with `pages[r]` pages side by side for row r; the old pages are let go."""
-        pool, table, regular = self.room_for(pages)
+        table, regular = self._side_by_side(pages)
         held, mine = self._filled(table), self._filled(self.table)
-        pool.copy(table[held], self.pool, self.table[mine])
-        pool.moved_nbytes += int(held.sum()) * pool.page_nbytes
-        self.move_to(pool, table, regular=regular)
+        self.move_to(self.pool.moved(table[held], self.table[mine], int((table >= 0).sum())), table, regular=regular)
 
     def _filled(self, table: np.ndarray) -> np.ndarray:
         """Which entries of a table of our rows are pages that hold tokens, (R, M)."""
@@ -26,18 +24,23 @@ class Moving(Planes):
     def room_for(self, pages: np.ndarray) -> tuple[PagePool, np.ndarray, bool]:
         """Where to write `pages[r]` pages for each row anew: a pool, who has which page, and whether that is regular.
 
-        It is a new pool, in which each row's pages lie side by side (rows that need almost as many get the same
-        number), or the arena's with pages that were free.
+        It is a new pool, in which each row's pages lie side by side, or the arena's with pages that were free.
         """
+        table, regular = self._side_by_side(pages)
+        pool, wide = self.pool, (table >= 0).sum(1)
+        if pool.arena is None:
+            pool = pool.empty_like()
+            pool.grow(int(wide.sum()))
+        table[table >= 0] = pool.allocate_rows(wide, np.full(self.rows, -1))
+        return pool, table, regular
+
+    def _side_by_side(self, pages: np.ndarray) -> tuple[np.ndarray, bool]:
+        """A table of pages numbered row by row, `pages[r]` for each, as many where all need almost as many; if so."""
         regular = not self.scattered and nearly_even(pages)
         wide = np.full(self.rows, pages.max() if self.rows else 0) if regular else pages
-        pool = self.pool.empty_like() if self.pool.arena is None else self.pool
-        if pool is not self.pool:
-            pool.grow(int(wide.sum()))
         table = np.full((self.rows, int(wide.max()) if self.rows else 0), -1, dtype=np.int32)
-        anywhere = np.full(self.rows, -1)
-        table[np.arange(table.shape[1])[None] < wide[:, None]] = pool.allocate_rows(wide, anywhere)
-        return pool, table, regular
+        table[np.arange(table.shape[1])[None] < wide[:, None]] = np.arange(int(wide.sum()))
+        return table, regular
 
     def move_to(self, pool: PagePool, table: np.ndarray, *, regular: bool) -> None:
         """Our tokens lie there now; the old pages are let go."""

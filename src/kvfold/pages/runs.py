@@ -24,7 +24,7 @@ def blocks(free: np.ndarray, run: int, count: int) -> tuple[int, int] | None:
 
     Else the longest there is; None where every block is begun. A block is left to whoever may end before it.
     """
-    whole: np.ndarray = free[: len(free) // run * run].reshape(-1, run).all(1)
+    whole = np.logical_and.reduce(free[: len(free) // run * run].reshape(-1, run), axis=1)
     starts, lengths = stretches(whole)
     if not len(starts):
         return None
@@ -37,13 +37,12 @@ def blocks(free: np.ndarray, run: int, count: int) -> tuple[int, int] | None:
     return start * run, min(count, length * run)
 
 
-def place(free: np.ndarray, run: int, counts: np.ndarray, behind: np.ndarray) -> tuple[np.ndarray, int]:
+def place(free: np.ndarray, run: int, counts: np.ndarray, behind: np.ndarray) -> np.ndarray:
     """`counts[r]` of the pages that are `free` for each row, row by row; the row's last page is `behind[r]`, -1: none.
 
-    They are no longer marked as free; there must be enough. Also how many of them are scraps: the rest of blocks that
-    others have begun.
+    They are no longer marked as free; there must be enough.
     """
-    found, scraps = [np.zeros(0, dtype=np.int64)], 0
+    found = [np.zeros(0, dtype=np.int64)]
 
     def take(start: int, length: int) -> int:
         free[start : start + length] = False
@@ -59,9 +58,18 @@ def place(free: np.ndarray, run: int, counts: np.ndarray, behind: np.ndarray) ->
                 starts, lengths = stretches(free)
                 longest = int(lengths.argmax())
                 piece = int(starts[longest]), min(left, int(lengths[longest]))
-                scraps += piece[1]
             left -= take(*piece)
-    return np.concatenate(found), scraps
+    return np.concatenate(found)
+
+
+def broken(rows: Sequence[np.ndarray], run: int) -> int:
+    """Pages of rows that lie in runs of fewer than `run`, but for rows that lie in one."""
+    held = np.concatenate([np.append(row, -9) for row in rows]) if rows else np.zeros(0, dtype=np.int64)
+    first = np.flatnonzero(np.diff(held, prepend=-9) != 1)
+    lengths = np.diff(first, append=len(held))
+    ends = held[first] == -9
+    alone = ~ends & np.append(ends[1:], True) & np.append(True, ends[:-1])
+    return int(lengths[(lengths < run) & ~alone & ~ends].sum())
 
 
 def laid(rows: Sequence[np.ndarray], run: int, pages: int) -> tuple[np.ndarray, np.ndarray]:
