@@ -1,13 +1,18 @@
 """Where the pages of a cache lie after real use, and what that costs a decode step's attention.
 
-    python benchmarks/runs.py --methods "full,snapkv(budget=0.2),kvfold(budget=0.2),h2o(budget=0.2)" --json runs.json
+    python benchmarks/runs.py --json runs.json
+    python benchmarks/runs.py --growth --batch 8
 
 A random Llama of a few layers (what pools do depends on shapes and methods, not on weights; the heads are SmolLM2's)
 reads random prompts and decodes. `steady`: one batch, one prompt length, some hundred steps. `rows`: rows retire, new
 ones of other lengths join, in a pool of the cache's own; `arena`: the same where all caches share an arena with little
 room to spare. Printed for each: the share of pages that lie in runs of at least 64 KB (page numbers that follow each
-other in a row; bytes of the keys alone), the mean run, the decode attention's GB/s of keys and values over these pages,
-over the same tokens in a fresh cache, and of a plain read of the same pages in the same order, all in turns.
+other in a row; bytes of the keys alone) or in a shorter row that is one run, the mean run, and GB/s of keys and values:
+the decode attention's over these pages, over the same tokens in a fresh cache, and a plain read's of the same pages in
+the same order, all in turns.
+
+`--growth` asks no model: random tokens are stored in so many layers, and steps are timed as they grow, the copying of
+pools that must grow included; `ragged` rows hold a fifth of the tokens, more or less.
 """
 
 import argparse
@@ -15,8 +20,9 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -27,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import kvfold
 from kvfold.bench.machine import describe, timed
-from kvfold.formats import Chunk, Dense, Segment, Spec
+from kvfold.formats import POSITION, Chunk, Dense, Segment, Spec
 from kvfold.pages import Arena, PageTable
 
 RUN_BYTES, HEADS, GROUP, SIZE, CPU = 1 << 16, 3, 3, 64, torch.device("cpu")
@@ -90,24 +96,24 @@ def segments(cache: Any) -> list[Segment]:
     return [segment for core in cache.paged for _, segment in core.segments if segment.longest]
 
 
-def runs(table: PageTable) -> np.ndarray:
-    """Pages of each run of a row's pages, those alone that hold tokens."""
-    found = []
+def runs(table: PageTable) -> tuple[np.ndarray, int]:
+    """Pages of each run of a row's pages, those alone that hold tokens, and pages in runs that are long enough."""
+    found, enough = [], -(-RUN_BYTES // table.pool.specs["keys"].page_nbytes(table.pool.page_size))
     for row, pages in zip(table.table, table.needed, strict=True):
         held = row[:pages].astype(np.int64)
         ends = np.flatnonzero(np.diff(held, append=-9) != 1)
         found.append(np.diff(ends, prepend=-1))
-    return np.concatenate(found)
+    good = sum(int(lengths[(lengths >= enough) | (len(lengths) == 1)].sum()) for lengths in found)
+    return np.concatenate(found), good
 
 
 def shares(cache: Any) -> dict[str, float]:
-    """Of all pages, those in runs of 64 KB or more; bytes of a mean run."""
-    long = total = count = nbytes = 0
+    """Of all pages, those in runs that are long enough; bytes of a mean run."""
+    long = total = count = 0
     for segment in segments(cache):
         for table in tables(segment):
-            page, lengths = table.pool.specs["keys"].page_nbytes(table.pool.page_size), runs(table)
-            long += int(lengths[lengths * page >= RUN_BYTES].sum()) * page
-            total, count, nbytes = total + int(lengths.sum()) * page, count + len(lengths), nbytes + table.pool.nbytes
+            page, (lengths, good) = table.pool.specs["keys"].page_nbytes(table.pool.page_size), runs(table)
+            long, total, count = long + good * page, total + int(lengths.sum()) * page, count + len(lengths)
     return {"in_runs": long / total, "mean_run": total / count, "nbytes": cache.nbytes}
 
 
@@ -174,6 +180,36 @@ def measured(model: PreTrainedModel, method: str, args: argparse.Namespace) -> I
         del cache
 
 
+def growth(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Seconds of a step's attention and write in a layer, as rows grow."""
+    dtype, draw = getattr(torch, args.dtype), torch.Generator().manual_seed(0)
+
+    def states(length: int) -> Tensor:
+        return torch.randn(args.batch, HEADS, length, SIZE, generator=draw).to(dtype)
+
+    for ragged in (False, True):
+        held = []
+        for _ in range(args.layers):
+            length = args.context
+            most = torch.full((args.batch, HEADS, 1), length)
+            if ragged:
+                most = torch.randint(length // 10, length * 3 // 10, most.shape, generator=draw)
+            positions = torch.arange(length, dtype=torch.int32).expand(args.batch, HEADS, length)
+            chunk = Chunk(states(length), states(length), positions < most, {POSITION: positions})
+            held.append(Dense().open(Spec.of(chunk)))
+            held[-1].append(chunk, even=not ragged)
+        queries, taken = torch.randn(args.batch, HEADS, GROUP, 1, SIZE, generator=draw).to(dtype), []
+        for number in range(args.steps):
+            place = torch.full((args.batch, 1), args.context + number, dtype=torch.int32)
+            new = states(1), states(1)
+            work = [partial(segment.step, queries, *new, place, 0.1, weights=False) for segment in held]
+            taken.append(timed(lambda work=work: [each() for each in work], CPU) / args.layers)
+        yield {
+            "rows": "ragged" if ragged else "even", "tokens": sum(int(x.counts().sum()) for x in held) // args.layers,
+            "median": median(taken), "mean": mean(taken), "nbytes": sum(x.nbytes for x in held) // args.layers,
+        }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="full;snapkv(budget=0.2);kvfold(budget=0.2);h2o(budget=0.2)")
@@ -186,7 +222,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="0: no speeds, on a machine that is busy")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--json", type=Path, help="a file for the numbers")
+    parser.add_argument("--growth", action="store_true", help="time steps in pools that grow instead")
     args = parser.parse_args()
+    if args.growth:
+        print(f"{describe(CPU)['cpu']}, {args.dtype}, {args.batch} rows, {args.context} tokens, {args.steps} steps\n")
+        print("| rows | tokens | MB | ms of a step in a layer, median | mean |\n| --- | ---: | ---: | ---: | ---: |")
+        for row in growth(args):
+            times = f"{1e3 * row['median']:.2f} | {1e3 * row['mean']:.2f}"
+            print(f"| {row['rows']} | {row['tokens']} | {row['nbytes'] / 1e6:.1f} | {times} |", flush=True)
+        return
     model, rows = build(args.layers, getattr(torch, args.dtype)), []
     print(f"{describe(CPU)['cpu']}, {args.dtype}, {args.batch} rows, {args.context} tokens, {args.steps} steps\n")
     print("| method | use | in runs of 64 KB | mean run, KB | MB | moved, MB | attention, GB/s | fresh | plain read |")

@@ -139,7 +139,7 @@ class PageTable(Moving):
             # 1/32 of what rows have more, once something is stored. Growing token by token moves 32 tokens for each
             # new one, and a step reads them all.
             grows = np.full(self.rows, True) if even else lengths > self.lengths
-            slack = max(1, int(needed[grows].mean()) // 32) if self.longest else 0
+            slack = -(-int(needed[grows].mean()) // 32) if self.longest else 0
             self.relocate((np.full(self.rows, needed.max()) if even else needed) + slack * grows)
             return
         self.pool.ensure(int(more.sum()))  # before numbers of pages are read: they may be others afterwards
