@@ -25,7 +25,7 @@ def check_pools(pools: dict[int, PagePool], tables: list[PageTable]) -> None:
         held = np.concatenate([table.held for table in tables if id(table.pool) == key])
         assert np.array_equal(pool.refs, np.bincount(held, minlength=pool.pages))
         assert pool.shared == int((pool.refs > 1).sum()) and pool.used == int((pool.refs > 0).sum())
-        assert sorted(pool._free) == np.flatnonzero(pool.refs == 0).tolist()
+        assert pool.free == int((pool.refs == 0).sum())
         assert all(len(plane) == pool.pages for plane in pool.planes.values())
     for table in tables:
         room = (table.table >= 0).sum(1) * PAGE - table.lengths  # what it takes for granted is there

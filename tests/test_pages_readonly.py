@@ -71,7 +71,7 @@ OPERATIONS: dict[str, Callable[[PageTable], PageTable | object]] = {
     "cut": lambda table: table.cut(np.array([3, 0, 11, 8])),
     "cut and trim": lambda table: (table.cut(np.array([3, 0, 11, 8])), table.trim()),
     "fill holes": lambda table: table.fill_holes(),
-    "relocate": lambda table: table.relocate(5),
+    "relocate": lambda table: table.relocate(table.needed + 2),
     "compact": lambda table: (table.cut(np.array([1, 0, 1, 1])), table.compact()),
     "release": lambda table: table.release(),
     "restart": lambda table: table.restart(),

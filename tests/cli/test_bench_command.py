@@ -15,7 +15,7 @@ from kvfold.cli.app import app
 runner = CliRunner()
 MACHINE = {
     "cpu", "cores", "usable_cores", "threads", "memory_bytes", "system", "device", "gpu", "versions", "command",
-    "cores_busy_elsewhere", "instructions", "beside",
+    "cores_busy_elsewhere", "instructions", "beside", "huge_pages",
 }  # fmt: skip
 SPREAD = {"median", "min", "max", "count"}
 RUN_ROW = {"contender", "library", "budget", "separate_process", "decode", "prefill", "memory", "peer"}

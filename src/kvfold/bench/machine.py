@@ -16,6 +16,7 @@ import torch
 
 from kvfold.evaluation.decoding import sync
 from kvfold.ops.cpu import library, threads
+from kvfold.pages.memory import huge_pages
 
 READ_BYTES = {"cpu": 2**29, "cuda": 2**31}
 """Bytes of one plain read: far beyond any cache, and on CUDA long beside a launch."""
@@ -122,6 +123,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instructions": kernels.names()[0] if (kernels := library()) else None,
         "memory_bytes": _memory(),
+        "huge_pages": huge_pages(),
         "system": platform.platform(),
         "device": str(device),
         "gpu": None,

@@ -67,9 +67,8 @@ class Int4:
         return Dense(page_size=math.gcd(self.group, PAGE_SIZE))
 
     def open(self, spec: Spec) -> "Int4Segment":
-        # Scattered: pages that are not written stay where they are, however the cache grows.
         planes, newest = coded_planes(spec, self.channels_of(spec)), self.newest
-        codes = open_table(self, spec, planes, self.group, scattered=True)
+        codes = open_table(self, spec, planes, self.group)
         tail = open_table(newest, spec, newest.planes(spec), newest.page_size, scattered=True)
         coded = CodedPages(codes, spec.heads, spec.dtype, spec.value_size)
         return Int4Segment(self, coded, DenseSegment(tail, spec.heads, spec.dtype))

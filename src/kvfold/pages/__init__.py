@@ -6,7 +6,8 @@ page that two rows share is never written in place (copy-on-write). An arena lim
 """
 
 from kvfold.pages.arena import Arena, OutOfPages
-from kvfold.pages.pool import PAGE_SIZE, PagePool, Plane
+from kvfold.pages.pool import PagePool
+from kvfold.pages.storage import PAGE_SIZE, Plane
 from kvfold.pages.table import PageTable
 
 __all__ = ["PAGE_SIZE", "Arena", "OutOfPages", "PagePool", "PageTable", "Plane"]

@@ -4,7 +4,8 @@ from collections.abc import Hashable, Mapping
 
 import torch
 
-from kvfold.pages.pool import PAGE_SIZE, PagePool, Plane
+from kvfold.pages.pool import PagePool
+from kvfold.pages.storage import PAGE_SIZE, Plane
 
 
 class OutOfPages(RuntimeError):

@@ -8,31 +8,39 @@ from kvfold.pages.rows import nearly_even
 
 
 class Moving(Planes):
-    """Planes whose pages go where they take less room. In an arena they only come and go; see `Arena`."""
+    """Planes whose pages go where they take less room, or are read faster."""
 
-    def relocate(self, per_row: int) -> None:
-        """Move to a pool of our own with `per_row` pages side by side for each row; the old pages are let go."""
-        pool, table, regular = self.room_for(np.full(self.rows, per_row))
-        held = int(self.needed.max()) if self.rows else 0
-        for name, plane in pool.planes.items():
-            if held:
-                plane.view(self.rows, per_row, *plane.shape[1:])[:, :held] = self.paged(name, 0, held)
-        self.move_to(pool, table, regular=regular)
+    def relocate(self, pages: np.ndarray) -> None:
+        """Move to a pool of our own with `pages[r]` pages side by side for row r; the old pages are let go."""
+        table, regular = self._side_by_side(pages)
+        held, mine = self._filled(table), self._filled(self.table)
+        self.move_to(self.pool.moved(table[held], self.table[mine], int((table >= 0).sum())), table, regular=regular)
+
+    def _filled(self, table: np.ndarray) -> np.ndarray:
+        """Which entries of a table of our rows are pages that hold tokens, (R, M)."""
+        filled: np.ndarray = np.arange(table.shape[1])[None] < self.needed[:, None]
+        return filled
 
     def room_for(self, pages: np.ndarray) -> tuple[PagePool, np.ndarray, bool]:
         """Where to write `pages[r]` pages for each row anew: a pool, who has which page, and whether that is regular.
 
-        It is a new pool, in which each row's pages lie side by side (rows that need almost as many get the same
-        number), or the arena's with pages that were free.
+        It is a new pool, in which each row's pages lie side by side, or the arena's with pages that were free.
         """
+        table, regular = self._side_by_side(pages)
+        pool, wide = self.pool, (table >= 0).sum(1)
+        if pool.arena is None:
+            pool = pool.empty_like()
+            pool.grow(int(wide.sum()))
+        table[table >= 0] = pool.allocate_rows(wide, np.full(self.rows, -1))
+        return pool, table, regular
+
+    def _side_by_side(self, pages: np.ndarray) -> tuple[np.ndarray, bool]:
+        """A table of pages numbered row by row, `pages[r]` for each, as many where all need almost as many; if so."""
         regular = not self.scattered and nearly_even(pages)
         wide = np.full(self.rows, pages.max() if self.rows else 0) if regular else pages
-        pool = self.pool.empty_like() if self.pool.arena is None else self.pool
-        if pool is not self.pool:
-            pool.grow(int(wide.sum()))
         table = np.full((self.rows, int(wide.max()) if self.rows else 0), -1, dtype=np.int32)
-        table[np.arange(table.shape[1])[None] < wide[:, None]] = pool.allocate(int(wide.sum()))
-        return pool, table, regular
+        table[np.arange(table.shape[1])[None] < wide[:, None]] = np.arange(int(wide.sum()))
+        return table, regular
 
     def move_to(self, pool: PagePool, table: np.ndarray, *, regular: bool) -> None:
         """Our tokens lie there now; the old pages are let go."""
@@ -58,10 +66,7 @@ class Moving(Planes):
             self.regular = False
             if not (self.exclusive and self.pool.free):  # it may have been these that others held
                 return
-        if nearly_even(needed) and not self.scattered:
-            self.relocate(longest)
-        else:
-            self._scatter_to_exact(needed)
+        self.relocate(needed)
 
     def compact(self) -> None:
         """Where this table alone uses the pool and more than a quarter of it is free: move to a pool of what is held.
@@ -109,7 +114,8 @@ class Moving(Planes):
         for name in theirs.specs.keys() - mine.specs.keys():
             mine.add_plane(name, theirs.specs[name])
         self.pool = mine
-        tables = [self.table, other.table if other.pool is mine else other._copied(mine)]
+        copied = other.table if other.pool is mine else other._copied(mine)
+        tables = [self.table, copied]
         width = max(table.shape[1] for table in tables)
         if self.holed or other.holed:
             (holes, count), (more, others) = self.copy_holes(), other.copy_holes()
@@ -123,32 +129,25 @@ class Moving(Planes):
             other.forget()
         other.release()
         if not self.scattered and self.exclusive and nearly_even(self.needed):
-            self.relocate(int(self.needed.max()) if self.rows else 0)
+            self.relocate(self.needed)
 
     def _copied(self, pool: PagePool) -> np.ndarray:
         """Our pages in another pool, each once, in the order in which rows hold them; the table of them there."""
         pages, first, which = np.unique(self.held, return_index=True, return_inverse=True)
-        if pool.arena is None and len(pages) > pool.free:
+        if pool.arena is not None:
+            pool.ensure(len(pages))
+        elif len(pages) > pool.free:
             pool.grow(len(pages) - pool.free)
         new = np.empty_like(pages)
-        new[np.argsort(first)] = pool.allocate(len(pages))
-        source, target = self._index(pages), self._index(new)
-        for name, plane in pool.planes.items():
-            known = self.pool.planes.get(name)
-            plane[target] = pool.specs[name].fill if known is None else known.index_select(0, source)
+        order = np.argsort(first)
+        new[order] = pool.allocate(len(pages))
+        pool.copy(new[order], self.pool, pages[order])
+        pool.moved_nbytes += len(pages) * pool.page_nbytes
         table = self.table.copy()
         table[table >= 0] = new[which]
         pool.retain(new[which])
         pool.release(new)
         return table
-
-    def _scatter_to_exact(self, needed: np.ndarray) -> None:
-        """Rows of different lengths: a pool with exactly their pages, each row's side by side."""
-        pool, table, regular = self.room_for(needed)
-        mine = self._index(self.table[:, : table.shape[1]][table >= 0])
-        for name, plane in self.pool.planes.items():
-            pool.planes[name].copy_(plane.index_select(0, mine))
-        self.move_to(pool, table, regular=regular)
 
 
 def _wider(table: np.ndarray, width: int) -> np.ndarray:

@@ -1,40 +1,19 @@
-"""The pool: fixed-size blocks of tokens, who holds them, and the tensors that they are rows of."""
+"""The pool: fixed-size blocks of tokens, who holds them, and where they lie."""
 
-import heapq
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
 
-PAGE_SIZE = 16
-"""Tokens per page: the last page of a row is half empty on average, 8 tokens of each (row, head)."""
-BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-"""As what the CPU kernels read a dtype that NumPy lacks."""
+from kvfold.pages.runs import RUN_BYTES, broken, laid, place
+from kvfold.pages.storage import PAGE_SIZE, Plane, Storage
 
-
-@dataclass(frozen=True)
-class Plane:
-    """What a pool stores for each token: `width` numbers (None: one scalar), `fill` where nobody says.
-
-    `per_page`: for each page, as the scales of a group of tokens.
-    """
-
-    width: int | None
-    dtype: torch.dtype
-    fill: float = 0.0
-    per_page: bool = False
-
-    def shape(self, pages: int, page_size: int) -> tuple[int, ...]:
-        """(N, P, W), without P where `per_page` and without W where it is a scalar."""
-        return (pages, *(() if self.per_page else (page_size,)), *(() if self.width is None else (self.width,)))
-
-    def page_nbytes(self, page_size: int) -> int:
-        """Bytes of one page."""
-        tokens, width = 1 if self.per_page else page_size, 1 if self.width is None else self.width
-        return tokens * width * self.dtype.itemsize
+BROKEN = 24
+"""One part in so many of the pages in use may come to lie in short runs before an arena lays rows anew."""
+ALLOWED = 4
+"""Pages that are copied for it, at most, for each one that was handed out."""
 
 
 @runtime_checkable
@@ -50,42 +29,34 @@ class Limit(Protocol):
         ...
 
 
-class PagePool:
-    """The storage of one segment: N pages of P tokens in each plane, their reference counts, a free list.
+@runtime_checkable
+class Holder(Protocol):
+    """A table of pages, (R, M), -1 where a row has none: see `TableRows`."""
 
-    With an `arena` it is that of many: no table moves its pages.
+    table: np.ndarray
+    regular: bool
+    scattered: bool
+
+
+class PagePool(Storage):
+    """The storage of one segment: N pages of P tokens in each plane, and their reference counts.
+
+    With an `arena` it is that of many. `moved_nbytes` counts what was copied from page to page so that rows lie in runs
+    and nothing is held in vain; a pool that takes another one's place goes on counting.
     """
 
     def __init__(
         self, planes: Mapping[str, Plane], device: torch.device, page_size: int = PAGE_SIZE, arena: Limit | None = None
     ):
-        self.specs = dict(planes)
-        self.per_page = any(spec.per_page for spec in planes.values())  # whether some plane has one entry for a page
-        self.page_size = page_size
-        self.device = device
+        super().__init__(planes, device, page_size)
         self.arena = arena
-        self.planes = {name: self._empty(spec, 0) for name, spec in self.specs.items()}
         self.refs = np.zeros(0, dtype=np.int32)
+        self.used = 0  # pages that somebody holds
         self.shared = 0  # pages with more than one reference
-        self._free: list[int] = []  # a heap: low numbers first, so that an arena finds free pages at the end
-        self._arrays: dict[str, tuple[Tensor, np.ndarray]] = {}
-
-    def array(self, name: str) -> np.ndarray:
-        """A plane as the CPU kernels see it, (N * P, W) and no copy; bfloat16 as uint16, float16 as int16."""
-        plane = self.planes[name]
-        known = self._arrays.get(name)
-        if known is None or known[0] is not plane:
-            bits = BITS.get(plane.dtype, plane.dtype)
-            known = plane, plane.view(bits).view(-1, self.specs[name].width or 1).numpy()
-            self._arrays[name] = known
-        return known[1]
-
-    def _empty(self, spec: Plane, pages: int) -> Tensor:
-        # Never read before it is written: lengths bound every read. Filled all the same, because the slack
-        # of a page takes part (masked) in dense reads and NaN times zero is NaN. Under torch.inference_mode() too
-        # a tensor that is written outside it later on.
-        with torch.inference_mode(False):
-            return torch.full(spec.shape(pages, self.page_size), spec.fill, dtype=spec.dtype, device=self.device)
+        self.moved_nbytes = 0
+        self.handed = self.mended = 0  # pages handed out, and those copied because of short runs
+        self.tables: WeakValueDictionary[int, Holder] = WeakValueDictionary()  # who may hold pages, by id
+        self._looked = self._least = 0  # `handed` at the last look for short runs; what was left of them then
 
     @property
     def pages(self) -> int:
@@ -95,12 +66,13 @@ class PagePool:
     @property
     def free(self) -> int:
         """Pages that nobody holds."""
-        return len(self._free)
+        return len(self.refs) - self.used
 
     @property
-    def used(self) -> int:
-        """Pages that somebody holds."""
-        return self.pages - len(self._free)
+    def run(self) -> int:
+        """Pages of a run that is long enough, by the widest plane."""
+        widest = max((spec.page_nbytes(self.page_size) for spec in self.specs.values()), default=RUN_BYTES)
+        return -(-RUN_BYTES // max(1, widest))
 
     @property
     def page_nbytes(self) -> int:
@@ -118,52 +90,83 @@ class PagePool:
             if self.arena is not None:
                 self.arena.reserve(self.pages, self.pages * spec.page_nbytes(self.page_size))
             self.specs[name] = spec
-            self.planes[name] = self._empty(spec, self.pages)
+            self.planes[name] = self.made(spec, self.pages)
             self.per_page |= spec.per_page
 
     def grow(self, pages: int) -> None:
         """Add free pages; page numbers stay valid."""
         if self.arena is not None:
             self.arena.reserve(pages, pages * self.page_nbytes)
-        first = self.pages
-        self._arrays.clear()  # they would hold the old planes
-        for name, spec in self.specs.items():
-            more = self._empty(spec, pages)
-            with torch.inference_mode(False):
-                self.planes[name] = torch.cat([self.planes[name], more]) if first else more
+        if self.lay(self.pages + pages):
+            return
+        self.remake(self.pages + pages)
         self.refs = np.concatenate([self.refs, np.zeros(pages, dtype=np.int32)])
-        self._free.extend(range(first, first + pages))  # larger than all that are there: still a heap
+
+    def lay(self, pages: int) -> bool:
+        """Lay the rows of all tables in runs, in a pool of so many pages; page numbers change.
+
+        False, and nothing is done, where somebody holds pages who is no table, or a table keeps its pages' numbers.
+        """
+        tables, rows = list(self.tables.values()), self._rows()
+        if not rows or (self.arena is None and any(table.scattered for table in tables)):
+            return False
+        if not np.array_equal(np.bincount(np.concatenate(rows), minlength=self.pages), self.refs):
+            return False
+        old, new = laid(rows, self.run, pages)
+        self.remake(pages, new, old)
+        self.moved_nbytes += len(old) * self.page_nbytes
+        numbers, refs = np.full(self.pages + 1, -1, dtype=np.int32), np.zeros(pages, dtype=np.int32)
+        numbers[old], refs[new] = new, self.refs[old]
+        for table in tables:
+            table.table, table.regular = numbers[table.table], False
+        self.refs, self._looked, self._least = refs, self.handed, broken(self._rows(), self.run)
+        return True
+
+    def _rows(self) -> list[np.ndarray]:
+        return [row[row >= 0] for table in self.tables.values() for row in table.table]
 
     def shrink(self) -> None:
         """Give the memory of free pages at the end back; page numbers stay valid."""
         held = np.flatnonzero(self.refs)
         pages = int(held[-1]) + 1 if len(held) else 0
         if pages < self.pages:
-            self._arrays.clear()
-            for name in self.specs:
-                with torch.inference_mode(False):
-                    self.planes[name] = self.planes[name][:pages].clone()
+            self.remake(pages)
             self.refs = self.refs[:pages].copy()
-            self._free = [page for page in sorted(self._free) if page < pages]
 
     def ensure(self, count: int) -> None:
-        """`count` free pages: the pool grows by 1/32 when it runs out, in an arena as that says."""
-        if count <= self.free:
+        """`count` free pages: the pool grows by 1/32 when it runs out, in an arena as that says.
+
+        In an arena page numbers may change, so that rows lie in runs.
+        """
+        if self.arena is None:
+            if count > self.free:
+                self.grow(max(count - self.free, self.pages // 32))
             return
-        if self.arena is not None:
-            self.arena.check({self: count})
-        else:
-            self.grow(max(count - self.free, self.pages // 32))
+        self.arena.check({self: count})
+        if (self.handed - self._looked) * BROKEN > self.used and self.mended + self.used <= ALLOWED * self.handed:
+            self._looked, found = self.handed, broken(self._rows(), self.run)
+            if (found - self._least) * BROKEN > self.used and self.lay(self.pages):
+                self.mended += self.used
 
     def allocate(self, count: int) -> np.ndarray:
-        """`count` page numbers with one reference each, the lowest that are free."""
-        self.ensure(count)
-        if count == self.free:
-            chosen, self._free = sorted(self._free), []
+        """`count` page numbers with one reference each, in as long runs as there are."""
+        return self.allocate_rows(np.array([count]), np.array([-1]))
+
+    def allocate_rows(self, counts: np.ndarray, behind: np.ndarray) -> np.ndarray:
+        """`counts[r]` page numbers for each row, row by row, with one reference each; in order where all are free.
+
+        Those right behind page `behind[r]` (-1: the row has none), as far as they are free; see `kvfold.pages.runs`.
+        """
+        count = int(counts.sum())
+        if count > self.free:
+            self.ensure(count)
+        if count == self.free and bool((behind < 0).all()):
+            ids = np.flatnonzero(self.refs == 0).astype(np.int32)
         else:
-            chosen = [heapq.heappop(self._free) for _ in range(count)]
-        ids = np.array(chosen, dtype=np.int32)
+            ids = place(self.refs == 0, self.run, counts, behind).astype(np.int32)
         self.refs[ids] = 1
+        self.used += count
+        self.handed += count
         return ids
 
     def retain(self, ids: np.ndarray) -> None:
@@ -176,9 +179,19 @@ class PagePool:
         np.subtract.at(self.refs, ids, 1)
         self.shared = int((self.refs > 1).sum())
         # No np.unique: it imports on first use, and a table may be finalised in the middle of an import.
-        for page in set(ids[self.refs[ids] == 0].tolist()):
-            heapq.heappush(self._free, page)
+        self.used -= len(set(ids[self.refs[ids] == 0].tolist()))
 
     def empty_like(self) -> "PagePool":
         """A pool of the same planes that holds nothing."""
-        return PagePool(self.specs, self.device, self.page_size)
+        pool = PagePool(self.specs, self.device, self.page_size)
+        pool.moved_nbytes = self.moved_nbytes
+        return pool
+
+    def moved(self, ids: np.ndarray, origin: np.ndarray, pages: int) -> "PagePool":
+        """A pool of so many pages, all held, whose pages `ids` are what pages `origin` are here."""
+        pool = self.empty_like()
+        for name, spec in self.specs.items():
+            pool.planes[name] = pool.made(spec, pages, self.planes[name], ids=ids, origin=origin)
+        pool.refs, pool.used = np.ones(pages, dtype=np.int32), pages
+        pool.moved_nbytes += len(ids) * self.page_nbytes
+        return pool

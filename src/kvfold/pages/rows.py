@@ -26,8 +26,9 @@ def frozen(name: str) -> Any:
 class TableRows:
     """`table` is (R, M) page numbers, -1 where a row has no page; `lengths` is (R,) slots.
 
-    Where `regular`, page i of row r is page r * M + i of the pool, and a dense read is a view that costs nothing; a
-    table made `scattered` never is, nor one in an arena. The first `hole_count[r]` of `holes[r]` are slots whose token
+    Where `regular`, page i of row r is page r * M + i of the pool, and a dense read is a view that costs nothing. One
+    made `scattered` never is, and keeps its pages' numbers while rows grow: that is for few pages, which come and go.
+    In an arena tables are neither. The first `hole_count[r]` of `holes[r]` are slots whose token
     was dropped: a page's worth of them gathers before the rest of the row moves up.
     """
 
@@ -36,6 +37,7 @@ class TableRows:
     hole_count: np.ndarray = frozen("hole_count")
 
     def __init__(self, pool: PagePool, rows: int, *, scattered: bool = False):
+        self._pool: PagePool | None = None
         self.pool = pool
         self.scattered = scattered or pool.arena is not None
         self.table = np.full((rows, 0), -1, dtype=np.int32)
@@ -52,6 +54,14 @@ class TableRows:
         self.longest = int(lengths.max()) if self.rows else 0  # slots in the longest row
 
     lengths: np.ndarray = property(attrgetter("_lengths"), _set_lengths)  # type: ignore[assignment]
+
+    def _set_pool(self, pool: PagePool) -> None:
+        if self._pool is not None:
+            self._pool.tables.pop(id(self), None)
+        self._pool = pool
+        pool.tables[id(self)] = self
+
+    pool: PagePool = property(attrgetter("_pool"), _set_pool)  # type: ignore[assignment]
 
     @property
     def even(self) -> bool:

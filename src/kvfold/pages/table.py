@@ -132,13 +132,19 @@ class PageTable(Moving):
         have = (self.table >= 0).sum(1)
         if bool((needed <= have).all()):
             return
-        if self.regular and self.exclusive and nearly_even(needed):
-            # Rows of like length stay side by side: move to a larger block now and then, by 1/32 at a time once
-            # something is stored: growing token by token moves 32 tokens for each new one, and a step reads them all.
-            slack = max(1, int(needed.max()) // 32) if self.longest else 0
-            self.relocate(int(needed.max()) + slack)
+        more = np.maximum(needed - have, 0)
+        even = self.regular and nearly_even(needed)
+        if self.exclusive and not self.scattered and (even or int(more.sum()) > self.pool.free):
+            # A pool that must grow is copied anyhow: each row gets its pages side by side, those that it asks for and
+            # 1/32 of what rows have more, once something is stored. Growing token by token moves 32 tokens for each
+            # new one, and a step reads them all.
+            grows = np.full(self.rows, True) if even else lengths > self.lengths
+            slack = -(-int(needed[grows].mean()) // 32) if self.longest else 0
+            self.relocate((np.full(self.rows, needed.max()) if even else needed) + slack * grows)
             return
-        fresh = self.pool.allocate(int(np.maximum(needed - have, 0).sum()))
+        self.pool.ensure(int(more.sum()))  # before numbers of pages are read: they may be others afterwards
+        ends = np.pad(self.table, ((0, 0), (1, 0)), constant_values=-1)[np.arange(self.rows), have]
+        fresh = self.pool.allocate_rows(more, ends)
         width = max(int(needed.max()), self.table.shape[1])
         place = np.arange(width)[None]
         table = np.pad(self.table, ((0, 0), (0, width - self.table.shape[1])), constant_values=-1)
@@ -157,11 +163,10 @@ class PageTable(Moving):
         copied[first[writers == self.pool.refs[pages]]] = False  # all holders write: one of them keeps the page
         if not copied.any():
             return
-        old = old[copied]
-        new = self.pool.allocate(len(old))
-        source, target = self._index(old), self._index(new)
-        for plane in self.pool.planes.values():
-            plane[target] = plane.index_select(0, source)
+        self.pool.ensure(int(copied.sum()))
+        old = self.table[rows, index][copied]
+        new = self.pool.allocate_rows(np.ones_like(old), np.full_like(old, -1))
+        self.pool.copy(new, self.pool, old)
         self.pool.release(old)
         table = self.table.copy()
         table[rows[copied], index[copied]] = new
