@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from kvfold.hf import source
+from kvfold.hf import source, traced
 from kvfold.hf.eager import eager
 
 NAME = source.NAME
@@ -35,11 +35,10 @@ class Handle(Protocol):
         ...
 
 
-class PagedLength(int):
-    """A key length that says: this layer is paged, its mask is the padding mask alone."""
+PAGED = False
+"""An offset of keys that says: this layer is on pages, its mask is the padding mask alone. As a number it is 0."""
 
 
-@eager
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -52,6 +51,17 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function of transformers' interface: (B, Q, Hq, Dv) and no weights."""
     handle: Handle | None = getattr(key, HANDLE, None)
+    if torch.compiler.is_compiling():
+        mark = getattr(key, traced.MARK, None)
+        if mark is not None and not dropout and all(kwargs.get(argument) is None for argument in REFUSED):
+            setattr(key, traced.MARK, None)  # whoever attends with these keys again is heard, outside
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return traced.attend(query, key, value, attention_mask, mark, scale), None
+        if mark is not None or handle is not None:
+            outside: tuple[Tensor, Tensor | None] = _outside(
+                module, query, key, value, attention_mask, scaling, dropout, **kwargs
+            )
+            return outside
     if handle is None:
         out: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -63,24 +73,49 @@ def attention(
             raise ValueError(f"{name} attends with {argument}, which a kvfold cache does not support")
     if dropout:
         raise ValueError(f"dropout={dropout} in {name}: a kvfold cache is for inference; call model.eval()")
-    if attention_mask is not None and getattr(attention_mask, OTHER, False):
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(handle, module, query, key, value, attention_mask, scale), None
+
+
+_outside = torch.compiler.disable(attention)  # type: ignore[no-untyped-call]
+
+
+def attend(
+    handle: Handle, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, scale: float
+) -> Tensor:
+    """(B, Q, Hq, Dv) of the layer whose keys these are. ValueError where the mask is more than one of padding."""
+    valid = None if attention_mask is None else _padding(attention_mask, q.shape[2], module)
+    return handle.attend(module, q, k, v, valid, scale).transpose(1, 2).contiguous()
+
+
+def _padding(attention_mask: Tensor, tokens: int, module: nn.Module) -> Tensor:
+    """Which of the new tokens are not padding, (B, Q)."""
+    name = type(module).__name__
+    if getattr(attention_mask, OTHER, False):
         raise ValueError(f"{name} asks for an attention mask that is not causal; a kvfold cache attends causally")
-    if attention_mask is not None and attention_mask.dim() != 2:
+    if attention_mask.dim() != 2:
         raise ValueError(
             f"attention_mask of shape {tuple(attention_mask.shape)} in {name}: a kvfold cache takes a padding mask, "
             "(B, T)"
         )
-    valid = None if attention_mask is None else attention_mask[:, -query.shape[2] :].bool()
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return handle.attend(module, query, key, value, valid, scale).transpose(1, 2).contiguous(), None
+    return attention_mask[:, -tokens:].bool()
+
+
+def mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """A mask function of transformers' interface: the padding mask for paged layers, SDPA's mask elsewhere."""
+    if kwargs.get("kv_offset") is not PAGED:
+        made: Tensor | None = sdpa_mask(*args, **kwargs)
+        return made
+    padding: Tensor | None = kwargs.get("attention_mask")
+    known = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
+    fits = padding is None or padding.shape[1] == kwargs["kv_length"]
+    if torch.compiler.is_compiling() and known and fits:
+        return padding  # whether it hides anything is seen when the graph runs
+    return _mask(**kwargs)
 
 
 @eager
-def mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """A mask function of transformers' interface: the padding mask for paged layers, SDPA's mask elsewhere."""
-    if not isinstance(kwargs.get("kv_length"), PagedLength):
-        made: Tensor | None = sdpa_mask(*args, **kwargs)
-        return made
+def _mask(**kwargs: Any) -> Tensor | None:
     if not _is_causal(kwargs):
         # Models make masks that none of their layers uses: who uses it says so.
         refused = torch.empty(0, dtype=torch.float32)

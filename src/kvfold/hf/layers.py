@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from kvfold.hf.attention import HANDLE, PagedLength
+from kvfold.hf.attention import HANDLE, PAGED
 from kvfold.hf.eager import eager
 from kvfold.hf.gradient import without_gradient
 from kvfold.layer.layer import KVLayer
@@ -99,13 +99,12 @@ class PagedLayer(CacheLayerMixin):
     def batch_size(self) -> int:
         return self.core.batch
 
-    @eager
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return PagedLength(self.core.width + query_length), 0
+        return self.get_seq_length() + query_length, PAGED
 
-    @eager
     def get_seq_length(self) -> int:
-        return self.core.width
+        # A graph is made before any layer has read: there is one number that changes with every token, not three.
+        return self.core.rows.width if torch.compiler.is_compiling() else self.core.width
 
     def get_max_length(self) -> int:
         return -1
@@ -185,10 +184,15 @@ class WindowLayer(DynamicSlidingWindowLayer):
         super().batch_select_indices(indices)
         self._select(indices)
 
-    @eager
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        self._give_back()
+        if torch.compiler.is_compiling():
+            self.keys, self.values = (
+                self.keys.contiguous(),
+                self.values.contiguous(),
+            )  # so that one graph fits all steps
+        else:
+            self._give_back()
         return keys, values
 
     def _give_back(self) -> None:

@@ -8,13 +8,16 @@ memory as they always do; from then on all take the fastest. No weight is copied
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from types import TracebackType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as by_torch
 
+from kvfold.hf.traced import operator
 from kvfold.ops.cpu import FLOATS, library, widths_fit
 from kvfold.ops.linear.cpu import linear as by_kvfold
 
@@ -45,27 +48,47 @@ Shape = tuple[int, int, torch.dtype, int, int]
 """Outputs, inputs, dtype, rows, threads: what a choice is for."""
 
 
-@dataclass
+_numbers = count(1)
+_choices: WeakValueDictionary[int, "Choices"] = WeakValueDictionary()
+
+
+@dataclass(eq=False)
 class Choices:
     """Seconds that each way took, by shape, and the one that is taken since all had their turns."""
 
     seconds: dict[Shape, dict[str, list[float]]] = field(default_factory=dict)
     chosen: dict[Shape, str] = field(default_factory=dict)
+    number: int = field(default_factory=lambda: next(_numbers))
+    """What graphs know it by."""
 
-    def run(self, x: Tensor, layer: "FastLinear") -> Tensor:
-        """The layer's output for a few rows (N, K)."""
-        shape = (*layer.weight.shape, x.dtype, len(x), torch.get_num_threads())
+    def __post_init__(self) -> None:
+        _choices[self.number] = self
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A layer's output for a few rows (N, K)."""
+        shape = (*weight.shape, x.dtype, len(x), torch.get_num_threads())
         way = self.chosen.get(shape)
         if way is not None:
-            return WAYS[way](x, layer.weight, layer.bias)
+            return WAYS[way](x, weight, bias)
         taken = self.seconds.setdefault(shape, {name: [] for name in ways()})
         way = min(taken, key=lambda name: len(taken[name]))
         start = time.perf_counter()
-        out = WAYS[way](x, layer.weight, layer.bias)
+        out = WAYS[way](x, weight, bias)
         taken[way].append(time.perf_counter() - start)
         if all(len(each) >= TRIES for each in taken.values()):
             self.chosen[shape] = min(taken, key=lambda name: min(taken[name]))
         return out
+
+
+def _like(x: Tensor, weight: Tensor, bias: Tensor | None, choices: int) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@operator("linear(Tensor x, Tensor weight, Tensor? bias, int choices) -> Tensor", _like)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, choices: int) -> Tensor:
+    """What a graph calls for a layer; `choices` is the number of its model's."""
+    found = _choices.get(choices)
+    return by_torch(x, weight, bias) if found is None else found.run(x.contiguous(), weight, bias)
 
 
 class FastLinear(nn.Linear):
@@ -75,13 +98,17 @@ class FastLinear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        choices: Choices | None = vars(self).get("kvfold_choices")
+        choices: Choices | None = self.__dict__.get("kvfold_choices")
         if choices is None or not _plain(input, self.weight, self.bias):
             return nn.Linear.forward(self, input)  # not super(): another thread may have undone us meanwhile
         rows = input.numel() // self.weight.shape[1]
         if not 0 < rows <= ROWS:
             return nn.Linear.forward(self, input)
-        out = choices.run(input.reshape(rows, self.weight.shape[1]), self)
+        few = input.reshape(rows, self.weight.shape[1])
+        if torch.compiler.is_compiling():
+            out: Tensor = torch.ops.kvfold.linear(few, self.weight, self.bias, choices.number)
+        else:
+            out = choices.run(few, self.weight, self.bias)
         return out.view(*input.shape[:-1], -1)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -96,9 +123,7 @@ def _unmade() -> nn.Linear:
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether nobody but the layer looks at its product: no gradient, autocast, tracing, other device or dtype."""
-    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
-    inside = torch._C._functorch.peek_interpreter_stack() is not None  # vmap, jvp
-    if traced or inside or torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") or (not torch.compiler.is_compiling() and _watched()):
         return False
     parts = [x, weight] if bias is None else [x, weight, bias]
     if any(part.device.type != "cpu" or part.dtype != x.dtype for part in parts) or x.dtype not in FLOATS:
@@ -107,6 +132,13 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     fit = type(x) in (Tensor, nn.Parameter) and x.shape[-1:] == weight.shape[1:] and weight.numel() > 0
     return fit and weight.is_contiguous()
+
+
+def _watched() -> bool:
+    """Whether a call is traced (torch.jit), mapped (vmap, jvp) or dispatched by somebody."""
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    inside = torch._C._functorch.peek_interpreter_stack() is not None
+    return traced or inside or bool(torch._C._len_torch_dispatch_stack())
 
 
 def _known(module: nn.Module) -> bool:
@@ -124,7 +156,8 @@ class fast_linears:
         with kvfold.fast_linears(model):
             model.generate(...)
 
-    Answers stay within the rounding of the dtype; prompts, gradients and compiled code take torch's way as before. What
+    Answers stay within the rounding of the dtype; prompts and gradients take torch's way as before; torch.compile makes
+    each layer one operator, which takes the fastest way when the graph runs. What
     is no plain `torch.nn.Linear` on the CPU in float32, bfloat16 or float16 is left as it is. Raises ValueError for a
     model without such a layer, and for one that has them already.
     """

@@ -59,7 +59,12 @@ def copying_heads(model: Any) -> tuple[tuple[float, ...], ...]:
         lost[view.place.layer] = lost_without_copies(view, period).cpu()
 
     find_ropes(model)  # a pass of its own, which is over before layers are looked at
-    with torch.no_grad(), _without_attention(model, lost, 1 + period) as shares:
+    # A compiled forward runs as it is written: it would be compiled for these hooks, and once.
+    with (
+        torch.compiler.set_stance("force_eager"),
+        torch.no_grad(),
+        _without_attention(model, lost, 1 + period) as shares,
+    ):
         read_with(model, text.expand(2, -1), look)
     name = type(model).__name__
     if shares.keys() != lost.keys():

@@ -96,13 +96,14 @@ def _cache_of(kwargs: dict[str, Any]) -> Host | None:
     return cache if isinstance(cache, Host) else None
 
 
-@eager
 def _before_body(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     cache = _cache_of(kwargs)
-    if cache is not None:
-        _check_own(cache, module)
+    if cache is None or (torch.compiler.is_compiling() and cache.call.marks is not None):
+        return  # a graph is made of a call whose own hook has asked
+    _check_own(cache, module)
 
 
+@eager
 def _check_own(cache: Host, module: nn.Module) -> None:
     """ValueError where a model is called with the cache of another, whose keys mean something else."""
     if module is not cache.model and not same_text(module, cache.model):

@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from kvfold.hf import traced
+from kvfold.hf.anatomy import attention_modules
+from kvfold.hf.attention import attend
 from kvfold.hf.beside import end_recording, leave_inference
 from kvfold.hf.call.call import Call
 from kvfold.hf.call.checking import Checked
@@ -28,6 +31,7 @@ class Host(Checked):
 
     def __init__(self, layers: list[Any]):
         super().__init__(layers=layers)
+        self.name, self._attentions = traced.name(self), dict[int, nn.Module]()
         self._begin()
 
     def _begin(self) -> None:
@@ -168,6 +172,27 @@ class Host(Checked):
         except BaseException:
             self.call = call
             raise
+
+    # -- compiled forwards -----------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As transformers' own; in a graph that is being made the keys carry the names of cache and layer."""
+        if torch.compiler.is_compiling() and traced.passes(self.layers[layer_idx], key_states, value_states):
+            setattr(key_states, traced.MARK, (self.name, layer_idx))
+            return key_states, value_states
+        updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return updated
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """What the attention of model layer `layer` gives when a graph runs, (B, Q, Hq, Dv)."""
+        if q.shape[2] > 1 or self.mode.observe is not None or self.pending.recording:
+            q, k, v = q.clone(), k.clone(), v.clone()  # who looks may keep them, and the graph reuses their memory
+        if not self._attentions:
+            self._attentions = attention_modules(self.model)
+        keys, values = self.layers[layer].update(k, v)
+        return attend(self.layers[layer], self._attentions[layer], q, keys, values, mask, scale)
 
     def window(self, index: int) -> WindowLayer | None:
         """Model layer `index`, if it is a sliding window of ours."""
