@@ -2,6 +2,7 @@
 
 #include "kernels.hpp"
 
+#include "coded.hpp"
 #include "lanes.hpp"
 #include "linear.hpp"
 #include "paged.hpp"
@@ -64,6 +65,6 @@ double read(const float* x, int64_t count, int threads) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels{TEXT(ISA), LANES, attend, causal, column_sums, most_alike, linear, exponential_of, widen, read};
+const Kernels kernels{TEXT(ISA), LANES, attend, attend_codes, causal, column_sums, most_alike, linear, exponential_of, widen, read};
 
 }  // namespace kvfold::ISA

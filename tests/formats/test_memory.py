@@ -21,7 +21,7 @@ from format_cases import (
     same,
 )
 
-from kvfold.formats import Dense, Depth, Fp8, Int4
+from kvfold.formats import Dense, Depth, Fp8, Kivi
 from kvfold.pages import Arena, OutOfPages
 
 
@@ -61,8 +61,8 @@ BYTES = {
     "bf16": lambda d, dv, n: 2 * (d + dv) + 4,
     "depth": lambda d, dv, n: n * (d + dv) + 4 + 2 * 4,
     "fp8": lambda d, dv, n: d + dv + 4 + 2 * 4,
-    "int4": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n * dv / 4,
-    "int4-anew": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n * dv / 8,
+    "kivi": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n * dv / 4,
+    "kivi-anew": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n * dv / 8,
 }
 """Bytes of a token, with its position, where the model's numbers have n bytes."""
 
@@ -89,7 +89,7 @@ def test_one_more_token_is_written_where_it_goes_and_nowhere_else(form, arena):
             if table.pool is not pool:  # a regular table has moved to a larger block, as it does now and then
                 assert table.regular and isinstance(form, Dense | Depth | Fp8)
                 continue
-            coded, size = isinstance(form, Int4) and table is tables[0], table.pool.page_size
+            coded, size = isinstance(form, Kivi) and table is tables[0], table.pool.page_size
             more = int((table.lengths - lengths).sum()) if coded else B * H
             for name, old in planes.items():
                 new, spec = table.pool.planes[name][: len(old)], table.pool.specs[name]
@@ -97,8 +97,8 @@ def test_one_more_token_is_written_where_it_goes_and_nowhere_else(form, arena):
                 assert int(changed.sum()) <= (more // size if spec.per_page else more), name
             if coded:
                 assert np.array_equal(table.table[:, : pages.shape[1]][pages >= 0], pages[pages >= 0])
-        if isinstance(form, Int4):
-            assert (segment.tail.counts() <= form.tail + form.group - 1).all()
+        if isinstance(form, Kivi):
+            assert (segment.tail.counts() <= form.residual + form.group - 1).all()
 
 
 @ALL

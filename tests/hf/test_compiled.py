@@ -24,7 +24,12 @@ def compiled(name, part):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name,part,method",
-    [("llama", "model", "full"), ("llama", "body", "h2o"), ("gemma3", "model", "h2o"), ("llama", "model", "int4")],
+    [
+        ("llama", "model", "full"),
+        ("llama", "body", "h2o"),
+        ("gemma3", "model", "h2o"),
+        ("llama", "model", "kivi(residual=32)"),
+    ],
 )
 def test_a_compiled_forward_says_what_it_says(name, part, method):
     prompt, options = tokens(40, 30), {"max_new_tokens": 5, "do_sample": False}
