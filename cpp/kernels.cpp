@@ -2,6 +2,7 @@
 
 #include "kernels.hpp"
 
+#include "coded.hpp"
 #include "lanes.hpp"
 #include "linear.hpp"
 #include "paged.hpp"
@@ -165,7 +166,7 @@ double multiply_add(const MultiplyAdd& on) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels{TEXT(ISA), LANES,          attend, causal, column_sums, most_alike,  linear,
-                      exponential_of, widen, read,   read_pages, multiply_add};
+const Kernels kernels{TEXT(ISA), LANES,          attend, attend_codes, causal,     column_sums, most_alike,
+                      linear,    exponential_of, widen,  read,         read_pages, multiply_add};
 
 }  // namespace kvfold::ISA

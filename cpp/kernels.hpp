@@ -41,6 +41,22 @@ struct Attend {
     int64_t weights_width;
 };
 
+// Bytes of a vector of codes: units of 16 bytes, and the last one as short as it may be (see ops/codes/packing.py).
+static constexpr int64_t code_bytes(int64_t size, int bits) {
+    const int64_t unit = bits == 3 ? 64 : 128 / bits, rest = size % unit;
+    const int64_t each = (rest + 3) / 4 * (bits == 3 ? 2 : bits), word = !rest ? 0 : each <= 8 ? 1 : each <= 16 ? 2 : 4;
+    return size / unit * (bits == 3 ? 24 : 16) + 4 * word + (bits == 3 && rest ? (word == 4 ? 8 : 4) : 0);
+}
+
+// Attention over codes: keys (slots, code_bytes(d, bits)), values (slots, code_bytes(dv, bits)).
+struct Codes : Attend {
+    int bits;                              // 2, 3, 4 or 8
+    const void *key_scale, *key_zero;      // (pages, d)
+    const void *value_scale, *value_zero;  // (slots, groups), of dv / groups channels each
+    Kind scale_kind;
+    int64_t groups;
+};
+
 struct Causal {
     int64_t n, g, t, d, dv;
     const float *q, *k, *v;  // (n, g, t, d), (n, t, d), (n, t, dv)
@@ -101,6 +117,7 @@ struct Kernels {
     const char* name;
     int lanes;
     void (*attend)(const Attend&);
+    void (*attend_codes)(const Codes&);
     void (*causal)(const Causal&);
     void (*column_sums)(const ColumnSums&);
     void (*most_alike)(const Alike&);

@@ -111,8 +111,7 @@ Rows rows_of(const Table& table, const Counts& lengths, const Table& holes, cons
     const size_t rows = table.shape(0);
     check(lengths.shape(0) == rows && hole_count.shape(0) == rows && holes.shape(0) == rows,
           "table, lengths, holes and hole_count must have the same rows");
-    check(page_size > 0 && page_size <= BLOCK && page_size % 4 == 0 && BLOCK % page_size == 0,
-          "page_size must be 4, 8, 16, 32 or 64");
+    check(page_size > 0 && page_size % 4 == 0, "page_size must be a multiple of 4");
     return {static_cast<int64_t>(rows), page_size, table.data(), static_cast<int64_t>(table.shape(1)), lengths.data(),
             holes.data(), static_cast<int64_t>(holes.shape(1)), hole_count.data()};
 }
@@ -129,25 +128,24 @@ void check_pages(const Rows& on, int64_t pages) {
     }
 }
 
-void attend(Array<const float, 3> q, Const2 keys, Const2 values, std::optional<Array<const float, 2>> mass,
-            std::optional<Array<const bool, 2>> read, Table table, Counts lengths, Table holes, Counts hole_count,
-            int64_t page_size, float scale, int threads, Array<float, 3> out, Array<float, 2> lse,
-            std::optional<Array<float, 3>> weights) {
-    Attend on{};
-    on.on = rows_of(table, lengths, holes, hole_count, page_size);
-    on.g = q.shape(1), on.d = q.shape(2), on.dv = values.shape(1);
+// What both kernels are asked of: shapes, and the pages that rows hold. `slots` and `width` are those of the values.
+void ask(Attend& on, const Array<const float, 3>& q, int64_t slots, int64_t width,
+         const std::optional<Array<const float, 2>>& mass, const std::optional<Array<const bool, 2>>& read,
+         const Table& table, const Counts& lengths, const Table& holes, const Counts& hole_count, float scale, int threads,
+         const Array<float, 3>& out, const Array<float, 2>& lse, const std::optional<Array<float, 3>>& weights) {
+    on.g = q.shape(1), on.d = q.shape(2), on.dv = width;
     const size_t rows = table.shape(0);
     check(q.shape(0) == rows && out.shape(0) == rows && lse.shape(0) == rows, "q, out and lse must have the table's rows");
-    check(out.shape(1) == q.shape(1) && lse.shape(1) == q.shape(1) && out.shape(2) == values.shape(1) &&
-              keys.shape(1) == q.shape(2) && keys.shape(0) == values.shape(0),
+    check(out.shape(1) == q.shape(1) && lse.shape(1) == q.shape(1) && static_cast<int64_t>(out.shape(2)) == width,
           "shapes of q, keys, values, out and lse don't fit");
     check(on.d > 0, "keys must have at least one number");
-    check_pages(on.on, keys.shape(0) / page_size);
+    check_pages(on.on, slots / on.on.page_size);
     for (size_t r = 0; r < rows; r++)
         check(on.on.hole_count[r] >= 0 && on.on.hole_count[r] <= on.on.most, "hole_count goes beyond holes");
     int64_t longest = 0;
     for (size_t r = 0; r < rows; r++) longest = std::max<int64_t>(longest, on.on.lengths[r]);
-    if (mass) check(mass->shape(0) == keys.shape(0) && mass->shape(1) == 1, "mass must have one number a slot");
+    if (mass)
+        check(static_cast<int64_t>(mass->shape(0)) == slots && mass->shape(1) == 1, "mass must have one number a slot");
     if (read) {
         check(read->shape(0) == rows && static_cast<int64_t>(read->shape(1)) >= longest, "read must cover every slot");
         on.read_width = read->shape(1);
@@ -158,14 +156,58 @@ void attend(Array<const float, 3> q, Const2 keys, Const2 values, std::optional<A
               "weights must cover every slot");
         on.weights_width = weights->shape(2);
     }
-    on.q = q.data(), on.keys = keys.data(), on.values = values.data();
-    on.key_kind = kind_of(keys), on.value_kind = kind_of(values);
-    on.mass = mass ? mass->data() : nullptr, on.read = read ? read->data() : nullptr;
+    on.q = q.data(), on.mass = mass ? mass->data() : nullptr, on.read = read ? read->data() : nullptr;
     on.scale = scale, on.threads = threads, on.out = out.data(), on.lse = lse.data();
     on.weights = weights ? weights->data() : nullptr;
+}
+
+void attend(Array<const float, 3> q, Const2 keys, Const2 values, std::optional<Array<const float, 2>> mass,
+            std::optional<Array<const bool, 2>> read, Table table, Counts lengths, Table holes, Counts hole_count,
+            int64_t page_size, float scale, int threads, Array<float, 3> out, Array<float, 2> lse,
+            std::optional<Array<float, 3>> weights) {
+    Attend on{};
+    on.on = rows_of(table, lengths, holes, hole_count, page_size);
+    check(page_size <= BLOCK && BLOCK % page_size == 0, "page_size must be 4, 8, 16, 32 or 64");
+    check(keys.shape(1) == q.shape(2) && keys.shape(0) == values.shape(0), "shapes of q, keys, values, out and lse don't fit");
+    ask(on, q, values.shape(0), values.shape(1), mass, read, table, lengths, holes, hole_count, scale, threads, out, lse, weights);
+    on.keys = keys.data(), on.values = values.data();
+    on.key_kind = kind_of(keys), on.value_kind = kind_of(values);
     const Kernels& set = kernels_for({on.d, on.dv});
     const Free free;
     set.attend(on);
+}
+
+using Bytes = Array<const uint8_t, 2>;
+
+void attend_codes(Array<const float, 3> q, int bits, Bytes keys, Const2 key_scale, Const2 key_zero, Bytes values,
+                  Const2 value_scale, Const2 value_zero, std::optional<Array<const float, 2>> mass,
+                  std::optional<Array<const bool, 2>> read, Table table, Counts lengths, Table holes, Counts hole_count,
+                  int64_t page_size, float scale, int threads, Array<float, 3> out, Array<float, 2> lse,
+                  std::optional<Array<float, 3>> weights) {
+    Codes on{};
+    on.on = rows_of(table, lengths, holes, hole_count, page_size);
+    check(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8");
+    const size_t slots = values.shape(0);
+    ask(on, q, slots, out.shape(2), mass, read, table, lengths, holes, hole_count, scale, threads, out, lse, weights);
+    on.bits = bits, on.groups = value_scale.shape(1);
+    check(keys.shape(0) == slots && static_cast<int64_t>(keys.shape(1)) == code_bytes(on.d, bits) &&
+              static_cast<int64_t>(values.shape(1)) == code_bytes(on.dv, bits),
+          "keys and values must have a vector of codes for each slot");
+    check(static_cast<int64_t>(key_scale.shape(0) * page_size) == static_cast<int64_t>(slots) &&
+              key_scale.shape(1) == q.shape(2) && key_zero.shape(0) == key_scale.shape(0) &&
+              key_zero.shape(1) == key_scale.shape(1),
+          "key_scale and key_zero must have a number for each channel of each page");
+    check(value_scale.shape(0) == slots && on.groups > 0 && on.dv % on.groups == 0 && value_zero.shape(0) == slots &&
+              value_zero.shape(1) == value_scale.shape(1),
+          "value_scale and value_zero must have a number for each group of channels of each slot");
+    on.scale_kind = kind_of(key_scale);
+    for (const Const2* each : {&key_zero, &value_scale, &value_zero})
+        check(each->dtype() == key_scale.dtype(), "scales and zeros must be of one dtype");
+    on.keys = keys.data(), on.values = values.data(), on.key_scale = key_scale.data(), on.key_zero = key_zero.data();
+    on.value_scale = value_scale.data(), on.value_zero = value_zero.data();
+    const Kernels& set = kernels_for({on.d, on.dv, on.dv / on.groups});
+    const Free free;
+    set.attend_codes(on);
 }
 
 // Slots first[r] to stop[r] of each row become new[r, 0:]; plane (pages * page_size, W), new (R, T, W), of one dtype.
@@ -454,6 +496,9 @@ NB_MODULE(_cpu, m) {
     m.def("use", use, "name"_a, "Use none that is wider than this one. Raises ValueError where the processor has it not.");
     m.def("workers", workers, "Threads that were started in this process, beside its own.");
     m.def("attend", attend, "q"_a.noconvert(), "keys"_a.noconvert(), "values"_a.noconvert(), "mass"_a.noconvert().none(), "read"_a.noconvert().none(), "table"_a.noconvert(), "lengths"_a.noconvert(),
+          "holes"_a.noconvert(), "hole_count"_a.noconvert(), "page_size"_a, "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert(), "weights"_a.noconvert().none());
+    m.def("attend_codes", attend_codes, "q"_a.noconvert(), "bits"_a, "keys"_a.noconvert(), "key_scale"_a.noconvert(), "key_zero"_a.noconvert(), "values"_a.noconvert(),
+          "value_scale"_a.noconvert(), "value_zero"_a.noconvert(), "mass"_a.noconvert().none(), "read"_a.noconvert().none(), "table"_a.noconvert(), "lengths"_a.noconvert(),
           "holes"_a.noconvert(), "hole_count"_a.noconvert(), "page_size"_a, "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert(), "weights"_a.noconvert().none());
     m.def("write", write, "plane"_a.noconvert(), "new"_a.noconvert(), "table"_a.noconvert(), "first"_a.noconvert(), "stop"_a.noconvert(), "page_size"_a);
     m.def("close_gaps", close_gaps, "plane"_a.noconvert(), "mask"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "threads"_a);

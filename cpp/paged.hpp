@@ -254,7 +254,8 @@ struct Parts {
     float *outs, *lses; // of the parts of rows that have several
 };
 
-template <class K, class V>
+// One part of a row, by a reader of what the row holds.
+template <class Read>
 void attend_part(const void* context, int64_t part) {
     const Parts& all = *static_cast<const Parts*>(context);
     const Attend& on = *all.on;
@@ -265,7 +266,7 @@ void attend_part(const void* context, int64_t part) {
     }
     const int64_t row = low, start = (part - all.begin[row]) * PART;
     const bool alone = all.begin[row + 1] - all.begin[row] == 1;
-    const Reader<K, V> reader{on, row, start, smaller(on.on.lengths[row], start + PART)};
+    const Read reader{on, row, start, smaller(on.on.lengths[row], start + PART)};
     if (alone)
         reader.attend(on.out + row * on.g * on.dv, on.lse + row * on.g);
     else
@@ -321,13 +322,13 @@ void normalise(const void* context, int64_t row) {
 template <class K>
 Task task_of(Kind value) {
     switch (value) {
-        case Kind::f32: return attend_part<K, float>;
-        case Kind::bf16: return attend_part<K, bf16>;
-        default: return attend_part<K, f16>;
+        case Kind::f32: return attend_part<Reader<K, float>>;
+        case Kind::bf16: return attend_part<Reader<K, bf16>>;
+        default: return attend_part<Reader<K, f16>>;
     }
 }
 
-void attend(const Attend& on) {
+void attend_in_parts(const Attend& on, Task task) {
     if (!on.g) return;
     const int64_t rows = on.on.rows;
     const Taken<int64_t> begin(rows + 1);
@@ -343,14 +344,17 @@ void attend(const Attend& on) {
     const int64_t parts = begin.at[rows], apart = several ? parts : 0;
     const Taken<float> outs(apart * on.g * (on.dv + 1));
     const Parts all{&on, begin.at, outs.at, outs.at + apart * on.g * on.dv};
-    const Task task = on.key_kind == Kind::f32    ? task_of<float>(on.value_kind)
-                      : on.key_kind == Kind::bf16 ? task_of<bf16>(on.value_kind)
-                                                  : task_of<f16>(on.value_kind);
     // Waking a worker takes some microseconds: what is read in that time, one thread reads.
     const int threads = tokens * (on.d + on.dv) < 32768 ? 1 : on.threads;
     for_each(parts, threads, task, &all);
     merge(all);
     if (on.weights) for_each(rows, threads, normalise, &on);
+}
+
+void attend(const Attend& on) {
+    attend_in_parts(on, on.key_kind == Kind::f32    ? task_of<float>(on.value_kind)
+                        : on.key_kind == Kind::bf16 ? task_of<bf16>(on.value_kind)
+                                                    : task_of<f16>(on.value_kind));
 }
 
 }  // namespace

@@ -8,8 +8,9 @@ from torch.testing import assert_close
 import kvfold
 from cache_files import rewrite
 from kvfold import ops
-from kvfold.formats import LOG_MASS, POSITION, Chunk, Depth, DepthSegment, Format, Segment, Spec, blocked, depth
+from kvfold.formats import LOG_MASS, POSITION, Chunk, Depth, DepthSegment, Format, Segment, Spec, depth
 from kvfold.hf.rope import find_ropes
+from kvfold.ops.attend import blocked
 from kvfold.pages import Arena, PageTable
 from kvfold.rotation import Compact
 from models import feed, follow, subject, tokens

@@ -37,7 +37,7 @@ def test_a_method_does_what_it_does(default, number, method):
 
 
 @pytest.mark.parametrize("kind", DTYPES)
-@pytest.mark.parametrize("method", ["full", "h2o", "kvmerger", "int4"])
+@pytest.mark.parametrize("method", ["full", "h2o", "kvmerger", "kivi(residual=32)"])
 def test_models_in_sixteen_bits(default, method, kind):
     expected = said(method, dtype=torch.bfloat16)
     default(kind)

@@ -16,11 +16,11 @@ pytestmark = pytest.mark.usefixtures("scratch_methods")
 FORMATS = {
     "bf16": 0.03,
     "fp8": 0.2,
-    "int4(group=8, channels=8, tail=8, requantise=True)": 0.7,
+    "kivi(group=8, channels=8, residual=8, requantise=True)": 0.7,
 }
 """Formats as they stand behind a method, and how far the tiny models' next logits may be from those of float32, of
 their length. (The worst were .011, .124 and .599 of 38 methods; medians .008, .078 and .100.)"""
-IDS = ["bf16", "fp8", "int4"]
+IDS = ["bf16", "fp8", "kivi"]
 STEPS = torch.arange(5, 45).view(2, 20)
 HOLDS = [info.slug for info in kvfold.list_methods() if info.kind != "quantize"]
 """Methods that say which tokens are held, not how."""
@@ -190,13 +190,13 @@ def test_streaming_gives_the_codes_of_one_shot(form):
 
 @pytest.mark.parametrize("method", ["h2o(budget=0.5)", "kvzip(budget=0.5)", "cake(budget=0.5)", "tova(budget=9)"])
 def test_a_method_that_drops_stored_tokens_is_refused_over_pages(method):
-    with pytest.raises(ValueError, match=r"int4\(.*requantise=True"):
-        kvfold.parse(f"{method} | int4")
+    with pytest.raises(ValueError, match=r"kivi\(.*requantise=True"):
+        kvfold.parse(f"{method} | kivi")
 
 
 def test_a_second_prompt_is_refused_before_anything_is_stored():
     model = subject("llama")
-    cache = kvfold.Cache(model, "snapkv(budget=0.5) | int4(group=8, channels=8, tail=8)")
+    cache = kvfold.Cache(model, "snapkv(budget=0.5) | kivi(group=8, channels=8, residual=8)")
     prompt = tokens(60, 41)
     feed(model, cache, *prompt.values())
     before = cache.kept(0), cache.nbytes
@@ -205,10 +205,10 @@ def test_a_second_prompt_is_refused_before_anything_is_stored():
     assert (cache.kept(0), cache.nbytes) == before
     feed(model, cache, STEPS[:, :1], grow(prompt["attention_mask"]))
     with pytest.raises(ValueError, match="requantise=True"):
-        kvfold.Cache(model, "snapkv(budget=0.5) | int4", prefill_chunk=16)
+        kvfold.Cache(model, "snapkv(budget=0.5) | kivi", prefill_chunk=16)
 
 
 @pytest.mark.parametrize("slug", METHODS)
 def test_two_formats_for_all_tokens_are_refused(slug):
     with pytest.raises(ValueError, match="two stages with a format for all tokens"):
-        parse(slug, **SMALL.get(slug, {})) | parse("fp8") | parse("int4")
+        parse(slug, **SMALL.get(slug, {})) | parse("fp8") | parse("kivi")

@@ -16,7 +16,7 @@ METHODS = [
     "full", "h2o(budget=0.4)", "streamingllm(budget=12)", "snapkv(budget=0.5)", "tova(budget=10)",
     "kvmerger(budget=0.5)", "kvfold(budget=0.5)", "cam(budget=0.4)", "d2o(budget=0.6)", "keepkv(budget=0.5)",
     "streamingllm(budget=12, positions='compact')", "cake(budget=0.5)", "kvzip(budget=0.5)", "snapkv(budget=0.5) | fp8",
-    "full | int4(group=8, channels=8, tail=8)",
+    "full | kivi(group=8, channels=8, residual=8)",
 ]  # fmt: skip
 LENGTHS = [40, 23, 57, 9, 31, 18, 64, 50, 12, 35, 28, 44, 26, 39, 33]
 
@@ -288,7 +288,7 @@ def test_two_threads_give_what_they_give_one_after_the_other():
 
 
 @pytest.mark.parametrize(
-    "method", ["full", "h2o(budget=0.5)", "full | fp8", "full | int4(group=8, channels=8, tail=8)"]
+    "method", ["full", "h2o(budget=0.5)", "full | fp8", "full | kivi(group=8, channels=8, residual=8)"]
 )
 def test_an_arena_gives_what_a_cache_of_its_own_gives(method):
     model, prompt = subject("llama"), tokens(40, 23)

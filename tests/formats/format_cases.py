@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, Depth, Format, Fp8, Int4, Segment, Spec
+from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, Depth, Format, Fp8, Kivi, Segment, Spec
 from kvfold.pages import Arena
 
 B, H, G, D, DV = 3, 2, 2, 16, 8
@@ -18,8 +18,8 @@ FORMATS: dict[str, Format] = {
     "bf16": Dense(torch.bfloat16, page_size=4),
     "depth": Depth(0, page_size=4),
     "fp8": Fp8(page_size=4),
-    "int4": Int4(group=8, tail=8, channels=4),
-    "int4-anew": Int4(group=8, tail=8, requantise=True),
+    "kivi": Kivi(group=8, residual=8, channels=4),
+    "kivi-anew": Kivi(group=8, residual=8, requantise=True),
 }
 
 
@@ -109,7 +109,7 @@ def mask_for(form: Format, segment: Segment, seed: int = 0, share: float = 0.6) 
     valid, _ = segment.columns()
     rng = torch.Generator().manual_seed(seed)
     mask = valid & (torch.rand(valid.shape, generator=rng) < share)
-    if isinstance(form, Int4) and not form.requantise:
+    if isinstance(form, Kivi) and not form.requantise:
         cut = segment.coded.longest
         pages = torch.rand(*valid.shape[:2], cut // form.group, generator=rng) < share
         mask[..., :cut] = valid[..., :cut] & pages.repeat_interleave(form.group, -1)

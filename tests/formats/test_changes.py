@@ -25,7 +25,7 @@ from torch.testing import assert_close
 
 from kvfold.formats import LOG_MASS, POSITION
 
-PAGED = [name for name in FORMATS if name.startswith("int4")]
+PAGED = [name for name in FORMATS if name.startswith("kivi")]
 
 
 @ALL
@@ -95,7 +95,7 @@ def test_a_token_of_a_page_goes_only_where_pages_may_be_written_anew(name):
         lambda: segment.keep(mask, {"age": torch.ones(mask.shape)}),
         lambda: segment.amend(slots, new, None),
     ):
-        with pytest.raises(ValueError, match=r"that takes Int4\(requantise=True\)"):
+        with pytest.raises(ValueError, match=r"that takes Kivi\(requantise=True\)"):
             wrong()
     assert same(held(segment), before) and segment.state()[0] == state[0]
 

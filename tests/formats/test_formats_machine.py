@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch.testing import assert_close
 
-from kvfold.formats import POSITION, Int4, Segment, Spec
+from kvfold.formats import POSITION, Kivi, Segment, Spec
 from kvfold.pages import Arena
 
 CPU = torch.device("cpu")
@@ -108,7 +108,7 @@ class Formats(RuleBasedStateMachine):
             valid, positions = (x.flatten(0, 1) for x in (tokens.valid, tokens.columns[POSITION]))
             assert [places[here].tolist() for places, here in zip(positions, valid, strict=True)] == model
             assert tokens.keys.isfinite().all() and tokens.values.isfinite().all()
-            if isinstance(self.form, Int4):
+            if isinstance(self.form, Kivi):
                 assert not (segment.coded.counts() % self.form.group).any()
 
     @invariant()

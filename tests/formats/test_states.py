@@ -5,7 +5,7 @@ import pytest
 import torch
 from format_cases import ALL, ARENA, FORMATS, LENGTHS, B, arena_of, chunk, held, mask_for, opened, query, same
 
-from kvfold.formats import POSITION, Depth, Int4, Spec
+from kvfold.formats import POSITION, Depth, Kivi, Spec
 from kvfold.pages import Arena
 
 
@@ -95,7 +95,7 @@ def test_a_damaged_state_is_refused_before_anything_is_allocated(form):
     for counts in ([[41, 17], [0, 30]], [[41, 17], [0, 30], [9, -8]], "many", [[41, 17], [0, 30.0], [9, 8]], None):
         with pytest.raises(ValueError, match="counts="):
             form.restore(spec, {**said, "counts": counts}, tensors)
-    if isinstance(form, Int4):
+    if isinstance(form, Kivi):
         with pytest.raises(ValueError, match=r"coded=.* must be multiples of group=8"):
             form.restore(spec, {**said, "coded": [[31, 8], [0, 16], [0, 0]]}, tensors)
     if isinstance(form, Depth):

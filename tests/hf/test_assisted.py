@@ -71,7 +71,7 @@ def test_plain_and_assisted_turns_by_turns(name):
 
 
 def test_a_further_prompt_that_its_format_refuses():
-    cache = kvfold.Cache(subject("llama"), "snapkv | int4")
+    cache = kvfold.Cache(subject("llama"), "snapkv | kivi(residual=32)")
     _, text = turns(cache, LOOKUP, lengths=(40,))
     with pytest.raises(ValueError, match="requantise=True"):
         go_on(cache, torch.cat([text[:, -1:], tokens(9)["input_ids"]], 1), LOOKUP)

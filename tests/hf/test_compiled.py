@@ -83,7 +83,7 @@ def test_a_loop_gets_the_same_logits(name, length):
 def test_another_cache_needs_no_other_graph():
     model, graphs = compiled("llama-one-layer", fullgraph=True)
     prompt = tokens(40)["input_ids"]
-    for method in ("full", "h2o(budget=0.5)", "full | int4"):
+    for method in ("full", "h2o(budget=0.5)", "full | kivi(residual=32)"):
         plain = steps(subject("llama-one-layer"), kvfold.Cache(subject("llama-one-layer"), method), prompt, 3)
         cache = kvfold.Cache(model, method)
         torch.testing.assert_close(steps(model, cache, prompt, 3), plain, rtol=1e-4, atol=1e-4)
@@ -92,7 +92,7 @@ def test_another_cache_needs_no_other_graph():
 
 
 @pytest.mark.parametrize(
-    "name,part,method", [("llama", "body", "h2o"), ("llama", "model", "int4"), ("llama", "model", "fastkv(budget=0.5)")]
+    "name,part,method", [("llama", "body", "h2o"), ("llama", "model", "kivi(residual=32)"), ("llama", "model", "fastkv(budget=0.5)")]
 )
 @pytest.mark.slow
 def test_a_graph_that_breaks_says_what_it_says(name, part, method):

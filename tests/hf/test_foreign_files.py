@@ -20,8 +20,9 @@ from models import feed, greedy, subject, tokens
 
 KINDS = {
     "dense": ("llama", "h2o(budget=0.5)"), "mass": ("llama", "kvmerger(budget=0.5)"),
-    "window": ("gemma3", "snapkv(budget=0.5)"), "state": ("qwen3-next", "full"), "coded": ("llama", "int4(group=8)"),
-    "shared": ("llama", "minicache"), "reading": ("llama", "specpc(budget=0.5, window=4, kernel=3)"),
+    "window": ("gemma3", "snapkv(budget=0.5)"), "state": ("qwen3-next", "full"),
+    "coded": ("llama", "kivi(group=8, residual=32)"), "shared": ("llama", "minicache"),
+    "reading": ("llama", "specpc(budget=0.5, window=4, kernel=3)"),
 }  # fmt: skip
 """A cache for each kind of thing that files hold, by model and method."""
 

@@ -7,7 +7,18 @@ import kvfold
 from models import subject, tokens
 
 MODES = [torch.inference_mode, torch.no_grad, torch.enable_grad]
-METHODS = ["full", "kvfold", "snapkv", "h2o", "kvmerger", "int4", "fp8", "minicache", "adakv", "streamingllm"]
+METHODS = [
+    "full",
+    "kvfold",
+    "snapkv",
+    "h2o",
+    "kvmerger",
+    "kivi(residual=32)",
+    "fp8",
+    "minicache",
+    "adakv",
+    "streamingllm",
+]
 
 
 def conversation(model, cache, modes):
@@ -30,7 +41,7 @@ def conversation(model, cache, modes):
 @pytest.mark.parametrize("turn", [0, 1, 2])
 def test_in_and_out(name, method, turn):
     model = subject(name)
-    options = {} if method in ("full", "int4", "fp8", "minicache") else {"budget": 0.5}
+    options = {} if method in ("full", "kivi(residual=32)", "fp8", "minicache") else {"budget": 0.5}
     modes = [MODES[(turn + step * (1 + step // 3)) % 3] for step in range(8)]
     got = conversation(model, kvfold.Cache(model, method, **options), modes)
     expected = conversation(model, kvfold.Cache(model, method, **options), [torch.no_grad] * 8)

@@ -51,7 +51,19 @@ def test_full_is_exact(kind, lengths):
 
 @pytest.mark.parametrize(
     "method",
-    ["h2o", "snapkv", "tova", "streamingllm", "kvmerger", "kvfold", "adakv", "h2o | fp8", "int4", "minicache", "kvzip"],
+    [
+        "h2o",
+        "snapkv",
+        "tova",
+        "streamingllm",
+        "kvmerger",
+        "kvfold",
+        "adakv",
+        "h2o | fp8",
+        "kivi(residual=32)",
+        "minicache",
+        "kvzip",
+    ],
 )
 def test_methods_run(method):
     model, prompt = made("deepseek_v3"), tokens(40, 31)

@@ -3,8 +3,8 @@
 from kvfold.formats.dense import Dense, DenseSegment
 from kvfold.formats.depth import Depth, DepthSegment
 from kvfold.formats.fp8 import Fp8, Fp8Segment
-from kvfold.formats.int4 import Int4, Int4Segment
 from kvfold.formats.kinds import KINDS, dtype_from, format_from, format_to
+from kvfold.formats.kivi import Kivi, KiviSegment
 from kvfold.formats.paged import PagedSegment
 from kvfold.formats.segment import Format, Segment, Spec, Traits
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk, join
@@ -21,8 +21,8 @@ __all__ = [
     "Format",
     "Fp8",
     "Fp8Segment",
-    "Int4",
-    "Int4Segment",
+    "Kivi",
+    "KiviSegment",
     "LateChunk",
     "PagedSegment",
     "Segment",

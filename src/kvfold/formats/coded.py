@@ -1,4 +1,4 @@
-"""Pages whose tokens are written together, in four bits: keys by channel over the page, values by token."""
+"""Pages whose tokens are written together, in a few bits: keys by channel over the page, values by token."""
 
 from collections.abc import Mapping
 
@@ -7,26 +7,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvfold.formats import blocked
-from kvfold.formats.blocked import Block, attend_blocks
+from kvfold import ops
 from kvfold.formats.flat import Flat
-from kvfold.formats.packing import pack, quantise, unpack
 from kvfold.formats.paged import PagedSegment
 from kvfold.formats.segment import Spec
-from kvfold.formats.tokens import POSITION
+from kvfold.formats.tokens import LOG_MASS, POSITION
+from kvfold.ops.attend import blocked
+from kvfold.ops.codes.naive import decoded_keys, decoded_values, key_pages, value_pages
+from kvfold.ops.codes.packing import pack, quantise, width
 from kvfold.pages import PageTable, Plane
 from kvfold.rotation import Compact
 
 
-def coded_planes(spec: Spec, channels: int) -> dict[str, Plane]:
+def coded_planes(spec: Spec, bits: int, channels: int) -> dict[str, Plane]:
     """What a page holds: packed codes, scale and zero of each key channel, and of each `channels` of a value."""
-    # As wide as the model's own numbers, which they lie between: float16 has no larger ones either.
-    dtype = spec.dtype if spec.dtype.itemsize == 2 else torch.float32
+    # As wide as the model's own numbers. bfloat16 would round a zero to 8 bits, which is as coarse as the codes.
+    dtype = torch.float16 if spec.dtype.itemsize == 2 else torch.float32
     by_page = Plane(spec.key_size, dtype, per_page=True)
     by_token = Plane(spec.value_size // channels, dtype)
     return {
-        "keys": Plane(-(-spec.key_size // 2), torch.uint8), "key_scale": by_page, "key_zero": by_page,
-        "values": Plane(-(-spec.value_size // 2), torch.uint8), "value_scale": by_token, "value_zero": by_token,
+        "keys": Plane(width(spec.key_size, bits), torch.uint8), "key_scale": by_page, "key_zero": by_page,
+        "values": Plane(width(spec.value_size, bits), torch.uint8), "value_scale": by_token, "value_zero": by_token,
         POSITION: Plane(None, torch.int32),
     }  # fmt: skip
 
@@ -36,9 +37,9 @@ class CodedPages(PagedSegment):
 
     codes = ("keys", "key_scale", "key_zero", "values", "value_scale", "value_zero")
 
-    def __init__(self, table: PageTable, heads: int, compute: torch.dtype, value_size: int):
+    def __init__(self, table: PageTable, heads: int, compute: torch.dtype, value_size: int, bits: int):
         super().__init__(table, heads, compute)
-        self.value_size = value_size
+        self.value_size, self.bits = value_size, bits
 
     @property
     def key_size(self) -> int:
@@ -50,7 +51,7 @@ class CodedPages(PagedSegment):
         return self.pool.page_size
 
     def like(self, table: PageTable, rows: np.ndarray) -> "CodedPages":
-        return CodedPages(table, self.heads, self.compute, self.value_size)
+        return CodedPages(table, self.heads, self.compute, self.value_size, self.bits)
 
     # -- writing -----------------------------------------------------------------------------------------------
 
@@ -64,17 +65,18 @@ class CodedPages(PagedSegment):
 
     def encode_keys(self, keys: Float[Tensor, "N P D"]) -> dict[str, Tensor]:
         """What planes hold of the keys of N pages: codes by token, scale and zero by page."""
-        parts = [quantise(some, 1, self._kind) for some in torch.split(keys, _at_once(self.group * self.key_size))]
-        codes, scale, zero = (torch.cat(x) for x in zip(*[(pack(c), s, z) for c, s, z in parts], strict=True))
+        some = torch.split(keys, _at_once(self.group * self.key_size))
+        parts = [(pack(c, self.bits), s, z) for c, s, z in (quantise(x, 1, self._kind, self.bits) for x in some)]
+        codes, scale, zero = (torch.cat(x) for x in zip(*parts, strict=True))
         return {"keys": codes.flatten(0, 1), "key_scale": scale[:, 0], "key_zero": zero[:, 0]}
 
     def encode_values(self, values: Float[Tensor, "N Dv"]) -> dict[str, Tensor]:
         """What planes hold of N values."""
         shared = self.value_size // self.pool.planes["value_scale"].shape[-1]
         wide = values.reshape(len(values), self.value_size // shared, shared)
-        parts = [quantise(some, 2, self._kind) for some in torch.split(wide, _at_once(self.value_size))]
+        parts = [quantise(x, 2, self._kind, self.bits) for x in torch.split(wide, _at_once(self.value_size))]
         codes, scale, zero = (torch.cat(x) for x in zip(*parts, strict=True))
-        return {"values": pack(codes.flatten(1)), "value_scale": scale[..., 0], "value_zero": zero[..., 0]}
+        return {"values": pack(codes.flatten(1), self.bits), "value_scale": scale[..., 0], "value_zero": zero[..., 0]}
 
     def rewrite(self, rows: np.ndarray, slots: np.ndarray, keys: Tensor | None, values: Tensor | None) -> None:
         """Write keys and values (N, D) over slots of rows; of a key all those on its page are rounded anew."""
@@ -112,45 +114,37 @@ class CodedPages(PagedSegment):
         planes = self.table.read(names, rows, slots)
         pages = self.place(self.table.table[rows, slots // self.group])
         key_scale, key_zero = (self.pool.planes[name][pages] for name in ("key_scale", "key_zero"))
-        keys = unpack(planes["keys"], self.key_size) * key_scale + key_zero
-        values = self._values(planes["values"], planes["value_scale"], planes["value_zero"])
+        keys = decoded_keys(planes["keys"][:, None], key_scale, key_zero, self.bits)[:, 0]
+        codes, scale, zero = (planes[name] for name in ("values", "value_scale", "value_zero"))
+        values = decoded_values(codes, scale, zero, self.value_size, self.bits)
         columns = {name: plane for name, plane in planes.items() if name not in self.codes}
-        return {"keys": self._computed(keys), "values": self._computed(values), **columns}
+        return {
+            "keys": self._computed(keys),
+            "values": self._computed(values),
+            **columns,
+        }
 
     def states(self, what: str) -> Tensor:
         size = self.key_size if what == "keys" else self.value_size
         pages, step = self.longest // self.group, _at_once(self.table.rows * self.group * size)
-        read = self._key_pages if what == "keys" else self._value_pages
-        parts = [self._computed(read(first, min(first + step, pages))) for first in range(0, pages, step)]
-        return torch.cat(parts, 2) if parts else self._computed(read(0, 0))
+        parts = [self._states(what, first, min(first + step, pages)) for first in range(0, pages, step)]
+        return torch.cat(parts, 2) if parts else self._states(what, 0, 0)
+
+    def _states(self, what: str, first: int, last: int) -> Float[Tensor, "B H T _"]:
+        if what == "keys":
+            wide = key_pages(self.table, first, last, self.bits)
+        else:
+            wide = value_pages(self.table, first, last, self.value_size, self.bits)
+        return self._computed(self._rows(wide.flatten(1, 2)))
 
     def attend(
         self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None,
         weights: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        def block(start: int, stop: int) -> Block:
-            pages = start // self.group, stop // self.group
-            return Block(self._key_pages(*pages), self._value_pages(*pages))
-
-        return attend_blocks(
-            q, scale, self.valid(), self.value_size, block, self.column, mass=self.weighed,
-            read=read, compact=compact, multiple=self.group, weights=weights,
+        return ops.attend_codes(
+            q, self.table, scale, bits=self.bits, value_size=self.value_size, mass=LOG_MASS if self.weighed else None,
+            read=read, compact=compact, position=POSITION, weights=weights,
         )  # fmt: skip
-
-    def _key_pages(self, first: int, last: int) -> Float[Tensor, "B H T D"]:
-        codes, scale, zero = (self.table.paged(name, first, last) for name in ("keys", "key_scale", "key_zero"))
-        keys = unpack(codes, self.key_size).mul_(scale[:, :, None]).add_(zero[:, :, None])
-        return self._rows(keys.flatten(1, 2))
-
-    def _value_pages(self, first: int, last: int) -> Float[Tensor, "B H T Dv"]:
-        planes = (self.table.paged(name, first, last) for name in ("values", "value_scale", "value_zero"))
-        return self._rows(self._values(*planes).flatten(1, 2))
-
-    def _values(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        wide = unpack(codes, self.value_size)
-        groups = wide.view(*scale.shape, self.value_size // scale.shape[-1])
-        groups.mul_(scale[..., None]).add_(zero[..., None])
-        return wide
 
     def _computed(self, states: Tensor) -> Tensor:
         most = torch.finfo(self.compute).max  # a scale that was rounded up may lead past the largest number

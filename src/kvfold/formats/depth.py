@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kvfold.formats.blocked import Block, attend_blocks
 from kvfold.formats.by_token import TokenSegment
 from kvfold.formats.paged import check_paged, open_table, restored
 from kvfold.formats.segment import Segment, Spec, Traits
-from kvfold.formats.tokens import POSITION, Chunk
+from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk
+from kvfold.ops.attend.blocked import Block, attend_blocks
 from kvfold.options import check_choice, check_int, shown
 from kvfold.pages import PAGE_SIZE, PageTable, Plane
 from kvfold.rotation import Compact
@@ -139,8 +139,8 @@ class DepthSegment(TokenSegment):
 
         width = self.pool.planes["values"].shape[-1]
         return attend_blocks(
-            q, scale, self.valid(), width, block, self.column, mass=self.weighed, read=read, compact=compact,
-            weights=weights,
+            q, scale, self.valid(), width, block, self.column, mass=LOG_MASS if self.weighed else None, read=read,
+            compact=compact, weights=weights,
         )  # fmt: skip
 
     def append_shared(

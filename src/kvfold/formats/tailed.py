@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.formats.blocked import attend_parts
 from kvfold.formats.dense import DenseSegment
 from kvfold.formats.paged import PagedSegment, one_each
+from kvfold.formats.parts import attend_parts
 from kvfold.formats.tokens import Chunk, join
 from kvfold.pages import PagePool
 from kvfold.rotation import Compact

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.formats import POSITION, Chunk, Format, Segment, Spec, join
-from kvfold.formats.blocked import Answer, attend_parts, merged
+from kvfold.formats.parts import Answer, attend_parts, merged
 from kvfold.rotation import Compact
 
 

@@ -26,10 +26,10 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.full import Full as Full
     from kvfold.methods.h2o import H2O as H2O
     from kvfold.methods.headkv import HeadKV as HeadKV
-    from kvfold.methods.int4 import PagedInt4 as PagedInt4
     from kvfold.methods.jrt_prompt import JRTPrompt as JRTPrompt
     from kvfold.methods.keepkv import KeepKV as KeepKV
     from kvfold.methods.keyformer import Keyformer as Keyformer
+    from kvfold.methods.kivi import KIVI as KIVI
     from kvfold.methods.kvcrush import KVCrush as KVCrush
     from kvfold.methods.kvfold import KVFold as KVFold
     from kvfold.methods.kvmerger import KVMerger as KVMerger

@@ -3,6 +3,7 @@
 from kvfold.ops.alike import most_alike
 from kvfold.ops.attend import attend, merge
 from kvfold.ops.choose import top_mask
+from kvfold.ops.codes import attend_codes
 from kvfold.ops.linear import linear
 from kvfold.ops.paged import append_pages, attend_pages, keep_pages, step_pages
 from kvfold.ops.prefill import causal, causal_admitted, causal_rows
@@ -11,6 +12,7 @@ from kvfold.ops.scores import column_sums, window_attention
 __all__ = [
     "append_pages",
     "attend",
+    "attend_codes",
     "attend_pages",
     "causal",
     "causal_admitted",

@@ -40,6 +40,30 @@ def attend(
 ) -> None:
     """q (R, G, D) over each row's tokens: out (R, G, Dv), lse (R, G), weights (R, G, T)."""
 
+def attend_codes(
+    q: np.ndarray,
+    bits: int,
+    keys: np.ndarray,
+    key_scale: np.ndarray,
+    key_zero: np.ndarray,
+    values: np.ndarray,
+    value_scale: np.ndarray,
+    value_zero: np.ndarray,
+    mass: np.ndarray | None,
+    read: np.ndarray | None,
+    table: np.ndarray,
+    lengths: np.ndarray,
+    holes: np.ndarray,
+    hole_count: np.ndarray,
+    page_size: int,
+    scale: float,
+    threads: int,
+    out: np.ndarray,
+    lse: np.ndarray,
+    weights: np.ndarray | None,
+) -> None:
+    """`attend` over codes of 2 to 8 bits (slots, W); scales and zeros of keys (pages, D), of values (slots, C)."""
+
 def write(
     plane: np.ndarray, new: np.ndarray, table: np.ndarray, first: np.ndarray, stop: np.ndarray, page_size: int
 ) -> None:

@@ -1,4 +1,4 @@
-"""Four bits a number: when tokens become pages, what codes hold, and what writing pages anew leaves as it is."""
+"""A few bits a number: when tokens become pages, what codes hold, and what writing pages anew leaves as it is."""
 
 from itertools import pairwise
 
@@ -9,12 +9,12 @@ from format_cases import LENGTHS, B, D, H, chunk, held, opened, rows_of, same
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfold.formats import POSITION, Chunk, Int4, Spec
+from kvfold.formats import POSITION, Chunk, Kivi, Spec
 from kvfold.formats.flat import Flat
-from kvfold.formats.packing import pack, quantise, unpack
+from kvfold.ops.codes.packing import quantise
 
-FORM = Int4(group=8, tail=8, channels=4)
-ANEW = Int4(group=8, tail=8, channels=4, requantise=True)
+FORM = Kivi(group=8, residual=8, channels=4)
+ANEW = Kivi(group=8, residual=8, channels=4, requantise=True)
 
 
 def parts_of(tokens: Chunk, sizes: list[int]) -> list[Chunk]:
@@ -30,22 +30,26 @@ def parts_of(tokens: Chunk, sizes: list[int]) -> list[Chunk]:
 @given(
     lengths=st.lists(st.integers(0, 60), min_size=B * H, max_size=B * H),
     sizes=st.lists(st.integers(0, 25), max_size=6),
-    group=st.sampled_from([8, 10, 16]), tail=st.sampled_from([0, 1, 8, 13]),
+    group=st.sampled_from([8, 10, 16]), residual=st.sampled_from([0, 1, 8, 13]),
+    bits=st.sampled_from([2, 3, 4, 8]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )  # fmt: skip
-def test_streaming_gives_the_codes_of_one_shot(lengths, sizes, group, tail, dtype):
-    form, tokens = Int4(group=group, tail=tail, channels=8), chunk(np.reshape(lengths, (B, H)).tolist(), dtype=dtype)
+def test_streaming_gives_the_codes_of_one_shot(lengths, sizes, group, residual, bits, dtype):
+    form, tokens = (
+        Kivi(bits, group=group, residual=residual, channels=8),
+        chunk(np.reshape(lengths, (B, H)).tolist(), dtype=dtype),
+    )
     whole = opened(form, tokens)
     for pieces in (parts_of(tokens, sizes), parts_of(tokens, [1] * tokens.valid.shape[-1])):
         streamed = form.open(Spec.of(tokens))
         for piece in pieces:
             streamed.append(piece, even=bool(piece.valid.all()))
             left = streamed.tail.counts()
-            assert ((left < tail + group) & ((left >= tail) | (streamed.coded.counts() == 0))).all()
+            assert ((left < residual + group) & ((left >= residual) | (streamed.coded.counts() == 0))).all()
         (said, mine), (other, theirs) = streamed.state(), whole.state()
         assert said == other and mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    want = [max(0, (n - tail) // group) * group for n in lengths]
+    want = [max(0, (n - residual) // group) * group for n in lengths]
     assert whole.coded.counts().reshape(-1).tolist() == want
 
 
@@ -71,13 +75,6 @@ def test_a_channel_of_keys_shares_a_scale_on_a_page_and_a_group_of_values_in_a_t
     assert torch.equal(segment.dense().keys[:, :, 16:], given.keys[:, :, 16:])  # the tail is exact
 
 
-def test_codes_pass_through_bytes():
-    for size in (1, 7, 16):
-        codes = torch.randint(0, 16, (5, size), dtype=torch.uint8)
-        packed = pack(codes)
-        assert packed.shape == (5, -(-size // 2)) and torch.equal(unpack(packed, size), codes.float())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "sizes", [(65504.0, -65504.0), (65504.0, 65503.0), (1e-7, 0.0), (0.0, 0.0), (30.0, 29.9)], ids=str
@@ -99,7 +96,7 @@ def test_finite_numbers_stay_finite(dtype, sizes):
 
 def test_what_is_not_finite_stays_so():
     codes, scale, zero = quantise(
-        torch.tensor([[1.0, torch.nan, 2.0], [1.0, torch.inf, 2.0], [1.0, 1.5, 2.0]]), 1, torch.float32
+        torch.tensor([[1.0, torch.nan, 2.0], [1.0, torch.inf, 2.0], [1.0, 1.5, 2.0]]), 1, torch.float32, 4
     )
     read = codes.float() * scale + zero
     assert read[:2].isnan().all() and read[2].isfinite().all()
@@ -243,7 +240,7 @@ def test_sizes_that_are_odd():
         *(torch.randn(1, 1, 30, d, generator=rng) for d in (7, 5)),
         *[getattr(chunk([[30]]), n) for n in ("valid", "columns")],
     )
-    segment = opened(Int4(group=8, tail=3), tokens)
+    segment = opened(Kivi(group=8, residual=3), tokens)
     torch.testing.assert_close(segment.dense().keys, tokens.keys, atol=0.3, rtol=0)
     torch.testing.assert_close(segment.dense().values, tokens.values, atol=0.3, rtol=0)
     assert segment.dense().keys.shape == (1, 1, 30, 7)
@@ -271,6 +268,7 @@ def test_flat_rows_are_put_together_and_taken_apart(counts):
 def test_rows_of_other_options_are_not_joined():
     segment = opened(FORM, chunk(LENGTHS))
     with pytest.raises(
-        ValueError, match=r"other=Int4\(group=8, channels=8, tail=8.* must be of format Int4\(group=8, channels=4"
+        ValueError,
+        match=r"other=Kivi\(bits=4, group=8, channels=8, .* must be of format Kivi\(bits=4, group=8, channels=4",
     ):
-        segment.join(opened(Int4(group=8, tail=8, channels=8), rows_of(chunk(LENGTHS), [0])))
+        segment.join(opened(Kivi(group=8, residual=8, channels=8), rows_of(chunk(LENGTHS), [0])))

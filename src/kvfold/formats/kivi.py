@@ -1,4 +1,4 @@
-"""Int4: four bits a number, keys by channel and values by token (KIVI, arXiv:2402.02750), behind them a dense tail."""
+"""Kivi: keys in a few bits by channel, values by token, behind them a dense residual (KIVI, arXiv:2402.02750)."""
 
 import math
 from collections.abc import Mapping
@@ -16,38 +16,43 @@ from kvfold.formats.paged import check_positions, check_tensors, open_table, ref
 from kvfold.formats.segment import Segment, Spec, Traits
 from kvfold.formats.tailed import TailedSegment
 from kvfold.formats.tokens import POSITION, Chunk
+from kvfold.ops.codes.packing import BITS
 from kvfold.options import check_choice, check_int, shown
 from kvfold.pages import PAGE_SIZE, PagePool
 from kvfold.pages.rows import spans
 
-S = TypeVar("S", bound="Int4Segment")
+S = TypeVar("S", bound="KiviSegment")
 
 
 @dataclass(frozen=True)
-class Int4:
-    """Pages of `group` tokens in codes of four bits, behind them at least `tail` tokens in full precision.
+class Kivi:
+    """Pages of `group` tokens in codes of `bits` bits, behind them at least `residual` tokens in full precision.
 
     A channel of the keys has a scale and a zero for each page, `channels` numbers of a value have theirs for each
-    token. As soon as a (row, head) has `tail + group` tokens in its tail, the oldest `group` of them become a page:
-    once, for codes are never made anew as the cache grows, and streaming gives the codes of one shot.
+    token. As soon as a (row, head) has `residual + group` tokens behind its pages, the oldest `group` of them become a
+    page: once, for codes are never made anew as the cache grows, and streaming gives the codes of one shot.
     A page is dropped whole. With `requantise` any token may be dropped or amended: those of its row that stay, from
     the first page on that loses some, are rounded once more (at every step that drops one of them); fewer than a page
-    go back in front of the tail. A crop leaves what was rounded as it is, and puts the rest of a page that it cuts into
-    the tail.
-    Differs from the paper: keys and values are flushed together, and the tail never runs empty.
+    go back in front of the residual. A crop leaves what was rounded as it is, and puts the rest of a page that it cuts
+    into the residual.
+    Differs from the paper: keys and values are flushed together, page by page, so that a token is in one segment and
+    has one softmax; the residual never runs empty (the paper's keys hold 0 to residual - 1 tokens as they are).
     """
 
+    bits: int = 4
     group: int = 32
     channels: int = 32
-    tail: int = 32
+    residual: int = 128
     requantise: bool = False
 
     def __post_init__(self) -> None:
+        check_int("bits", self.bits, min(BITS), high=max(BITS))
+        check_choice("bits", self.bits, BITS)
         check_int("group", self.group, 8)
         if self.group % 2:
             raise ValueError(f"group={self.group} must be even")
         check_int("channels", self.channels, 1)
-        check_int("tail", self.tail, 0)
+        check_int("residual", self.residual, 0)
         check_choice("requantise", self.requantise, (False, True))
 
     @property
@@ -66,19 +71,19 @@ class Int4:
         """The format of the tail: so many tokens a page that a group is whole pages."""
         return Dense(page_size=math.gcd(self.group, PAGE_SIZE))
 
-    def open(self, spec: Spec) -> "Int4Segment":
-        planes, newest = coded_planes(spec, self.channels_of(spec)), self.newest
+    def open(self, spec: Spec) -> "KiviSegment":
+        planes, newest = coded_planes(spec, self.bits, self.channels_of(spec)), self.newest
         codes = open_table(self, spec, planes, self.group)
         tail = open_table(newest, spec, newest.planes(spec), newest.page_size, scattered=True)
-        coded = CodedPages(codes, spec.heads, spec.dtype, spec.value_size)
-        return Int4Segment(self, coded, DenseSegment(tail, spec.heads, spec.dtype))
+        coded = CodedPages(codes, spec.heads, spec.dtype, spec.value_size, self.bits)
+        return KiviSegment(self, coded, DenseSegment(tail, spec.heads, spec.dtype))
 
     def check(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
     ) -> None:
         counts, coded = self._counts(spec, said)
         parts, newest = _parts(tensors), self.newest
-        check_tensors(parts[0], coded_planes(spec, self.channels_of(spec)), coded, self.group)
+        check_tensors(parts[0], coded_planes(spec, self.bits, self.channels_of(spec)), coded, self.group)
         check_tensors(parts[1], newest.planes(spec), counts - coded)
         for part, some in zip(parts, (coded, counts - coded), strict=True):
             check_positions(some, part[POSITION], seen)
@@ -94,10 +99,10 @@ class Int4:
 
     def restore(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
-    ) -> "Int4Segment":
+    ) -> "KiviSegment":
         counts, coded = self._counts(spec, said)
         if twin is not None:
-            if isinstance(twin, Int4Segment) and np.array_equal([twin.counts(), twin.coded.counts()], [counts, coded]):
+            if isinstance(twin, KiviSegment) and np.array_equal([twin.counts(), twin.coded.counts()], [counts, coded]):
                 return twin.select(np.arange(spec.rows))
             raise ValueError(f"counts={said['counts']} must be those of the segment that holds the same pages")
         self.check(spec, said, tensors)
@@ -115,10 +120,10 @@ def _parts(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     return [{n.removeprefix(p): x for n, x in tensors.items() if n.startswith(p)} for p in ("coded.", "tail.")]
 
 
-class Int4Segment(TailedSegment[CodedPages]):
+class KiviSegment(TailedSegment[CodedPages]):
     """Pages of codes, then the newest tokens."""
 
-    def __init__(self, form: Int4, coded: CodedPages, tail: DenseSegment):
+    def __init__(self, form: Kivi, coded: CodedPages, tail: DenseSegment):
         super().__init__(coded, tail)
         self.form = form
 
@@ -126,7 +131,7 @@ class Int4Segment(TailedSegment[CodedPages]):
         return type(self)(self.form, coded, tail)
 
     def join(self, other: Any) -> None:
-        if not isinstance(other, Int4Segment) or other.form != self.form:
+        if not isinstance(other, KiviSegment) or other.form != self.form:
             raise ValueError(f"other={getattr(other, 'form', type(other).__name__)!r} must be of format {self.form}")
         super().join(other)
 
@@ -141,7 +146,7 @@ class Int4Segment(TailedSegment[CodedPages]):
 
     def _moved(self, more: np.ndarray) -> np.ndarray:
         """Tokens that are coded when so many more come, (B, H)."""
-        over = self.tail.counts() + more - self.form.tail
+        over = self.tail.counts() + more - self.form.residual
         moved: np.ndarray = np.maximum(over // self.form.group, 0) * self.form.group
         return moved
 
@@ -176,7 +181,7 @@ class Int4Segment(TailedSegment[CodedPages]):
         left = marks.view(len(marks), cut // group, group).sum(-1).cpu().numpy()  # of each page
         cuts = (left > 0) & (left < group)
         if cuts.any() and not self.form.requantise:
-            raise ValueError(f"mask drops some tokens of a page of {group}, not all: that takes Int4(requantise=True)")
+            raise ValueError(f"mask drops some tokens of a page of {group}, not all: that takes Kivi(requantise=True)")
         behind = np.maximum.accumulate(cuts, axis=1)  # from the first page on that loses some
         front = marks & self.coded.place(np.repeat(behind, group, axis=1))
         gone = np.pad((left == 0) | behind, ((0, 0), (0, table.table.shape[1] - left.shape[1])))
@@ -197,7 +202,7 @@ class Int4Segment(TailedSegment[CodedPages]):
 
     def _packed(self, front: np.ndarray, tail: np.ndarray) -> np.ndarray:
         """Pages that so many tokens become, taken out of pages, and in front of so many of the tail."""
-        least = np.maximum(front + tail - self.form.tail, 0)  # what would leave too long a tail
+        least = np.maximum(front + tail - self.form.residual, 0)  # what would leave too long a tail
         pages: np.ndarray = np.maximum(front, least) // self.form.group
         return pages
 
@@ -220,7 +225,7 @@ class Int4Segment(TailedSegment[CodedPages]):
         some = (flat >= 0) & (flat < cut)
         if bool(some.any()):
             if not self.form.requantise:
-                raise ValueError("slots name tokens of pages that are coded: that takes Int4(requantise=True)")
+                raise ValueError("slots name tokens of pages that are coded: that takes Kivi(requantise=True)")
             if self.shared:  # a copy of a page for each of them, if it comes to that
                 self.ask({self.coded.pool: int(some.sum()), self.tail.pool: int((flat >= cut).sum())})
             rows, at = some.nonzero()[:, 0].cpu().numpy(), flat[some].cpu().numpy()

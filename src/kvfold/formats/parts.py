@@ -1,0 +1,57 @@
+"""Answers of several parts as one: each over its own slots, joined by their log-sum-exp."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kvfold import ops
+from kvfold.ops.attend.blocked import Answer as Answer
+from kvfold.rotation import Compact
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """What answers for some of the slots: a segment, or a piece of one."""
+
+    @property
+    def longest(self) -> int:
+        """Slots of the longest row."""
+        ...
+
+    def attend(
+        self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None,
+        weights: bool = False,
+    ) -> Answer:  # fmt: skip
+        """See `Segment.attend`."""
+        ...
+
+
+def attend_parts(
+    parts: Sequence[Answering], q: Float[Tensor, "B H G Q D"], scale: float, read: Bool[Tensor, "B H T"] | None,
+    compact: Compact | None, *, weights: bool,
+) -> Answer:  # fmt: skip
+    """Over segments whose slots follow each other, as one; empty ones are not asked, but for the last of empty ones."""
+    found, start = list[Answer](), 0
+    for part in parts:
+        stop = start + part.longest
+        if stop > start or (part is parts[-1] and not found):
+            here = None if read is None else read[..., start:stop]
+            turn = None if compact is None else compact.of(start, stop)
+            found.append(part.attend(q, scale, read=here, compact=turn, weights=weights))
+        start = stop
+    return merged(found, weights=weights)
+
+
+def merged(parts: Sequence[Answer], *, weights: bool) -> Answer:
+    """Partial answers over slots that follow each other as one; weights of all of them, None where one has none."""
+    if len(parts) == 1:
+        return parts[0]
+    out, lse = ops.merge([part[:2] for part in parts])
+    lefts = [part[2] for part in parts if part[2] is not None]
+    if not weights or len(lefts) < len(parts):
+        return out, lse, None
+    shares = [torch.exp(own - lse).nan_to_num(0.0)[..., None] for _, own, _ in parts]
+    return out, lse, torch.cat([left * share for left, share in zip(lefts, shares, strict=True)], -1)

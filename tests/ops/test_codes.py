@@ -1,0 +1,233 @@
+"""Codes of 2, 3, 4 and 8 bits: how they lie in bytes, and attention over them against its definition in float64."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from kvfold import ops
+from kvfold.ops import _cpu, dispatch
+from kvfold.ops.codes import cpu, naive
+from kvfold.ops.codes.packing import BITS, pack, quantise, unpack, width
+from kvfold.pages import PagePool, PageTable, Plane
+
+SETS = _cpu.names()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RAGGED = [0, 1, 16, 37, 64, 70, 300, 5]
+G = 3
+SIZES = [(64, 64, 32), (16, 8, 4), (80, 96, 16), (128, 48, 48), (12, 20, 20), (192, 256, 64)]
+"""Key size, value size, channels of a value that share a scale: units that are full, short and of several lengths."""
+
+
+@pytest.fixture(params=SETS)
+def instructions(request) -> Iterator[None]:
+    """On every instruction set that this processor has."""
+    _cpu.use(request.param)
+    yield
+    _cpu.use(SETS[0])
+
+
+@pytest.fixture
+def kernel_only(monkeypatch) -> None:
+    """The CPU version must not hand its work on."""
+
+    def refuse(*args, **options):
+        raise AssertionError("the kernel does not fit")
+
+    monkeypatch.setattr(naive, "attend_codes", refuse)
+
+
+@given(st.sampled_from(BITS), st.integers(1, 200), st.integers(0, 2**32 - 1))
+def test_codes_pass_through_bytes(bits, size, seed):
+    codes = torch.from_numpy(np.random.default_rng(seed).integers(0, 1 << bits, (2, 3, size), dtype=np.uint8))
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.uint8 and packed.shape == (2, 3, width(size, bits))
+    assert torch.equal(unpack(packed, size, bits), codes.float())
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_unit_wastes_no_bit(bits):
+    assert [width(size, bits) for size in (64, 128, 192)] == [8 * bits, 16 * bits, 24 * bits]
+    assert width(1, bits) <= 8 and width(80, bits) <= 10 * bits + 4
+
+
+def test_four_numbers_are_four_words_at_one_shift():
+    words = pack(torch.arange(32, dtype=torch.uint8) % 16, 4).view(torch.int32)
+    assert [[(word >> 4 * place) & 15 for word in words.tolist()] for place in range(8)] == [
+        [(4 * place + i) % 16 for i in range(4)] for place in range(8)
+    ]
+
+
+def test_a_group_against_the_papers_numbers():
+    codes, scale, zero = quantise(torch.tensor([[0.0, 1, 2, 3], [-1, 1, 0, 0], [5, 5, 5, 5]]), 1, torch.float32, 2)
+    assert codes.tolist() == [[0, 1, 2, 3], [0, 3, 2, 2], [0, 0, 0, 0]]  # 1.5 goes to the even number
+    assert zero.flatten().tolist() == [0, -1, 5] and scale[2] == 1
+    assert_close(scale[:2].flatten(), torch.tensor([1, 2 / 3]))
+
+
+@given(st.sampled_from(BITS), st.floats(1e-3, 1e3), st.floats(-100, 100), st.sampled_from(DTYPES))
+def test_no_number_is_off_by_more_than_half_a_step(bits, size, shift, dtype):
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0)) * size + shift
+    codes, scale, zero = quantise(x, 1, dtype, bits)
+    error = (codes * scale.float() + zero.float() - x).abs()
+    rounding = torch.finfo(dtype).eps * (x.abs().amax(1, keepdim=True) + scale.float() * 2**bits)
+    assert (error <= scale.float() / 2 + rounding).all()
+
+
+def table_of(lengths: list[int], bits: int, sizes: tuple[int, int, int], kind: torch.dtype, page: int) -> PageTable:
+    """Random codes on scattered pages; what is behind a row's tokens has NaN for scales and zeros."""
+    (d, dv, channels), rows = sizes, len(lengths)
+    by_page, by_token = Plane(d, kind, per_page=True), Plane(dv // channels, kind)
+    planes = {
+        "keys": Plane(width(d, bits), torch.uint8), "key_scale": by_page, "key_zero": by_page,
+        "values": Plane(width(dv, bits), torch.uint8), "value_scale": by_token, "value_zero": by_token,
+        "position": Plane(None, torch.int32), "log_mass": Plane(None, torch.float32),
+    }  # fmt: skip
+    table = PageTable(PagePool(planes, torch.device("cpu"), page), rows, scattered=True)
+    ids = table.pool.allocate(sum(-(-length // page) for length in lengths) + 3)
+    for i in torch.randperm(len(ids)).tolist():
+        table.pool.release(ids[i : i + 1])
+    counts = np.array(lengths)
+    total, pages = int(counts.sum()), int((-(-counts // page)).sum())
+    states = {
+        "keys": pack(torch.randint(0, 1 << bits, (total, d), dtype=torch.uint8), bits),
+        "values": pack(torch.randint(0, 1 << bits, (total, dv), dtype=torch.uint8), bits),
+        "key_scale": torch.rand(pages, d) / (1 << bits), "key_zero": torch.randn(pages, d) / 2,
+        "value_scale": torch.rand(total, dv // channels) / (1 << bits),
+        "value_zero": torch.randn(total, dv // channels), "log_mass": torch.rand(total) * 3,
+    }  # fmt: skip
+    for name, spec in planes.items():
+        table.pool.planes[name].fill_(torch.nan if spec.dtype.is_floating_point else 255)
+    table.add(counts, states)
+    return table
+
+
+def softmax(
+    q: Tensor, table: PageTable, scale: float, bits: int, dv: int, mass: bool, read: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, weights) with torch.softmax in float64, row by row, over the numbers that codes stand for."""
+    outs, lses, lefts = [], [], []
+    for row, length in enumerate(table.lengths.tolist()):
+        slots = np.arange(length)
+        seen = np.isin(slots, table.holes[row, : table.hole_count[row]], invert=True)
+        seen &= np.ones(length, dtype=bool) if read is None else read.flatten(0, 1)[row, :length].numpy()
+        at = slots[seen]
+        rows, page = np.full(len(at), row), table.pool.page_size
+        names = ("keys", "values", "value_scale", "value_zero", "log_mass")
+        planes = {name: x.double() for name, x in table.read(names, rows, at).items()}
+        pages = torch.from_numpy(table.table[rows, at // page]).long()
+        shared = [table.pool.planes[name][pages].double() for name in ("key_scale", "key_zero")]
+        keys = unpack(planes["keys"].byte(), q.shape[-1], bits) * shared[0] + shared[1]
+        run = dv // planes["value_scale"].shape[-1]
+        values = unpack(planes["values"].byte(), dv, bits) * planes["value_scale"].repeat_interleave(run, -1)
+        values = values + planes["value_zero"].repeat_interleave(run, -1)
+        logits = q.flatten(0, 1)[row, :, 0].double() @ keys.mT * scale + (planes["log_mass"] if mass else 0)
+        left = torch.zeros(q.shape[2], table.longest, dtype=torch.float64)
+        left[:, torch.from_numpy(at)] = logits.softmax(-1)
+        outs.append(logits.softmax(-1) @ values)
+        lses.append(logits.logsumexp(-1))
+        lefts.append(left)
+    return torch.stack(outs), torch.stack(lses), torch.stack(lefts)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("kind", DTYPES, ids=str)
+@pytest.mark.parametrize("extra", ["", "mass", "read", "holes"])
+@pytest.mark.usefixtures("instructions", "kernel_only")
+def test_the_kernel_against_the_definition(bits, sizes, kind, extra):
+    torch.manual_seed(0)
+    page, (d, dv, _) = {"": 32, "mass": 8, "read": 128, "holes": 12}[extra], sizes
+    table = table_of(RAGGED, bits, sizes, kind, page)
+    q = torch.randn(len(RAGGED), 1, G, 1, d)
+    read = None
+    if extra == "read":
+        read = torch.rand(len(RAGGED), 1, table.longest) < 0.3
+        read[3], read[6, 0, 64:192] = False, False
+    if extra == "holes":
+        holes, count = np.zeros((len(RAGGED), page), dtype=np.int32), np.zeros(len(RAGGED), dtype=np.int32)
+        for row, gone in ((1, [0]), (3, [0, 5, 36]), (6, [1, 64, 65, 299])):
+            holes[row, : len(gone)], count[row] = gone, len(gone)
+        table.holes, table.hole_count = holes, count
+    mass = "log_mass" if extra == "mass" else None
+    got = ops.attend_codes(q, table, d**-0.5, bits=bits, value_size=dv, mass=mass, read=read, weights=True)
+    want = softmax(q, table, d**-0.5, bits, dv, mass is not None, read)
+    for name, mine, theirs in zip(("out", "lse", "weights"), got, want, strict=True):
+        assert mine.dtype == torch.float32
+        assert_close(mine.flatten(0, 1).squeeze(2 if name != "lse" else -1).double(), theirs, atol=2e-6, rtol=2e-6,
+                     msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.usefixtures("instructions", "kernel_only")
+def test_heads_and_queries_of_a_row_are_answered_together(group, queries):
+    torch.manual_seed(0)
+    table = table_of([70, 5], 4, (64, 64, 32), torch.float16, 32)
+    q = torch.randn(1, 2, group, queries, 64)
+    out, lse, _ = ops.attend_codes(q, table, 0.1, bits=4, value_size=64)
+    for g, n in np.ndindex(group, queries):
+        want = softmax(q[:, :, g : g + 1, n : n + 1].transpose(0, 1), table, 0.1, 4, 64, False, None)
+        assert_close(out[0, :, g, n].double(), want[0][:, 0], atol=2e-6, rtol=2e-6)
+        assert_close(lse[0, :, g, n].double(), want[1][:, 0], atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_definition_in_torch_agrees(bits):
+    torch.manual_seed(0)
+    table = table_of([64, 32], bits, (64, 32, 16), torch.float16, 32)
+    q = torch.randn(1, 2, G, 2, 64)
+    fast = ops.attend_codes(q, table, 0.1, bits=bits, value_size=32, mass="log_mass", weights=True)
+    with dispatch.use("naive"):
+        slow = ops.attend_codes(q, table, 0.1, bits=bits, value_size=32, mass="log_mass", weights=True)
+    for mine, theirs in zip(fast, slow, strict=True):
+        assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("queries", "sizes", "page", "options"),
+    [
+        (65, (16, 16, 16), 32, {}), (3, (18, 16, 16), 32, {}), (3, (16, 18, 18), 32, {}), (3, (16, 16, 2), 32, {}),
+        (3, (16, 16, 16), 10, {}), (3, (16, 16, 16), 32, {"scale_kind": torch.float64}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_does_not_fit_is_handed_on(queries, sizes, page, options, monkeypatch):
+    asked = []
+    run = naive.attend_codes
+    monkeypatch.setattr(naive, "attend_codes", lambda *args, **more: asked.append(1) or run(*args, **more))
+    table = table_of([2 * page], 4, sizes, options.get("scale_kind", torch.float16), page)
+    q = torch.randn(1, 1, queries, 1, sizes[0])
+    out = cpu.attend_codes(
+        q, table, 0.1, bits=4, value_size=sizes[1], mass=None, read=None, compact=None, position="position",
+        weights=False,
+    )[0]  # fmt: skip
+    assert asked and out.isfinite().all() and out.shape == (1, 1, queries, 1, sizes[1])
+
+
+def test_arrays_that_do_not_belong_together_are_refused():
+    table = table_of([32, 64], 4, (16, 16, 8), torch.float16, 32)
+    pool = table.pool
+    names = ("keys", "key_scale", "key_zero", "values", "value_scale", "value_zero")
+    planes = {name: pool.array(name) for name in names}
+    q, out, lse = np.zeros((2, 3, 16), np.float32), np.zeros((2, 3, 16), np.float32), np.zeros((2, 3), np.float32)
+
+    def call(bits=4, **other):
+        _cpu.attend_codes(
+            q, bits, *(planes | other).values(), None, None, table.table, table.lengths, table.holes,
+            table.hole_count, 32, 1.0, 1, out, lse, None,
+        )  # fmt: skip
+
+    call()
+    for wrong in (
+        {"bits": 5}, {"bits": 2}, {"keys": planes["keys"][:, :4].copy()}, {"values": planes["values"][1:].copy()},
+        {"key_scale": planes["key_scale"][1:].copy()}, {"key_zero": planes["key_zero"][:, :8].copy()},
+        {"value_zero": planes["value_zero"][:, :1].copy()}, {"value_scale": planes["value_scale"].view(np.uint16)},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="must"):
+            call(**wrong)
