@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from kvfold.hf import source
+from kvfold.hf.band import SOFTMAX, Band, BandLength, band_mask
 from kvfold.hf.eager import eager
 
 NAME = source.NAME
@@ -22,8 +23,6 @@ OTHER = "_kvfold_not_causal"
 """The attribute of what stands for a mask that is not causal: a layer on pages that gets it can't attend."""
 ENTRIES = 1 << 22
 """Entries of a mask that are looked at at once."""
-REFUSED = ("softcap", "s_aux", "position_bias")
-"""Arguments of attention functions that change the softmax in ways that the paged segments don't know."""
 
 
 @runtime_checkable
@@ -51,14 +50,16 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function of transformers' interface: (B, Q, Hq, Dv) and no weights."""
-    handle: Handle | None = getattr(key, HANDLE, None)
+    handle: Handle | Band | None = getattr(key, HANDLE, None)
+    if isinstance(handle, Band):
+        return handle.attend(module, query, key, value, attention_mask, scaling, dropout=dropout, **kwargs)
     if handle is None:
         out: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out
     name = type(module).__name__
-    for argument in REFUSED:
+    for argument in SOFTMAX:
         if kwargs.get(argument) is not None:
             raise ValueError(f"{name} attends with {argument}, which a kvfold cache does not support")
     if dropout:
@@ -78,6 +79,8 @@ def attention(
 @eager
 def mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """A mask function of transformers' interface: the padding mask for paged layers, SDPA's mask elsewhere."""
+    if isinstance(kwargs.get("kv_length"), BandLength) and not args:
+        return band_mask(kwargs)
     if not isinstance(kwargs.get("kv_length"), PagedLength):
         made: Tensor | None = sdpa_mask(*args, **kwargs)
         return made

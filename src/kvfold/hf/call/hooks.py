@@ -21,6 +21,7 @@ from kvfold.hf.call.images import check_ids, find_images, refuse_pixels
 from kvfold.hf.call.narrow import before_layer
 from kvfold.hf.call.preparing import watch_preparing
 from kvfold.hf.call.rewriting import placed_behind, reread
+from kvfold.hf.call.splitting import part_for, watch_parts
 from kvfold.hf.eager import eager
 from kvfold.hf.gradient import refuse_gradient
 from kvfold.hf.images import image_ids
@@ -38,6 +39,7 @@ def use_kvfold(model: PreTrainedModel) -> None:
     for module in attention_modules(model).values():
         if is_latent(module):
             watch_latent(module)
+    watch_parts(model)
     hook(model)
 
 
@@ -99,8 +101,13 @@ def _cache_of(kwargs: dict[str, Any]) -> Host | None:
 @eager
 def _before_body(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     cache = _cache_of(kwargs)
-    if cache is not None:
-        _check_own(cache, module)
+    if cache is None:
+        return
+    _check_own(cache, module)
+    if cache.call.marks is None:  # else the model's own call has asked
+        read = kwargs.get("input_ids", args[0] if args else None)
+        read = kwargs.get("inputs_embeds") if read is None else read
+        cache.call.part = part_for(cache, read.shape[1]) if isinstance(read, torch.Tensor) else 0
 
 
 def _check_own(cache: Host, module: nn.Module) -> None:
@@ -194,6 +201,8 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
         if _drafted(kwargs) >= read.shape[1] - 1 and cache.rows.width:
             cache.pending.opening = False  # one token and its candidates: nothing was added to the text
         cache.check_pass(read.shape[1])
+    if isinstance(read, torch.Tensor):
+        call.part = part_for(cache, read.shape[1])
     return changed
 
 
