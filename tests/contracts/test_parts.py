@@ -1,13 +1,11 @@
 """A prompt read in parts: every method keeps the tokens, and the model gives the logits, of one pass over it."""
 
-import pytest
 import torch
 
 import kvfold
 from calibrated import SMALL
-from families import ANYWHERE, LIMITED, METHODS, each
-from kvfold.hf.call import splitting
-from models import VOCAB, feed, follow, grow, positions, subject, tokens
+from families import LIMITED, METHODS, each
+from models import VOCAB, feed, grow, subject, tokens
 
 PART = 8
 

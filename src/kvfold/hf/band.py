@@ -77,9 +77,9 @@ class Band:
             padding = None if bool(padding.all()) else padding
         if padding is None and new == 1:
             return _sdpa(module, q, k, v, None, scale, kwargs)  # what is there is what it sees
-        wants = any(x.requires_grad for x in (q, k, v)) and torch.is_grad_enabled()
-        plain = not any(value is not None for name, value in kwargs.items() if name in SOFTMAX) and not kwargs.get("dropout")
-        if new == 1 or wants or not plain or (padding is not None and not _in_front(padding)):
+        differs = kwargs.get("dropout") or any(kwargs.get(name) is not None for name in SOFTMAX)
+        wants = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        if new == 1 or differs or wants or (padding is not None and not _in_front(padding)):
             return _sdpa(module, q, k, v, self._mask(new, held, padding, q.device), scale, kwargs)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         q, k, v = q.detach(), k.detach(), v.detach()

@@ -104,7 +104,8 @@ class Cache(Adopting):
                 layers.append(PagedLayer(self, core, latent))
             elif type(layer) is DynamicSlidingWindowLayer:
                 window = WindowLayer(sliding_window=layer.sliding_window)
-                window.banded = bool(paged) and unfit(type(modules.get(index))) is None
+                kind: Any = type(modules.get(index))
+                window.banded = bool(paged) and unfit(kind) is None
                 layers.append(window)
             else:
                 layers.append(layer)

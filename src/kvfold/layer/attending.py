@@ -37,9 +37,10 @@ class Asking:
         elif admitted is not None:
             own = *ops.causal_admitted(self.q, k, v, admitted, self.scale), None
         elif valid is None:
-            own = ops.causal(self.q, k, v, self.scale, sums=sums, shares=shares[0] if sums and shares is not None else None)
+            each = None if shares is None else shares[0]  # without padding all rows are alike
+            own = ops.causal(self.q, k, v, self.scale, sums=sums, shares=each)
         else:
-            own = ops.causal_rows(self.q, k, v, valid, self.scale, sums=sums, shares=shares if sums else None)
+            own = ops.causal_rows(self.q, k, v, valid, self.scale, sums=sums, shares=shares)
         if past is None:
             return own
         return *ops.merge([self.stored(past, after=True)[:2], own[:2]]), None

@@ -76,7 +76,10 @@ class KVLayer(Held):
         parts.put(q=q, k=k, v=v)
         # A kernel counts the queries that came so far; where others ended before, the view counts in the text.
         fade = fade_of(plan.asks) if narrow is None else None
-        self._read(Asking(q, parts.of(places), scale, self._compact(k.device)), parts, valid, everyone, fade, admitted, plan.block)
+        asking = Asking(q, parts.of(places), scale, self._compact(k.device))
+        self._read(
+            asking, parts, valid, None if fade is None else parts.of(shares(everyone, fade)), admitted, plan.block
+        )
         if parts.last:
             chunk = new_tokens(parts.so_far("k"), parts.so_far("v"), valid, places)
             chunk = chunk if admitted is None else chunk.but(admitted)
@@ -87,16 +90,13 @@ class KVLayer(Held):
         return parts.of_this("out")
 
     def _read(
-        self, asking: Asking, parts: Parts, valid: Tensor | None, everyone: Tensor, fade: float | None,
-        admitted: Tensor | None, block: bool,
+        self, asking: Asking, parts: Parts, valid: Tensor | None, counted: Tensor | None, admitted: Tensor | None,
+        block: bool,
     ) -> None:  # fmt: skip
         """A part of a prompt attends over itself, the parts before it, and what is stored."""
-        counted = None if fade is None else parts.of(shares(everyone, fade))
         known = None if valid is None else valid[:, : parts.stop]
         past = None if self.stored.empty else self.stored
-        out, lse, sums = asking.prompt(
-            past, parts.so_far("k"), parts.so_far("v"), known, counted, admitted, block
-        )
+        out, lse, sums = asking.prompt(past, parts.so_far("k"), parts.so_far("v"), known, counted, admitted, block)
         parts.put(out=out, lse=lse)
         parts.add(sums)
 

@@ -104,10 +104,11 @@ def _before_body(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     if cache is None:
         return
     _check_own(cache, module)
-    if cache.call.marks is None:  # else the model's own call has asked
+    if cache.call.marks is None and not cache.call.part:  # else somebody has asked
         read = kwargs.get("input_ids", args[0] if args else None)
         read = kwargs.get("inputs_embeds") if read is None else read
         cache.call.part = part_for(cache, read.shape[1]) if isinstance(read, torch.Tensor) else 0
+    cache.call.through = 0
 
 
 def _check_own(cache: Host, module: nn.Module) -> None:

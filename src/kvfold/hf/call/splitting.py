@@ -1,8 +1,8 @@
 """A long prompt goes through each decoder layer in parts: all layers see what one pass over it would show them.
 
-What a layer works out for each token (projections, an MLP's inner states) is then there for a part at a time, and a later
-part attends over the earlier ones, so that nothing grows with the square of the prompt. Layer by layer, not part by
-part: a method decides about a layer when that has attended to the whole prompt, and queries are held for one layer.
+What a layer works out for each token (projections, an MLP's inner states) is then there for a part at a time, and a
+later part attends over the earlier ones, so that nothing grows with the square of the prompt. Layer by layer, not part
+by part: a method decides about a layer when that has attended to the whole prompt, and queries are held for one layer.
 """
 
 import logging
@@ -142,7 +142,8 @@ def _splits(cache: Host, module: nn.Module, args: tuple[Any, ...], kwargs: dict[
         return False
     if any(kwargs.get(name) for name in RECORDED) or (torch.is_grad_enabled() and states.requires_grad):
         return False
-    layer = next((cache.layers[i] for part in module.modules() if isinstance(i := getattr(part, "layer_idx", None), int)), None)
+    numbers = (getattr(part, "layer_idx", None) for part in module.modules())
+    layer = next((cache.layers[number] for number in numbers if isinstance(number, int)), None)
     if not isinstance(layer, PagedLayer) and not (isinstance(layer, WindowLayer) and layer.banded):
         return False  # what it holds is transformers' own, a state for one
     whole = Parts(states.shape[1])
