@@ -107,7 +107,7 @@ def _before_body(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     if cache.call.marks is None and not cache.call.part:  # else somebody has asked
         read = kwargs.get("input_ids", args[0] if args else None)
         read = kwargs.get("inputs_embeds") if read is None else read
-        cache.call.part = part_for(cache, read.shape[1]) if isinstance(read, torch.Tensor) else 0
+        cache.call.part = part_for(cache, read.shape[1], kwargs) if isinstance(read, torch.Tensor) else 0
     cache.call.through = 0
 
 
@@ -203,7 +203,7 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
             cache.pending.opening = False  # one token and its candidates: nothing was added to the text
         cache.check_pass(read.shape[1])
     if isinstance(read, torch.Tensor):
-        call.part = part_for(cache, read.shape[1])
+        call.part = part_for(cache, read.shape[1], kwargs)
     return changed
 
 

@@ -6,6 +6,7 @@ by part: a method decides about a layer when that has attended to the whole prom
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -92,16 +93,20 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     return []
 
 
-def part_for(cache: Host, tokens: int) -> int:
-    """Tokens of the parts in which the layers read a prompt of so many; 0: all at once.
+def part_for(cache: Host, tokens: int, given: Mapping[str, Any]) -> int:
+    """Tokens of the parts in which the layers read a prompt of so many; 0: all at once. `given`: the call's arguments.
 
-    At once where it is no longer than a part, where the method chooses among a layer's tokens before they attend, and
-    where the model does not say the same in parts. Unless the cache says how many, on the CPU alone.
+    At once where it is no longer than a part, where what happens inside a layer is recorded, where the method chooses
+    among a layer's tokens before they attend, and where the model does not say the same in parts. Unless the cache says
+    how many, on the CPU alone.
     """
     size = cache.part_size
     if size is None:
         size = PART if ids_device(cache.model).type == "cpu" else 0
     if not cache.paged or not 0 < size < tokens or cache.rows.listens("admit"):
+        return 0
+    config = text_config(cache.model)
+    if any(given.get(name, getattr(config, name, None)) for name in RECORDED):
         return 0
     return size if reads_in_parts(cache) else 0
 
@@ -140,7 +145,7 @@ def _splits(cache: Host, module: nn.Module, args: tuple[Any, ...], kwargs: dict[
     states = args[0] if args else None
     if not isinstance(states, Tensor) or states.dim() != 3 or states.shape[1] <= cache.call.part:
         return False
-    if any(kwargs.get(name) for name in RECORDED) or (torch.is_grad_enabled() and states.requires_grad):
+    if torch.is_grad_enabled() and states.requires_grad:
         return False
     numbers = (getattr(part, "layer_idx", None) for part in module.modules())
     layer = next((cache.layers[number] for number in numbers if isinstance(number, int)), None)
