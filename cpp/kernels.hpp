@@ -58,13 +58,13 @@ struct Codes : Attend {
 };
 
 struct Causal {
-    int64_t n, g, t, d, dv;
-    const float *q, *k, *v;  // (n, g, t, d), (n, t, d), (n, t, dv)
-    const float* shares;     // (t,) what a query counts in the sums
+    int64_t n, g, count, t, d, dv;  // `count` queries, those of the last keys of `t`
+    const float *q, *k, *v;         // (n, g, count, d), (n, t, d), (n, t, dv)
+    const float* shares;            // (count,) what a query counts in the sums
     int64_t window;          // tokens that a query sees, its own too; 0: all before it
     float scale;
     int threads;
-    float *out, *lse, *sums;  // (n, g, t, dv), (n, g, t), (n, SHARES, t) or null
+    float *out, *lse, *sums;  // (n, g, count, dv), (n, g, count), (n, SHARES, t) or null
 };
 
 struct ColumnSums {

@@ -347,8 +347,8 @@ void causal(Array<const float, 4> q, Array<const float, 3> k, Array<const float,
             Array<const float, 1> shares, int threads, Array<float, 4> out, Array<float, 3> lse,
             std::optional<Array<float, 3>> sums) {
     Causal on{};
-    on.n = q.shape(0), on.g = q.shape(1), on.t = q.shape(2), on.d = q.shape(3), on.dv = v.shape(2);
-    check(k.shape(0) == q.shape(0) && v.shape(0) == q.shape(0) && k.shape(1) == q.shape(2) && v.shape(1) == q.shape(2) &&
+    on.n = q.shape(0), on.g = q.shape(1), on.count = q.shape(2), on.t = k.shape(1), on.d = q.shape(3), on.dv = v.shape(2);
+    check(k.shape(0) == q.shape(0) && v.shape(0) == q.shape(0) && k.shape(1) >= q.shape(2) && v.shape(1) == k.shape(1) &&
               k.shape(2) == q.shape(3) && shares.shape(0) == q.shape(2) && window >= 0,
           "shapes of q, k, v and shares don't fit");
     check(out.shape(0) == q.shape(0) && out.shape(1) == q.shape(1) && out.shape(2) == q.shape(2) &&
@@ -356,7 +356,7 @@ void causal(Array<const float, 4> q, Array<const float, 3> k, Array<const float,
               lse.shape(2) == q.shape(2),
           "shapes of out and lse don't fit");
     if (sums)
-        check(sums->shape(0) == q.shape(0) && sums->shape(1) == SHARES && sums->shape(2) == q.shape(2), "sums must be (N, SHARES, T)");
+        check(sums->shape(0) == q.shape(0) && sums->shape(1) == SHARES && sums->shape(2) == k.shape(1), "sums must be (N, SHARES, T)");
     on.q = q.data(), on.k = k.data(), on.v = v.data(), on.shares = shares.data(), on.window = window, on.scale = scale;
     on.threads = threads, on.out = out.data(), on.lse = lse.data(), on.sums = sums ? sums->data() : nullptr;
     const Kernels& set = kernels_for({on.d, on.dv});

@@ -12,15 +12,19 @@
 namespace kvfold::ISA {
 namespace {
 
-constexpr int64_t TILE_BYTES = 3 << 18;  // logits of a tile: three quarters of the second cache of most cores
-constexpr int64_t CHUNK = 256;           // keys whose values are multiplied at once
+// Logits of a tile. They leave the second cache where keys are many: 48 queries of 25,600 keys at once take 266 ms, 24
+// take 340 and 6 take 560 (96 queries of 4 heads, D 256, one core of an AMD EPYC with 1 MB of it), for the keys are
+// read once for each tile.
+constexpr int64_t TILE_BYTES = 8 << 20;
+constexpr int64_t MOST = 48;    // queries of a tile
+constexpr int64_t CHUNK = 256;  // keys whose values are multiplied at once
 
 inline int64_t panels(int64_t t) { return (t + STRIP - 1) / STRIP; }
 
 // Queries that are worked out together: a multiple of 6, which is what the product takes at once.
 inline int64_t tile_of(int64_t keys) {
     const int64_t fit = TILE_BYTES / (4 * (keys > 0 ? keys : 1)) / 6 * 6;
-    return fit < 6 ? 6 : smaller(fit, 48);
+    return fit < 6 ? 6 : smaller(fit, MOST);
 }
 
 struct Pack {
@@ -107,7 +111,7 @@ inline float highest_of(const float* line, int64_t from, int64_t stop) {
 struct Prompt {
     const Causal* on;
     const float* keys;
-    int64_t tile;
+    int64_t tile, width;  // `width`: logits of a query that are kept at once
 };
 
 // One share of a row's queries.
@@ -115,19 +119,21 @@ void causal_share(const void* context, int64_t task) {
     const Prompt& all = *static_cast<const Prompt*>(context);
     const Causal& on = *all.on;
     const int64_t here = task / SHARES, share = task % SHARES, t = on.t, d = on.d, dv = on.dv, tile = all.tile;
-    const int64_t width = panels(t) * STRIP, tiles = (t + tile - 1) / tile;
-    float* logits = scratch(tile * (width + d + dv + 2));
-    float *queries = logits + tile * width, *acc = queries + tile * d, *weights = acc + tile * dv;
+    const int64_t width = all.width, tiles = (on.count + tile - 1) / tile, behind = t - on.count;
+    const float* keys = all.keys + here * panels(t) * STRIP * d;
+    float* kept = scratch(tile * (width + d + dv + 2));
+    float *queries = kept + tile * width, *acc = queries + tile * d, *weights = acc + tile * dv;
     float* counted = weights + tile;
     for (int64_t index = share; index < tiles * on.g; index += SHARES) {
-        const int64_t h = index % on.g, start = index / on.g * tile, stop = smaller(t, start + tile);
-        const int64_t rows = stop - start, first = (here * on.g + h) * t + start;
-        const int64_t from = on.window && start + 1 > on.window ? (start + 1 - on.window) / STRIP * STRIP : 0;
+        const int64_t h = index % on.g, start = index / on.g * tile, rows = smaller(on.count, start + tile) - start;
+        const int64_t first = (here * on.g + h) * on.count + start, own = behind + start, stop = own + rows;
+        const int64_t from = on.window && own + 1 > on.window ? (own + 1 - on.window) / STRIP * STRIP : 0;
+        float* logits = kept - from;  // a query's line begins with key `from`
         copy_scaled(on.q + first * d, on.scale, queries, rows * d);
-        products(queries, all.keys + here * width * d, logits, rows, width, from, stop, d);
+        products(queries, keys, logits, rows, width, from, stop, d);
         for (int64_t r = 0; r < rows; r++) {
             float* line = logits + r * width;
-            const int64_t seen = start + r + 1, oldest = on.window && seen > on.window ? seen - on.window : 0;
+            const int64_t seen = own + r + 1, oldest = on.window && seen > on.window ? seen - on.window : 0;
             for (int64_t j = from; j < oldest; j++) line[j] = NEVER;
             const float top = highest_of(line, from, seen);
             const float total = exponentials(line, from, seen, top);
@@ -149,7 +155,9 @@ void causal_share(const void* context, int64_t task) {
 
 void causal(const Causal& on) {
     const Panels keys(on.k, on.n, on.t, on.d, on.threads);
-    const Prompt all{&on, keys.own.at, tile_of(on.window ? smaller(on.t, on.window + 48 + STRIP) : on.t)};
+    // Between the first key that a tile's first query sees and its last query's own lie window + tile - 1, in panels.
+    const int64_t span = on.window ? smaller(on.t, on.window + MOST + 2 * STRIP) : on.t, tile = tile_of(span);
+    const Prompt all{&on, keys.own.at, tile, panels(span) * STRIP};
     for_each(on.n * SHARES, on.threads, causal_share, &all);
 }
 

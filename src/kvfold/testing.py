@@ -141,6 +141,17 @@ def the_prompt_is_exact(method: Method | str, model: PreTrainedModel | None = No
         close(feed(model, Cache(model, made), *prompt)[:, -1], dense, f"{made}")
 
 
+def parts_are_one_pass(method: Method | str, model: PreTrainedModel | None = None) -> None:
+    """A long prompt, which layers read in parts, keeps the tokens and gives the logits of one pass over it."""
+    model, prompt, said, found = model or tiny_model(), pair(41, 23), steps(2, 3), []
+    for size in (0, 8):
+        cache = Cache(model, method, part_size=size)
+        logits = follow(model, cache, *prompt, said)
+        found.append((logits, [cache.kept(core.layer) for core in cache.paged]))
+    close(found[1][0], found[0][0], f"{method} in parts")
+    assert found[1][1] == found[0][1], "in parts other tokens are kept"
+
+
 def a_batch_is_its_rows(method: Method | str, model: PreTrainedModel | None = None) -> None:
     """A row of a padded batch keeps the tokens, and gives the logits, that it does alone."""
     model, lengths, said = model or tiny_model(), (40, 11, 1), steps(3, 3)
@@ -252,8 +263,8 @@ def a_file_goes_on(method: Method | str, model: PreTrainedModel | None = None) -
 
 
 CONTRACTS: tuple[Contract, ...] = (
-    a_whole_budget_is_the_full_cache, the_prompt_is_exact, a_batch_is_its_rows, the_budget_holds,
-    the_newest_token_stays, short_prompts_work, a_budget_is_memory, nothing_lives_outside_the_cache,
-    a_fork_is_independent, a_file_goes_on,
+    a_whole_budget_is_the_full_cache, the_prompt_is_exact, parts_are_one_pass, a_batch_is_its_rows,
+    the_budget_holds, the_newest_token_stays, short_prompts_work, a_budget_is_memory,
+    nothing_lives_outside_the_cache, a_fork_is_independent, a_file_goes_on,
 )  # fmt: skip
 """All of them."""

@@ -4,14 +4,16 @@ import ast
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from kvfold import __version__
@@ -157,6 +159,18 @@ def with_fast_linears(model: Any, wanted: bool) -> AbstractContextManager[Any]:
     from kvfold.hf.linears import fast_linears
 
     return fast_linears(model)
+
+
+@contextmanager
+def reading(what: str) -> Iterator[Callable[[float], None]]:
+    """A bar on stderr, gone at the end, for the share of a prompt that is read; nothing before the first is told.
+
+    Nor where stderr is no terminal.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        job = bar.add_task(escape(what), total=1.0, visible=False)
+        yield lambda share: bar.update(job, completed=share, visible=True)
 
 
 def say_busy(cores: float | None) -> None:

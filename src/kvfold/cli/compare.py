@@ -82,14 +82,17 @@ def compare_command(
         common.say_left_out(skipped[-1:])
 
     with common.with_fast_linears(lm, fast_linears), common.stderr.status("") as status:
+        now = ""
 
         def tick(what: str) -> None:
-            nonlocal begun
-            status.update(f"{ids.shape[1]:,} tokens: {what}")
+            nonlocal begun, now
+            now = f"{ids.shape[1]:,} tokens: {what}"
+            status.update(now)
             begun = time.perf_counter() if what == "full" else begun  # when the warm-up is over
 
         rows = compare(
-            lm, tokenizer, ids, names, budgets, max_new_tokens=max_new_tokens, tick=tick, made_row=say, failed=left_out
+            lm, tokenizer, ids, names, budgets, max_new_tokens=max_new_tokens, tick=tick, made_row=say, failed=left_out,
+            progress=lambda share: status.update(f"{now}, {share:.0%} read"),
         )  # fmt: skip
     busy = others.cores()
     title = f"{model}, {ids.shape[1]:,} tokens of {file.name}{', fast linears' if fast_linears else ''}"

@@ -55,8 +55,8 @@ def run(
     before = resident_bytes()
     written = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
     with common.with_fast_linears(lm, fast_linears):
-        with common.stderr.status(f"reading {ids.shape[1]} tokens with {chosen}"):
-            read = prefill(lm, ids, cache, prefill_chunk)
+        with common.reading(f"reading {ids.shape[1]:,} tokens with {chosen}") as told:
+            read = prefill(lm, ids, cache, prefill_chunk, told)
             held = cache.report()
             kept = cache.kept_tokens
             after = resident_bytes()

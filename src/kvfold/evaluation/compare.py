@@ -104,11 +104,13 @@ def compare(
     tick: Callable[[str], None] = lambda _: None,
     made_row: Callable[[CompareRow], None] = lambda _: None,
     failed: Callable[[str, Any, Exception], None] = _raise,
+    progress: Callable[[float], None] = lambda _: None,
 ) -> list[CompareRow]:
     """Every method at every budget on one prompt (1, T); the first row is `full`. `made_row` gets each as it comes.
 
     `failed` gets the name, the budget and the error of each that fails, and the others go on; methods that do not fit
-    the model come first, before anything is read. Without it the error is raised.
+    the model come first, before anything is read. Without it the error is raised. `progress` gets the share of a long
+    prompt that the one in hand has read.
 
     At the first budget each method reads the prompt itself and is timed. At further budgets one exact prefill
     serves all that it can (their times are None): the same tokens are stored, see `prefill_many`.
@@ -132,7 +134,7 @@ def compare(
     decode(model, warm := Cache(model, "full"), prefill(model, ids[:, :64], warm).logits, 4)
     tick("full")
     whole = Cache(model, "full")
-    read = prefill(model, ids, whole)
+    read = prefill(model, ids, whole, progress=progress)
     sizes = (whole.kept_tokens, whole.nbytes, whole.dense_nbytes)
     with whole.tentative():
         answer = decode(model, whole, read.logits, max_new_tokens)
@@ -162,7 +164,7 @@ def compare(
         tick(f"{name} at {budget}")
         seconds = None
         if first is None:
-            own = prefill(model, ids, cache)
+            own = prefill(model, ids, cache, progress=progress)
             first, seconds = own.logits, own.seconds if timed else None
         held = (cache.kept_tokens, cache.nbytes, cache.dense_nbytes)
         logits = _forced(model, cache, first, answer.tokens)

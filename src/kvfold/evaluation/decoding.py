@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,15 +45,33 @@ def sync(device: torch.device) -> None:
 
 
 @torch.no_grad()
-def prefill(model: PreTrainedModel, ids: Tensor, cache: HFCache, chunk: int | None = None) -> Prefilled:
-    """Read a prompt (1, T) into `cache`, in chunks of `chunk` tokens where given."""
+def prefill(
+    model: PreTrainedModel, ids: Tensor, cache: HFCache, chunk: int | None = None,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Prefilled:  # fmt: skip
+    """Read a prompt (1, T) into `cache`, in chunks of `chunk` tokens where given, after each of which a method decides.
+
+    `progress` gets the share that is read, of prompts that are long enough to be read in parts or chunks.
+    """
     sync(model.device)
     start = time.perf_counter()
     out: Any = None
     whole = as_long_as(model, cache.get_seq_length() + ids.shape[1])  # however it is cut
-    with whole, cache.prefilling() if isinstance(cache, Cache) else nullcontext():
-        for part in torch.split(ids, chunk or ids.shape[1], dim=1):
+    chunks, done = torch.split(ids, chunk or ids.shape[1], dim=1), 0
+
+    def tell(share: float) -> None:
+        progress((done + share) / len(chunks))
+
+    with ExitStack() as stack:
+        stack.enter_context(whole)
+        if isinstance(cache, Cache):
+            stack.enter_context(cache.prefilling())
+            stack.enter_context(cache.progressing(tell))
+        for part in chunks:
             out = model(input_ids=part.to(model.device), logits_to_keep=1, **with_cache(model, cache))
+            done += 1
+            if len(chunks) > 1:
+                tell(0.0)
     sync(model.device)
     return Prefilled(out.logits[0, -1].float(), time.perf_counter() - start)
 

@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from kvfold.hf import source, traced
+from kvfold.hf.band import SOFTMAX, Band, BandLength, band_mask
 from kvfold.hf.eager import eager
 
 NAME = source.NAME
@@ -22,8 +23,6 @@ OTHER = "_kvfold_not_causal"
 """The attribute of what stands for a mask that is not causal: a layer on pages that gets it can't attend."""
 ENTRIES = 1 << 22
 """Entries of a mask that are looked at at once."""
-REFUSED = ("softcap", "s_aux", "position_bias")
-"""Arguments of attention functions that change the softmax in ways that the paged segments don't know."""
 
 
 @runtime_checkable
@@ -50,10 +49,10 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function of transformers' interface: (B, Q, Hq, Dv) and no weights."""
-    handle: Handle | None = getattr(key, HANDLE, None)
+    handle: Handle | Band | None = getattr(key, HANDLE, None)
     if torch.compiler.is_compiling():
         mark = getattr(key, traced.MARK, None)
-        if mark is not None and not dropout and all(kwargs.get(argument) is None for argument in REFUSED):
+        if mark is not None and not dropout and all(kwargs.get(argument) is None for argument in SOFTMAX):
             setattr(key, traced.MARK, None)  # whoever attends with these keys again is heard, outside
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             return traced.attend(query, key, value, attention_mask, mark, scale), None
@@ -62,13 +61,15 @@ def attention(
                 module, query, key, value, attention_mask, scaling, dropout, **kwargs
             )
             return outside
+    if isinstance(handle, Band):
+        return handle.attend(module, query, key, value, attention_mask, scaling, dropout=dropout, **kwargs)
     if handle is None:
         out: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out
     name = type(module).__name__
-    for argument in REFUSED:
+    for argument in SOFTMAX:
         if kwargs.get(argument) is not None:
             raise ValueError(f"{name} attends with {argument}, which a kvfold cache does not support")
     if dropout:
@@ -103,6 +104,8 @@ def _padding(attention_mask: Tensor, tokens: int, module: nn.Module) -> Tensor:
 
 def mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """A mask function of transformers' interface: the padding mask for paged layers, SDPA's mask elsewhere."""
+    if isinstance(kwargs.get("kv_length"), BandLength) and not args:
+        return band_mask(kwargs)
     if kwargs.get("kv_offset") is not PAGED:
         made: Tensor | None = sdpa_mask(*args, **kwargs)
         return made

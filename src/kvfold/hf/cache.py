@@ -21,6 +21,7 @@ from kvfold.hf.layers import PagedLayer, WindowLayer, held_bytes, storage_bytes
 from kvfold.hf.report import Report, layer_report
 from kvfold.hf.rope import find_ropes
 from kvfold.hf.saving.file import load, save
+from kvfold.hf.source import unfit
 from kvfold.hf.support import check_model, layers_of, unwrapped
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.rows import Rows
@@ -44,6 +45,9 @@ class Cache(Adopting):
     state: no method sees them. With `prefill_chunk` the model reads longer inputs in chunks of so many tokens, and the
     method decides after each: no layer ever holds more than its budget and a chunk (the answer is then not that of one
     pass, but for `full`; see docs/architecture.md).
+    A long prompt goes through each layer in parts of `part_size` tokens (None: as many as were found to be fast on the
+    CPU, elsewhere all at once; 0: all at once): that takes less memory, and the method and the answer are those of one
+    pass.
     With an `arena` its pages come out of that, which bounds the bytes of all caches that have it: a generated token
     for which there is no page raises OutOfPages before any layer has read it. What a prompt keeps is known when it was
     read, and new columns of a method when it makes them: then OutOfPages leaves this cache to be `reset()`.
@@ -54,18 +58,21 @@ class Cache(Adopting):
 
     def __init__(
         self, model: nn.Module, method: str | Method = "full", *, prefill_chunk: int | None = None,
-        arena: Arena | None = None, **options: Any,
+        part_size: int | None = None, arena: Arena | None = None, **options: Any,
     ):  # fmt: skip
         chosen, model = parse(method, **options), unwrapped(model)
         if prefill_chunk is not None:
             check_int("prefill_chunk", prefill_chunk, 2)
             check_reads_on(chosen)
+        if part_size is not None:
+            check_int("part_size", part_size, 0)
         check_model(model, chosen)
         plan = layers_of(model)
         if prefill_chunk is not None and any(hasattr(layer, "recurrent_states") for layer in plan):
             check_carried(model)
         paged = any(type(layer) is DynamicLayer for layer in plan)
-        self.model, self.prefill_chunk, self.arena, self.call = model, prefill_chunk, arena, Call()
+        self.model, self.prefill_chunk, self.part_size = model, prefill_chunk, part_size
+        self.arena, self.call = arena, Call()
         self.rows = Rows(chosen.bind(model) if paged else chosen)
         super().__init__(self._layers(plan))
         if paged:
@@ -96,7 +103,10 @@ class Cache(Adopting):
                 core = KVLayer(self.rows, index, paged, len(plan), rope, self.arena)
                 layers.append(PagedLayer(self, core, latent))
             elif type(layer) is DynamicSlidingWindowLayer:
-                layers.append(WindowLayer(sliding_window=layer.sliding_window))
+                window = WindowLayer(sliding_window=layer.sliding_window)
+                kind: Any = type(modules.get(index))
+                window.banded = bool(paged) and unfit(kind) is None
+                layers.append(window)
             else:
                 layers.append(layer)
         return layers
@@ -168,7 +178,8 @@ class Cache(Adopting):
         """
         self.settle_pending()
         other = type(self).__new__(type(self))
-        other.model, other.prefill_chunk, other.arena = self.model, self.prefill_chunk, self.arena
+        other.model, other.prefill_chunk, other.part_size = self.model, self.prefill_chunk, self.part_size
+        other.arena = self.arena
         other.rows, other.call = self.rows.fork(), Call()
         Host.__init__(other, [_forked(layer, other) for layer in self.layers])
         other.reading, other.given = self.reading, self.given

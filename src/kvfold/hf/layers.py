@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from kvfold.hf.attention import HANDLE, PAGED
+from kvfold.hf.band import Band, BandLength
 from kvfold.hf.eager import eager
 from kvfold.hf.gradient import without_gradient
 from kvfold.layer.layer import KVLayer
@@ -81,10 +82,14 @@ class PagedLayer(CacheLayerMixin):
         owner.call.unread, hidden, self.entering = None, self.entering, None
         given = (q, k, v)
         q, k, v = (x.detach() if x.requires_grad else x for x in given)
-        ordinal = core.site.ordinal
-        plan = owner.enter(ordinal, q.shape[2])
-        out = core.attend(q, k, v, valid, scale, plan, module, hidden)
-        if plan.defer or plan.late:
+        ordinal, parts = core.site.ordinal, owner.call.parts
+        if parts is None:
+            plan = owner.enter(ordinal, q.shape[2])
+        else:
+            plan = owner.enter(ordinal, parts.total) if parts.start == 0 else owner.call.plan
+            valid = parts.valid
+        out = core.attend(q, k, v, valid, scale, plan, module, hidden, parts)
+        if (plan.defer or plan.late) and (parts is None or parts.last):
             owner.leave(ordinal, plan)
         if any(x.requires_grad for x in given):
             return without_gradient(out, f"layer {core.layer} of {type(module).__name__}", *given)
@@ -138,13 +143,15 @@ class PagedLayer(CacheLayerMixin):
 
 
 class WindowLayer(DynamicSlidingWindowLayer):
-    """transformers' sliding-window layer, but what leaves the window is freed.
+    """transformers' sliding-window layer, but it reads its band alone, and what leaves the window is freed.
 
-    The parent keeps a slice of the whole prompt's keys, and with it all of the prompt's memory.
+    The parent keeps a slice of the whole prompt's keys, and with it all of the prompt's memory. `banded`: its attention
+    goes through ours, to which the keys carry a handle on this layer, and so no T x T mask is made.
     """
 
     keys: Tensor
     values: Tensor
+    banded = False
     places: Tensor | None = None
     """Text positions of what is held, (B, n), -1 for padding, where a method narrowed the prompt on its way here."""
 
@@ -186,14 +193,18 @@ class WindowLayer(DynamicSlidingWindowLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            self.keys, self.values = (
-                self.keys.contiguous(),
-                self.values.contiguous(),
-            )  # so that one graph fits all steps
-        else:
-            self._give_back()
+        if torch.compiler.is_compiling():  # transformers' own attention, over what makes one graph fit all steps
+            self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
+            return keys, values
+        self._give_back()
+        if self.banded:
+            setattr(keys, HANDLE, Band(self.sliding_window))
         return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        length, offset = super().get_mask_sizes(query_length)
+        banded = self.banded and not torch.compiler.is_compiling()
+        return (BandLength(length, self.sliding_window), offset) if banded else (length, offset)
 
     def _give_back(self) -> None:
         """Free what has left the window; while the past is recorded, all is held."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from kvfold.hf.anatomy import text_decoder
 from kvfold.hf.argument import with_cache
 from kvfold.hf.call.host import Host
+from kvfold.hf.call.splitting import part_for
 from kvfold.hf.draft import drafter, look_ahead
 from kvfold.hf.greedy import go_on
 from kvfold.hf.words import WORDS, tokenizer_of
@@ -61,7 +62,7 @@ class Prompt(Done):
         seen, mask = torch.from_numpy(cache.rows.seen).to(ids.device)[:, None], torch.cat([self._mask(), valid], 1)
         # The body may have no hooks that tell the cache of the padding.
         with cache.aside(observe), cache.prefilling():
-            cache.call.mask = mask
+            cache.call.mask, cache.call.part = mask, part_for(cache, ids.shape[1], {})
             decoder = text_decoder(cache.model)
             decoder(
                 input_ids=ids,

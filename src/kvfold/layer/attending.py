@@ -1,8 +1,6 @@
 """How the new tokens of a pass attend: over themselves, and over what a layer has stored. Knows no method."""
 
-import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,25 +21,26 @@ class Asking:
     compact: Compact | None = None
 
     def prompt(
-        self, past: Stored | None, k: Tensor, v: Tensor, valid: Bool[Tensor, "B Q"] | None, fade: float | None,
-        admitted: Bool[Tensor, "B H Q"] | None = None, block: bool = False,
+        self, past: Stored | None, k: Tensor, v: Tensor, valid: Bool[Tensor, "B T"] | None,
+        shares: Float[Tensor, "B Q"] | None, admitted: Bool[Tensor, "B H Q"] | None = None, block: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         """New tokens see each other, causally or (`block`) all, and all that is stored; the two answers merge.
 
-        Third: column sums, if `fade` says which. `valid`: those that are not padding (None: all). `admitted`: those
-        that others see; None: all.
+        The queries are those of the last tokens of `k` and `v`. Third: column sums, of queries that count so much
+        (`shares`; None: nobody asks). `valid`: tokens that are not padding (None: all). `admitted`: those that others
+        see; None: all.
         """
-        sums = fade is not None and past is None and self.compact is None and not block
-        wanted: dict[str, Any] = {"sums": sums, "fade": fade if sums else math.inf}
+        sums = shares is not None and past is None and self.compact is None and not block
         own: tuple[Tensor, Tensor, Tensor | None]
         if block:
             own = *self._among(k, v, valid), None
         elif admitted is not None:
             own = *ops.causal_admitted(self.q, k, v, admitted, self.scale), None
         elif valid is None:
-            own = ops.causal(self.q, k, v, self.scale, **wanted)
+            each = None if shares is None else shares[0]  # without padding all rows are alike
+            own = ops.causal(self.q, k, v, self.scale, sums=sums, shares=each)
         else:
-            own = ops.causal_rows(self.q, k, v, valid, self.scale, **wanted)
+            own = ops.causal_rows(self.q, k, v, valid, self.scale, sums=sums, shares=shares)
         if past is None:
             return own
         return *ops.merge([self.stored(past, after=True)[:2], own[:2]]), None

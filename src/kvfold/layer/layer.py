@@ -12,6 +12,7 @@ from kvfold.layer.attending import Asking
 from kvfold.layer.carrying import commit
 from kvfold.layer.deciding import Moment
 from kvfold.layer.held import Held
+from kvfold.layer.parts import Parts, shares
 from kvfold.layer.plan import DEFERRED, Plan
 from kvfold.layer.rows import Rows
 from kvfold.layer.stored import Stored, new_tokens
@@ -34,16 +35,18 @@ class KVLayer(Held):
         plan: Plan,
         module: Any = None,
         hidden: Float[Tensor, "B Q C"] | None = None,
+        parts: Parts | None = None,
     ) -> Float[Tensor, "B Hq Q Dv"]:
         """Attend new tokens over what is stored and over themselves, then store them as the methods decide.
 
         `valid` marks the new tokens that are not padding (None: all are); what a padded query gets has no meaning.
         `hidden`: their states as they enter the layer's attention, for methods that listen to `admit`.
+        `parts`: these are some of the pass's tokens, and `valid` is of all; they are stored when the last are there.
         """
         if k.shape[0] != self.stored.spec.rows:
             self._open(k, v)
         if not plan.number or plan.number != self.rows.number:
-            self.rows.begin(plan, k.shape[0], k.shape[2], valid, k.device)
+            self.rows.begin(plan, k.shape[0], k.shape[2] if parts is None else parts.total, valid, k.device)
         self.number, self.scale, self.module = plan.number, scale, module
         if plan.step:
             return self._step(q, k, v, plan)
@@ -54,26 +57,48 @@ class KVLayer(Held):
             valid, places = (None if valid is None or bool(valid.all()) else valid), narrow.positions
         assert places is not None
         places = places.to(k.device)
-        moment, asking = self.moment(plan), Asking(q, places, scale, self._compact(k.device))
-        everyone = torch.ones(places.shape, dtype=torch.bool, device=q.device) if valid is None else valid
-        chunk: Chunk | None = new_tokens(k, v, valid, places)
-        assert chunk is not None
-        if valid is None and q.shape[2] == 1 and not plan.prefill:
-            self.stored.append(chunk, even=True)
-            read, chunk, name = moment.read(q, places), None, ATTENTION
+        moment, everyone = self.moment(plan), valid
+        if everyone is None:
+            everyone = torch.ones(places.shape, dtype=torch.bool, device=q.device)
+        if valid is None and places.shape[1] == 1 and not plan.prefill:
+            asking = Asking(q, places, scale, self._compact(k.device))
+            self.stored.append(new_tokens(k, v, None, places), even=True)
+            read = moment.read(q, places)
             weights = ATTENTION in plan.asks and asking.compact is None and read is None
             out, lse, left = asking.stored(self.stored, read=read, weights=weights)
-        else:
-            admitted = moment.admitted(hidden, everyone, places)
+            queries, memo = Queries(q, everyone, lse, places, read=out), {} if left is None else {ATTENTION: left}
+            self._store(moment, queries, None, memo, even=True)
+            return out
+        if parts is None:
+            parts = Parts(places.shape[1])
+            parts.move(parts.total)
+        admitted = moment.admitted(hidden, everyone, places)
+        parts.put(q=q, k=k, v=v)
+        # A kernel counts the queries that came so far; where others ended before, the view counts in the text.
+        fade = fade_of(plan.asks) if narrow is None else None
+        asking = Asking(q, parts.of(places), scale, self._compact(k.device))
+        self._read(
+            asking, parts, valid, None if fade is None else parts.of(shares(everyone, fade)), admitted, plan.block
+        )
+        if parts.last:
+            chunk = new_tokens(parts.so_far("k"), parts.so_far("v"), valid, places)
             chunk = chunk if admitted is None else chunk.but(admitted)
-            past = None if self.stored.empty else self.stored
-            # A kernel counts the queries that came so far; where others ended before, the view counts in the text.
-            fade = fade_of(plan.asks) if narrow is None else None
-            name = ATTENTION if fade is None else faded(fade)
-            out, lse, left = asking.prompt(past, k, v, valid, fade, admitted, plan.block)
-        queries, memo = Queries(q, everyone, lse, places, read=out), {} if left is None else {name: left}
-        self._store(moment, queries, chunk, memo, even=valid is None)
-        return out
+            queries = Queries(parts.so_far("q"), everyone, parts.so_far("lse"), places, read=parts.so_far("out"))
+            left = parts.sums()
+            memo = {} if left is None or fade is None else {faded(fade): left}
+            self._store(moment, queries, chunk, memo, even=valid is None)
+        return parts.of_this("out")
+
+    def _read(
+        self, asking: Asking, parts: Parts, valid: Tensor | None, counted: Tensor | None, admitted: Tensor | None,
+        block: bool,
+    ) -> None:  # fmt: skip
+        """A part of a prompt attends over itself, the parts before it, and what is stored."""
+        known = None if valid is None else valid[:, : parts.stop]
+        past = None if self.stored.empty else self.stored
+        out, lse, sums = asking.prompt(past, parts.so_far("k"), parts.so_far("v"), known, counted, admitted, block)
+        parts.put(out=out, lse=lse)
+        parts.add(sums)
 
     def _store(
         self, moment: Moment, queries: Queries, chunk: Chunk | None, memo: dict[str, Tensor], *, even: bool

@@ -92,8 +92,8 @@ def causal(
     lse: np.ndarray,
     sums: np.ndarray | None,
 ) -> None:
-    """q (N, G, T, D) over k (N, T, D), v (N, T, Dv); a query sees `window` tokens (0: all before it), and counts
-    shares[i] in sums (N, SHARES, T)."""
+    """q (N, G, Q, D) over k (N, T, D), v (N, T, Dv): query i is that of key T - Q + i, sees `window` tokens (0: all
+    before it), and counts shares[i] in sums (N, SHARES, T)."""
 
 def column_sums(
     q: np.ndarray,

@@ -7,6 +7,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from kvfold.hf.call.reading import Reading
+from kvfold.layer.parts import Parts
 from kvfold.layer.plan import Plan
 from kvfold.views import Images
 
@@ -33,6 +34,12 @@ class Call:
     """The forward pass in hand."""
     at: int = -1
     """The last paged layer that attended in it."""
+    part: int = 0
+    """Tokens of the parts in which the layers read the pass; 0: all at once."""
+    parts: Parts | None = None
+    """The tokens of the layer that reads in parts at the moment."""
+    through: int = 0
+    """Layers that are through with the pass, where it is read in parts."""
     unread: Any = None
     """The layer that got keys which no attention function has seen yet."""
 

@@ -21,6 +21,7 @@ from kvfold.hf.call.images import check_ids, find_images, refuse_pixels
 from kvfold.hf.call.narrow import before_layer
 from kvfold.hf.call.preparing import watch_preparing
 from kvfold.hf.call.rewriting import placed_behind, reread
+from kvfold.hf.call.splitting import part_for, watch_parts
 from kvfold.hf.eager import eager
 from kvfold.hf.gradient import refuse_gradient
 from kvfold.hf.images import image_ids
@@ -38,6 +39,7 @@ def use_kvfold(model: PreTrainedModel) -> None:
     for module in attention_modules(model).values():
         if is_latent(module):
             watch_latent(module)
+    watch_parts(model)
     hook(model)
 
 
@@ -101,6 +103,11 @@ def _before_body(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     if cache is None or (torch.compiler.is_compiling() and cache.call.marks is not None):
         return  # a graph is made of a call whose own hook has asked
     _check_own(cache, module)
+    if cache.call.marks is None and not cache.call.part:  # else somebody has asked
+        read = kwargs.get("input_ids", args[0] if args else None)
+        read = kwargs.get("inputs_embeds") if read is None else read
+        cache.call.part = part_for(cache, read.shape[1], kwargs) if isinstance(read, torch.Tensor) else 0
+    cache.call.through = 0
 
 
 @eager
@@ -195,6 +202,8 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
         if _drafted(kwargs) >= read.shape[1] - 1 and cache.rows.width:
             cache.pending.opening = False  # one token and its candidates: nothing was added to the text
         cache.check_pass(read.shape[1])
+    if isinstance(read, torch.Tensor):
+        call.part = part_for(cache, read.shape[1], kwargs)
     return changed
 
 

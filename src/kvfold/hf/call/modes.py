@@ -32,6 +32,8 @@ class Mode:
     """Called with each layer's view, before any decision."""
     parts: bool = False
     """Whether calls of the model are parts of one whose arguments are final."""
+    progress: Callable[[float], None] | None = None
+    """Called with the share of a long prompt that is read."""
     whole: bool = False
     """Whether a call is read at once, whatever the cache's `prefill_chunk`."""
 
@@ -42,6 +44,8 @@ class Modal(HFCache):
     layers: list[Any]
     model: Any
     prefill_chunk: int | None
+    part_size: int | None
+    """Tokens of the parts in which a layer reads a long prompt; None: as the device says; 0: all at once."""
     arena: Arena | None
     """What its pages come out of; None: they are the cache's own."""
     rows: Rows
@@ -94,7 +98,7 @@ class Modal(HFCache):
         """Passes that leave no trace, each in one piece, and that nobody crops."""
         before, self.pending = self.pending, Pending()
         try:
-            with self.within(whole=True), self.tentative(observe):
+            with self.within(whole=True, progress=None), self.tentative(observe):
                 yield
         finally:
             self.pending = before
@@ -114,3 +118,12 @@ class Modal(HFCache):
     def observed(self, observe: Callable[[LayerView], None]) -> AbstractContextManager[None]:
         """Within the block `observe` gets every layer's view, before the method decides."""
         return self.within(observe=observe)
+
+    def progressing(self, progress: Callable[[float], None]) -> AbstractContextManager[None]:
+        """Within the block `progress` gets the share (0 to 1) of a prompt that is read, if that is read in parts."""
+        return self.within(progress=progress)
+
+    def tell(self, share: float) -> None:
+        """A layer has read so much of the prompt."""
+        if self.mode.progress is not None:
+            self.mode.progress(min(1.0, (self.call.through + share) / len(self.layers)))

@@ -1,7 +1,5 @@
 """Dense causal attention of a prompt over itself, with its log-sum-exp, in memory linear in T."""
 
-import math
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -13,44 +11,51 @@ __all__ = ["causal", "causal_admitted", "causal_rows"]
 
 
 def causal(
-    q: Float[Tensor, "B Hq T D"],
+    q: Float[Tensor, "B Hq Q D"],
     k: Float[Tensor, "B H T D"],
     v: Float[Tensor, "B H T Dv"],
     scale: float,
     *,
+    window: int = 0,
     sums: bool = False,
-    fade: float = math.inf,
-) -> tuple[Float[Tensor, "B Hq T Dv"], Float[Tensor, "B Hq T"], Float[Tensor, "B H T"] | None]:
-    """Query i sees keys 0..i; query head h reads KV head h // (Hq / H). (out, lse in float32, column sums).
+    shares: Float[Tensor, " Q"] | None = None,
+) -> tuple[Float[Tensor, "B Hq Q Dv"], Float[Tensor, "B Hq Q"], Float[Tensor, "B H T"] | None]:
+    """The queries are those of the last Q keys: query i sees keys 0..T - Q + i, or with a `window` the last so many.
 
-    The column sums are what each key got of all queries of its group, as `column_sums` gives them; None unless they
-    are asked for (`sums`) and the version can leave them at no more than a look. `fade`: a query counts the less the
-    further it is from the last one, exp(-distance / (fade * T)).
+    Query head h reads KV head h // (Hq / H). (out, lse in float32, column sums). The column sums are what each key got
+    of all queries of its group, as `column_sums` gives them; None unless they are asked for (`sums`) and the version
+    can leave them at no more than a look. `shares`: what each query counts in them, None: 1.
     """
-    out: tuple[Tensor, Tensor, Tensor | None] = select("causal", q)(q, k, v, scale, sums, fade)
+    out: tuple[Tensor, Tensor, Tensor | None] = select("causal", q)(q, k, v, scale, window, sums, shares)
     return out
 
 
 def causal_rows(
-    q: Float[Tensor, "B Hq T D"],
+    q: Float[Tensor, "B Hq Q D"],
     k: Float[Tensor, "B H T D"],
     v: Float[Tensor, "B H T Dv"],
     valid: Bool[Tensor, "B T"],
     scale: float,
     *,
+    window: int = 0,
     sums: bool = False,
-    fade: float = math.inf,
-) -> tuple[Float[Tensor, "B Hq T Dv"], Float[Tensor, "B Hq T"], Float[Tensor, "B H T"] | None]:
-    """`causal` with padding: each row alone, without it, so that no T x T mask is made. A padded query: 0 and -inf."""
+    shares: Float[Tensor, "B Q"] | None = None,
+) -> tuple[Float[Tensor, "B Hq Q Dv"], Float[Tensor, "B Hq Q"], Float[Tensor, "B H T"] | None]:
+    """`causal` with padding: each row alone, without it, so that no T x T mask is made. A padded query: 0 and -inf.
+
+    A `window` counts tokens, not columns: the two are the same where no padding stands between tokens.
+    """
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     total = torch.zeros(k.shape[:3], device=q.device, dtype=torch.float32) if sums else None
     for row in range(q.shape[0]):
-        here = valid[row].nonzero()[:, 0]
-        if len(here):
-            rows = slice(row, row + 1)
-            found = causal(q[rows, :, here], k[rows, :, here], v[rows, :, here], scale, sums=sums, fade=fade)
-            out[rows, :, here], lse[rows, :, here] = found[:2]
+        here, asking = valid[row].nonzero()[:, 0], valid[row, -q.shape[2] :].nonzero()[:, 0]
+        if len(asking):
+            rows, each = slice(row, row + 1), None if shares is None else shares[row, asking]
+            found = causal(
+                q[rows, :, asking], k[rows, :, here], v[rows, :, here], scale, window=window, sums=sums, shares=each
+            )
+            out[rows, :, asking], lse[rows, :, asking] = found[:2]
             if total is None or found[2] is None:
                 total = None
             else:
