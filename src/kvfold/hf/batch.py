@@ -133,7 +133,8 @@ class Batch(Host):
             or len(set(chosen.tolist())) != len(chosen)
             or bool(((chosen < 0) | (chosen >= batch)).any())
         ):
-            raise ValueError(f"rows={list(rows)!r} must be different rows of the batch, 0 to {batch - 1}")
+            there = f"0 to {batch - 1}" if batch else "which has none: nothing was read"
+            raise ValueError(f"rows={list(rows)!r} must be different rows of the batch, {there}")
         return chosen
 
     def _choose(self, chosen: np.ndarray) -> None:

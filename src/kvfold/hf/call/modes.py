@@ -60,6 +60,10 @@ class Modal(HFCache):
         """Run the events that still wait."""
         raise NotImplementedError
 
+    def stop_recording(self) -> None:
+        """Assisted decoding is over."""
+        raise NotImplementedError
+
     @contextmanager
     def within(self, **changes: Any) -> Iterator[None]:
         """Another mode within the block."""
@@ -75,15 +79,15 @@ class Modal(HFCache):
 
         `observe` gets every layer's view, with the queries of the pass: a draft's look-ahead, a patched prompt.
         """
-        self.settle_pending()
         rows, marks = self.rows.mark(), [core.mark() for core in self.paged]
         others = [None if isinstance(x, PagedLayer) else copy.deepcopy(x) for x in self.layers]
-        given, call, reading, self.call, uncropped = self.given, self.call, self.reading, Call(), self.pending.uncropped
+        given, call, reading, pending = self.given, self.call, self.reading, self.pending
+        self.call, self.pending = Call(), Pending()  # nobody crops what leaves no trace
         try:
             with kept_tables(self.model), self.within(listening=False, observe=observe):
                 yield
         finally:
-            self.given, self.call, self.reading, self.pending.uncropped = given, call, reading, uncropped
+            self.given, self.call, self.reading, self.pending = given, call, reading, pending
             self.rows.rewind(rows)
             for core, mark in zip(self.paged, marks, strict=True):
                 core.rewind(mark)
@@ -91,13 +95,9 @@ class Modal(HFCache):
 
     @contextmanager
     def aside(self, observe: Callable[[LayerView], None] | None = None) -> Iterator[None]:
-        """Passes that leave no trace, each in one piece, and that nobody crops."""
-        before, self.pending = self.pending, Pending()
-        try:
-            with self.within(whole=True), self.tentative(observe):
-                yield
-        finally:
-            self.pending = before
+        """Passes that leave no trace, each in one piece."""
+        with self.within(whole=True), self.tentative(observe):
+            yield
 
     def prefilling(self, rows: tuple[int, ...] | None = None) -> AbstractContextManager[None]:
         """Every forward pass inside the block reads a part of the prompt, also one of a single token.
