@@ -25,7 +25,7 @@ from kvfold.layer.layer import KVLayer
 from kvfold.layer.rows import Rows
 from kvfold.methods.base import Method
 from kvfold.methods.registry import parse
-from kvfold.options import check_int
+from kvfold.options import check_int, shown
 from kvfold.pages import Arena
 
 
@@ -56,6 +56,8 @@ class Cache(Adopting):
         arena: Arena | None = None, **options: Any,
     ):  # fmt: skip
         chosen, model = parse(method, **options), unwrapped(model)
+        if not isinstance(arena, Arena | None):
+            raise ValueError(f"arena={shown(arena)} must be a kvfold.Arena")
         if prefill_chunk is not None:
             check_int("prefill_chunk", prefill_chunk, 2)
             check_reads_on(chosen)
@@ -144,7 +146,7 @@ class Cache(Adopting):
         """A cache that holds these rows, in this order; pages are shared until one of the two writes them."""
         chosen = self._checked(rows)
         if not len(chosen):
-            raise ValueError(f"rows={list(rows)!r} must name at least one row of the batch")
+            raise ValueError(f"rows={shown(rows)} must name at least one row of the batch")
         other = self.fork()
         other._choose(chosen)
         return other

@@ -1,7 +1,7 @@
 """How forward passes are taken within a block: observed, undecided, as parts of a prompt, without a trace."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +16,7 @@ from kvfold.hf.layers import PagedLayer
 from kvfold.hf.tables import kept_tables
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.rows import Rows
+from kvfold.options import LARGEST, check_rows
 from kvfold.pages import Arena
 from kvfold.views import LayerView
 
@@ -99,13 +100,14 @@ class Modal(HFCache):
         with self.within(whole=True), self.tentative(observe):
             yield
 
-    def prefilling(self, rows: tuple[int, ...] | None = None) -> AbstractContextManager[None]:
+    def prefilling(self, rows: Sequence[int] | None = None) -> AbstractContextManager[None]:
         """Every forward pass inside the block reads a part of the prompt, also one of a single token.
 
         Outside it one token counts as generated, unless the cache is empty. For prompts that are read in chunks.
         `rows`: those of the batch that do; the others read a generated token beside it, and padding before that.
+        Raises ValueError for rows that the batch does not have.
         """
-        return self.within(prefilling=True if rows is None else rows)
+        return self.within(prefilling=True if rows is None else check_rows(rows, self.rows.batch or LARGEST))
 
     def undecided(self) -> AbstractContextManager[None]:
         """Forward passes inside the block append, and no event runs: a method that acts in decoding lets it be."""
