@@ -31,6 +31,7 @@ KNOWN: dict[tuple[str, str], str] = {
     ("gpt2", "GPT2Attention.forward"): "the same for sdpa and kvfold",
     ("hrm_text", "HrmTextPreTrainedModel._check_and_adjust_attn_implementation"): "the same for sdpa and kvfold",
     ("hy_v4", "HYV4Attention.forward"): SPARSE,
+    ("hy_v4_vl", "HYV4VLAttention.forward"): SPARSE,  # from transformers 5.24 on
     ("minimax_m3_vl", "MiniMaxM3VLAttention.forward"): SPARSE,
     ("mistral_large4", "MistralLarge4TextAttention.forward"): SPARSE,
     ("timm_wrapper", "TimmWrapperPreTrainedModel.post_init"): "when it is made, before kvfold comes",

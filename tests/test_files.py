@@ -85,6 +85,15 @@ def test_what_is_no_regular_file_is_refused_and_left(tmp_path):
         write_whole(tmp_path / "nowhere" / "x", b"", "out")
 
 
+@pytest.mark.parametrize("path", ["", b"x", "a\0b", 1, None], ids=repr)
+def test_what_names_no_file(path, tmp_path, monkeypatch, unchecked):
+    monkeypatch.chdir(tmp_path)
+    for use in (lambda: write_whole(path, b"x"), lambda: read_json(path, "here")):
+        with pytest.raises(ValueError, match=r"path=.* must be the path of a file"):
+            use()
+    assert list(tmp_path.iterdir()) == [] and tmp_path.is_dir()
+
+
 def test_json_is_read_with_limits(tmp_path):
     path = tmp_path / "x.json"
     texts = {

@@ -20,7 +20,16 @@ KINDS = {
 
 
 def check_regular(path: str | os.PathLike[str], argument: str = "path") -> None:
-    """Raise ValueError for a folder, a device, a pipe: what is there must be a regular file, or nothing."""
+    """Raise ValueError for a folder, a device, a pipe: what is there must be a regular file, or nothing.
+
+    So for what names no file: an empty text (which would be the folder that one is in), bytes, a descriptor's number.
+    """
+    try:
+        name: object = os.fspath(path)
+    except TypeError:
+        name = None
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"{argument}={shown(path)} must be the path of a file, as text")
     try:
         kind = stat.S_IFMT(os.stat(path).st_mode)
     except FileNotFoundError:

@@ -1,6 +1,8 @@
 """Checks of options: each error names the option, the value and what is allowed."""
 
 from collections.abc import Collection
+from operator import index
+from typing import Any
 
 
 def shown(value: object) -> str:
@@ -38,6 +40,19 @@ def check_ints(name: str, values: object) -> None:
     ints = isinstance(values, tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
     if not ints:
         raise ValueError(f"{name}={shown(values)} must be a tuple of ints")
+
+
+def check_rows(rows: Any, batch: int) -> tuple[int, ...]:
+    """The rows as ints. Raise ValueError unless they are different rows of a batch; flags are none."""
+    try:
+        each = rows.tolist() if hasattr(rows, "tolist") else rows  # of arrays and tensors
+        found = [-1 if isinstance(row, bool) else index(row) for row in each]
+    except TypeError:
+        found = [-1]
+    if len(set(found)) != len(found) or not all(0 <= row < batch for row in found):
+        there = f"0 to {batch - 1}" if batch else "which has none: nothing was read"
+        raise ValueError(f"rows={shown(rows)} must be different rows of the batch, {there}")
+    return tuple(found)
 
 
 def check_name(name: str, value: object, allowed: str) -> None:

@@ -1,8 +1,11 @@
 """Assisted decoding over several turns: budgets hold, and what recorded its past stops when no crop comes any more."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Lfm2Config
+from transformers.generation.streamers import BaseStreamer
 
 import kvfold
 from kvfold.hf.layers import held_bytes
@@ -75,6 +78,89 @@ def test_a_further_prompt_that_its_format_refuses():
     _, text = turns(cache, LOOKUP, lengths=(40,))
     with pytest.raises(ValueError, match="requantise=True"):
         go_on(cache, torch.cat([text[:, -1:], tokens(9)["input_ids"]], 1), LOOKUP)
+
+
+LOOKS = {
+    "kept_tokens": lambda cache, path: cache.kept_tokens,
+    "kept": lambda cache, path: cache.paged and cache.kept(cache.paged[0].layer),
+    "report": lambda cache, path: str(cache.report()),
+    "fork": lambda cache, path: read(cache.model, cache.fork(), tokens(2)["input_ids"]),
+    "take": lambda cache, path: cache.rows.batch and cache.take([0]).kept_tokens,
+    "copy": lambda cache, path: copy.deepcopy(cache).report(),
+    "save": lambda cache, path: cache.save(path),
+    "tentative": lambda cache, path: aside(cache),
+}
+
+
+def aside(cache):
+    with cache.tentative():
+        read(cache.model, cache, tokens(3)["input_ids"])
+
+
+class Looking(BaseStreamer):
+    """Looks at a cache whenever it hears of tokens: of a draft's before those that were refused are cropped."""
+
+    def __init__(self, look):
+        self.look, self.found = look, []
+
+    def put(self, value):
+        self.found.append(self.look())
+
+    def end(self):
+        self.put(None)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("gemma3", "h2o"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("llama", "snapkv"), ("llama", "cake"), ("llama", "kvzip"), ("mistral-sliding", "full"),
+                         ("lfm2", "full"))
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*has no layer with full attention")
+def test_whoever_looks_changes_nothing(name, method, look, tmp_path):
+    model = lfm2() if name == "lfm2" else subject(name)
+    options = {} if method == "full" else {"budget": 12}
+    cache, alone = (kvfold.Cache(model, method, **options) for _ in range(2))
+    prompt = tokens(20)["input_ids"].repeat(1, 2)
+    streamer = Looking(lambda: LOOKS[look](cache, tmp_path / "c"))
+    said = model.generate(prompt, past_key_values=cache, streamer=streamer, **LOOKUP)
+    assert len(streamer.found) > 2
+    assert torch.equal(said, model.generate(prompt, past_key_values=alone, **LOOKUP))
+    assert [core.kept() for core in cache.paged] == [core.kept() for core in alone.paged]
+    assert not cache.pending.recording
+    more = tokens(9, seed=1)["input_ids"]
+    assert torch.equal(read(model, cache, more), read(model, alone, more))
+
+
+def test_a_copy_between_a_draft_and_its_crop_takes_the_draft_for_text(tmp_path):
+    """And decides: nothing of it waits, and a file of it is the same."""
+    cache = kvfold.Cache(subject("llama"), "snapkv", budget=12)
+    found = []
+
+    def look():
+        cache.save(tmp_path / "c")
+        found.append((cache.kept_tokens, cache.fork(), kvfold.Cache.load(tmp_path / "c", cache.model)))
+
+    prompt = tokens(20)["input_ids"].repeat(1, 2)
+    cache.model.generate(prompt, past_key_values=cache, streamer=Looking(look), **LOOKUP)
+    _, (held, fork, loaded), *_ = found  # the first: before anything was read
+    assert held > 40 and fork.kept_tokens == 12 and not fork.pending.recording
+    assert fork.kept(0) == loaded.kept(0) and fork.rows.prompt.tolist() == [held]
+
+
+def test_caches_join_after_assisted_decoding():
+    model = subject("gemma3")
+    caches = [kvfold.Cache(model, "full") for _ in range(2)]
+    for seed, cache in enumerate(caches):
+        model.generate(tokens(30, seed=seed)["input_ids"], past_key_values=cache, **LOOKUP)
+    caches[0].join(caches[1])
+    assert caches[0].rows.batch == 2
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ def test_dropping_a_cache_frees_it_at_once() -> None:
 
 
 def assisted(budget: int = 12) -> tuple[torch.nn.Module, kvfold.Cache]:
-    """A cache after assisted decoding and then a plain turn, whose event waits for a crop that never comes."""
+    """A cache after assisted decoding and then a plain turn."""
     model = build("llama")
     cache = kvfold.Cache(model, "snapkv", budget=budget, window=4)
     ids = tokens(20)["input_ids"]
@@ -85,11 +85,9 @@ def assisted(budget: int = 12) -> tuple[torch.nn.Module, kvfold.Cache]:
     return model, cache
 
 
-def test_what_waits_is_done_before_anyone_looks(tmp_path) -> None:
-    for look in (lambda c: c.kept_tokens, lambda c: c.report(), lambda c: c.fork(), lambda c: c.save(tmp_path / "c")):
-        _, cache = assisted()
-        look(cache)
-        assert (cache.paged[0].counts() == 12).all()
+def test_a_turn_after_assisted_decoding_is_decided_at_once() -> None:
+    _, cache = assisted()
+    assert (cache.paged[0].counts() == 12).all() and not cache.pending.waits
 
 
 def test_a_tentative_pass_after_assisted_decoding_leaves_no_trace() -> None:

@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+)
 
 import kvfold
 from kvfold.hf.call.chunks import chunk_ends
-from models import dynamic, feed, follow, reference, subject, tokens
+from models import COMMON, dynamic, feed, follow, reference, subject, tokens
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3", "qwen3-next"])
@@ -108,6 +114,7 @@ def test_refusals_come_before_anything_is_read(unchecked):
     for options, message in (
         ({"labels": ids}, "labels"),
         ({"output_hidden_states": True}, "output_hidden_states"),
+        ({"output_router_logits": True}, "output_router_logits"),
         ({"logits_to_keep": 30}, "logits_to_keep=30"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -115,6 +122,25 @@ def test_refusals_come_before_anything_is_read(unchecked):
         assert cache.get_seq_length() == 0
     feed(model, cache, ids, torch.ones_like(ids))
     assert cache.get_seq_length() == 50
+
+
+@pytest.mark.parametrize("kind", [LlamaForSequenceClassification, LlamaForQuestionAnswering])
+def test_heads_that_answer_for_the_text_as_a_whole_are_refused(kind):
+    """Their chunks' answers, side by side, would be nobody's."""
+    model, prompt = kind(LlamaConfig(**COMMON)).eval(), tokens(30, 20)
+    with torch.no_grad(), pytest.raises(ValueError, match=f"{kind.__name__} does not answer token by token"):
+        model(**prompt, past_key_values=kvfold.Cache(model, "full", prefill_chunk=10))
+    with torch.no_grad():
+        want, got = model(**prompt)[0], model(**prompt, past_key_values=kvfold.Cache(model, "full"))[0]
+    real = prompt["attention_mask"].bool() if got.shape == prompt["input_ids"].shape else slice(None)
+    torch.testing.assert_close(got[real], want[real], atol=2e-4, rtol=0)
+
+
+def test_a_head_that_labels_tokens_is_read_in_chunks():
+    model, prompt = LlamaForTokenClassification(LlamaConfig(**COMMON)).eval(), tokens(30)
+    with torch.no_grad():
+        got = model(**prompt, past_key_values=kvfold.Cache(model, "full", prefill_chunk=10)).logits
+        torch.testing.assert_close(got, model(**prompt).logits, atol=2e-4, rtol=0)
 
 
 def test_transformers_own_chunks_are_ours():

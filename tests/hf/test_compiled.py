@@ -92,7 +92,8 @@ def test_another_cache_needs_no_other_graph():
 
 
 @pytest.mark.parametrize(
-    "name,part,method", [("llama", "body", "h2o"), ("llama", "model", "kivi(residual=32)"), ("llama", "model", "fastkv(budget=0.5)")]
+    "name,part,method",
+    [("llama", "body", "h2o"), ("llama", "model", "kivi(residual=32)"), ("llama", "model", "fastkv(budget=0.5)")],
 )
 @pytest.mark.slow
 def test_a_graph_that_breaks_says_what_it_says(name, part, method):

@@ -14,7 +14,7 @@ from transformers import (
 
 import kvfold
 from kvfold.hf.argument import cache_in, name_of
-from models import COMMON, build, feed, grow, subject, tokens
+from models import COMMON, build, feed, follow, grow, subject, tokens
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -143,6 +143,22 @@ def test_attention_that_ignores_the_interface(changed):
     cache = kvfold.Cache(model)
     with pytest.raises(RuntimeError, match=r'layer 1 of LlamaForCausalLM .* "kvfold".*AttentionInterface'):
         feed(model, cache, *tokens(8).values())
+
+
+def test_an_attention_that_was_set_anew_meanwhile():
+    """Someone looks at weights, say, which "eager" alone gives."""
+    model, prompt, steps = build("llama"), tokens(10), torch.tensor([[5, 6]])
+    want, cache = follow(model, kvfold.Cache(model, "full"), *prompt.values(), steps), kvfold.Cache(model, "full")
+    model.set_attn_implementation("eager")
+    with pytest.raises(RuntimeError, match=r"was set to 'eager' .* set_attn_implementation\('kvfold'\) sets it back"):
+        follow(model, cache, *prompt.values(), steps)
+    model.set_attn_implementation("kvfold")
+    assert torch.equal(follow(model, cache, *prompt.values(), steps), want)
+
+
+def test_what_is_no_arena(unchecked):
+    with pytest.raises(ValueError, match=r"arena=5 must be a kvfold\.Arena"):
+        kvfold.Cache(subject("llama"), "full", arena=5)
 
 
 def test_the_last_layer_ignores_the_interface():

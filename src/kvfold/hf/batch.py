@@ -1,6 +1,7 @@
 """The rows of a cache: taken back from the end, chosen, joined by those of another, let go."""
 
 from collections.abc import Sequence
+from operator import index
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from kvfold.hf.call.given import Given
 from kvfold.hf.call.hooks import watch
 from kvfold.hf.call.host import Host
 from kvfold.hf.layers import PagedLayer, WindowLayer
+from kvfold.options import check_rows, shown
 
 
 class Batch(Host):
@@ -23,7 +25,12 @@ class Batch(Host):
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the last `-tokens_to_remove` tokens of every row, then run what waited for it."""
-        count = int(tokens_to_remove)  # a tensor from transformers before 5.17
+        try:
+            count = index(tokens_to_remove)  # a tensor from transformers before 5.17
+        except TypeError:
+            raise ValueError(
+                f"tokens_to_remove={shown(tokens_to_remove)} must be an int: minus the tokens to take back"
+            ) from None
         drop = -count if count <= 0 else max(0, self.get_seq_length() - count)
         for core in self.paged:
             never = [str(form) for form, _ in core.segments if drop and form.traits.crops == "never"]
@@ -100,12 +107,12 @@ class Batch(Host):
         fresh, self.given = not self.rows.batch, Given()  # from now on nobody knows which columns are whose
         for cache in (self, other):
             cache.name_columns()
-        for index, (mine, theirs) in enumerate(zip(self.layers, other.layers, strict=True)):
+        for place, (mine, theirs) in enumerate(zip(self.layers, other.layers, strict=True)):
             if isinstance(mine, PagedLayer):
                 mine.core.join(theirs.core)
                 mine.is_initialized = True
             elif fresh:
-                self.layers[index] = theirs
+                self.layers[place] = theirs
             elif not is_empty(mine):
                 join_layers(mine, theirs)
         self.rows.join(other.rows)
@@ -126,15 +133,7 @@ class Batch(Host):
             self.reset()
 
     def _checked(self, rows: Sequence[int]) -> np.ndarray:
-        chosen = np.asarray(rows, dtype=np.int64)
-        batch = self.rows.batch
-        if (
-            chosen.ndim != 1
-            or len(set(chosen.tolist())) != len(chosen)
-            or bool(((chosen < 0) | (chosen >= batch)).any())
-        ):
-            raise ValueError(f"rows={list(rows)!r} must be different rows of the batch, 0 to {batch - 1}")
-        return chosen
+        return np.array(check_rows(rows, self.rows.batch), dtype=np.int64)
 
     def _choose(self, chosen: np.ndarray) -> None:
         """Row i becomes what row `chosen[i]` was, in every layer."""

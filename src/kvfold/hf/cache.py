@@ -11,7 +11,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvfold.hf.adopting import Adopting
 from kvfold.hf.anatomy import attention_modules
-from kvfold.hf.beside import end_recording
 from kvfold.hf.call.call import Call
 from kvfold.hf.call.checking import check_carried, check_reads_on
 from kvfold.hf.call.hooks import hook, use_kvfold, watch
@@ -27,7 +26,7 @@ from kvfold.layer.layer import KVLayer
 from kvfold.layer.rows import Rows
 from kvfold.methods.base import Method
 from kvfold.methods.registry import parse
-from kvfold.options import check_int
+from kvfold.options import check_int, shown
 from kvfold.pages import Arena
 
 
@@ -61,6 +60,8 @@ class Cache(Adopting):
         part_size: int | None = None, arena: Arena | None = None, **options: Any,
     ):  # fmt: skip
         chosen, model = parse(method, **options), unwrapped(model)
+        if not isinstance(arena, Arena | None):
+            raise ValueError(f"arena={shown(arena)} must be a kvfold.Arena")
         if prefill_chunk is not None:
             check_int("prefill_chunk", prefill_chunk, 2)
             check_reads_on(chosen)
@@ -129,7 +130,6 @@ class Cache(Adopting):
     @property
     def kept_tokens(self) -> float:
         """Tokens held per KV head, a mean over the paged layers, rows and heads."""
-        self.settle_pending()
         counts = [layer.counts().mean() for layer in self.paged if layer.width]
         return float(sum(counts) / len(counts)) if counts else 0.0
 
@@ -138,7 +138,6 @@ class Cache(Adopting):
 
         Raises ValueError for a layer that is not on pages.
         """
-        self.settle_pending()
         if not 0 <= layer < len(self.layers) or not isinstance(self.layers[layer], PagedLayer):
             paged = [core.layer for core in self.paged]
             raise ValueError(f"layer={layer} is not one of the layers with full attention: {paged}")
@@ -149,7 +148,6 @@ class Cache(Adopting):
 
     def report(self) -> Report:
         """Tokens and bytes of each layer; prints as a table."""
-        self.settle_pending()
         return layer_report(self)
 
     # -- copies and files ------------------------------------------------------------------------------------
@@ -158,7 +156,7 @@ class Cache(Adopting):
         """A cache that holds these rows, in this order; pages are shared until one of the two writes them."""
         chosen = self._checked(rows)
         if not len(chosen):
-            raise ValueError(f"rows={list(rows)!r} must name at least one row of the batch")
+            raise ValueError(f"rows={shown(rows)} must name at least one row of the batch")
         other = self.fork()
         other._choose(chosen)
         return other
@@ -174,15 +172,16 @@ class Cache(Adopting):
         """A second cache with the same content; pages are shared until one of the two writes them.
 
         Each counts the pages that it shares in its own `nbytes`. `copy.copy` and `copy.deepcopy` do the same. Blocks
-        such as `undecided()` that hold for this cache do not hold for the other one.
+        such as `undecided()` that hold for this cache do not hold for the other one, nor does an assisted decoding that
+        is going on: what waits for its crop is decided in the other one, and goes on waiting here.
         """
-        self.settle_pending()
         other = type(self).__new__(type(self))
         other.model, other.prefill_chunk, other.part_size = self.model, self.prefill_chunk, self.part_size
         other.arena = self.arena
         other.rows, other.call = self.rows.fork(), Call()
         Host.__init__(other, [_forked(layer, other) for layer in self.layers])
-        other.reading, other.given = self.reading, self.given
+        other.reading, other.given, other.pending = self.reading, self.given, self.pending.copied()
+        other.stop_recording()
         return other
 
     def __copy__(self) -> "Cache":
@@ -228,9 +227,7 @@ def _kinds(plan: list[Any]) -> str:
 def _forked(layer: Any, owner: Cache) -> Any:
     """A layer for a fork: over the same pages, or a copy."""
     if not isinstance(layer, PagedLayer):
-        copied = copy.deepcopy(layer)
-        end_recording(copied)  # an assisted decoding that was going on is not the fork's
-        return copied
+        return copy.deepcopy(layer)
     forked = PagedLayer(owner, layer.core.fork(owner.rows), layer.latent)
     forked.is_initialized = layer.is_initialized or layer.core.width > 0
     return forked

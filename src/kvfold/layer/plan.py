@@ -103,6 +103,11 @@ class Plan:
         """The context that the layers of the pass share, of one group's method."""
         return self.steps.setdefault((group, ""), {})
 
+    def copied(self) -> "Plan":
+        """The same pass of a copy of the cache: what is decided there is not known here."""
+        steps = {part: dict(context) for part, context in self.steps.items()}
+        return replace(self, steps=steps, waiting=dict(self.waiting))
+
     def cropped(self, columns: int) -> "Plan":
         """The same pass without its last columns."""
         if not columns:

@@ -6,6 +6,7 @@ import numpy as np
 
 from kvfold.hf.call.modes import Modal
 from kvfold.hf.recurrence import carries_state, is_recurrent
+from kvfold.hf.source import NAME
 from kvfold.methods.base import Method
 
 
@@ -89,6 +90,13 @@ class Checked(Modal):
         """Raise RuntimeError if a layer got keys that no attention function has seen."""
         layer, self.call.unread = self.call.unread, None
         if layer is not None:
+            name = self.model.config.get_text_config(decoder=True)._attn_implementation
+            if name != NAME:
+                raise RuntimeError(
+                    f"the attention of {type(self.model).__name__} was set to {name!r} when it had a kvfold cache: "
+                    f"set_attn_implementation({NAME!r}) sets it back, and computes what 'sdpa' does where there is no "
+                    "such cache"
+                )
             raise RuntimeError(
                 f"layer {layer.core.layer} of {type(self.model).__name__} updated the cache, but its attention did "
                 'not call the function registered as "kvfold" with the keys that it got: it ignores '

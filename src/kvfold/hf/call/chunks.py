@@ -14,7 +14,7 @@ from torch import Tensor
 from kvfold.hf.call.images import pixels_in
 from kvfold.hf.tables import as_long_as, by_length
 
-WHOLE = ("output_attentions", "output_hidden_states", "labels")
+WHOLE = ("output_attentions", "output_hidden_states", "output_router_logits", "labels")
 """What would need the whole prompt's states at once."""
 
 
@@ -61,7 +61,7 @@ def read_ahead(
         for stop in ends[:-1]:
             out = module(**part(named, start, stop, ends[-1]) | ({"logits_to_keep": 1} if few else {}))
             if not few:
-                kept.append(first_tensor(out))
+                kept.append(of_tokens(out, module, stop - start, chunk))
             start = stop
     return part(named, start, ends[-1], tokens.shape[1]), kept
 
@@ -98,9 +98,17 @@ def part(named: Mapping[str, Any], start: int, stop: int, length: int) -> dict[s
     return made
 
 
-def first_tensor(out: Any) -> Tensor:
-    """Logits, or the last hidden state of a model without a head."""
-    found: Tensor = out[0] if isinstance(out, tuple) else getattr(out, output_name(out))
+def of_tokens(out: Any, module: Any, tokens: int, chunk: int) -> Tensor:
+    """Logits of a chunk's tokens, or the last hidden states of a model without a head.
+
+    ValueError where a head answers otherwise, one label for a text say: the chunks' answers would make none.
+    """
+    found = out[0] if isinstance(out, tuple) else getattr(out, output_name(out), None)
+    if not isinstance(found, Tensor) or found.dim() != 3 or found.shape[1] != tokens:
+        raise ValueError(
+            f"prefill_chunk={chunk}: {type(module).__name__} does not answer token by token; read its text at once, "
+            "with another cache"
+        )
     return found
 
 

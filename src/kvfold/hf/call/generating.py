@@ -1,4 +1,4 @@
-"""What `generate` gives a cache: ids that go on where those end which the cache has read, or ValueError."""
+"""`generate` and its cache: the ids that it gives go on where those end that were read; with it ends its drafting."""
 
 from typing import Any
 
@@ -10,16 +10,25 @@ from kvfold.hf.standing import StandIn, stand
 
 
 class Comparing(StandIn):
-    """`generate` of one model, which compares the ids that it gets with those that its cache has read."""
+    """`generate` of one model, which compares the ids that it gets with those that its cache has read.
+
+    An assisted decoding that began in it is over with it: what comes next is not cropped.
+    """
 
     name = "generate"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
         cache, ids = cache_in(kwargs), next((x for x in given if x is not None), None)
-        if isinstance(cache, Modal) and isinstance(ids, Tensor):
+        if not isinstance(cache, Modal):
+            return self.original(*args, **kwargs)
+        if isinstance(ids, Tensor):
             _check(cache, ids, kwargs.get("attention_mask"))
-        return self.original(*args, **kwargs)
+        recorded = cache.pending.recording  # then others crop, who go on when this call is over
+        made = self.original(*args, **kwargs)
+        if cache.pending.recording and not recorded:
+            cache.stop_recording()
+        return made
 
 
 def watch_generation(model: Any) -> None:

@@ -125,10 +125,14 @@ class Host(Checked):
     def settle_pending(self) -> None:
         """Run the events that still wait for a crop: assisted decoding is over, what came last was a further turn."""
         if self.pending.waits:
-            if self.pending.recording:
-                for layer in self.layers:
-                    end_recording(layer)
-            self.settled(self.pending.turn(self.paged))
+            self.stop_recording()
+
+    def stop_recording(self) -> None:
+        """Assisted decoding is over: no crop comes any more."""
+        if self.pending.recording:
+            for layer in self.layers:
+                end_recording(layer)
+        self.settled(self.pending.turn(self.paged))
 
     def settled(self, plan: Plan | None) -> None:
         """The late events of layers whose own have come, then `after_prompt`."""

@@ -1,7 +1,7 @@
 """How forward passes are taken within a block: observed, undecided, as parts of a prompt, without a trace."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +16,7 @@ from kvfold.hf.layers import PagedLayer
 from kvfold.hf.tables import kept_tables
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.rows import Rows
+from kvfold.options import LARGEST, check_rows
 from kvfold.pages import Arena
 from kvfold.views import LayerView
 
@@ -64,6 +65,10 @@ class Modal(HFCache):
         """Run the events that still wait."""
         raise NotImplementedError
 
+    def stop_recording(self) -> None:
+        """Assisted decoding is over."""
+        raise NotImplementedError
+
     @contextmanager
     def within(self, **changes: Any) -> Iterator[None]:
         """Another mode within the block."""
@@ -79,15 +84,15 @@ class Modal(HFCache):
 
         `observe` gets every layer's view, with the queries of the pass: a draft's look-ahead, a patched prompt.
         """
-        self.settle_pending()
         rows, marks = self.rows.mark(), [core.mark() for core in self.paged]
         others = [None if isinstance(x, PagedLayer) else copy.deepcopy(x) for x in self.layers]
-        given, call, reading, self.call, uncropped = self.given, self.call, self.reading, Call(), self.pending.uncropped
+        given, call, reading, pending = self.given, self.call, self.reading, self.pending
+        self.call, self.pending = Call(), Pending()  # nobody crops what leaves no trace
         try:
             with kept_tables(self.model), self.within(listening=False, observe=observe):
                 yield
         finally:
-            self.given, self.call, self.reading, self.pending.uncropped = given, call, reading, uncropped
+            self.given, self.call, self.reading, self.pending = given, call, reading, pending
             self.rows.rewind(rows)
             for core, mark in zip(self.paged, marks, strict=True):
                 core.rewind(mark)
@@ -95,21 +100,18 @@ class Modal(HFCache):
 
     @contextmanager
     def aside(self, observe: Callable[[LayerView], None] | None = None) -> Iterator[None]:
-        """Passes that leave no trace, each in one piece, and that nobody crops."""
-        before, self.pending = self.pending, Pending()
-        try:
-            with self.within(whole=True, progress=None), self.tentative(observe):
-                yield
-        finally:
-            self.pending = before
+        """Passes that leave no trace, each in one piece."""
+        with self.within(whole=True, progress=None), self.tentative(observe):
+            yield
 
-    def prefilling(self, rows: tuple[int, ...] | None = None) -> AbstractContextManager[None]:
+    def prefilling(self, rows: Sequence[int] | None = None) -> AbstractContextManager[None]:
         """Every forward pass inside the block reads a part of the prompt, also one of a single token.
 
         Outside it one token counts as generated, unless the cache is empty. For prompts that are read in chunks.
         `rows`: those of the batch that do; the others read a generated token beside it, and padding before that.
+        Raises ValueError for rows that the batch does not have.
         """
-        return self.within(prefilling=True if rows is None else rows)
+        return self.within(prefilling=True if rows is None else check_rows(rows, self.rows.batch or LARGEST))
 
     def undecided(self) -> AbstractContextManager[None]:
         """Forward passes inside the block append, and no event runs: a method that acts in decoding lets it be."""

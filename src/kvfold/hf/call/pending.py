@@ -1,7 +1,7 @@
 """Assisted decoding: passes whose tokens may still be taken back, and the events that wait until they were."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.plan import Plan
@@ -33,6 +33,11 @@ class Pending:
     def record(self) -> None:
         """Assisted decoding begins."""
         self.recording = self.opening = True
+
+    def copied(self) -> "Pending":
+        """The same for a copy of the cache: what comes of it there changes nothing here."""
+        found = {id(plan): plan.copied() for plan in (self.plan, self.unheard) if plan is not None}
+        return replace(self, plan=found.get(id(self.plan)), unheard=found.get(id(self.unheard)))
 
     def opens(self) -> bool:
         """Whether the pass that begins now is the first of an assisted decoding."""

@@ -43,7 +43,8 @@ def save(cache: Host, path: str | os.PathLike[str]) -> None:
     RuntimeError after a call that failed when layers had stored its tokens.
     """
     cache.forgive()  # who reads the file could not know that some layers are a call ahead
-    cache.settle_pending()  # a decision that waits for assisted decoding's crop would be lost
+    if cache.pending.recording or cache.pending.waits:
+        cache = cache.fork()  # where what waits for assisted decoding's crop is decided: it would be lost
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
     written: dict[str, Segment] = {}
