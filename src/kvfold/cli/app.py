@@ -41,8 +41,23 @@ def _root(
     """Long contexts with a small KV cache, for transformers models."""
 
 
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Variables by which a user says how OpenMP's threads wait."""
+
+
+def rest_between_products() -> None:
+    """Let torch's threads sleep between two products, unless the user says how they wait; before torch is imported.
+
+    They would turn in place for milliseconds, on the cores that our kernels are given next, and behind a busy program
+    that has taken their own. See docs/benchmarks.md.
+    """
+    if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
 def main() -> None:
     """Run the command; errors become a line on stderr and an exit code."""
+    rest_between_products()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal that has no such character shows what it would be
             stream.reconfigure(errors="backslashreplace")
