@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bind", help="VLLM_CPU_OMP_THREADS_BIND, with --processes; else every core that it may use")
+    parser.add_argument("--bind", help="VLLM_CPU_OMP_THREADS_BIND; else every core that it may use")
     parser.add_argument(
         "--batched-tokens", type=int, default=4096, help="tokens of one engine step; 0: the whole batch"
     )
@@ -173,7 +173,7 @@ def main() -> None:
         "context": args.context,
         "batch": args.batch,
         "dtype": args.dtype,
-        "threads": len(cores),
+        "threads": len(bind.split(",")),
         "command": shlex.join(["python", Path(sys.argv[0]).name, *argv]),
         "environment": {
             name: value

@@ -78,9 +78,12 @@ class PeerProcess:
 
     def __init__(self, peer: str, command: Sequence[str], threads: int):
         self.peer = peer
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        if peer == "vllm":  # it counts its threads itself, and takes other ways where somebody else does
+            del environment["OMP_NUM_THREADS"]
         self.run = subprocess.Popen(
             list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            env=environment,
         )  # fmt: skip
         self.words: deque[str] = deque(maxlen=LAST)
         self.listener = threading.Thread(target=self._listen, daemon=True)
@@ -199,10 +202,12 @@ def waiting(
             ]
             if not wanted:
                 continue
-            options = {
+            options: dict[str, Any] = {
                 "model": folder, "context": context, "batch": batch, "dtype": dtype, "new-tokens": new_tokens,
                 "seed": seed,
             }  # fmt: skip
+            if peer == "vllm" and hasattr(os, "sched_getaffinity"):
+                options["bind"] = ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads]))
             words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
             process = PeerProcess(peer, [python, str(script), "--turns", *words], threads)
             stack.callback(process.close)
