@@ -21,8 +21,8 @@ class OutOfPages(RuntimeError):
 class Arena:
     """At most `capacity` bytes of pages: one pool for each layer and format, which all caches share.
 
-    Everything is pages: they are taken and given back one by one, rows are scattered over them, and none ever moves.
-    Pools grow in steps; while one does, the plane that is copied is there twice.
+    Everything is pages: they are taken and given back, and rows lie on them in runs as well as they can. Pools grow in
+    steps; while one does, or lays its rows anew, the plane that is copied is there twice.
     """
 
     def __init__(self, nbytes: int):

@@ -94,7 +94,7 @@ class PagePool(Storage):
             self.per_page |= spec.per_page
 
     def grow(self, pages: int) -> None:
-        """Add free pages; page numbers stay valid."""
+        """Add free pages; page numbers may change, as `lay` says."""
         if self.arena is not None:
             self.arena.reserve(pages, pages * self.page_nbytes)
         if self.lay(self.pages + pages):
@@ -136,7 +136,7 @@ class PagePool(Storage):
     def ensure(self, count: int) -> None:
         """`count` free pages: the pool grows by 1/32 when it runs out, in an arena as that says.
 
-        In an arena page numbers may change, so that rows lie in runs.
+        Page numbers may change, so that rows lie in runs (docs/adr/0010): read them afterwards.
         """
         if self.arena is None:
             if count > self.free:
