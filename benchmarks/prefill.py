@@ -96,6 +96,7 @@ def beside(given: argparse.Namespace) -> list[dict[str, Any]]:
         for entrant in entrants[turn % len(entrants) :] + entrants[: turn % len(entrants)]:
             processor = time.process_time()
             _, seconds = contenders.read_prompt(model, entrant.make(), ids)
+            print(f"  turn {turn}: {entrant.name} {seconds:.2f} s", file=sys.stderr, flush=True)
             if turn:  # the first warms up
                 taken[entrant.name].append((seconds, time.process_time() - processor))
     rows = []
