@@ -2,6 +2,7 @@
 
     python benchmarks/prefill.py growth --model gemma3-270m --context 4096,25932 --ways parts,once,chunks=1024
     python benchmarks/prefill.py beside --model smollm2-135m-instruct --methods full,snapkv,h2o --rounds 7
+    python benchmarks/prefill.py same --model gemma3-270m --context 4096,8192 --methods kvfold,snapkv
 
 `growth`: each way at each length in a process of its own, which loads the model, reads 1,100 tokens, sets the mark of
 its memory back and reads random tokens. Ways: `parts` (what a cache does by itself) or `parts=N` tokens, `once` (all at
@@ -11,6 +12,9 @@ Memory is the most that was resident beyond the loaded model and the cache as it
 `beside`: transformers' DynamicCache with SDPA and each method read the same prompt in turns, in one process. Prints the
 median of the ratios of each turn, with the 95 % bootstrap interval: of `full` over DynamicCache, of others over `full`.
 CPU seconds of all threads stand beside, for machines that others use too.
+
+`same`: each method reads a prompt in parts and at once: seconds of both, whether the same tokens are kept and the same
+answer of 16 tokens is given, and how far the logits of its first are apart.
 """
 
 import argparse
@@ -26,7 +30,7 @@ import torch
 
 from kvfold.bench import contenders
 from kvfold.bench.peak import high_water, run_json, set_back, trim
-from kvfold.evaluation.decoding import prefill
+from kvfold.evaluation.decoding import decode, prefill
 from kvfold.evaluation.memory import resident_bytes
 from kvfold.evaluation.statistics import resampled_indices
 from kvfold.hf.cache import Cache
@@ -96,6 +100,7 @@ def beside(given: argparse.Namespace) -> list[dict[str, Any]]:
         for entrant in entrants[turn % len(entrants) :] + entrants[: turn % len(entrants)]:
             processor = time.process_time()
             _, seconds = contenders.read_prompt(model, entrant.make(), ids)
+            print(f"  turn {turn}: {entrant.name} {seconds:.2f} s", file=sys.stderr, flush=True)
             if turn:  # the first warms up
                 taken[entrant.name].append((seconds, time.process_time() - processor))
     rows = []
@@ -121,6 +126,27 @@ def beside(given: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def same(given: argparse.Namespace) -> None:
+    torch.set_num_threads(given.threads)
+    model, _ = load(given.model, dtype=given.dtype, progress=False)
+    for context in map(int, given.context.split(",")):
+        ids = contenders.draw_prompts(model, 1, context)
+        for method in given.methods.split(","):
+            reads, kept, said = [], [], []
+            for size in (None, 0):
+                cache = Cache(model, method, part_size=size)
+                reads.append(prefill(model, ids, cache))
+                kept.append([cache.kept(core.layer) for core in cache.paged])
+                said.append(decode(model, cache, reads[-1].logits, 16).tokens)
+            apart = float((reads[0].logits - reads[1].logits).abs().max())
+            alike = f"same tokens kept: {kept[0] == kept[1]}, same answer: {said[0] == said[1]}"
+            print(
+                f"{context} tokens, {method}: {reads[0].seconds:.1f} s in parts, {reads[1].seconds:.1f} s at once; "
+                f"{alike}, logits within {apart:.1e}",
+                flush=True,
+            )
+
+
 def _range(ends: list[float]) -> str:
     return f"[{ends[0]:.3f}, {ends[1]:.3f}]"
 
@@ -130,11 +156,11 @@ def main() -> None:
         print(json.dumps(read_once(*json.loads(sys.argv[2]))), flush=True)
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["growth", "beside"])
+    parser.add_argument("what", choices=["growth", "beside", "same"])
     parser.add_argument("--model", default="gemma3-270m")
     parser.add_argument("--method", default="kvfold", help="of `growth`")
-    parser.add_argument("--methods", default="full,kvfold,h2o", help="of `beside`; `full` first")
-    parser.add_argument("--context", default="4096", help="tokens; of `growth` several, separated by commas")
+    parser.add_argument("--methods", default="full,kvfold,h2o", help="of `beside`, `full` first; of `same`")
+    parser.add_argument("--context", default="4096", help="tokens; of all but `beside` several, separated by commas")
     parser.add_argument("--ways", default="parts,once,chunks=1024")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -142,6 +168,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "growth":
         growth(given)
+    elif given.what == "same":
+        same(given)
     else:
         given.context = int(given.context)
         beside(given)

@@ -36,6 +36,8 @@ def test_parts_give_what_transformers_cache_gives(name, split):
     prompt = tokens(45, 30)
     expected, logits = greedy(reference(name), dynamic(reference(name)), *prompt.values(), 5)
     cache = kvfold.Cache(subject(name), part_size=7)
+    assert splitting.reads_in_parts(cache)  # asked once a model, by passes in parts
+    split.clear()
     with torch.no_grad():
         got, ours = greedy(subject(name), cache, *prompt.values(), 5)
     assert torch.equal(got, expected)
@@ -54,6 +56,8 @@ def test_a_model_whose_layers_get_their_cache_by_place_is_read_at_once(split):
 def test_the_size_of_parts_is_for_long_prompts_on_the_cpu(split, monkeypatch):
     monkeypatch.setattr(splitting, "PART", 16)
     model = subject("llama")
+    assert splitting.reads_in_parts(kvfold.Cache(model))
+    split.clear()
     feed(model, kvfold.Cache(model), *tokens(16).values())
     feed(model, kvfold.Cache(model, part_size=0), *tokens(40).values())
     assert split == []
@@ -83,6 +87,16 @@ def test_a_model_that_says_something_else_in_parts_is_read_at_once(split):
     assert asked == len(model.model.layers)
     feed(model, kvfold.Cache(model, part_size=7), *prompt.values())
     assert len(split) == asked
+
+
+def test_a_pass_that_fails_while_it_is_asked_is_made_again(split, caplog):
+    model = build("llama")
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda *given: 1 / 0)
+    cache = kvfold.Cache(model, part_size=7)
+    assert not splitting.reads_in_parts(cache)
+    assert any("ZeroDivisionError" in line.message for line in caplog.records)
+    handle.remove()
+    assert splitting.reads_in_parts(cache)
 
 
 def test_part_size_is_checked():
@@ -158,8 +172,8 @@ def test_what_is_recorded_of_layers_is_whole():
 
 def test_arguments_are_cut_along_their_tokens():
     parts = Parts(10)
-    parts.move(4)
-    parts.move(7)
+    parts.reach(4)
+    parts.reach(7)
     wide = torch.arange(20).view(2, 10)
     assert torch.equal(part_of_argument("position_ids", wide, parts), wide[:, 4:7])
     assert torch.equal(part_of_argument("attention_mask", torch.ones(2, 13), parts), torch.ones(2, 10))

@@ -65,7 +65,7 @@ def test_rows_with_padding_in_parts(window):
     whole = ops.causal_rows(q, k, v, valid, 0.3, window=window, sums=True, shares=shares(valid, 0.5))
     parts, counted = Parts(50, valid), shares(valid, 0.5)
     for stop in (9, 30, 50):
-        parts.move(stop)
+        parts.reach(stop)
         here = slice(parts.start, stop)
         out, lse, sums = ops.causal_rows(
             q[:, :, here], k[:, :, :stop], v[:, :, :stop], valid[:, :stop], 0.3, window=window, sums=True,
@@ -81,7 +81,7 @@ def test_rows_with_padding_in_parts(window):
 def test_sums_that_one_part_can_not_give_are_nobodys():
     parts = Parts(6)
     for stop, sums in ((2, torch.ones(1, 1, 2)), (4, None), (6, torch.ones(1, 1, 6))):
-        parts.move(stop)
+        parts.reach(stop)
         parts.add(sums)
     assert parts.sums() is None
 

@@ -30,7 +30,7 @@ class KVLayer(Held):
         q: Float[Tensor, "B Hq Q D"],
         k: Float[Tensor, "B H Q D"],
         v: Float[Tensor, "B H Q Dv"],
-        valid: Bool[Tensor, "B Q"] | None,
+        valid: Bool[Tensor, "B N"] | None,
         scale: float,
         plan: Plan,
         module: Any = None,
@@ -71,7 +71,7 @@ class KVLayer(Held):
             return out
         if parts is None:
             parts = Parts(places.shape[1])
-            parts.move(parts.total)
+            parts.reach(parts.total)
         admitted = moment.admitted(hidden, everyone, places)
         parts.put(q=q, k=k, v=v)
         # A kernel counts the queries that came so far; where others ended before, the view counts in the text.

@@ -17,7 +17,7 @@ class Parts:
         self.start = self.stop = 0
         self._held: dict[str, Tensor] = {}
 
-    def move(self, stop: int) -> None:
+    def reach(self, stop: int) -> None:
         """The next part ends at token `stop`."""
         self.start, self.stop = self.stop, stop
 
@@ -26,7 +26,7 @@ class Parts:
         """Whether no part comes behind this one."""
         return self.stop == self.total
 
-    def put(self, **brought: Float[Tensor, "B X Q ..."]) -> None:
+    def put(self, **brought: Float[Tensor, "B _ Q ..."]) -> None:
         """Hold what this part brings or got, by name: its tokens are on the third axis."""
         alone = self.stop - self.start == self.total
         for name, x in brought.items():

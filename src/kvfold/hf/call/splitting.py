@@ -8,7 +8,7 @@ by part: a method decides about a layer when that has attended to the whole prom
 import logging
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from kvfold.hf.anatomy import attention_modules, text_decoder
 from kvfold.hf.argument import cache_in, with_cache
 from kvfold.hf.call.host import Host
 from kvfold.hf.layers import PagedLayer, WindowLayer
-from kvfold.hf.looking import has_weights, ids_device, looking
+from kvfold.hf.looking import has_weights, ids_device, is_offloaded, looking
 from kvfold.hf.standing import StandIn, stand
 from kvfold.layer.parts import Parts
 
@@ -34,6 +34,8 @@ RECORDED = ("output_router_logits", "output_attentions")
 """What is recorded inside a layer, and would come in parts."""
 
 _known: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+_failed: "WeakSet[nn.Module]" = WeakSet()
+"""Models of which was said that a pass failed."""
 
 
 class CannotSplit(RuntimeError):
@@ -63,7 +65,7 @@ class InParts(StandIn):
         call.parts = parts
         try:
             for start in range(0, total, call.part):
-                parts.move(min(start + call.part, total))
+                parts.reach(min(start + call.part, total))
                 named = {name: part_of_argument(name, x, parts) for name, x in kwargs.items()}
                 made = self.original(*(part_of_argument("", x, parts) for x in args), **named)
                 whole = isinstance(made, tuple)
@@ -112,16 +114,30 @@ def part_for(cache: Host, tokens: int, given: Mapping[str, Any]) -> int:
 
 
 def reads_in_parts(cache: Host) -> bool:
-    """Whether a model says the same of a text in parts; found once for a model, by two passes over a few tokens."""
-    decoder = text_decoder(cache.model)
-    if decoder not in _known:
-        _known[decoder] = False  # while it is asked
-        _known[decoder] = bool(decoder_layers(cache.model)) and has_weights(decoder) and _says_the_same(cache, decoder)
+    """Whether a model says the same of a text in parts; found once for a model, by two passes over a few tokens.
+
+    A pass that fails, under somebody's hooks for one, is said once, and made again for the next long prompt.
+    """
+    model, decoder = cache.model, text_decoder(cache.model)
+    if decoder in _known:
+        return _known[decoder]
+    if not decoder_layers(model) or not has_weights(decoder) or is_offloaded(model):
+        return False
+    _known[decoder] = False  # while it is asked
+    try:
+        _known[decoder] = _says_the_same(cache, decoder)
+    except Exception as error:  # it is read at once, as it always was
+        del _known[decoder]
+        if decoder not in _failed:
+            _failed.add(decoder)
+            name, text = type(model).__name__, "whether %s reads prompts in parts is not known: %s: %s"
+            logging.getLogger("kvfold").warning(text, name, type(error).__name__, error)
+        return False
     return _known[decoder]
 
 
 def _says_the_same(cache: Host, decoder: Any) -> bool:
-    """Whether the last hidden states are the same, read at once and in parts. A pass that fails says no, and why."""
+    """Whether the last hidden states are the same, read at once and in parts."""
     vocabulary, device = text_config(cache.model).vocab_size, ids_device(decoder)
     ids = (torch.arange(1, PROBE + 1, device=device, dtype=torch.int64) * vocabulary // (PROBE + 1))[None]
     found = []
@@ -129,15 +145,10 @@ def _says_the_same(cache: Host, decoder: Any) -> bool:
         for size in (0, PROBED):
             other = cache.for_model(cache.model)
             other.call.part = size
-            try:
-                out = decoder(input_ids=ids, use_cache=True, **with_cache(decoder, other))
-            except Exception as error:  # it is read at once, as it always was
-                name, text = type(cache.model).__name__, "%s reads no prompt in parts: %s: %s"
-                logging.getLogger("kvfold").warning(text, name, type(error).__name__, error)
-                return False
-            found.append(out[0].float())
-    close = CLOSE if out[0].dtype.itemsize >= 4 else COARSE
-    return bool((found[0] - found[1]).abs().max() <= close * found[0].abs().max())
+            found.append(decoder(input_ids=ids, use_cache=True, **with_cache(decoder, other))[0])
+    close = CLOSE if found[0].dtype.itemsize >= 4 else COARSE
+    whole, parts = (states.float() for states in found)
+    return bool((whole - parts).abs().max() <= close * whole.abs().max())
 
 
 def _splits(cache: Host, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
