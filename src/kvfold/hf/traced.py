@@ -50,7 +50,7 @@ def operator(schema: str, fake: F) -> Callable[[F], F]:
 
     def add(run: F) -> F:
         OPERATORS.define(schema)  # type: ignore[no-untyped-call]
-        OPERATORS.impl(name, run, "CompositeExplicitAutograd")
+        OPERATORS.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"kvfold::{name}", fake, lib=OPERATORS)
         return run
 
