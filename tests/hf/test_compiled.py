@@ -67,8 +67,8 @@ def test_every_step_is_one_and_the_same_graph(method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name,length", [("llama", 40), ("gemma3", 40), ("gemma3", 4)])
-def test_a_loop_gets_the_same_logits(name, length):
+@pytest.mark.parametrize("name,length,most", [("llama", 40, 2), ("gemma3", 40, 2), ("gemma3", 4, 6)])
+def test_a_loop_gets_the_same_logits(name, length, most):
     model, graphs = compiled(name, fullgraph=True)
     prompt, method = tokens(length)["input_ids"], "h2o(budget=0.9)"
     plain, cache = kvfold.Cache(subject(name), method), kvfold.Cache(model, method)
@@ -77,7 +77,7 @@ def test_a_loop_gets_the_same_logits(name, length):
     last = len(cache.layers) - 1
     assert cache.kept(last) == plain.kept(last)
     assert cache.nbytes == plain.nbytes
-    assert len(graphs.made) <= 4  # the prompt, a step, and for windows that fill at most two more
+    assert len(graphs.made) <= most  # the prompt's, that of a step, and those of windows that are not full yet
 
 
 def test_another_cache_needs_no_other_graph():
