@@ -67,8 +67,8 @@ def test_every_step_is_one_and_the_same_graph(method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name,length", [("llama", 40), ("gemma3", 40), ("gemma3", 4)])
-def test_a_loop_gets_the_same_logits(name, length):
+@pytest.mark.parametrize("name,length,most", [("llama", 40, 2), ("gemma3", 40, 2), ("gemma3", 4, 6)])
+def test_a_loop_gets_the_same_logits(name, length, most):
     model, graphs = compiled(name, fullgraph=True)
     prompt, method = tokens(length)["input_ids"], "h2o(budget=0.9)"
     plain, cache = kvfold.Cache(subject(name), method), kvfold.Cache(model, method)
@@ -77,7 +77,7 @@ def test_a_loop_gets_the_same_logits(name, length):
     last = len(cache.layers) - 1
     assert cache.kept(last) == plain.kept(last)
     assert cache.nbytes == plain.nbytes
-    assert len(graphs.made) <= 4  # the prompt, a step, and for windows that fill at most two more
+    assert len(graphs.made) <= most  # the prompt's, that of a step, and those of windows that are not full yet
 
 
 def test_another_cache_needs_no_other_graph():
@@ -87,7 +87,7 @@ def test_another_cache_needs_no_other_graph():
         plain = steps(subject("llama-one-layer"), kvfold.Cache(subject("llama-one-layer"), method), prompt, 3)
         cache = kvfold.Cache(model, method)
         torch.testing.assert_close(steps(model, cache, prompt, 3), plain, rtol=1e-4, atol=1e-4)
-        steps(model, cache.fork(), prompt[:, :1], 1)
+        steps(model, cache.fork(), torch.full((1, 1), 5), 1)
     assert len(graphs.made) == 2
 
 
@@ -113,6 +113,7 @@ def test_transformers_own_cache_in_a_compiled_model():
     torch.testing.assert_close(steps(model, DynamicCache(), prompt, 3), plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's resuming
 def test_no_gradient_comes_through_a_graph_either():
     model, _ = compiled("llama-one-layer")
     logits = model(**tokens(12), past_key_values=kvfold.Cache(model, "full")).logits
@@ -149,7 +150,7 @@ def test_fast_linears_are_operators_in_a_graph():
     plain = steps(subject("llama-one-layer"), kvfold.Cache(subject("llama-one-layer"), "full"), prompt, 4)
     with kvfold.fast_linears(model) as fast:
         found = steps(model, kvfold.Cache(model, "full"), prompt, 4)
-        assert graphs.calls(torch.ops.kvfold.linear) == 8
+        assert graphs.calls(torch.ops.kvfold.linear) == 7  # the head's 97 rows are no whole vectors
         assert sum(len(taken) for ways in fast.choices.seconds.values() for taken in ways.values()) > 0
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
     again = steps(model, kvfold.Cache(model, "full"), prompt, 1)  # undone: the graph is another
