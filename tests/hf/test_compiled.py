@@ -158,6 +158,7 @@ def test_fast_linears_are_operators_in_a_graph():
     torch.testing.assert_close(again, plain[:, :2], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="inductor needs a C++ compiler")
 def test_inductors_code_reuses_no_memory_that_is_still_looked_at():
