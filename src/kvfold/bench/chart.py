@@ -9,6 +9,8 @@ KILO = "datum.value >= 1024 ? format(datum.value / 1024, '.3~r') + 'k' : datum.v
 COLORS = {
     "kvfold": "#4c78a8", "torch SDPA": "#f58518", "kvfold, ragged": "#9ecae9", "torch SDPA, ragged": "#ffbf79",
 }  # fmt: skip
+MORE = ("#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#bab0ac")
+"""Colours of formats, in their order."""
 
 
 def kernels_chart(rows: Sequence[kernels.KernelRow], bandwidth: float, title: str) -> Any:
@@ -18,14 +20,17 @@ def kernels_chart(rows: Sequence[kernels.KernelRow], bandwidth: float, title: st
     points = [
         {
             "shape": f"{row.case.context:,} x {row.case.batch}", "dtype": row.case.dtype,
-            "contender": kernels.NAMES[row.contender] + (", ragged" if row.ragged else ""),
+            "contender": kernels.NAMES.get(row.contender, row.contender) + (", ragged" if row.ragged else ""),
             "rate": row.bytes_per_second / 1e9, "microseconds": row.seconds.median * 1e6,
             "low": row.kv_bytes / row.seconds.max / 1e9, "high": row.kv_bytes / row.seconds.min / 1e9,
             "share": row.of_bandwidth,
         }
         for row in rows
     ]  # fmt: skip
-    order = [name for name in COLORS if any(point["contender"] == name for point in points)]
+    found = dict.fromkeys(str(point["contender"]) for point in points)
+    others = [name for name in found if name not in COLORS]
+    order = [*(name for name in COLORS if name in found), *others]
+    colors = COLORS | {name: MORE[i % len(MORE)] for i, name in enumerate(others)}
     shapes = list(dict.fromkeys(str(point["shape"]) for point in points))
     top = max([bandwidth / 1e9, *(float(str(point["rate"])) for point in points)]) * 1.05
     limit = alt.Chart(alt.Data(values=[{"limit": bandwidth / 1e9, "text": f"plain read: {bandwidth / 1e9:,.1f} GB/s"}]))
@@ -42,7 +47,7 @@ def kernels_chart(rows: Sequence[kernels.KernelRow], bandwidth: float, title: st
             y=alt.Y("rate:Q", title="GB/s of keys and values kept", scale=scale),
             color=alt.Color(
                 "contender:N", sort=order, title=None, legend=alt.Legend(orient="top", labelLimit=300),
-                scale=alt.Scale(domain=order, range=[COLORS[name] for name in order]),
+                scale=alt.Scale(domain=order, range=[colors[name] for name in order]),
             ),
         )  # fmt: skip
         spans = base.mark_rule(color="#555", clip=True).encode(y="low:Q", y2="high:Q")

@@ -1,12 +1,13 @@
-"""Decode attention over pages, beside torch's SDPA on the same tokens and beside a plain read of memory.
+"""Decode attention over pages, beside torch's SDPA on the same tokens and beside a plain read of memory; also over
+other formats of the same tokens.
 
 A model's layers follow each other, so that a layer's keys and values have left every cache before they are read again.
 Here as many copies of the same shape take their place: a pass goes through all of them, and its seconds are divided
 by their number.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from math import ceil
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvfold.bench.machine import ReadRate, Spread, spread, timed
-from kvfold.formats import POSITION, Chunk, Dense, Segment, Spec
+from kvfold.formats import POSITION, Chunk, Dense, Format, Segment, Spec
 
 NAMES = {"kvfold": "kvfold", "sdpa": "torch SDPA"}
 WORKING_SET = 2**28
@@ -51,7 +52,7 @@ class KernelRow:
 
     `of_bandwidth` is the rate over the plain read's, `cost_per_token` a ragged case's seconds for each token kept
     over the full-length case's (1.0: cost in proportion to the tokens kept), `max_error` the largest difference
-    from SDPA's answer.
+    from SDPA's answer. A format's bytes are all that it holds for the tokens, and its error is from SDPA over that.
     """
 
     case: Case
@@ -82,12 +83,19 @@ class _Layer:
     keys: Tensor
     values: Tensor
     mask: Tensor | None
+    formats: Mapping[str, Segment] = field(default_factory=dict)
 
-    def kvfold(self) -> Tensor:
-        """(B, H * G, 1, D), as the library asks."""
+    def ask(self, contender: str) -> Tensor:
+        """(B, H * G, 1, D)."""
+        if contender == "sdpa":
+            return self.sdpa()
+        return self.kvfold(self.formats.get(contender, self.segment))
+
+    def kvfold(self, segment: Segment) -> Tensor:
+        """As the library asks."""
         b, h = self.keys.shape[:2]
         q, scale = self.q.view(b, h, -1, 1, self.q.shape[-1]), self.q.shape[-1] ** -0.5
-        return self.segment.attend(q, scale, read=None, compact=None, weights=False)[0].view(self.q.shape)
+        return segment.attend(q, scale, read=None, compact=None, weights=False)[0].view(self.q.shape)
 
     def sdpa(self) -> Tensor:
         """The same by torch, which has no lengths: a mask leaves tokens out, and they are read all the same."""
@@ -100,7 +108,9 @@ def draw_lengths(case: Case, seed: int = 0) -> Tensor:
     return torch.randint(max(1, ceil(case.context / 10)), case.context + 1, shape, generator=generator)
 
 
-def _layer(case: Case, lengths: Tensor | None, device: torch.device, seed: int) -> _Layer:
+def _layer(
+    case: Case, lengths: Tensor | None, device: torch.device, seed: int, formats: Mapping[str, Format]
+) -> _Layer:
     generator = torch.Generator().manual_seed(seed)
     b, h, t, d = case.batch, case.kv_heads, case.context, case.head_dim
     dtype = getattr(torch, case.dtype)
@@ -114,50 +124,67 @@ def _layer(case: Case, lengths: Tensor | None, device: torch.device, seed: int) 
         valid = torch.arange(t, device=device) < lengths.to(device)[..., None]
     positions = torch.arange(t, dtype=torch.int32, device=device).expand(b, h, t)
     chunk = Chunk(keys, values, valid, {POSITION: positions})
-    segment = Dense().open(Spec.of(chunk))
-    segment.append(chunk, even=lengths is None)
+
+    def opened(form: Format) -> Segment:
+        segment = form.open(Spec.of(chunk))
+        segment.append(chunk, even=lengths is None)
+        return segment
+
     mask = None if lengths is None else valid.repeat_interleave(case.group, 1)[:, :, None]
-    return _Layer(q, segment, keys, values, mask)
+    return _Layer(q, opened(Dense()), keys, values, mask, {name: opened(form) for name, form in formats.items()})
+
+
+def _sdpa_over(segment: Segment, q: Tensor) -> Tensor:
+    """SDPA over what a segment holds."""
+    tokens = segment.dense()
+    mask = tokens.valid.repeat_interleave(q.shape[1] // tokens.keys.shape[1], 1)[:, :, None]
+    return scaled_dot_product_attention(q, tokens.keys, tokens.values, attn_mask=mask, enable_gqa=True)
 
 
 class _Contest:
-    """The copies of one case, full-length or ragged, and what its two contenders took."""
+    """The copies of one case, full-length or ragged, and what its contenders took."""
 
-    def __init__(self, case: Case, ragged: bool, device: torch.device, working_set: int, seed: int):
+    def __init__(
+        self, case: Case, ragged: bool, device: torch.device, working_set: int, seed: int, formats: Mapping[str, Format]
+    ):
         self.case, self.ragged, self.device = case, ragged, device
         lengths = draw_lengths(case, seed) if ragged else None
         self.tokens = case.batch * case.kv_heads * case.context if lengths is None else int(lengths.sum())
         self.kv_bytes = self.tokens * case.token_bytes
         self.copies = max(1, ceil(working_set / self.kv_bytes))
-        first = _layer(case, lengths, device, seed)
+        first = _layer(case, lengths, device, seed, formats)
         # Copies hold the same numbers: what differs is where they lie.
-        self.layers = [first, *(self._twin(first) for _ in range(self.copies - 1))]
-        self.error = self._check(first)
-        self.taken: dict[str, list[float]] = {"kvfold": [], "sdpa": []}
+        self.layers = [first, *(self._twin(first, formats) for _ in range(self.copies - 1))]
+        dense = self._check(first, "kvfold", first.sdpa())
+        self.errors = {"kvfold": dense, "sdpa": dense}
+        self.nbytes = {"kvfold": self.kv_bytes, "sdpa": self.kv_bytes}
+        for name, segment in first.formats.items():
+            self.errors[name] = self._check(first, name, _sdpa_over(segment, first.q))
+            self.nbytes[name] = int(segment.row_nbytes().sum())
+        self.taken: dict[str, list[float]] = {name: [] for name in self.nbytes}
 
     @staticmethod
-    def _twin(layer: _Layer) -> _Layer:
+    def _twin(layer: _Layer, formats: Mapping[str, Format]) -> _Layer:
         table = layer.segment.dense()
         segment = Dense().open(Spec.of(table))
         segment.append(table, even=layer.mask is None)
-        return _Layer(layer.q, segment, layer.keys.clone(), layer.values.clone(), layer.mask)
+        copied = {name: form.restore(Spec.of(table), *layer.formats[name].state()) for name, form in formats.items()}
+        return _Layer(layer.q, segment, layer.keys.clone(), layer.values.clone(), layer.mask, copied)
 
-    def _check(self, layer: _Layer) -> float:
-        truth = layer.sdpa().float()
-        error = float((layer.kvfold().float() - truth).abs().max())
+    def _check(self, layer: _Layer, contender: str, answer: Tensor) -> float:
+        truth = answer.float()
+        error = float((layer.ask(contender).float() - truth).abs().max())
         limit = TOLERANCE[getattr(torch, self.case.dtype)] * max(1.0, float(truth.abs().max()))
         if not error <= limit:
             raise RuntimeError(
-                f"{self.case}: kvfold's answer lies {error:.2g} from SDPA's, which is more than {limit:.2g}; not timed"
+                f"{self.case}: {contender}'s answer lies {error:.2g} from SDPA's, more than {limit:.2g}; not timed"
             )
         return error
 
     def play(self, contender: str, keep: bool = True) -> None:
-        calls: list[Callable[[], Tensor]] = [getattr(layer, contender) for layer in self.layers]
-
         def work() -> None:
-            for call in calls:
-                call()
+            for layer in self.layers:
+                layer.ask(contender)
 
         seconds = timed(work, self.device) / self.copies
         if keep:
@@ -165,14 +192,14 @@ class _Contest:
 
 
 def measure_kernels(
-    cases: Sequence[Case], *, ragged: bool = False, device: torch.device | None = None, rounds: int = 15,
-    rate: ReadRate | None = None, working_set: int | None = None, seed: int = 0,
-    tick: Callable[[str], None] = lambda _: None,
+    cases: Sequence[Case], *, formats: Mapping[str, Format] | None = None, ragged: bool = False,
+    device: torch.device | None = None, rounds: int = 15, rate: ReadRate | None = None,
+    working_set: int | None = None, seed: int = 0, tick: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[KernelRow], ReadRate]:  # fmt: skip
-    """Rows for every case, two contenders each, and the read bandwidth between the rounds of all of them.
+    """Rows for every case, two contenders and `formats` by name, and the read bandwidth between the rounds of all.
 
-    In a round every contender has one turn (kvfold, SDPA, and both once more on ragged lengths). Raises RuntimeError
-    where the two disagree, before they are timed.
+    In a round every contender has one turn (kvfold, SDPA, formats, and all once more on ragged lengths). Raises
+    RuntimeError where one and SDPA disagree, before they are timed.
     """
     on = device or torch.device("cpu")
     rate = rate or ReadRate(on)
@@ -181,7 +208,9 @@ def measure_kernels(
     for case in cases:
         what = f"{case.dtype}, {case.context} tokens, batch {case.batch}"
         tick(f"{what}: filling pages")
-        contests = [_Contest(case, kind, on, size, seed) for kind in ((False, True) if ragged else (False,))]
+        contests = [
+            _Contest(case, kind, on, size, seed, formats or {}) for kind in ((False, True) if ragged else (False,))
+        ]
         for turn in range(rounds + 1):  # the first warms up
             tick(f"{what}: round {turn} of {rounds}")
             for contest in contests:
@@ -201,15 +230,16 @@ def _rows(contest: _Contest, full: _Contest, bandwidth: float) -> list[KernelRow
     rows = []
     for name, seconds in medians.items():
         whole = spread(full.taken[name]).median / full.tokens
-        rate = contest.kv_bytes / seconds.median
+        nbytes = contest.nbytes[name]
+        rate = nbytes / seconds.median
         rows.append(
             KernelRow(
                 case=contest.case, contender=name, ragged=contest.ragged, tokens=contest.tokens,
-                kv_bytes=contest.kv_bytes, copies=contest.copies, seconds=seconds, bytes_per_second=rate,
-                bound_seconds=contest.kv_bytes / bandwidth, of_bandwidth=rate / bandwidth,
+                kv_bytes=nbytes, copies=contest.copies, seconds=seconds, bytes_per_second=rate,
+                bound_seconds=nbytes / bandwidth, of_bandwidth=rate / bandwidth,
                 of_sdpa=medians["sdpa"].median / seconds.median,
                 cost_per_token=seconds.median / contest.tokens / whole if contest.ragged else None,
-                max_error=contest.error,
+                max_error=contest.errors[name],
             )
         )  # fmt: skip
     return rows

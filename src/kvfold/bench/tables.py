@@ -41,9 +41,9 @@ def kernels_table(rows: Sequence[kernels.KernelRow], bandwidth: float, title: st
         cost = "-" if row.cost_per_token is None else f"{row.cost_per_token:.2f}"
         table.add_row(
             row.case.dtype, f"{row.case.context:,} x {row.case.batch}",
-            kernels.NAMES[row.contender] + (", ragged" if row.ragged else ""), duration(row.seconds.median),
-            duration(row.seconds.min), duration(row.seconds.max), duration(row.bound_seconds),
-            f"{row.bytes_per_second / 1e9:.1f}", f"{row.of_bandwidth:.2f}", f"{row.of_sdpa:.2f}", cost,
+            kernels.NAMES.get(row.contender, row.contender) + (", ragged" if row.ragged else ""),
+            duration(row.seconds.median), duration(row.seconds.min), duration(row.seconds.max),
+            duration(row.bound_seconds), f"{row.bytes_per_second / 1e9:.1f}", f"{row.of_bandwidth:.2f}", f"{row.of_sdpa:.2f}", cost,
         )  # fmt: skip
     return table
 
