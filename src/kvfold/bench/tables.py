@@ -43,7 +43,8 @@ def kernels_table(rows: Sequence[kernels.KernelRow], bandwidth: float, title: st
             row.case.dtype, f"{row.case.context:,} x {row.case.batch}",
             kernels.NAMES.get(row.contender, row.contender) + (", ragged" if row.ragged else ""),
             duration(row.seconds.median), duration(row.seconds.min), duration(row.seconds.max),
-            duration(row.bound_seconds), f"{row.bytes_per_second / 1e9:.1f}", f"{row.of_bandwidth:.2f}", f"{row.of_sdpa:.2f}", cost,
+            duration(row.bound_seconds), f"{row.bytes_per_second / 1e9:.1f}", f"{row.of_bandwidth:.2f}",
+            f"{row.of_sdpa:.2f}", cost,
         )  # fmt: skip
     return table
 
