@@ -307,6 +307,13 @@ struct CodeReader {
 
     bool seen(int64_t slot) const { return !on.read || on.read[row * on.read_width + slot]; }
 
+    // Asks for numbers of scales or zeros that are wanted soon.
+    void soon(const void* from, int64_t first, int64_t count) const {
+        const int64_t size = on.scale_kind == Kind::f32 ? 4 : 2;
+        for (int64_t byte = 0; byte < count * size; byte += 64)
+            __builtin_prefetch(static_cast<const char*>(from) + first * size + byte);
+    }
+
     // The runs of a block in which some token is to be seen.
     int64_t runs_of(int64_t block, int64_t count, Run* runs) const {
         const int64_t size = on.on.page_size;
@@ -349,6 +356,8 @@ struct CodeReader {
             for (int64_t i = 0; i < g * BLOCK; i++) logits[i] = NEVER;
         for (int64_t r = 0; r < used; r++) {
             const Run& run = runs[r];
+            soon(on.value_scale, run.place * on.groups, run.held * on.groups);
+            soon(on.value_zero, run.place * on.groups, run.held * on.groups);
             aim(run.page);
             for (int64_t t = 0; t < run.held; t += 4) {
                 for (int64_t byte = 0; byte < 4 * value; byte += 64)  // what is wanted next
@@ -472,7 +481,9 @@ struct CodeReader {
             // The next block's keys come in meanwhile.
             for (int64_t at = block + BLOCK; at < smaller(stop, block + 2 * BLOCK);) {
                 const int64_t held = smaller(size - at % size, block + 2 * BLOCK - at);
-                const int64_t place = int64_t{on.on.table[row * on.on.width + at / size]} * size + at % size;
+                const int64_t page = on.on.table[row * on.on.width + at / size], place = page * size + at % size;
+                soon(on.key_scale, page * on.d, on.d);
+                soon(on.key_zero, page * on.d, on.d);
                 for (int64_t byte = 0; byte < held * token; byte += 64)
                     __builtin_prefetch(static_cast<const uint8_t*>(on.keys) + place * token + byte);
                 at += held;

@@ -22,6 +22,7 @@ from kvfold.evaluation.compare import with_budget
 from kvfold.files import write_json
 from kvfold.formats import POSITION, Chunk, Dense, Spec
 from kvfold.hf.cache import Cache
+from kvfold.methods.registry import parse
 from kvfold.ops import _cpu
 from kvfold.ops.cpu import bits, threads
 from models import build, dynamic, feed, reference, subject, tokens
@@ -167,6 +168,20 @@ def test_scattered_pages_hold_what_they_held():
     assert sorted(after.ravel()) == sorted(before.ravel()) and (after != before).mean() > 0.5
     assert torch.equal(held.keys, states) and torch.equal(held.values, states + 1) and bool(held.valid.all())
     assert torch.equal(held.columns[POSITION], positions)
+
+
+def test_formats_have_rows_of_their_own(rate: ReadRate):
+    stored = {name: parse(name).format for name in ("kivi(bits=4, residual=0)", "kivi(bits=2)", "fp8")}
+    case = Case(320, 2, 3, 2, 64, "bfloat16")
+    rows, _ = measure_kernels([case], formats=stored, ragged=True, rounds=1, rate=rate, working_set=1_000_000)
+    assert [row.contender for row in rows] == 2 * ["kvfold", "sdpa", *stored]
+    dense, four, eight = rows[0], rows[2], rows[4]
+    assert 0.25 < four.kv_bytes / dense.kv_bytes < 0.35 and 0.5 < eight.kv_bytes / dense.kv_bytes < 0.6
+    for row in rows:
+        assert row.bytes_per_second == pytest.approx(row.kv_bytes / row.seconds.median) and row.max_error < 0.05
+    table = tables.kernels_table(rows, 1e9, "title")
+    assert list(table.columns[2].cells)[2] == "kivi(bits=4, residual=0)"
+    assert "kivi(bits=2), ragged" in str(kernels_chart(rows, 1e9, "title").to_dict())
 
 
 def test_lengths_are_drawn_between_a_tenth_and_all():

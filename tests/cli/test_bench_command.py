@@ -210,6 +210,7 @@ def test_peaks_come_from_processes_of_their_own(folder: Path) -> None:
         (["kernels", "--context", "1k"], "context='1k' must be positive whole numbers"),
         (["kernels", "--batch", "0"], "batch='0' must be"),
         (["kernels", "--dtype", "int8"], "dtype='int8' must be float32"),
+        (["kernels", "--formats", "snapkv"], "formats='snapkv' must be a method of kind quantize"),
         (["kernels", "--device", "tpu"], "device='tpu'"),
         (["kernels", "--chart", "a.pdf"], "chart='a.pdf' must end in"),
         (["kernels", "--out", "a.txt"], "out='a.txt' must be a .json file"),

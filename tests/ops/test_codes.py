@@ -48,6 +48,7 @@ def test_codes_pass_through_bytes(bits, size, seed):
     packed = pack(codes, bits)
     assert packed.dtype == torch.uint8 and packed.shape == (2, 3, width(size, bits))
     assert torch.equal(unpack(packed, size, bits), codes.float())
+    assert unpack(pack(codes[:0], bits), size, bits).shape == (0, 3, size)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -11,6 +11,8 @@ COLORS = {
     "kvfold, pages scattered": "#72b7b2", "plain read, pages scattered": "#d8d2cf",
     "kvfold, ragged": "#9ecae9", "plain read, ragged": "#e8e4e1", "torch SDPA, ragged": "#ffbf79",
 }  # fmt: skip
+MORE = ("#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#bab0ac")
+"""Colours of formats, in their order."""
 
 
 def kernels_chart(rows: Sequence[kernels.KernelRow], bandwidth: float, title: str) -> Any:
@@ -27,7 +29,10 @@ def kernels_chart(rows: Sequence[kernels.KernelRow], bandwidth: float, title: st
         }
         for row in rows
     ]  # fmt: skip
-    order = [name for name in COLORS if any(point["contender"] == name for point in points)]
+    found = dict.fromkeys(str(point["contender"]) for point in points)
+    others = [name for name in found if name not in COLORS]
+    order = [*(name for name in COLORS if name in found), *others]
+    colors = COLORS | {name: MORE[i % len(MORE)] for i, name in enumerate(others)}
     shapes = list(dict.fromkeys(str(point["shape"]) for point in points))
     top = max([bandwidth / 1e9, *(float(str(point["rate"])) for point in points)]) * 1.1
     limit = alt.Chart(alt.Data(values=[{"limit": bandwidth / 1e9, "text": f"plain read: {bandwidth / 1e9:,.1f} GB/s"}]))
@@ -44,7 +49,7 @@ def kernels_chart(rows: Sequence[kernels.KernelRow], bandwidth: float, title: st
             y=alt.Y("rate:Q", title="GB/s of keys and values kept", scale=scale),
             color=alt.Color(
                 "contender:N", sort=order, title=None, legend=alt.Legend(orient="top", labelLimit=300),
-                scale=alt.Scale(domain=order, range=[COLORS[name] for name in order]),
+                scale=alt.Scale(domain=order, range=[colors[name] for name in order]),
             ),
         )  # fmt: skip
         spans = base.mark_rule(color="#555", clip=True).encode(y="low:Q", y2="high:Q")

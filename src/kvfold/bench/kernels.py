@@ -1,12 +1,13 @@
-"""Decode attention over pages, beside torch's SDPA on the same tokens and beside plain reads of memory.
+"""Decode attention over pages, beside torch's SDPA on the same tokens and beside plain reads of memory; also over
+other formats of the same tokens.
 
 A model's layers follow each other, so that a layer's keys and values have left every cache before they are read again.
 Here as many copies of the same shape take their place: a pass goes through all of them, and its seconds are divided
 by their number.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from math import ceil
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvfold.bench.arithmetic import ArithmeticRate
 from kvfold.bench.beside import BusyLoops
 from kvfold.bench.machine import ReadRate, Spread, spread, timed
-from kvfold.formats import POSITION, Chunk, Dense, Spec
+from kvfold.formats import POSITION, Chunk, Dense, Format, Segment, Spec
 from kvfold.formats.dense import DenseSegment
 from kvfold.ops.cpu import library, threads
 
@@ -60,6 +61,7 @@ class KernelRow:
     multiplying takes where nothing waits for memory. `cost_per_token` is a ragged case's seconds for each token kept
     over the full-length case's (1.0: cost in proportion to the tokens kept), `max_error` the largest difference from
     SDPA's answer. `beside_seconds` are those beside busy programs, `keeps` the share of its own speed that is left.
+    A format's bytes are all that it holds for the tokens, and its error is from SDPA over that.
     """
 
     case: Case
@@ -83,8 +85,9 @@ class KernelRow:
     @property
     def label(self) -> str:
         """The contender as tables and charts name it."""
-        if self.contender == "sdpa":
-            return "torch SDPA" + (", ragged" if self.kind == "ragged" else "")
+        if self.contender not in ("kvfold", "read"):
+            name = "torch SDPA" if self.contender == "sdpa" else self.contender
+            return name + (", ragged" if self.kind == "ragged" else "")
         name = "plain read" if self.contender == "read" else "kvfold"
         return f"{name}, {self.kind}" if self.kind == "ragged" else f"{name}, pages {self.kind}"
 
@@ -102,12 +105,21 @@ class _Layer:
     keys: Tensor
     values: Tensor
     mask: Tensor | None
+    formats: Mapping[str, Segment] = field(default_factory=dict)
 
-    def kvfold(self) -> Tensor:
-        """(B, H * G, 1, D), as the library asks."""
+    def ask(self, contender: str) -> Tensor | int:
+        """(B, H * G, 1, D); of a plain read its sum."""
+        if contender == "sdpa":
+            return self.sdpa()
+        if contender == "read":
+            return self.read()
+        return self.kvfold(self.formats.get(contender, self.segment))
+
+    def kvfold(self, segment: Segment) -> Tensor:
+        """As the library asks."""
         b, h = self.keys.shape[:2]
         q, scale = self.q.view(b, h, -1, 1, self.q.shape[-1]), self.q.shape[-1] ** -0.5
-        return self.segment.attend(q, scale, read=None, compact=None, weights=False)[0].view(self.q.shape)
+        return segment.attend(q, scale, read=None, compact=None, weights=False)[0].view(self.q.shape)
 
     def sdpa(self) -> Tensor:
         """The same by torch, which has no lengths: a mask leaves tokens out, and they are read all the same."""
@@ -142,7 +154,9 @@ def draw_lengths(case: Case, seed: int = 0) -> Tensor:
     return torch.randint(max(1, ceil(case.context / 10)), case.context + 1, shape, generator=generator)
 
 
-def _layer(case: Case, lengths: Tensor | None, device: torch.device, seed: int) -> _Layer:
+def _layer(
+    case: Case, lengths: Tensor | None, device: torch.device, seed: int, formats: Mapping[str, Format]
+) -> _Layer:
     generator = torch.Generator().manual_seed(seed)
     b, h, t, d = case.batch, case.kv_heads, case.context, case.head_dim
     dtype = getattr(torch, case.dtype)
@@ -156,71 +170,90 @@ def _layer(case: Case, lengths: Tensor | None, device: torch.device, seed: int) 
         valid = torch.arange(t, device=device) < lengths.to(device)[..., None]
     positions = torch.arange(t, dtype=torch.int32, device=device).expand(b, h, t)
     chunk = Chunk(keys, values, valid, {POSITION: positions})
-    segment = Dense().open(Spec.of(chunk))
-    segment.append(chunk, even=lengths is None)
+
+    dense = Dense().open(Spec.of(chunk))
+    others = {name: form.open(Spec.of(chunk)) for name, form in formats.items()}
+    for segment in (dense, *others.values()):
+        segment.append(chunk, even=lengths is None)
     mask = None if lengths is None else valid.repeat_interleave(case.group, 1)[:, :, None]
-    return _Layer(q, segment, keys, values, mask)
+    return _Layer(q, dense, keys, values, mask, others)
+
+
+def _sdpa_over(segment: Segment, q: Tensor) -> Tensor:
+    """SDPA over what a segment holds."""
+    tokens = segment.dense()
+    mask = tokens.valid.repeat_interleave(q.shape[1] // tokens.keys.shape[1], 1)[:, :, None]
+    return scaled_dot_product_attention(q, tokens.keys, tokens.values, attn_mask=mask, enable_gqa=True)
 
 
 class _Contest:
-    """The copies of one case, of one of KINDS, and what its contenders took."""
+    """The copies of one case, of one of KINDS, and what its contenders took. `formats` lie as they are opened."""
 
-    def __init__(self, case: Case, kind: str, device: torch.device, working_set: int, seed: int):
+    def __init__(
+        self, case: Case, kind: str, device: torch.device, working_set: int, seed: int, formats: Mapping[str, Format]
+    ):
         self.case, self.kind, self.device, self.seed = case, kind, device, seed
         lengths = draw_lengths(case, seed) if kind == "ragged" else None
         self.tokens = case.batch * case.kv_heads * case.context if lengths is None else int(lengths.sum())
         self.kv_bytes = self.tokens * case.token_bytes
         self.copies = max(1, ceil(working_set / self.kv_bytes))
-        first = _layer(case, lengths, device, seed)
+        formats = {} if kind == "scattered" else formats
+        first = _layer(case, lengths, device, seed, formats)
         if kind == "scattered":
             scatter(first.segment, seed)
         # Copies hold the same numbers: what differs is where they lie.
-        self.layers = [first, *(self._twin(first, number) for number in range(1, self.copies))]
-        self.error = self._check(first)
+        self.layers = [first, *(self._twin(first, formats, number) for number in range(1, self.copies))]
         reads = ["read"] if device.type == "cpu" and library() is not None else []
         dense = [] if kind == "scattered" else ["sdpa"]  # it has no pages: how they lie is nothing to it
-        self.taken: dict[str, list[float]] = {name: [] for name in ["kvfold", *reads, *dense]}
+        error = self._check(first, "kvfold", first.sdpa())
+        self.errors: dict[str, float | None] = {"kvfold": error, "read": None, "sdpa": error}
+        self.nbytes = dict.fromkeys(["kvfold", *reads, *dense], self.kv_bytes)
+        for name, segment in first.formats.items():
+            self.errors[name] = self._check(first, name, _sdpa_over(segment, first.q))
+            self.nbytes[name] = int(segment.row_nbytes().sum())
+        self.taken: dict[str, list[float]] = {name: [] for name in self.nbytes}
         self.beside: dict[str, list[float]] = {name: [] for name in self.taken}
 
-    def _twin(self, layer: _Layer, number: int) -> _Layer:
+    def _twin(self, layer: _Layer, formats: Mapping[str, Format], number: int) -> _Layer:
         table = layer.segment.dense()
         segment = Dense().open(Spec.of(table))
         segment.append(table, even=layer.mask is None)
         if self.kind == "scattered":
             scatter(segment, self.seed + number)
             return _Layer(layer.q, segment, layer.keys, layer.values, layer.mask)
-        return _Layer(layer.q, segment, layer.keys.clone(), layer.values.clone(), layer.mask)
+        copied = {name: form.restore(Spec.of(table), *layer.formats[name].state()) for name, form in formats.items()}
+        return _Layer(layer.q, segment, layer.keys.clone(), layer.values.clone(), layer.mask, copied)
 
-    def _check(self, layer: _Layer) -> float:
-        truth = layer.sdpa().float()
-        error = float((layer.kvfold().float() - truth).abs().max())
+    def _check(self, layer: _Layer, contender: str, answer: Tensor) -> float:
+        truth = answer.float()
+        error = float((layer.kvfold(layer.formats.get(contender, layer.segment)).float() - truth).abs().max())
         limit = TOLERANCE[getattr(torch, self.case.dtype)] * max(1.0, float(truth.abs().max()))
         if not error <= limit:
             raise RuntimeError(
-                f"{self.case}: kvfold's answer lies {error:.2g} from SDPA's, which is more than {limit:.2g}; not timed"
+                f"{self.case}: {contender}'s answer lies {error:.2g} from SDPA's, more than {limit:.2g}; not timed"
             )
         return error
 
     def play(self, contender: str) -> float:
         """Seconds of a call."""
-        calls: list[Callable[[], object]] = [getattr(layer, contender) for layer in self.layers]
 
         def work() -> None:
-            for call in calls:
-                call()
+            for layer in self.layers:
+                layer.ask(contender)
 
         return timed(work, self.device) / self.copies
 
 
 def measure_kernels(
-    cases: Sequence[Case], *, kinds: Sequence[str] = KINDS[:2], device: torch.device | None = None, rounds: int = 15,
-    rate: ReadRate | None = None, working_set: int | None = None, seed: int = 0, loops: BusyLoops | None = None,
+    cases: Sequence[Case], *, kinds: Sequence[str] = KINDS[:2], formats: Mapping[str, Format] | None = None,
+    device: torch.device | None = None, rounds: int = 15, rate: ReadRate | None = None,
+    working_set: int | None = None, seed: int = 0, loops: BusyLoops | None = None,
     tick: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[KernelRow], ReadRate, ArithmeticRate]:  # fmt: skip
-    """Rows for every case and kind, and what memory and cores can do between the rounds of all of them.
+    """Rows for every case, kind and format by name, and what memory and cores can do between the rounds of all of them.
 
     In a round every contender has one turn on each of `kinds` (of KINDS, "in order" first), and another one while
-    `loops` are busy. Raises RuntimeError where kvfold and SDPA disagree, before they are timed.
+    `loops` are busy. Raises RuntimeError where one and SDPA disagree, before they are timed.
     """
     on = device or torch.device("cpu")
     rate = rate or ReadRate(on)
@@ -231,7 +264,7 @@ def measure_kernels(
     for case in cases:
         what = f"{case.dtype}, {case.context} tokens, batch {case.batch}"
         tick(f"{what}: filling pages")
-        contests = [_Contest(case, kind, on, size, seed) for kind in kinds]
+        contests = [_Contest(case, kind, on, size, seed, formats or {}) for kind in kinds]
         for turn in range(rounds + 1):  # the first warms up
             tick(f"{what}: round {turn} of {rounds}")
             turns = [(contest, name) for contest in contests for name in contest.taken]
@@ -261,18 +294,20 @@ def _rows(contest: _Contest, full: _Contest, memory: ReadRate, cores: Arithmetic
     widening = numbers / cores.of(case.dtype, case.group).numbers_per_second if cores.taken else None
     for name, seconds in medians.items():
         whole = spread(full.taken[name]).median / full.tokens
-        rate = contest.kv_bytes / seconds.median
+        nbytes = contest.nbytes[name]
+        rate = nbytes / seconds.median
         beside = spread(contest.beside[name]) if contest.beside[name] else None
+        floats = name in ("kvfold", "sdpa")
         rows.append(
             KernelRow(
                 case=case, contender=name, kind=contest.kind, tokens=contest.tokens,
-                kv_bytes=contest.kv_bytes, copies=contest.copies, seconds=seconds, bytes_per_second=rate,
-                bound_seconds=contest.kv_bytes / bandwidth, of_bandwidth=rate / bandwidth,
-                arithmetic_seconds=None if name == "read" else widening,
+                kv_bytes=nbytes, copies=contest.copies, seconds=seconds, bytes_per_second=rate,
+                bound_seconds=nbytes / bandwidth, of_bandwidth=rate / bandwidth,
+                arithmetic_seconds=widening if floats else None,
                 of_read=medians["read"].median / seconds.median if "read" in medians else None,
                 of_sdpa=sdpa.median / seconds.median,
                 cost_per_token=seconds.median / contest.tokens / whole if contest.kind == "ragged" else None,
-                max_error=None if name == "read" else contest.error,
+                max_error=contest.errors[name],
                 beside_seconds=beside, keeps=None if beside is None else seconds.median / beside.median,
             )
         )  # fmt: skip

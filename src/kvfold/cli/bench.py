@@ -36,6 +36,7 @@ def kernels_command(
     group: Annotated[int, typer.Option("--group", min=1, help="Query heads for each KV head.")] = 3,
     head_dim: Annotated[int, typer.Option("--head-dim", min=1, help="Numbers of a key, and of a value.")] = 64,
     dtype: Annotated[str, typer.Option("--dtype", help="One or several.")] = "float32,bfloat16",
+    formats: Annotated[str, typer.Option("--formats", help="Also these: 'kivi(bits=4),kivi(bits=2),fp8'.")] = "",
     ragged: Annotated[bool, typer.Option("--ragged", help="Also heads that keep 10 % to 100 % of the tokens.")] = False,
     scattered: Annotated[bool, typer.Option("--scattered/--no-scattered", help="Also pages in any order.")] = True,
     device: common.Device = "cpu",
@@ -48,6 +49,7 @@ def kernels_command(
     """Decode attention over pages beside torch's SDPA, and both beside plain reads of memory."""
     contexts, batches = integers("context", context), integers("batch", batch)
     dtypes = [known_dtype(part.strip()) for part in dtype.split(",")]
+    stored = formats_of(formats)
 
     from kvfold.bench import chart as charts
     from kvfold.bench import tables
@@ -58,7 +60,9 @@ def kernels_command(
     cases = [Case(t, b, kv_heads, group, head_dim, d) for d in dtypes for t in contexts for b in batches]
     with measured("kernels", on, beside) as (tick, result), busy(beside) as loops:
         kinds = [kind for kind, wanted in zip(KINDS, (True, scattered, ragged), strict=True) if wanted]
-        rows, rate, cores = measure_kernels(cases, kinds=kinds, device=on, rounds=rounds, loops=loops, tick=tick)
+        rows, rate, cores = measure_kernels(
+            cases, kinds=kinds, formats=stored, device=on, rounds=rounds, loops=loops, tick=tick
+        )
         result |= {
             "rounds": rounds, "read_bandwidth": rate.to_dict(),
             "arithmetic": [each.to_dict() for each in cores.found()], "rows": [row.to_dict() for row in rows],
@@ -237,6 +241,20 @@ def methods_of(text: str, budget: str) -> list[tuple[str, Any]]:
 
     value = common.number(budget)
     return [(name, with_budget(name, value)) for name in dict.fromkeys(split_names(text))]
+
+
+def formats_of(text: str) -> dict[str, Any]:
+    """Formats by the names of methods that hold every token in them. Raises ValueError for other methods."""
+    from kvfold.evaluation.compare import split_names
+    from kvfold.methods.registry import list_methods, parse
+
+    kinds, found = {info.cls: info.kind for info in list_methods()}, {}
+    for name in dict.fromkeys(split_names(text)) if text else ():
+        method = parse(name)
+        if kinds.get(type(method)) != "quantize":
+            raise ValueError(f"formats={name!r} must be a method of kind quantize, as kivi(bits=4)")
+        found[name] = method.format
+    return found
 
 
 def prepared(device: str, out: Path | None, chart: Path | None) -> Any:

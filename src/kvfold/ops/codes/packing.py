@@ -63,7 +63,7 @@ def pack(codes: UInt8[Tensor, "... D"], bits: int) -> UInt8[Tensor, "... W"]:
     for some in (codes[..., : whole * unit(bits)], codes[..., whole * unit(bits) :]):
         if some.shape[-1]:
             numbers = min(some.shape[-1], unit(bits))
-            each = _split(some, -1, numbers)
+            each = _split(some, some.shape[-1] // numbers, numbers)
             low, high = _word_bytes(numbers, bits)
             packed = _packed(each & 3 if high else each, low, 2 if high else bits)
             if high:
@@ -82,7 +82,7 @@ def unpack(packed: UInt8[Tensor, "... W"], size: int, bits: int) -> Float[Tensor
         if count:
             low, high = _word_bytes(numbers, bits)
             stop = first + count * WORDS * (low + high)
-            each = _split(packed[..., first:stop], count, -1)
+            each = _split(packed[..., first:stop], count, WORDS * (low + high))
             codes = _unpacked(each[..., : WORDS * low], 2 if high else bits)
             if high:
                 third = _unpacked(each[..., WORDS * low :], 1)
@@ -128,5 +128,5 @@ def _packed(codes: Tensor, word: int, bits: int) -> Tensor:
 
 
 def _unpacked(packed: Tensor, bits: int) -> Tensor:
-    words = _split(packed, WORDS, -1).transpose(-1, -2)  # byte of a word, word
+    words = _split(packed, WORDS, packed.shape[-1] // WORDS).transpose(-1, -2)  # byte of a word, word
     return torch.stack([(words >> (bits * place)) & steps(bits) for place in range(8 // bits)], -2).flatten(-3)
