@@ -29,7 +29,7 @@ def test_rows_of_nothing():
 
 
 @pytest.mark.parametrize("rows", [[1], torch.tensor([1]), range(1, 2)], ids=repr)
-def test_rows_in_any_sequence_that_read_a_prompt(rows):
+def test_rows_in_any_sequence_that_read_a_prompt(rows, unchecked):
     """A list used to count as all of them."""
     cache = kvfold.Cache(subject("llama"), "snapkv")
     feed(cache.model, cache, *tokens(20, 20).values())
