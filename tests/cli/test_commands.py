@@ -165,6 +165,8 @@ def test_methods_and_models_as_json() -> None:
         (["--method", "full", "--budget", "0.5"], "full has no option budget=0.5"),
         (["-o", "window"], "option='window' must be of the form name=value"),
         (["-o", "windw=3"], "kvfold has no option windw=3"),
+        (["-o", "window=3", "-o", "window=4"], "option='window=4': window is given twice"),
+        (["--budget", "0.5", "-o", "budget=0.2"], "budget='0.5' is given twice: option='budget=0.2' says it, too"),
         (["--file", "missing.txt"], "file='missing.txt' is not a file"),
         (["--max-new-tokens", "400"], "the model's context is 512; --context 112 cuts the document"),
         (["--max-new-tokens", "9000"], "the model's context is 512; ask for fewer new tokens"),

@@ -54,3 +54,12 @@ def test_both_names_are_heard_and_the_new_one_is_used(renamed, method):
     with pytest.warns(FutureWarning):
         renamed(ids, past_key_values=cache)
     assert cache.get_seq_length() == ids.shape[1] and cache.kept(2) == said[1][1]
+
+
+def test_generate_gets_a_cache_of_ours_by_the_name_that_it_wants():
+    """Whoever says past_key_values hears no warning of it, on any release."""
+    cache = kvfold.Cache(subject("llama"), "snapkv", budget=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache.model.generate(**tokens(30), past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert cache.get_seq_length() == 32

@@ -140,6 +140,8 @@ def options(pairs: list[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"option={pair!r} must be of the form name=value")
+        if name in found:
+            raise ValueError(f"option={pair!r}: {name} is given twice")
         try:
             found[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

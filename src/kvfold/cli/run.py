@@ -31,6 +31,8 @@ def run(
     """
     given = common.options(option)
     if budget is not None:
+        if "budget" in given:
+            raise ValueError(f"budget={budget!r} is given twice: option='budget={given['budget']}' says it, too")
         given["budget"] = common.number(budget)
 
     from kvfold.methods import parse

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvfold.hf.argument import cache_in
+from kvfold.hf.argument import NEW, OLD, cache_in, with_cache
 from kvfold.hf.call.modes import Modal
 from kvfold.hf.standing import StandIn, stand
 
@@ -24,6 +24,9 @@ class Comparing(StandIn):
             return self.original(*args, **kwargs)
         if isinstance(ids, Tensor):
             _check(cache, ids, kwargs.get("attention_mask"))
+        if kwargs.get(NEW) is None:  # by the name that this transformers wants: the older makes it warn
+            kwargs = {name: each for name, each in kwargs.items() if name not in (OLD, NEW)}
+            kwargs |= with_cache(self.module, cache)
         recorded = cache.pending.recording  # then others crop, who go on when this call is over
         made = self.original(*args, **kwargs)
         if cache.pending.recording and not recorded:
