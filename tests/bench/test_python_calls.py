@@ -1,4 +1,4 @@
-"""benchmarks/python_calls.py: what it prints; how many calls there are is no test's business."""
+"""benchmarks/python_calls.py: what it prints, and that a step makes no more calls than were agreed on."""
 
 import json
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import kvfold
+from kvfold.ops.cpu import library
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/python_calls.py"
 NAMES = runpy.run_path(str(SCRIPT))
@@ -42,3 +43,13 @@ def test_a_row_for_each_method(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         assert 0 < row["few"] < row["more"] and row["per_layer"] == (row["more"] - row["few"]) / 4
     table = run(monkeypatch, capsys, *words).splitlines()
     assert len(table) == 4 and table[3].startswith("| `h2o(budget=8)` |")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(library() is None, reason="torch does the kernels' work, in more calls")
+@pytest.mark.parametrize("method,most", [("full", 40), ("h2o", 110)])
+def test_a_step_makes_no_more_calls_than_agreed(
+    method: str, most: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [row] = json.loads(run(monkeypatch, capsys, "--methods", method, "--json"))["rows"]
+    assert row["per_layer"] <= most

@@ -102,7 +102,7 @@ class PagedSegment(ABC):
     @property
     def weighed(self) -> bool:
         """Whether tokens have a mass."""
-        return self.own(LOG_MASS) in self.pool.planes
+        return self.own(LOG_MASS) in self.table.pool.planes
 
     def valid(self) -> Bool[Tensor, "B H T"]:
         """Which slots are tokens."""

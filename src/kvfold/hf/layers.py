@@ -80,8 +80,9 @@ class PagedLayer(CacheLayerMixin):
                 "which a kvfold cache does not support"
             )
         owner.call.unread, hidden, self.entering = None, self.entering, None
-        given = (q, k, v)
-        q, k, v = (x.detach() if x.requires_grad else x for x in given)
+        given, wants = (q, k, v), q.requires_grad or k.requires_grad or v.requires_grad
+        if wants:
+            q, k, v = (x.detach() for x in given)
         ordinal, parts = core.site.ordinal, owner.call.parts
         if parts is None:
             plan = owner.enter(ordinal, q.shape[2])
@@ -91,7 +92,7 @@ class PagedLayer(CacheLayerMixin):
         out = core.attend(q, k, v, valid, scale, plan, module, hidden, parts)
         if (plan.defer or plan.late) and (parts is None or parts.last):
             owner.leave(ordinal, plan)
-        if any(x.requires_grad for x in given):
+        if wants:
             return without_gradient(out, f"layer {core.layer} of {type(module).__name__}", *given)
         return out
 

@@ -20,7 +20,8 @@ class _StateSeen(Exception):
 
 def is_recurrent(layer: Any) -> bool:
     """Whether a cache layer holds a recurrent state."""
-    return any(state is not None for state in getattr(layer, "recurrent_states", {}).values())
+    states: dict[int, Any] = getattr(layer, "recurrent_states", None) or {}
+    return len(states) > 0 and any(state is not None for state in states.values())
 
 
 def carries_state(model: Any) -> bool:

@@ -30,7 +30,8 @@ class StandIn:
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """What the class's own method makes of a call."""
-        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+        module = self.module
+        return getattr(type(module), self.name)(module, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StandIn":
         return type(self)(memo.get(id(self.module), self.module))

@@ -39,7 +39,7 @@ def register(op: str, name: str, *, rank: int, fits: Callable[[Tensor], bool] = 
 
 def select(op: str, tensor: Tensor) -> Callable[..., Any]:
     """The version of `op` for this tensor's device and dtype."""
-    kernels = _known(op)
+    kernels = _kernels[op] if op in _kernels else _known(op)
     for kernel in kernels:
         if kernel.fits(tensor) and (not _forced or kernel.name == _forced[-1]):
             return kernel.run

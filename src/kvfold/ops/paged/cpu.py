@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.ops.cpu import FLOATS, bits, fits, floats, holds, library, threads
+from kvfold.ops.cpu import BITS, FLOATS, fits, floats, holds, library, threads
 from kvfold.ops.dispatch import register
 from kvfold.ops.paged import naive
 
@@ -144,6 +144,6 @@ def _set_columns(table: Any, columns: Mapping[str, Tensor]) -> None:
 
 def _rows(new: Tensor, dtype: torch.dtype) -> np.ndarray:
     """(R, T, ...) as (R, T, W), the way pools show their planes."""
-    plane = new if new.dtype == dtype else new.to(dtype)
-    array: np.ndarray = bits(plane)
+    plane, kind = (new if new.dtype == dtype else new.to(dtype)).contiguous(), BITS.get(dtype)
+    array: np.ndarray = (plane if kind is None else plane.view(kind)).numpy()
     return array if array.ndim == 3 else array[..., None]
