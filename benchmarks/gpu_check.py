@@ -110,7 +110,8 @@ def page(name: str, day: datetime.date, parts: Sequence[Part], out: Path, start:
     tests = next((part for part in parts if part.name == "tests"), None)
     if tests is not None and tests.output.strip():
         lines += ["", f"Tests: {tests.output.strip().splitlines()[-1]}"]
-    if rows := read_rows(out / f"{start}-kernels.json"):
+    passed = {part.name for part in parts if part.outcome == "passed"}
+    if "kernels" in passed and (rows := read_rows(out / f"{start}-kernels.json")):
         lines += ["", f"Decode attention on {name} (`{start}-kernels.json`):", ""]
         lines += ["| dtype | tokens x rows | kernel | µs | bound, µs | of a plain read | times SDPA |"]
         lines += ["| --- | ---: | --- | ---: | ---: | ---: | ---: |"]
@@ -120,7 +121,7 @@ def page(name: str, day: datetime.date, parts: Sequence[Part], out: Path, start:
             f"{row['of_sdpa']:.2f} |"
             for row in rows
         ]
-    if rows := read_rows(out / f"{start}-run.json"):
+    if "run" in passed and (rows := read_rows(out / f"{start}-run.json")):
         lines += ["", f"A model's decode step on {name} (`{start}-run.json`):", ""]
         lines += ["| cache | step, ms | bound, ms | floor, ms | times DynamicCache | at most | KV bytes of dense |"]
         lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
@@ -158,6 +159,8 @@ def main() -> int:
     for part, command in commands(args.model, args.dtype, out, start).items():
         if part not in wanted:
             continue
+        for ending in ("json", "txt"):  # of another run on this day: it would pass for this one's
+            (out / f"{start}-{part}.{ending}").unlink(missing_ok=True)
         seconds = allowed(part, 60 * args.minutes, time.monotonic() - began)
         print(f"gpu-check: {part}, at most {seconds:.0f} s: {' '.join(command)}", file=sys.stderr, flush=True)
         parts.append(run_part(part, command, seconds))

@@ -12,6 +12,7 @@ ROOMS = {
     "budgets": "",
     "rotation": "",
     "options": "",
+    "waiting": "",
     "files": "options",
     "artefacts": "files options",
     "formats": "pages ops rotation budgets options",

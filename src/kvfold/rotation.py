@@ -50,11 +50,14 @@ class Compact:
         return self.rope.shift(keys, self._of_rows(slots.to(positions.dtype) - positions))
 
     def rotate_queries(
-        self, q: Float[Tensor, "B H G Q D"], positions: Int[Tensor, "B Q"], first_slot: Int[Tensor, "B H"]
+        self, q: Float[Tensor, "B H G Q D"], first: Int[Tensor, "B 1"], first_slot: Int[Tensor, "B H"]
     ) -> Float[Tensor, "B H G Q D"]:
-        """Query i of a row as if it stood at `first_slot + i`, behind the row's stored tokens."""
+        """Each query as far behind `first_slot`, which is behind the row's stored tokens, as it is behind `first`.
+
+        `first`: where the pass that it belongs to begins in the text.
+        """
         b, h, g, n, d = q.shape
-        steps = self._of_rows(first_slot[:, :, None] - positions[:, None, :1])  # the same for all queries of a row
+        steps = self._of_rows(first_slot[:, :, None] - first[:, None])  # the same for all queries of a row
         steps = steps[:, :, None].expand(b, h, g, n).reshape(b, h, g * n)
         return self.rope.shift(q.reshape(b, h, g * n, d), steps).view(b, h, g, n, d)
 

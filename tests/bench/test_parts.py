@@ -17,6 +17,7 @@ from kvfold.bench.parts import PARTS, Profile, part_of
         ("/x/site-packages/transformers/models/llama/modeling_llama.py", "forward", "model"),
         ("/x/kvfold/src/kvfold/ops/paged/cpu.py", "_attend", "attention"),
         ("/x/kvfold/src/kvfold/ops/paged/cpu.py", "keep_pages", "methods"),
+        ("/x/kvfold/src/kvfold/ops/codes/cpu.py", "attend_codes", "attention"),
         ("/x/kvfold/src/kvfold/ops/choose/cpu.py", "top_mask", "methods"),
         ("/x/kvfold/src/kvfold/ops/dispatch.py", "select", "attention"),
         ("/x/kvfold/src/kvfold/methods/h2o.py", "after_decode", "methods"),

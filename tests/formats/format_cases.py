@@ -137,6 +137,7 @@ OPERATIONS = {
     "keep": lambda form, x: x.keep(mask_for(form, x), {}),
     "keep slack": lambda form, x: x.keep(mask_for(form, x, share=0.9), {}, slack=True),
     "note": lambda form, x: x.keep(x.columns()[0], {"age": torch.full(x.columns()[0].shape, 7.0)}),
+    "keep and note": lambda form, x: x.keep(mask_for(form, x), {"age": torch.full(x.columns()[0].shape, 7.0)}),
     "amend": lambda form, x: x.amend(last(x), torch.ones(B, H, 1, D), torch.ones(B, H, 1, DV)),
     "truncate": lambda form, x: x.truncate(np.maximum(x.counts() - 19, 0)),
     "clear": lambda form, x: x.clear(),

@@ -11,7 +11,7 @@ COLORS = {
     "kvfold, pages scattered": "#72b7b2", "plain read, pages scattered": "#d8d2cf",
     "kvfold, ragged": "#9ecae9", "plain read, ragged": "#e8e4e1", "torch SDPA, ragged": "#ffbf79",
 }  # fmt: skip
-MORE = ("#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#bab0ac")
+MORE = ("#54a24b", "#b279a2", "#e45756", "#ff9da6", "#9d755d", "#d67195")
 """Colours of formats, in their order."""
 
 

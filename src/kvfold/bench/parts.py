@@ -22,6 +22,7 @@ ROOMS = (
     ("kvfold/ops/linear/", "linears"),
     ("kvfold/ops/paged/", "attention"),
     ("kvfold/ops/attend/", "attention"),
+    ("kvfold/ops/codes/", "attention"),
     ("kvfold/ops/prefill/", "attention"),
     *((f"kvfold/ops/{name}.py", "attention") for name in ("__init__", "cpu", "dispatch")),
     ("kvfold/formats/", "attention"),

@@ -14,12 +14,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import kvfold
+from kvfold.waiting import environment_of_others
 
 FOLDER = Path("benchmarks/peers")
 SCRIPTS = {"kvpress": "kvpress_peer.py", "vllm": "vllm_cpu.py"}
@@ -78,7 +79,7 @@ class PeerProcess:
 
     def __init__(self, peer: str, command: Sequence[str], threads: int):
         self.peer = peer
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment = {**environment_of_others(), "OMP_NUM_THREADS": str(threads)}
         if peer == "vllm":  # it counts its threads itself, and takes other ways where somebody else does
             del environment["OMP_NUM_THREADS"]
         self.run = subprocess.Popen(
@@ -119,7 +120,8 @@ class PeerProcess:
         self.listener.join()
         for pipe in (self.run.stdin, self.run.stdout, self.run.stderr):
             if pipe is not None:
-                pipe.close()
+                with suppress(BrokenPipeError):  # of words that it was not there to read
+                    pipe.close()
 
 
 @dataclass
@@ -188,6 +190,8 @@ def waiting(
     ValueError, before anything is started, for a Python that has none of them.
     """
     peers = [(python, which_peer(python)) for python in pythons]
+    if len({peer for _, peer in peers}) < len(peers):
+        raise ValueError(f"peer-python={list(pythons)} must name each peer once; they are {[x for _, x in peers]}")
     scripts = {peer: find_script(peer) for _, peer in peers}
     lanes, skipped = [], []
     with ExitStack() as stack:

@@ -9,6 +9,7 @@ import typer
 
 from kvfold import __version__
 from kvfold.cli import bench, calibrate, compare, eval, methods, models, plan, report, run
+from kvfold.waiting import rest_between_products
 
 app = typer.Typer(
     name="kvfold",
@@ -39,20 +40,6 @@ def _root(
     version: bool | None = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it."),
 ) -> None:
     """Long contexts with a small KV cache, for transformers models."""
-
-
-WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""Variables by which a user says how OpenMP's threads wait."""
-
-
-def rest_between_products() -> None:
-    """Let torch's threads sleep between two products, unless the user says how they wait; before torch is imported.
-
-    They would turn in place for milliseconds, on the cores that our kernels are given next, and behind a busy program
-    that has taken their own. See docs/benchmarks.md.
-    """
-    if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
-        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def main() -> None:

@@ -109,6 +109,10 @@ def run_command(
 
     on = prepared(device, out, chart)
     folder = peer_folder(model) if peer_python else None
+    if peer_python and prefill_batch > batch:
+        raise ValueError(
+            f"prefill-batch={prefill_batch} must be at most batch={batch} beside a peer, which has no more"
+        )
     for python in peer_python:
         peers.find_script(peers.which_peer(python))
     lm, _ = load(model, dtype=kind, device=on)

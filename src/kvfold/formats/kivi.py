@@ -182,6 +182,8 @@ class KiviSegment(TailedSegment[CodedPages]):
         cuts = (left > 0) & (left < group)
         if cuts.any() and not self.form.requantise:
             raise ValueError(f"mask drops some tokens of a page of {group}, not all: that takes Kivi(requantise=True)")
+        for part in self.parts:
+            part.add_columns(columns)  # a plane takes room, too: before pages are asked for
         behind = np.maximum.accumulate(cuts, axis=1)  # from the first page on that loses some
         front = marks & self.coded.place(np.repeat(behind, group, axis=1))
         gone = np.pad((left == 0) | behind, ((0, 0), (0, table.table.shape[1] - left.shape[1])))

@@ -14,7 +14,7 @@ class Adopting(Batch):
     """The part of a cache that `prefill_many`, hooks and methods that read on know; nothing that a user calls."""
 
     def for_model(self, model: Any) -> "Adopting":
-        made: Adopting = type(self)(model, "full")  # type: ignore[call-arg]  # a `Cache`, whose constructor this is
+        made: Adopting = type(self)(model, "full", part_size=self.part_size)  # type: ignore[call-arg]  # of a `Cache`
         return made
 
     def prompt_of(self, plan: Plan, group: int) -> Prompt:

@@ -56,6 +56,9 @@ def attention(
             setattr(key, traced.MARK, None)  # whoever attends with these keys again is heard, outside
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             return traced.attend(query, key, value, attention_mask, mark, scale), None
+        if isinstance(handle, Band) and handle.is_in(key, attention_mask):
+            setattr(key, HANDLE, None)
+            handle = None
         if mark is not None or handle is not None:
             outside: tuple[Tensor, Tensor | None] = _outside(
                 module, query, key, value, attention_mask, scaling, dropout, **kwargs

@@ -60,6 +60,14 @@ class Band:
 
     window: int
 
+    def is_in(self, k: Tensor, mask: Tensor | None) -> bool:
+        """Whether transformers' own attention keeps to the band, over keys (B, H, T, D) and with this mask.
+
+        A mask that is made outside a graph, for layers that are compiled one by one, may be ours, which says nothing of
+        the band.
+        """
+        return k.shape[2] <= self.window if mask is None else mask.dim() == 4
+
     def attend(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, scale: float | None,
         **kwargs: Any,

@@ -196,8 +196,8 @@ class WindowLayer(DynamicSlidingWindowLayer):
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         if torch.compiler.is_compiling():  # transformers' own attention, over what makes one graph fit all steps
             self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
-            return keys, values
-        self._give_back()
+        else:
+            self._give_back()
         if self.banded:
             setattr(keys, HANDLE, Band(self.sliding_window))
         return keys, values

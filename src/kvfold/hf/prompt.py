@@ -62,7 +62,8 @@ class Prompt(Done):
         seen, mask = torch.from_numpy(cache.rows.seen).to(ids.device)[:, None], torch.cat([self._mask(), valid], 1)
         # The body may have no hooks that tell the cache of the padding.
         with cache.aside(observe), cache.prefilling():
-            cache.call.mask, cache.call.part = mask, part_for(cache, ids.shape[1], {})
+            call = cache.call
+            call.mask, call.part, call.asked = mask, part_for(cache, ids.shape[1], {}), True
             decoder = text_decoder(cache.model)
             decoder(
                 input_ids=ids,

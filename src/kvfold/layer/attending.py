@@ -16,7 +16,8 @@ class Asking:
     """The queries of a pass, and how they ask."""
 
     q: Float[Tensor, "B Hq Q D"]
-    positions: Int[Tensor, "B Q"]
+    first: Int[Tensor, "B 1"]
+    """Where the pass begins in the text; the queries may be a part of it."""
     scale: float
     compact: Compact | None = None
 
@@ -69,7 +70,7 @@ class Asking:
         grouped = self.q.reshape(b, h, hq // h, n, d)
         if compact is not None:
             slots = torch.from_numpy(counts - (0 if after else n)).to(self.q.device)
-            grouped = compact.rotate_queries(grouped, self.positions, slots)
+            grouped = compact.rotate_queries(grouped, self.first, slots)
             compact = replace(compact, slots=stored.slots())
         out, lse, left = stored.attend(grouped, self.scale, compact, read, weights)
         return out.reshape(b, hq, n, -1), lse.reshape(b, hq, n), left

@@ -61,7 +61,7 @@ class KVLayer(Held):
         if everyone is None:
             everyone = torch.ones(places.shape, dtype=torch.bool, device=q.device)
         if valid is None and places.shape[1] == 1 and not plan.prefill:
-            asking = Asking(q, places, scale, self._compact(k.device))
+            asking = Asking(q, places[:, :1], scale, self._compact(k.device))
             self.stored.append(new_tokens(k, v, None, places), even=True)
             read = moment.read(q, places)
             weights = ATTENTION in plan.asks and asking.compact is None and read is None
@@ -76,7 +76,7 @@ class KVLayer(Held):
         parts.put(q=q, k=k, v=v)
         # A kernel counts the queries that came so far; where others ended before, the view counts in the text.
         fade = fade_of(plan.asks) if narrow is None else None
-        asking = Asking(q, parts.of(places), scale, self._compact(k.device))
+        asking = Asking(q, places[:, :1], scale, self._compact(k.device))
         self._read(
             asking, parts, valid, None if fade is None else parts.of(shares(everyone, fade)), admitted, plan.block
         )

@@ -36,6 +36,8 @@ class Call:
     """The last paged layer that attended in it."""
     part: int = 0
     """Tokens of the parts in which the layers read the pass; 0: all at once."""
+    asked: bool = False
+    """Whether `part` was set for the pass that comes, by whoever calls the body itself."""
     parts: Parts | None = None
     """The tokens of the layer that reads in parts at the moment."""
     through: int = 0

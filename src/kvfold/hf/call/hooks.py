@@ -103,11 +103,12 @@ def _before_body(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     if cache is None or (torch.compiler.is_compiling() and cache.call.marks is not None):
         return  # a graph is made of a call whose own hook has asked
     _check_own(cache, module)
-    if cache.call.marks is None and not cache.call.part:  # else somebody has asked
+    call = cache.call
+    if call.marks is None and not call.asked:  # else somebody has asked
         read = kwargs.get("input_ids", args[0] if args else None)
         read = kwargs.get("inputs_embeds") if read is None else read
-        cache.call.part = part_for(cache, read.shape[1], kwargs) if isinstance(read, torch.Tensor) else 0
-    cache.call.through = 0
+        call.part = part_for(cache, read.shape[1], kwargs) if isinstance(read, torch.Tensor) else 0
+    call.asked, call.through = False, 0
 
 
 @eager

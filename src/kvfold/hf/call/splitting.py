@@ -33,7 +33,8 @@ PLACES = ("position_ids", "cache_position")
 RECORDED = ("output_router_logits", "output_attentions")
 """What is recorded inside a layer, and would come in parts."""
 
-_known: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+_known: "WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], bool]]" = WeakKeyDictionary()
+"""Of a text decoder: the hooks inside its layers, and whether it said the same in parts when it had those."""
 _failed: "WeakSet[nn.Module]" = WeakSet()
 """Models of which was said that a pass failed."""
 
@@ -108,24 +109,29 @@ def part_for(cache: Host, tokens: int, given: Mapping[str, Any]) -> int:
     if not cache.paged or not 0 < size < tokens or cache.rows.listens("admit"):
         return 0
     config = text_config(cache.model)
-    if any(given.get(name, getattr(config, name, None)) for name in RECORDED):
+    if any(getattr(config, name, None) if given.get(name) is None else given[name] for name in RECORDED):
         return 0
     return size if reads_in_parts(cache) else 0
 
 
 def reads_in_parts(cache: Host) -> bool:
-    """Whether a model says the same of a text in parts; found once for a model, by two passes over a few tokens.
+    """Whether a model says the same of a text in parts: asked by two passes over a few tokens, again for other hooks.
 
-    A pass that fails, under somebody's hooks for one, is said once, and made again for the next long prompt.
+    A hook on a layer sees whole passes, one on what lies inside sees the parts. A pass that fails, under somebody's
+    hooks for one, is said once, and made again for the next long prompt.
     """
     model, decoder = cache.model, text_decoder(cache.model)
-    if decoder in _known:
-        return _known[decoder]
-    if not decoder_layers(model) or not has_weights(decoder) or is_offloaded(model):
+    layers = decoder_layers(model)
+    inside = (module for layer in layers for module in layer.modules() if module is not layer)
+    hooks = tuple(number for module in inside for number in (*module._forward_pre_hooks, *module._forward_hooks))
+    known = _known.get(decoder)
+    if known is not None and known[0] == hooks:
+        return known[1]
+    if not layers or not has_weights(decoder) or is_offloaded(model):
         return False
-    _known[decoder] = False  # while it is asked
+    _known[decoder] = hooks, False  # while it is asked
     try:
-        _known[decoder] = _says_the_same(cache, decoder)
+        _known[decoder] = hooks, _says_the_same(cache, decoder)
     except Exception as error:  # it is read at once, as it always was
         del _known[decoder]
         if decoder not in _failed:
@@ -133,7 +139,7 @@ def reads_in_parts(cache: Host) -> bool:
             name, text = type(model).__name__, "whether %s reads prompts in parts is not known: %s: %s"
             logging.getLogger("kvfold").warning(text, name, type(error).__name__, error)
         return False
-    return _known[decoder]
+    return _known[decoder][1]
 
 
 def _says_the_same(cache: Host, decoder: Any) -> bool:
@@ -144,7 +150,7 @@ def _says_the_same(cache: Host, decoder: Any) -> bool:
     with looking(cache.model):
         for size in (0, PROBED):
             other = cache.for_model(cache.model)
-            other.call.part = size
+            other.call.part, other.call.asked = size, True
             found.append(decoder(input_ids=ids, use_cache=True, **with_cache(decoder, other))[0])
     close = CLOSE if found[0].dtype.itemsize >= 4 else COARSE
     whole, parts = (states.float() for states in found)
@@ -162,6 +168,8 @@ def _splits(cache: Host, module: nn.Module, args: tuple[Any, ...], kwargs: dict[
     layer = next((cache.layers[number] for number in numbers if isinstance(number, int)), None)
     if not isinstance(layer, PagedLayer) and not (isinstance(layer, WindowLayer) and layer.banded):
         return False  # what it holds is transformers' own, a state for one
+    if any(isinstance(x, Tensor) and x.dim() == 2 for x in args[1:]):
+        return False  # a padding mask by its place, as BERT's kin give it: by name we'd know that it is one
     whole = Parts(states.shape[1])
     return all(can_cut(name, x, whole.total) for name, x in (*(("", x) for x in args), *kwargs.items()))
 
@@ -175,10 +183,16 @@ def can_cut(name: str, x: Any, total: int) -> bool:
     if not isinstance(x, Tensor):
         return True
     if name == "attention_mask":
-        return x.dim() == 2 or (x.dim() == 4 and x.shape[2] == total)
+        return x.dim() == 2 or (x.dim() == 4 and x.shape[2] == total and not _looks_ahead(x, total))
     if name in PLACES:
         return x.dim() > 0 and x.shape[-1] == total
     return x.dim() > 1 and x.shape[1] == total
+
+
+def _looks_ahead(mask: Tensor, total: int) -> bool:
+    """Whether a mask (B, 1, Q, T) lets one of its `total` tokens see a later one, as those of an image may."""
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return bool(seen[..., -total:].triu(1).any())
 
 
 def part_of_argument(name: str, x: Any, parts: Parts) -> Any:

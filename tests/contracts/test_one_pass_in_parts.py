@@ -11,9 +11,9 @@ from families import LIMITED, METHODS, each
 from models import VOCAB, feed, grow, subject, tokens
 
 
-def read(slug: str, name: str, size: int, lengths: tuple[int, ...]) -> tuple[list[Tensor], list[Any]]:
+def read(slug: str, name: str, size: int, lengths: tuple[int, ...], **more: Any) -> tuple[list[Tensor], list[Any]]:
     """Last logits and kept tokens after a prompt, and after generated tokens and a turn that is longer than a part."""
-    options = {**({"budget": 0.5} if slug in LIMITED else {}), **SMALL.get(slug, {})}
+    options = {**({"budget": 0.5} if slug in LIMITED else {}), **SMALL.get(slug, {}), **more}
     model = subject(name)
     cache = kvfold.Cache(model, slug, part_size=size, **options)
     ids, mask = tokens(*lengths).values()
@@ -33,3 +33,10 @@ def test_parts_are_one_pass_over_a_prompt_and_a_turn(slug, name, lengths):
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(other, one, atol=2e-4, rtol=0)
     assert in_parts == kept
+
+
+@each(["streamingllm", "lacache"], name=["llama", "gemma3"], lengths=[(41,), (41, 23)])
+def test_parts_are_one_pass_where_positions_are_those_of_the_cache(slug, name, lengths):
+    whole, parts = (read(slug, name, size, lengths, positions="compact")[0] for size in (0, 8))
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(other, one, atol=2e-4, rtol=0)
