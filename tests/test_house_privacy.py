@@ -16,6 +16,8 @@ OPEN = {
     "_attn_implementation": "transformers' field of a config, which has no other name",
     "_can_set_attn_implementation": "transformers' question to a model, which has no other name",
     "_name_or_path": "transformers' field of a config, which has no other name",
+    "_forward_hooks": "torch's hooks of a module, which have no other name",
+    "_forward_pre_hooks": "the same",
     "_hf_hook": "accelerate's mark on a module whose weights it moves",
     "_kvfold_*": "what a cache leaves on the model that it belongs to",
     "_scaled_dot_product_*": "torch's operators that return the log-sum-exp as well",

@@ -118,6 +118,9 @@ def test_the_page_reads_what_the_benchmarks_write(folder: Path, tmp_path: Path, 
     words = ["run", "--model", str(folder), "--methods", "full", "--context", "20", "--batch", "1", "--rounds", "1"]
     more = ["--steps", "1", "--prefill-batch", "0", "--no-quantized", "--out", str(tmp_path / f"{start}-run.json")]
     assert runner.invoke(app, ["bench", *words, *more]).exit_code == 0
-    text = SCRIPT["page"](NAME, DAY, [], tmp_path, start)
+    parts = [SCRIPT["Part"](name, "passed", 1.0, "") for name in ("kernels", "run")]
+    text = SCRIPT["page"](NAME, DAY, parts, tmp_path, start)
     assert "| float32 | 40 x 2 | kvfold, scattered |" in text and "| DynamicCache |" in text and "| full |" in text
     assert text.count(NAME) == 3 and f"`{start}-run.json`" in text
+    parts[1] = SCRIPT["Part"]("run", "stopped", 1.0, "")  # what lies there is another day's
+    assert "| DynamicCache |" not in SCRIPT["page"](NAME, DAY, parts, tmp_path, start)

@@ -12,7 +12,7 @@ from kvfold.bench import contenders as c
 from kvfold.bench.beside import BusyLoops
 from kvfold.bench.lanes import CacheLane, Lane, Rounds, can_profile, floors
 from kvfold.bench.machine import ReadRate, Spread, spread
-from kvfold.bench.parts import Parts
+from kvfold.bench.parts import StepParts
 from kvfold.bench.peers import PeerLane
 
 WARM_TOKENS, WARM_STEPS = 256, 2
@@ -50,7 +50,7 @@ class Decoding:
     bound_speedup: float
     floor_seconds: float | None
     floor_bound_seconds: float
-    parts: Parts | None
+    parts: StepParts | None
     times_peers: dict[str, Spread]
     beside_seconds: Spread | None
     keeps: Spread | None

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from kvfold.bench import contenders as c
 from kvfold.bench.machine import Spread, spread
-from kvfold.bench.parts import Parts, Profile
+from kvfold.bench.parts import Profile, StepParts
 from kvfold.hf.cache import Cache
 
 
@@ -65,7 +65,7 @@ class CacheLane:
         with self.profile.steps(steps):
             self.decode(steps)
 
-    def parts(self) -> Parts | None:
+    def parts(self) -> StepParts | None:
         """Where the time of a step goes; None where nothing was profiled."""
         return self.profile.parts() if self.profile.count else None
 

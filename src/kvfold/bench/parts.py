@@ -44,7 +44,7 @@ KEEPING = ("keep", "shorten", "_set_columns")
 
 
 @dataclass(frozen=True)
-class Parts:
+class StepParts:
     """Seconds of a profiled step by part, and of the whole."""
 
     linears: float
@@ -96,7 +96,7 @@ class Profile:
                 self.seconds[part_of(code.co_filename, code.co_name)] += entry.inlinetime
         self.count += count
 
-    def parts(self) -> Parts:
+    def parts(self) -> StepParts:
         """Means over all steps, of which there must be one."""
         each = {part: self.seconds[part] / self.count for part in PARTS}
-        return Parts(**each, step_seconds=sum(each.values()))
+        return StepParts(**each, step_seconds=sum(each.values()))
