@@ -54,6 +54,7 @@ def steps(model, cache, prompt, count):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")  # the checks of annotations break graphs
 @pytest.mark.parametrize("method", ["full", "kvfold(budget=0.5)", "h2o(budget=0.5)", "snapkv(budget=0.5)"])
 def test_every_step_is_one_and_the_same_graph(method):
     model, graphs = compiled("llama", fullgraph=True)

@@ -127,6 +127,7 @@ def test_an_eviction_at_every_step_needs_requantise():
         ({"residual": -1}, "residual=-1"),
     ],
 )  # fmt: skip
+@pytest.mark.usefixtures("unchecked")
 def test_options_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         KIVI(**options)

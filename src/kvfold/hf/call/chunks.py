@@ -101,10 +101,11 @@ def part(named: Mapping[str, Any], start: int, stop: int, length: int) -> dict[s
 def of_tokens(out: Any, module: Any, tokens: int, chunk: int) -> Tensor:
     """Logits of a chunk's tokens, or the last hidden states of a model without a head.
 
-    ValueError where a head answers otherwise, one label for a text say: the chunks' answers would make none.
+    Fewer than its tokens where a method lets only some go on. ValueError where a head answers otherwise, with one label
+    for a text, say: the chunks' answers would make none.
     """
     found = out[0] if isinstance(out, tuple) else getattr(out, output_name(out), None)
-    if not isinstance(found, Tensor) or found.dim() != 3 or found.shape[1] != tokens:
+    if not isinstance(found, Tensor) or found.dim() != 3 or found.shape[1] > tokens:
         raise ValueError(
             f"prefill_chunk={chunk}: {type(module).__name__} does not answer token by token; read its text at once, "
             "with another cache"
