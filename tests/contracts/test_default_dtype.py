@@ -19,13 +19,8 @@ def default():
 
 
 def said(method, name="llama", dtype=torch.float32):
-    model = subject(name, dtype)
-    options = (
-        {"budget": 0.5}
-    slug = method.split("(")[0]
+    model, slug = subject(name, dtype), method.split("(")[0]
     options = {"budget": 0.5} if "budget" in next(i.options for i in kvfold.list_methods() if i.slug == slug) else {}
-        else {}
-    )
     cache = kvfold.Cache(model, method, **options)
     ids, logits = greedy(model, cache, *tokens(48, 40).values(), 6)
     return ids, logits, cache.kept(0)
