@@ -30,6 +30,7 @@ import torch
 
 from kvfold.bench import contenders
 from kvfold.bench.peak import high_water, run_json, set_back, trim
+from kvfold.evaluation.compare import split_names
 from kvfold.evaluation.decoding import decode, prefill
 from kvfold.evaluation.memory import resident_bytes
 from kvfold.evaluation.statistics import resampled_indices
@@ -93,7 +94,7 @@ def beside(given: argparse.Namespace) -> list[dict[str, Any]]:
     from kvfold.methods import parse
 
     entrants, _ = contenders.transformers_contenders(model, quantized=False)
-    entrants += contenders.kvfold_contenders(model, [(name, parse(name)) for name in given.methods.split(",")])
+    entrants += contenders.kvfold_contenders(model, [(name, parse(name)) for name in split_names(given.methods)])
     ids = contenders.draw_prompts(model, 1, given.context)
     taken: dict[str, list[tuple[float, float]]] = {entrant.name: [] for entrant in entrants}
     for turn in range(given.rounds + 1):
@@ -131,7 +132,7 @@ def same(given: argparse.Namespace) -> None:
     model, _ = load(given.model, dtype=given.dtype, progress=False)
     for context in map(int, given.context.split(",")):
         ids = contenders.draw_prompts(model, 1, context)
-        for method in given.methods.split(","):
+        for method in split_names(given.methods):
             reads, kept, said = [], [], []
             for size in (None, 0):
                 cache = Cache(model, method, part_size=size)
