@@ -142,11 +142,10 @@ def test_a_call_that_fails_between_parts_leaves_nothing(monkeypatch):
     cache, calls = kvfold.Cache(model, part_size=8), []
 
     def fail(module, args, output):
-        calls.append(0)
+        calls.extend([0] * (output.shape[1] == 8))  # not those in which the model is asked how it reads with this hook
         if len(calls) == 3:
             raise KeyError("broken")
 
-    splitting.reads_in_parts(cache)
     handle = model.model.layers[0].mlp.register_forward_hook(fail)
     with torch.no_grad(), pytest.raises(KeyError, match="broken"):
         feed(model, cache, *tokens(30).values())
