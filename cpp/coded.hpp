@@ -297,15 +297,10 @@ struct Room {
 };
 
 template <int BITS>
-struct CodeReader {
-    const Codes& on;
-    int64_t row, start, stop;  // slots
+struct CodeReader : Part<Codes> {
     Room room;
 
-    CodeReader(const Attend& all, int64_t row, int64_t start, int64_t stop)
-        : on(static_cast<const Codes&>(all)), row(row), start(start), stop(stop), room(on) {}
-
-    bool seen(int64_t slot) const { return !on.read || on.read[row * on.read_width + slot]; }
+    CodeReader(const Attend& all, int64_t row, int64_t start, int64_t stop) : Part(all, row, start, stop), room(on) {}
 
     // Asks for numbers of scales or zeros that are wanted soon.
     void soon(const void* from, int64_t first, int64_t count) const {
@@ -320,10 +315,8 @@ struct CodeReader {
         int64_t used = 0;
         for (int64_t at = 0; at < count;) {
             const int64_t index = (block + at) / size, offset = (block + at) % size;
-            const int64_t held = smaller(size - offset, count - at), page = on.on.table[row * on.on.width + index];
-            bool any = !on.read;
-            for (int64_t i = 0; i < held && !any; i++) any = seen(block + at + i);
-            if (any) runs[used++] = {page, page * size + offset, at, held};
+            const int64_t held = smaller(size - offset, count - at), page = pages()[index];
+            if (any(block + at, block + at + held)) runs[used++] = {page, page * size + offset, at, held};
             at += held;
         }
         return used;
@@ -368,39 +361,7 @@ struct CodeReader {
                 for (int64_t h = 0; h < g; h++)
                     for (int64_t i = 0; i < run.held; i++) logits[h * BLOCK + run.at + i] += on.mass[run.place + i];
         }
-        for (int64_t i = count; i < BLOCK; i++)  // the slack of the last page
-            for (int64_t h = 0; h < g; h++) logits[h * BLOCK + i] = NEVER;
-        for (int64_t k = 0; k < on.on.hole_count[row]; k++) {
-            const int64_t slot = on.on.holes[row * on.on.most + k] - block;
-            if (0 <= slot && slot < count)
-                for (int64_t h = 0; h < g; h++) logits[h * BLOCK + slot] = NEVER;
-        }
-        if (on.read)
-            for (int64_t i = 0; i < count; i++)
-                if (!seen(block + i))
-                    for (int64_t h = 0; h < g; h++) logits[h * BLOCK + i] = NEVER;
-    }
-
-    // Logits of a head become weights; what it has summed fades as its maximum rises.
-    void soften(int64_t h, float* out) const {
-        float *line = room.logits + h * BLOCK, *top = room.top + h, *total = room.total + h;
-        vec high = load(line), here{};
-        for (int64_t i = LANES; i < BLOCK; i += LANES) high = larger(high, load(line + i));
-        const float best = larger(highest(high), *top);
-        // Nothing seen so far: an exponential of 0 would count what is not there. NaN is to be seen.
-        const bool none = best <= NEVER;
-        for (int64_t i = 0; i < BLOCK; i += LANES) {
-            const vec x = load(line + i), weight = none ? (vec)((ivec)x & (x != x)) : exponential(x - best);
-            store(line + i, weight);
-            here += weight;
-        }
-        if (!none && *top != best) {
-            const float fade = exponential(*top - best);
-            *total *= fade;
-            for (int64_t i = 0; i < on.dv; i += LANES) store(out + h * on.dv + i, load(out + h * on.dv + i) * fade);
-            *top = best;
-        }
-        *total += sum(here);
+        hide(block, count, logits);
     }
 
     // What lies token by token, group by group; C is the number of groups, or 0.
@@ -472,30 +433,23 @@ struct CodeReader {
         for (int64_t block = start; block < stop; block += BLOCK) {
             const int64_t count = smaller(BLOCK, stop - block), used = runs_of(block, count, runs);
             if (used) look(block, count, runs, used);
-            if (on.weights)
-                for (int64_t h = 0; h < g; h++) {
-                    float* line = on.weights + (row * g + h) * on.weights_width + block;
-                    for (int64_t i = 0; i < count; i++) line[i] = used ? room.logits[h * BLOCK + i] : NEVER;
-                }
+            tell(block, count, room.logits, used > 0);
             if (!used) continue;
             // The next block's keys come in meanwhile.
             for (int64_t at = block + BLOCK; at < smaller(stop, block + 2 * BLOCK);) {
                 const int64_t held = smaller(size - at % size, block + 2 * BLOCK - at);
-                const int64_t page = on.on.table[row * on.on.width + at / size], place = page * size + at % size;
+                const int64_t page = pages()[at / size], place = page * size + at % size;
                 soon(on.key_scale, page * on.d, on.d);
                 soon(on.key_zero, page * on.d, on.d);
                 for (int64_t byte = 0; byte < held * token; byte += 64)
                     __builtin_prefetch(static_cast<const uint8_t*>(on.keys) + place * token + byte);
                 at += held;
             }
-            for (int64_t h = 0; h < g; h++) soften(h, out);
+            for (int64_t h = 0; h < g; h++)
+                soften(room.logits + h * BLOCK, room.top + h, room.total + h, out + h * dv);
             add_values(runs, used, count, out);
         }
-        for (int64_t h = 0; h < g; h++) {
-            lse[h] = room.total[h] == 0 ? -INFINITY : room.top[h] + logf(room.total[h]);
-            if (room.total[h] != 0)
-                for (int64_t i = 0; i < dv; i += LANES) store(out + h * dv + i, load(out + h * dv + i) / room.total[h]);
-        }
+        finish(room.top, room.total, out, lse);
     }
 };
 

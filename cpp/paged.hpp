@@ -104,12 +104,91 @@ inline void weigh_all(const float* weights, const Page<T>* pages, int64_t count,
     for (; i < dv; i += LANES) weigh<H, 1>(weights, pages, count, i, dv, sums);
 }
 
-template <class K, class V>
-struct Reader {
-    const Attend& on;
+// One part of a row, whatever its tokens lie in: `A` is what was asked.
+template <class A>
+struct Part {
+    const A& on;
     int64_t row, start, stop;  // slots
 
+    Part(const Attend& all, int64_t row, int64_t start, int64_t stop)
+        : on(static_cast<const A&>(all)), row(row), start(start), stop(stop) {}
+
     const int32_t* pages() const { return on.on.table + row * on.on.width; }
+    bool seen(int64_t slot) const { return !on.read || on.read[row * on.read_width + slot]; }
+    bool any(int64_t first, int64_t end) const {
+        if (!on.read) return true;
+        for (int64_t i = first; i < end; i++)
+            if (seen(i)) return true;
+        return false;
+    }
+
+    // NEVER where the logits of a block are of no token: behind the last, in holes, and where none is to be read.
+    void hide(int64_t block, int64_t count, float* logits) const {
+        const int64_t g = on.g;
+        for (int64_t i = count; i < BLOCK; i++)  // the slack of the last page
+            for (int64_t h = 0; h < g; h++) logits[h * BLOCK + i] = NEVER;
+        for (int64_t k = 0; k < on.on.hole_count[row]; k++) {
+            const int64_t slot = on.on.holes[row * on.on.most + k] - block;
+            if (0 <= slot && slot < count)
+                for (int64_t h = 0; h < g; h++) logits[h * BLOCK + slot] = NEVER;
+        }
+        if (on.read)
+            for (int64_t i = 0; i < count; i++)
+                if (!seen(block + i))
+                    for (int64_t h = 0; h < g; h++) logits[h * BLOCK + i] = NEVER;
+    }
+
+    // A block's logits, where weights are wanted; `some`: whether there are any.
+    void tell(int64_t block, int64_t count, const float* logits, bool some) const {
+        if (!on.weights) return;
+        for (int64_t h = 0; h < on.g; h++) {
+            float* line = on.weights + (row * on.g + h) * on.weights_width + block;
+            for (int64_t i = 0; i < count; i++) line[i] = some ? logits[h * BLOCK + i] : NEVER;
+        }
+    }
+
+    // A head's logits become weights; what it has summed (dv,) fades as its maximum rises.
+    void soften(float* line, float* top, float* total, float* sums) const {
+        vec high = load(line), here{};
+        for (int64_t i = LANES; i < BLOCK; i += LANES) high = larger(high, load(line + i));
+        const float best = larger(highest(high), *top);
+        if (best <= NEVER) {  // nothing seen so far: an exponential of 0 would count what is not there
+            for (int64_t i = 0; i < BLOCK; i += LANES) {
+                const vec x = load(line + i), broken = (vec)((ivec)x & (x != x));  // NaN is to be seen
+                store(line + i, broken);
+                here += broken;
+            }
+            *total += sum(here);
+            return;
+        }
+        for (int64_t i = 0; i < BLOCK; i += LANES) {
+            const vec weight = exponential(load(line + i) - best);
+            store(line + i, weight);
+            here += weight;
+        }
+        if (*top != best) {
+            const float fade = exponential(*top - best);
+            *total *= fade;
+            for (int64_t i = 0; i < on.dv; i += LANES) store(sums + i, load(sums + i) * fade);
+            *top = best;
+        }
+        *total += sum(here);
+    }
+
+    void finish(const float* top, const float* total, float* out, float* lse) const {
+        for (int64_t h = 0; h < on.g; h++) {
+            lse[h] = total[h] == 0 ? -INFINITY : top[h] + logf(total[h]);
+            if (total[h] != 0)
+                for (int64_t i = 0; i < on.dv; i += LANES)
+                    store(out + h * on.dv + i, load(out + h * on.dv + i) / total[h]);
+        }
+    }
+};
+
+template <class K, class V>
+struct Reader : Part<Attend> {
+    using Part::Part;
+
     Soon of_keys(int64_t index) const {
         const int64_t token = on.d * static_cast<int64_t>(sizeof(K));
         return {static_cast<const char*>(on.keys) + pages()[index] * on.on.page_size * token, token};
@@ -117,13 +196,6 @@ struct Reader {
     Soon of_values(int64_t index) const {
         const int64_t token = on.dv * static_cast<int64_t>(sizeof(V));
         return {static_cast<const char*>(on.values) + pages()[index] * on.on.page_size * token, token};
-    }
-    bool seen(int64_t slot) const { return !on.read || on.read[row * on.read_width + slot]; }
-    bool any(int64_t first, int64_t end) const {
-        if (!on.read) return true;
-        for (int64_t i = first; i < end; i++)
-            if (seen(i)) return true;
-        return false;
     }
 
     // Logits (g, BLOCK) of the slots from `block`, NEVER where no token is to be seen; false where that is so of all.
@@ -147,17 +219,7 @@ struct Reader {
                     for (int64_t i = 0; i < size; i++) logits[h * BLOCK + at + i] += on.mass[place + i];
         }
         if (!some) return false;
-        for (int64_t i = count; i < BLOCK; i++)  // the slack of the last page
-            for (int64_t h = 0; h < g; h++) logits[h * BLOCK + i] = NEVER;
-        for (int64_t k = 0; k < on.on.hole_count[row]; k++) {
-            const int64_t slot = on.on.holes[row * on.on.most + k] - block;
-            if (0 <= slot && slot < count)
-                for (int64_t h = 0; h < g; h++) logits[h * BLOCK + slot] = NEVER;
-        }
-        if (on.read)
-            for (int64_t i = 0; i < count; i++)
-                if (!seen(block + i))
-                    for (int64_t h = 0; h < g; h++) logits[h * BLOCK + i] = NEVER;
+        hide(block, count, logits);
         return true;
     }
 
@@ -178,42 +240,13 @@ struct Reader {
         for (int64_t block = start; block < stop; block += BLOCK) {
             const int64_t count = smaller(BLOCK, stop - block);
             const bool some = look(q, block, count, logits, live);
-            if (on.weights)
-                for (int64_t h = 0; h < g; h++) {
-                    float* line = on.weights + (row * g + h) * on.weights_width + block;
-                    for (int64_t i = 0; i < count; i++) line[i] = some ? logits[h * BLOCK + i] : NEVER;
-                }
+            tell(block, count, logits, some);
             if (!some) continue;
             const Soon second = of_values(block / size + (count > size));
             const int64_t lines = (size * second.token + 64 * g - 1) / (64 * g);
             for (int64_t h = 0; h < g; h++) {
                 for (int64_t i = 0; i < lines; i++) second.line(0, (h * lines + i) * 64);
-                float* line = logits + h * BLOCK;
-                vec high = load(line);
-                for (int64_t i = LANES; i < BLOCK; i += LANES) high = larger(high, load(line + i));
-                const float best = larger(highest(high), top[h]);
-                vec here{};
-                if (best <= NEVER) {  // nothing seen so far: an exponential of 0 would count what is not there
-                    for (int64_t i = 0; i < BLOCK; i += LANES) {
-                        const vec x = load(line + i), broken = (vec)((ivec)x & (x != x));  // NaN is to be seen
-                        store(line + i, broken);
-                        here += broken;
-                    }
-                    total[h] += sum(here);
-                    continue;
-                }
-                for (int64_t i = 0; i < BLOCK; i += LANES) {
-                    const vec weight = exponential(load(line + i) - best);
-                    store(line + i, weight);
-                    here += weight;
-                }
-                if (top[h] != best) {
-                    const float fade = exponential(top[h] - best);
-                    total[h] *= fade;
-                    for (int64_t i = 0; i < dv; i += LANES) store(out + h * dv + i, load(out + h * dv + i) * fade);
-                    top[h] = best;
-                }
-                total[h] += sum(here);
+                soften(logits + h * BLOCK, top + h, total + h, out + h * dv);
             }
             Page<V> held[BLOCK / 4];
             int64_t used = 0;
@@ -239,12 +272,8 @@ struct Reader {
                 h += now;
             }
         }
-        for (int64_t h = 0; h < g; h++) {
-            lse[h] = total[h] == 0 ? -INFINITY : top[h] + logf(total[h]);
-            together<V>(out + h * dv, dv / STRETCH * STRETCH);
-            if (total[h] != 0)
-                for (int64_t i = 0; i < dv; i += LANES) store(out + h * dv + i, load(out + h * dv + i) / total[h]);
-        }
+        for (int64_t h = 0; h < g; h++) together<V>(out + h * dv, dv / STRETCH * STRETCH);
+        finish(top, total, out, lse);
     }
 };
 
