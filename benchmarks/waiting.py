@@ -17,7 +17,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-WAYS: dict[str, dict[str, str]] = {"turning": {}, "asleep": {"OMP_WAIT_POLICY": "passive"}}
+from kvfold.waiting import POLICY, SAID
+
+WAYS: dict[str, dict[str, str]] = {"turning": {}, "asleep": {POLICY: "passive"}}
 SIZES = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
 """(outputs, inputs) of a decoder layer's linear layers."""
 ROWS, HEADS, GROUP, SIZE, TOKENS, PAIRS = 8, 3, 3, 64, 6000, 40
@@ -77,8 +79,7 @@ def main() -> None:
         return
     if given.rounds < 1:
         parser.error(f"rounds={given.rounds} must be at least 1")
-    said = {name for way in WAYS.values() for name in way} | {"GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
-    plain = {name: value for name, value in os.environ.items() if name not in said}
+    plain = {name: value for name, value in os.environ.items() if name not in SAID}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
     for _ in range(given.rounds):
         for name, variables in WAYS.items():
