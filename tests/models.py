@@ -1,5 +1,7 @@
 """Tiny random models, seeded: one family for each way in which attention differs."""
 
+import gc
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -139,3 +141,14 @@ def greedy(model: PreTrainedModel, cache: Any, ids: Tensor, mask: Tensor, steps:
         logits.append(feed(model, cache, chosen[-1], mask))
         chosen.append(logits[-1].argmax(-1))
     return torch.cat(chosen, 1), torch.cat(logits, 1)
+
+
+@contextmanager
+def without_collection():
+    """Circles are not looked for within the block: what goes there goes with its last name."""
+    gc.collect()  # what others left
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -1,6 +1,5 @@
 """Long prompts go through each layer in parts: what is cut and what is not, and that windows read their band alone."""
 
-import gc
 import weakref
 
 import pytest
@@ -13,7 +12,7 @@ from kvfold.hf.band import Band, BandLength, alike, band_mask
 from kvfold.hf.call import splitting
 from kvfold.hf.call.splitting import InParts, can_cut, decoder_layers, part_of_argument
 from kvfold.layer.parts import Parts
-from models import build, dynamic, feed, greedy, reference, subject, tokens
+from models import build, dynamic, feed, greedy, reference, subject, tokens, without_collection
 
 READ_IN_PARTS = ["llama", "qwen3", "mistral", "phi3", "gemma3", "yarn", "ntk", "qwen3-next"]
 
@@ -42,7 +41,7 @@ def test_parts_give_what_transformers_cache_gives(name, split):
         got, ours = greedy(subject(name), cache, *prompt.values(), 5)
     assert torch.equal(got, expected)
     torch.testing.assert_close(ours, logits, atol=2e-4, rtol=0)
-    attending = [i for i, layer in enumerate(cache.layers) if hasattr(layer, "core") or hasattr(layer, "banded")]
+    attending = [i for i, layer in enumerate(cache.layers) if hasattr(layer, "core") or hasattr(layer, "band")]
     assert split == attending
 
 
@@ -127,13 +126,9 @@ def test_a_layer_that_reads_in_parts_keeps_no_model_alive():
     model = build("llama")
     feed(model, kvfold.Cache(model, part_size=4), *tokens(9).values())
     left = weakref.ref(model.model.layers[0])
-    gc.collect()
-    gc.disable()
-    try:
+    with without_collection():
         del model
         assert left() is None
-    finally:
-        gc.enable()
 
 
 def test_a_call_that_fails_between_parts_leaves_nothing(monkeypatch):

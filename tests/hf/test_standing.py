@@ -1,7 +1,6 @@
 """What a first cache leaves on a model: it goes with the model, into copies and pickles, and keeps none alive."""
 
 import copy
-import gc
 import io
 import weakref
 
@@ -13,7 +12,7 @@ import kvfold
 from kvfold.hf.argument import cache_in
 from kvfold.hf.call.generating import Comparing
 from kvfold.hf.call.preparing import Preparing
-from models import COMMON, build, tokens
+from models import COMMON, build, tokens, without_collection
 
 OPTIONS = dict(max_new_tokens=6, do_sample=False)
 
@@ -37,13 +36,9 @@ def test_a_model_goes_with_its_last_name():
     model.generate(**tokens(20), past_key_values=cache, **OPTIONS)
     left = weakref.ref(model)
     del cache
-    gc.collect()  # what transformers left
-    gc.disable()
-    try:
+    with without_collection():
         del model
         assert left() is None
-    finally:
-        gc.enable()
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "torch.save"])

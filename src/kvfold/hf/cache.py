@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvfold.hf.adopting import Adopting
 from kvfold.hf.anatomy import attention_modules
+from kvfold.hf.band import Band
 from kvfold.hf.call.call import Call
 from kvfold.hf.call.checking import check_carried, check_reads_on
 from kvfold.hf.call.hooks import hook, use_kvfold, watch
@@ -106,7 +107,7 @@ class Cache(Adopting):
             elif type(layer) is DynamicSlidingWindowLayer:
                 window = WindowLayer(sliding_window=layer.sliding_window)
                 kind: Any = type(modules.get(index))
-                window.banded = bool(paged) and unfit(kind) is None
+                window.band = Band(layer.sliding_window) if paged and unfit(kind) is None else None
                 layers.append(window)
             else:
                 layers.append(layer)

@@ -146,13 +146,13 @@ class PagedLayer(CacheLayerMixin):
 class WindowLayer(DynamicSlidingWindowLayer):
     """transformers' sliding-window layer, but it reads its band alone, and what leaves the window is freed.
 
-    The parent keeps a slice of the whole prompt's keys, and with it all of the prompt's memory. `banded`: its attention
-    goes through ours, to which the keys carry a handle on this layer, and so no T x T mask is made.
+    The parent keeps a slice of the whole prompt's keys, and with it all of the prompt's memory. `band`: what the keys
+    carry to our attention, through which this layer's goes, and so no T x T mask is made.
     """
 
     keys: Tensor
     values: Tensor
-    banded = False
+    band: Band | None = None
     places: Tensor | None = None
     """Text positions of what is held, (B, n), -1 for padding, where a method narrowed the prompt on its way here."""
 
@@ -198,13 +198,13 @@ class WindowLayer(DynamicSlidingWindowLayer):
             self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
         else:
             self._give_back()
-        if self.banded:
-            setattr(keys, HANDLE, Band(self.sliding_window))
+        if self.band is not None:
+            setattr(keys, HANDLE, self.band)
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         length, offset = super().get_mask_sizes(query_length)
-        banded = self.banded and not torch.compiler.is_compiling()
+        banded = self.band is not None and not torch.compiler.is_compiling()
         return (BandLength(length, self.sliding_window), offset) if banded else (length, offset)
 
     def _give_back(self) -> None:

@@ -8,16 +8,14 @@ memory as they always do; from then on all take the fastest. No weight is copied
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import count
 from types import TracebackType
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as by_torch
 
-from kvfold.hf.traced import operator
+from kvfold.hf.traced import Numbered, operator
 from kvfold.ops.cpu import FLOATS, library, widths_fit
 from kvfold.ops.linear.cpu import linear as by_kvfold
 
@@ -48,8 +46,7 @@ Shape = tuple[int, int, torch.dtype, int, int]
 """Outputs, inputs, dtype, rows, threads: what a choice is for."""
 
 
-_numbers = count(1)
-_choices: WeakValueDictionary[int, "Choices"] = WeakValueDictionary()
+_choices = Numbered()
 
 
 @dataclass(eq=False)
@@ -58,11 +55,11 @@ class Choices:
 
     seconds: dict[Shape, dict[str, list[float]]] = field(default_factory=dict)
     chosen: dict[Shape, str] = field(default_factory=dict)
-    number: int = field(default_factory=lambda: next(_numbers))
+    number: int = field(init=False)
     """What graphs know it by."""
 
     def __post_init__(self) -> None:
-        _choices[self.number] = self
+        self.number = _choices.number(self)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A layer's output for a few rows (N, K)."""
@@ -87,7 +84,7 @@ def _like(x: Tensor, weight: Tensor, bias: Tensor | None, choices: int) -> Tenso
 @operator("linear(Tensor x, Tensor weight, Tensor? bias, int choices) -> Tensor", _like)
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, choices: int) -> Tensor:
     """What a graph calls for a layer; `choices` is the number of its model's."""
-    found = _choices.get(choices)
+    found = _choices.find(choices)
     return by_torch(x, weight, bias) if found is None else found.run(x.contiguous(), weight, bias)
 
 

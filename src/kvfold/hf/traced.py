@@ -17,8 +17,26 @@ from torch import Tensor
 F = TypeVar("F", bound=Callable[..., Any])
 MARK = "_kvfold_traced"
 """The attribute in which a key tensor carries, in a graph that is being made, the cache and the layer it belongs to."""
-_numbers = count(1)
-_caches: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+
+class Numbered:
+    """Objects that graphs know by a number, for as long as they live."""
+
+    def __init__(self) -> None:
+        self._numbers, self._objects = count(1), WeakValueDictionary[int, Any]()
+
+    def number(self, one: Any) -> int:
+        """A new number for it."""
+        number = next(self._numbers)
+        self._objects[number] = one
+        return number
+
+    def find(self, number: int) -> Any:
+        """Whose number it is; None: it is gone."""
+        return self._objects.get(number)
+
+
+_caches = Numbered()
 
 
 def passes(layer: Any, *states: Tensor) -> bool:
@@ -30,8 +48,7 @@ def passes(layer: Any, *states: Tensor) -> bool:
 def name(cache: Any) -> Tensor:
     """A tensor that names a cache in graphs, for as long as it lives: int64, (1,), on the CPU, where reading it waits
     for no device."""
-    number = next(_numbers)
-    _caches[number] = cache
+    number = _caches.number(cache)
     with torch.inference_mode(False):  # written to outside, too
         return torch.tensor([number], dtype=torch.int64, device="cpu")
 
@@ -66,7 +83,7 @@ def _like(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Tensor, l
     "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor(a!) cache, int layer, float scale) -> Tensor", _like
 )
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Tensor, layer: int, scale: float) -> Tensor:
-    found = _caches.get(int(cache))
+    found = _caches.find(int(cache))
     if found is None:
         raise RuntimeError("the cache that this graph reads is gone")
     out: Tensor = found.attend(layer, q, k, v, mask, scale)

@@ -166,7 +166,7 @@ def _splits(cache: Host, module: nn.Module, args: tuple[Any, ...], kwargs: dict[
         return False
     numbers = (getattr(part, "layer_idx", None) for part in module.modules())
     layer = next((cache.layers[number] for number in numbers if isinstance(number, int)), None)
-    if not isinstance(layer, PagedLayer) and not (isinstance(layer, WindowLayer) and layer.banded):
+    if not isinstance(layer, PagedLayer) and not (isinstance(layer, WindowLayer) and layer.band is not None):
         return False  # what it holds is transformers' own, a state for one
     if any(isinstance(x, Tensor) and x.dim() == 2 for x in args[1:]):
         return False  # a padding mask by its place, as BERT's kin give it: by name we'd know that it is one

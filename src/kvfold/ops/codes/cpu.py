@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from kvfold.ops.codes import naive
-from kvfold.ops.cpu import fits, floats, threads, widths_fit
+from kvfold.ops.cpu import ROWS, attend_rows, fits, widths_fit
 from kvfold.ops.dispatch import register
 
-ROWS = 64
-"""Queries of a row (heads of its group times queries) up to which the kernel reads faster than a dense product."""
+PLANES = ("keys", "key_scale", "key_zero", "values", "value_scale", "value_zero")
 
 
 @register("attend_codes", "cpu", rank=10, fits=fits)
@@ -18,31 +17,16 @@ def attend_codes(
     q: Tensor, table: Any, scale: float, *, bits: int, value_size: int,
     mass: str | None, read: Tensor | None, compact: Any, position: str, weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    (b, h, g, n, d), t, pool = q.shape, table.longest, table.pool
-    if compact is not None or not t or not _readable(pool, g * n, d, value_size, mass):
+    queries, d, pool = q.shape[2] * q.shape[3], q.shape[4], table.pool
+    if compact is not None or not table.longest or not _readable(pool, queries, d, value_size, mass):
         return naive.attend_codes(
             q, table, scale, bits=bits, value_size=value_size, mass=mass, read=read, compact=compact,
             position=position, weights=weights,
         )  # fmt: skip
     from kvfold.ops import _cpu
 
-    rows, queries = b * h, g * n
-    out, lse = _empty(rows, queries, value_size), _empty(rows, queries)
-    shares = _empty(rows, queries, t) if weights else None
-    _cpu.attend_codes(
-        floats(q.reshape(rows, queries, d)), bits, pool.array("keys"), pool.array("key_scale"), pool.array("key_zero"),
-        pool.array("values"), pool.array("value_scale"), pool.array("value_zero"),
-        None if mass is None else pool.array(mass),
-        None if read is None else read.reshape(rows, -1).contiguous().numpy(),
-        table.table, table.lengths, table.holes, table.hole_count, pool.page_size, scale, threads(),
-        out.numpy(), lse.numpy(), None if shares is None else shares.numpy(),
-    )  # fmt: skip
-    left = None if shares is None else shares.view(b, h, g, n, t)
-    return out.to(q.dtype).view(b, h, g, n, value_size), lse.view(b, h, g, n), left
-
-
-def _empty(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32)
+    planes = bits, *(pool.array(name) for name in PLANES)
+    return attend_rows(_cpu.attend_codes, planes, q, table, scale, dv=value_size, mass=mass, read=read, weights=weights)
 
 
 def _readable(pool: Any, queries: int, d: int, dv: int, mass: str | None) -> bool:

@@ -7,12 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.ops.cpu import BITS, FLOATS, fits, floats, holds, library, threads
+from kvfold.ops.cpu import BITS, FLOATS, ROWS, attend_rows, fits, holds, library, threads
 from kvfold.ops.dispatch import register
 from kvfold.ops.paged import naive
-
-ROWS = 64
-"""Queries of a row (heads of its group times queries) up to which the kernel reads faster than a dense product."""
 
 PAGE_SIZES = (4, 8, 16, 32, 64)
 """Whole pages make a block of 64 tokens, and a product takes four tokens at once."""
@@ -34,26 +31,11 @@ def attend_pages(
 def _attend(
     q: Tensor, table: Any, scale: float, mass: str | None, read: Tensor | None, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `attend_pages` returns. A step asks once a layer: NumPy makes its arrays in a tenth of the time of torch."""
     from kvfold.ops import _cpu
 
-    (b, h, g, n, d), pool, t = q.shape, table.pool, table.longest
-    values, rows = pool.array("values"), (b * h, g * n)
-    out = np.empty((b, h, g, n, values.shape[1]), dtype=np.float32)
-    lse = np.empty((b, h, g, n), dtype=np.float32)
-    probabilities = np.empty((b, h, g, n, t), dtype=np.float32) if weights else None
-    _cpu.attend(
-        floats(q).reshape(*rows, d), pool.array("keys"), values, None if mass is None else pool.array(mass),
-        None if read is None else read.reshape(b * h, -1).contiguous().numpy(),
-        table.table, table.lengths, table.holes, table.hole_count, pool.page_size, scale, threads(),
-        out.reshape(*rows, -1), lse.reshape(rows), None if probabilities is None else probabilities.reshape(*rows, t),
-    )  # fmt: skip
-    answer = torch.from_numpy(out)
-    return (
-        answer if q.dtype == torch.float32 else answer.to(q.dtype),
-        torch.from_numpy(lse),
-        None if probabilities is None else torch.from_numpy(probabilities),
-    )
+    pool = table.pool
+    planes, dv = (pool.array("keys"), pool.array("values")), pool.specs["values"].width
+    return attend_rows(_cpu.attend, planes, q, table, scale, dv=dv, mass=mass, read=read, weights=weights)
 
 
 @register("step_pages", "cpu", rank=10, fits=fits)
