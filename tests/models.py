@@ -73,13 +73,13 @@ PAGED = ["llama", "qwen3", "mistral", "phi3", "gemma3"]
 """Families with layers of full attention, the sliding windows of some beside them."""
 
 
-def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A new model; the same name and seed give the same weights."""
+def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changed: Any) -> PreTrainedModel:
+    """A new model, its configuration `changed`; the same name and seed give the same weights."""
     kind, options = {**FAMILIES, **VISION}[name]
     common: dict[str, Any] = {} if name in VISION else COMMON
     if name in VISION:
         options = {**options, "text_config": {**COMMON, **options["text_config"]}}
-    config = CONFIG_MAPPING[kind](**{**common, **options})
+    config = CONFIG_MAPPING[kind](**{**common, **options, **changed})
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     attn = "eager" if name == "gemma2" else "sdpa"  # transformers has no SDPA for capped logits

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvfold.hf.layers import WindowLayer, storage_bytes
+from kvfold.hf.layers import WindowLayer, beside_bytes
 from kvfold.hf.saving.said import Entry
+from kvfold.hf.windows import CodedWindow
 from kvfold.options import LARGEST
 
 STATES = ("conv_states", "recurrent_states")
@@ -27,6 +28,9 @@ def is_empty(layer: Any) -> bool:
 def end_recording(layer: Any) -> None:
     """Nobody crops any more: windows and states hold from now on what the next pass reads, and no past."""
     if not getattr(layer, "record_past", False):
+        return
+    if isinstance(layer, CodedWindow):
+        layer.end_recording()
         return
     if is_window(layer) and layer.is_initialized:
         behind = max(0, layer.keys.shape[2] - layer.sliding_window + 1)
@@ -53,6 +57,9 @@ def leave_inference(layer: Any) -> None:
 
 def check_join(mine: Any, theirs: Any) -> None:
     """Raise ValueError where the rows of two layers can't lie side by side."""
+    forms = [layer.form if isinstance(layer, CodedWindow) else None for layer in (mine, theirs)]
+    if forms[0] != forms[1]:
+        raise ValueError(f"windows={forms[1]} of the other cache must be {forms[0]}, as this one's are")
     for layer in (mine, theirs):
         if isinstance(layer, WindowLayer) and layer.places is not None:
             raise ValueError("a cache whose method narrowed a window's text can't join another one")
@@ -62,6 +69,9 @@ def check_join(mine: Any, theirs: Any) -> None:
 
 def join_layers(mine: Any, theirs: Any) -> None:
     """Take the rows of `theirs` behind ours. Windows end at the same column, shorter ones have padding in front."""
+    if isinstance(mine, CodedWindow):
+        mine.join(theirs)
+        return
     if isinstance(getattr(mine, "keys", None), Tensor):
         most = max(mine.keys.shape[2], theirs.keys.shape[2])
         for name in ("keys", "values"):
@@ -84,11 +94,13 @@ def select_rows(layer: Any, rows: np.ndarray) -> None:
 
 def row_nbytes(layer: Any, batch: int) -> np.ndarray:
     """Bytes of each row, (B,): all have as much."""
-    return np.full(batch, storage_bytes(layer) // max(1, batch), dtype=np.int64)
+    return np.full(batch, beside_bytes(layer) // max(1, batch), dtype=np.int64)
 
 
 def state_of(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a layer holds, as JSON and tensors."""
+    if isinstance(layer, CodedWindow):
+        return layer.state()
     tensors = {name: getattr(layer, name) for name in ("keys", "values") if is_window(layer) and layer.is_initialized}
     if is_window(layer):
         if isinstance(layer, WindowLayer) and layer.places is not None:
@@ -107,6 +119,9 @@ def check_state(layer: Any, entry: Entry, tensors: Mapping[str, Tensor], read: t
 
     `read`: rows and columns that the layers on pages have read; None: there are no such layers.
     """
+    if isinstance(layer, CodedWindow):
+        layer.check(entry, tensors, *((0, 0) if read is None else read))
+        return
     allowed = {"keys", "values"} if hasattr(layer, "keys") else set()
     if is_window(layer):
         entry.integer("length", high=LARGEST if read is None else read[1])

@@ -17,12 +17,13 @@ from kvfold.hf.call.checking import check_carried, check_reads_on
 from kvfold.hf.call.hooks import hook, use_kvfold, watch
 from kvfold.hf.call.host import Host
 from kvfold.hf.latent import is_latent
-from kvfold.hf.layers import PagedLayer, WindowLayer, held_bytes, storage_bytes
+from kvfold.hf.layers import PagedLayer, WindowLayer, dense_bytes, held_bytes
 from kvfold.hf.report import Report, layer_report
 from kvfold.hf.rope import find_ropes
 from kvfold.hf.saving.file import load, save
 from kvfold.hf.source import unfit
-from kvfold.hf.support import check_model, layers_of, unwrapped
+from kvfold.hf.support import check_model, check_windows, layers_of, unwrapped
+from kvfold.hf.windows import CodedWindow
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.rows import Rows
 from kvfold.methods.base import Method
@@ -48,6 +49,8 @@ class Cache(Adopting):
     A long prompt goes through each layer in parts of `part_size` tokens (None: as many as were found to be fast on the
     CPU, elsewhere all at once; 0: all at once): that takes less memory, and the method and the answer are those of one
     pass.
+    `windows` names the method whose format sliding-window layers hold their tokens in, such as "kivi(bits=4)": codes
+    that are made once and read as they lie. None: as the model made them.
     With an `arena` its pages come out of that, which bounds the bytes of all caches that have it: a generated token
     for which there is no page raises OutOfPages before any layer has read it. What a prompt keeps is known when it was
     read, and new columns of a method when it makes them: then OutOfPages leaves this cache to be `reset()`.
@@ -58,9 +61,10 @@ class Cache(Adopting):
 
     def __init__(
         self, model: nn.Module, method: str | Method = "full", *, prefill_chunk: int | None = None,
-        part_size: int | None = None, arena: Arena | None = None, **options: Any,
+        part_size: int | None = None, windows: str | Method | None = None, arena: Arena | None = None, **options: Any,
     ):  # fmt: skip
         chosen, model = parse(method, **options), unwrapped(model)
+        self.windows = None if windows is None else parse(windows)
         if not isinstance(arena, Arena | None):
             raise ValueError(f"arena={shown(arena)} must be a kvfold.Arena")
         if prefill_chunk is not None:
@@ -70,6 +74,8 @@ class Cache(Adopting):
             check_int("part_size", part_size, 0)
         check_model(model, chosen)
         plan = layers_of(model)
+        if self.windows is not None:
+            check_windows(model, self.windows, chosen, plan)
         if prefill_chunk is not None and any(hasattr(layer, "recurrent_states") for layer in plan):
             check_carried(model)
         paged = any(type(layer) is DynamicLayer for layer in plan)
@@ -105,13 +111,17 @@ class Cache(Adopting):
                 core = KVLayer(self.rows, index, paged, len(plan), rope, self.arena)
                 layers.append(PagedLayer(self, core, latent))
             elif type(layer) is DynamicSlidingWindowLayer:
-                window = WindowLayer(sliding_window=layer.sliding_window)
-                kind: Any = type(modules.get(index))
-                window.band = Band(layer.sliding_window) if paged and unfit(kind) is None else None
-                layers.append(window)
+                layers.append(self._window(index, layer.sliding_window, bool(paged), type(modules.get(index))))
             else:
                 layers.append(layer)
         return layers
+
+    def _window(self, index: int, size: int, paged: bool, kind: Any) -> WindowLayer:
+        if self.windows is not None and self.windows.format is not None:
+            return CodedWindow(size, self.windows.format, index)
+        window = WindowLayer(sliding_window=size)
+        window.band = Band(size) if paged and unfit(kind) is None else None
+        return window
 
     # -- what a user reads -----------------------------------------------------------------------------------
 
@@ -123,10 +133,7 @@ class Cache(Adopting):
     @property
     def dense_nbytes(self) -> int:
         """Bytes that a dense cache would hold for the same tokens (padding not counted, windows as they are)."""
-        return sum(
-            layer.dense_bytes(self.text_tokens) if isinstance(layer, PagedLayer) else storage_bytes(layer)
-            for layer in self.layers
-        )
+        return sum(dense_bytes(layer, self.text_tokens) for layer in self.layers)
 
     @property
     def kept_tokens(self) -> float:
@@ -178,7 +185,7 @@ class Cache(Adopting):
         """
         other = type(self).__new__(type(self))
         other.model, other.prefill_chunk, other.part_size = self.model, self.prefill_chunk, self.part_size
-        other.arena = self.arena
+        other.arena, other.windows = self.arena, self.windows
         other.rows, other.call = self.rows.fork(), Call()
         Host.__init__(other, [_forked(layer, other) for layer in self.layers])
         other.reading, other.given, other.pending = self.reading, self.given, self.pending.copied()
@@ -213,8 +220,8 @@ class Cache(Adopting):
         OutOfPages where that has no room for it.
         """
 
-        def make(method: Method, chunk: int | None) -> Cache:
-            return cls(model, method, prefill_chunk=chunk, arena=arena)
+        def make(method: Method, chunk: int | None, windows: str | None) -> Cache:
+            return cls(model, method, prefill_chunk=chunk, windows=windows, arena=arena)
 
         loaded: Cache = load(path, make, allow)
         return loaded
@@ -227,6 +234,8 @@ def _kinds(plan: list[Any]) -> str:
 
 def _forked(layer: Any, owner: Cache) -> Any:
     """A layer for a fork: over the same pages, or a copy."""
+    if isinstance(layer, CodedWindow):
+        return layer.fork()
     if not isinstance(layer, PagedLayer):
         return copy.deepcopy(layer)
     forked = PagedLayer(owner, layer.core.fork(owner.rows), layer.latent)

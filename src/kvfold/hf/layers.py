@@ -177,6 +177,21 @@ class WindowLayer(DynamicSlidingWindowLayer):
         self.keys, self.values = self.keys.gather(2, wide), self.values.gather(2, wide)
         self.cumulative_length = left
 
+    @property
+    def tokens(self) -> int:
+        """Columns that are held."""
+        return self.keys.shape[2] if self.is_initialized else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return storage_bytes(self)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that transformers' own window would hold."""
+        return self.nbytes
+
     def _select(self, rows: Tensor) -> None:
         self.places = None if self.places is None else self.places[rows.to(self.places.device)]
 
@@ -241,12 +256,27 @@ def storage_bytes(layer: Any) -> int:
     return sum(stores.values())
 
 
+def beside_bytes(layer: Any) -> int:
+    """Bytes that a layer which is not on pages of its cache holds."""
+    return layer.nbytes if isinstance(layer, WindowLayer) else storage_bytes(layer)
+
+
 def held_bytes(layers: Sequence[Any]) -> list[int]:
     """Bytes that each layer holds; what two of them share counts for the first."""
     counted: set[int] = set()
     return [
-        layer.core.bytes_beside(counted) if isinstance(layer, PagedLayer) else storage_bytes(layer) for layer in layers
+        layer.core.bytes_beside(counted) if isinstance(layer, PagedLayer) else beside_bytes(layer) for layer in layers
     ]
 
 
-__all__ = ["Owner", "PagedLayer", "WindowLayer", "held_bytes", "mark_of", "storage_bytes", "tensors"]
+def dense_bytes(layer: Any, tokens: int | None) -> int:
+    """Bytes that a layer of transformers' own would hold, see `PagedLayer.dense_bytes`."""
+    if isinstance(layer, PagedLayer):
+        return layer.dense_bytes(tokens)
+    return layer.dense_nbytes if isinstance(layer, WindowLayer) else storage_bytes(layer)
+
+
+__all__ = [
+    "Owner", "PagedLayer", "WindowLayer", "beside_bytes", "dense_bytes", "held_bytes", "mark_of", "storage_bytes",
+    "tensors",
+]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from rich.console import Console
 from rich.table import Table
 
-from kvfold.hf.layers import held_bytes
+from kvfold.hf.layers import WindowLayer, dense_bytes, held_bytes
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,14 @@ def layer_report(cache: Reportable) -> Report:
             kind = "window" if getattr(layer, "is_sliding", False) else "state"
             keys = getattr(layer, "keys", None)
             length = 0 if keys is None or keys.dim() < 3 else keys.shape[-2]
-            rows.append(LayerReport(index, kind, float(length), length, length, held, held))
+            length = layer.tokens if isinstance(layer, WindowLayer) else length
+            dense = dense_bytes(layer, None)
+            rows.append(LayerReport(index, kind, float(length), length, length, held, dense))
         else:
             counts = core.counts()
             some = counts.size > 0
             least, most = (int(counts.min()), int(counts.max())) if some else (0, 0)
             mean = float(counts.mean()) if some else 0.0
-            dense = layer.dense_bytes(cache.text_tokens)
+            dense = dense_bytes(layer, cache.text_tokens)
             rows.append(LayerReport(index, "paged", mean, least, most, held, dense))
     return Report(cache.method_text, cache.nbytes, cache.dense_nbytes, tuple(rows))

@@ -1,5 +1,6 @@
 """Which models kvfold can attend for."""
 
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
@@ -7,11 +8,13 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from kvfold.formats.oldest import unit_of
 from kvfold.hf.anatomy import attention_modules, has_grid_positions, text_decoder, wrappers
 from kvfold.hf.argument import NEW, OLD
 from kvfold.hf.images import check_images
 from kvfold.hf.source import changed_by_name, unfit
 from kvfold.methods.base import Method
+from kvfold.methods.events import EVENTS
 
 NOTHING = "DummyLayer"
 """transformers' cache layer for a layer without attention; its releases before that one have none to import."""
@@ -95,6 +98,25 @@ def check_model(model: Any, method: Method | None = None) -> None:
         )
     if paged:
         _check_code(model, paged)
+
+
+def check_windows(model: PreTrainedModel, windows: Method, method: Method, layers: Sequence[Any]) -> None:
+    """Raise ValueError where the format of `windows` can't be that of a model's sliding windows, beside `method`."""
+    name, modules = type(model).__name__, attention_modules(model)
+    if windows.format is None or any(windows.listens(event) for event in EVENTS):
+        raise ValueError(f"windows={windows} must be a method that says how all tokens lie, such as 'kivi(bits=4)'")
+    unit_of(windows.format)
+    places = [index for index, layer in enumerate(layers) if type(layer) is DynamicSlidingWindowLayer]
+    if not places:
+        raise ValueError(f"windows={windows}: {name} has no sliding windows")
+    if not any(type(layer) is DynamicLayer for layer in layers):
+        raise ValueError(f"windows={windows}: {name} has no layer with full attention beside its windows")
+    if method.narrows:
+        raise ValueError(f"windows={windows}: {method} narrows a text on its way to them, which needs them as they are")
+    for index in places:
+        kind: Any = type(modules.get(index))
+        if (reason := unfit(kind)) is not None:
+            raise ValueError(f"windows={windows}: {kind.__name__} of {name} {reason}")
 
 
 def _is_plain(layer: DynamicLayer) -> bool:

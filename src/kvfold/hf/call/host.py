@@ -20,6 +20,7 @@ from kvfold.hf.call.modes import Mode
 from kvfold.hf.call.pending import Pending
 from kvfold.hf.call.reading import Reading
 from kvfold.hf.layers import PagedLayer, WindowLayer, mark_of
+from kvfold.hf.windows import CodedWindow
 from kvfold.layer.late import Done, carry_out
 from kvfold.layer.plan import Plan
 from kvfold.methods.base import Decisions
@@ -171,6 +172,9 @@ class Host(Checked):
         call, self.call = self.call, Call()
         if call.marks is not None:
             self.reading, self.given = call.after, self.given.more(call.ids)
+            for layer in self.layers:
+                if isinstance(layer, CodedWindow):
+                    layer.settle()
         try:
             yield call
         except BaseException:

@@ -20,6 +20,7 @@ from kvfold.hf.saving.fingerprint import fields_of, fingerprint, modules_of
 from kvfold.hf.saving.outside import check_outside
 from kvfold.hf.saving.said import Entry, SaidGroup, SaidLayer, SaidRows, check_reading, groups_of
 from kvfold.hf.saving.sealed import read_sealed, write_sealed
+from kvfold.hf.windows import CodedWindow
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.plan import Group
 from kvfold.layer.stored import Stored
@@ -61,6 +62,7 @@ def save(cache: Host, path: str | os.PathLike[str]) -> None:
     header = {
         "groups": [_said_of(group, cache.paged) for group in rows.groups],
         "prefill_chunk": cache.prefill_chunk,
+        "windows": None if cache.windows is None else str(cache.windows),
         "model": type(cache.model).__name__,
         "fields": fields_of(cache.model),
         "fingerprint": fingerprint(cache.model),
@@ -116,8 +118,10 @@ class Contents:
         return {n.removeprefix(prefix): tensor for n, tensor in self.tensors.items() if n.startswith(prefix)}
 
 
-def load(path: str | os.PathLike[str], make: Callable[[Method, int | None], Host], allow: Collection[str] = ()) -> Any:
-    """Read a cache that `save` wrote; `make` makes an empty one of a method and a chunk size.
+def load(
+    path: str | os.PathLike[str], make: Callable[[Method, int | None, str | None], Host], allow: Collection[str] = ()
+) -> Any:
+    """Read a cache that `save` wrote; `make` makes an empty one of a method, a chunk size, and a format of windows.
 
     All is checked before pages are taken: the digest, the header by itself, against the model, and against the tensors.
     `allow`: models and files that the method in the file may name (see `check_outside`). Raises ValueError for what is
@@ -132,7 +136,9 @@ def load(path: str | os.PathLike[str], make: Callable[[Method, int | None], Host
     try:
         methods = [parse(group.method) for group in found.groups]
         check_outside(methods, allow)
-        empty = [make(method, None if number else header.get("prefill_chunk")) for number, method in enumerate(methods)]
+        check_outside([parse(windows)] if (windows := header.get("windows")) else [], allow)
+        chunks = [header.get("prefill_chunk"), *[None] * len(methods)]
+        empty = [make(method, chunk, windows) for method, chunk in zip(methods, chunks, strict=False)]
     except (ValueError, TypeError) as error:  # the latter: options of a kind that a method does not think of
         raise ValueError(f"{here} holds a cache that can't be made: {error}") from error
     cache = empty[0]
@@ -154,6 +160,8 @@ def _contents(header: Entry, tensors: Mapping[str, Tensor]) -> Contents:
     header.part("fields")
     if not header.null("prefill_chunk"):
         header.integer("prefill_chunk", low=2)
+    if not header.null("windows"):
+        header.text("windows")
     rows = SaidRows.of(header)
     layers = [Entry(f"layer {number}", said) for number, said in enumerate(header.items("layers"))]
     found = Contents(header, rows, groups_of(header, len(rows.seen)), layers, tensors)
@@ -270,6 +278,8 @@ def _fill(found: Contents, cache: Host, paged: Mapping[int, tuple[SaidLayer, Spe
         if isinstance(layer, PagedLayer):
             layer.core.stored = stores.get(index, layer.core.stored)
             layer.is_initialized = rows.width > 0
+        elif isinstance(layer, CodedWindow):
+            layer.restore(entry.said, found.under(f"{index}."), len(rows.seen), _device(cache.model, index))
         elif own := found.under(f"{index}."):
             restore(layer, entry.said, own, _device(cache.model, index))
     if not found.header.null("reading"):

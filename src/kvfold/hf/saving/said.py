@@ -70,6 +70,13 @@ class Entry:
             raise self.fail(name, "texts")
         return found
 
+    def dtype(self, name: str) -> torch.dtype:
+        """What a model computes in."""
+        try:
+            return dtype_from(self.said.get(name))
+        except ValueError as error:
+            raise ValueError(f"{self.where} has {error}") from None
+
     def part(self, name: str) -> "Entry":
         """An object."""
         return Entry(f"{self.where}, {name},", self.said.get(name))
@@ -151,11 +158,7 @@ class SaidLayer:
         if (shape is None) != (not formats):
             raise entry.fail("shape", "null where there are no formats, and only there")
         opened = entry.integers("opened", batch if formats else None, high=max(0, len(formats) - 1))
-        try:
-            dtype = dtype_from(entry.said.get("dtype"))
-        except ValueError as error:
-            raise ValueError(f"{entry.where} has {error}") from None
-        return cls(shape, dtype, opened, entry.flag("ordered"), tuple(formats))
+        return cls(shape, entry.dtype("dtype"), opened, entry.flag("ordered"), tuple(formats))
 
 
 def check_reading(entry: Entry, tensors: Mapping[str, Tensor], rows: SaidRows) -> None:
