@@ -10,12 +10,12 @@ import kvfold
 from kvfold.formats import Dense, Format
 from kvfold.hf.saving.said import Entry
 from kvfold.hf.shared_prefill import prefill_many
-from kvfold.hf.windows import CodedWindow
+from kvfold.methods import parse
 from kvfold.methods.base import Method, method, registry
 from models import VOCAB, build, feed, greedy, subject, tokens
 
-KIVI = "kivi(bits=8, group=8, residual=8)"
-SMALL = "kivi(bits=4, group=8, residual=0)"
+KIVI = "windows(form='kivi(bits=8, group=8, residual=8)')"
+SMALL = "windows(form='kivi(bits=4, group=8, residual=0)')"
 GREEDY = dict(max_new_tokens=12, do_sample=False)
 
 
@@ -30,7 +30,7 @@ def plain():
 
         format: Format | None = Dense()  # noqa: RUF009  (frozen)
 
-    yield "as-it-is()"
+    yield "windows(form='as-it-is')"
     del registry["as-it-is"]
 
 
@@ -38,14 +38,10 @@ def gemma(window: int = 8):
     return build("gemma3", sliding_window=window)
 
 
-def windows(cache):
-    return [layer for layer in cache.layers if isinstance(layer, CodedWindow)]
-
-
 def held(cache):
     """Everything that the windows hold, as tensors."""
     found = []
-    for layer in windows(cache):
+    for layer in cache.coded_windows:
         said, tensors = layer.state()
         found.append((said["length"], {name: tensor.clone() for name, tensor in tensors.items()}))
     return found
@@ -63,18 +59,18 @@ def same(one, other):
 def test_as_it_is_gives_what_the_model_alone_gives(plain, window, lengths, padded):
     model = gemma(window)
     prompt = tokens(*lengths) if padded else tokens(lengths[0])
-    coded, own = kvfold.Cache(model, "full", windows=plain), kvfold.Cache(model, "full")
+    coded, own = kvfold.Cache(model, plain), kvfold.Cache(model, "full")
     for cache in (coded, own):
         cache.said = greedy(model, cache, *prompt.values(), 30)
     torch.testing.assert_close(coded.said[1], own.said[1], rtol=1e-4, atol=1e-4)
     assert torch.equal(coded.said[0], own.said[0])
-    assert all(layer.tokens <= window + 16 for layer in windows(coded))
+    assert all(layer.tokens <= window + 16 for layer in coded.coded_windows)
 
 
 def test_a_second_turn_reads_windows_and_new_tokens(plain):
     model = gemma(21)
     ids = tokens(90)["input_ids"]
-    coded, own = kvfold.Cache(model, "full", windows=plain), kvfold.Cache(model, "full")
+    coded, own = kvfold.Cache(model, plain), kvfold.Cache(model, "full")
     for start, stop in ((0, 33), (33, 34), (34, 60), (60, 61), (61, 62), (62, 90)):
         mask = torch.ones(1, stop, dtype=torch.long)
         here, there = (feed(model, cache, ids[:, start:stop], mask) for cache in (coded, own))
@@ -88,8 +84,8 @@ def test_a_stream_of_tokens_leaves_what_a_prompt_leaves(window, length):
     states = [torch.randn(1, 2, length, 16, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
     made = []
     for steps in ([length], [1] * length, [length // 3, length - length // 3]):
-        cache = kvfold.Cache(model, "full", windows=KIVI)
-        layer, at = windows(cache)[0], 0
+        cache = kvfold.Cache(model, KIVI)
+        layer, at = cache.coded_windows[0], 0
         for step in steps:
             layer.update(*(x[:, :, at : at + step].clone() for x in states))
             layer.settle()
@@ -97,15 +93,15 @@ def test_a_stream_of_tokens_leaves_what_a_prompt_leaves(window, length):
         made.append([(layer.cumulative_length, layer.state()[1])])
     same(made[0], made[1])
     same(made[0], made[2])
-    cache = kvfold.Cache(model, "full", windows=KIVI)
+    cache = kvfold.Cache(model, KIVI)
     feed(model, cache, ids, torch.ones_like(ids))
-    assert windows(cache)[0].tokens <= window + 7 + 1
-    assert all(not layer.keys.numel() for layer in windows(cache))
+    assert cache.coded_windows[0].tokens <= window + 7 + 1
+    assert all(not layer.keys.numel() for layer in cache.coded_windows)
 
 
 def test_codes_are_never_made_anew():
     model = gemma(40)
-    cache = kvfold.Cache(model, "full", windows=SMALL)
+    cache = kvfold.Cache(model, SMALL)
     ids = tokens(60)["input_ids"]
     feed(model, cache, ids[:, :33], torch.ones(1, 33, dtype=torch.long))
     before = held(cache)
@@ -121,12 +117,12 @@ def test_codes_are_never_made_anew():
 
 def test_bytes_are_those_of_codes():
     model = build("gemma3", sliding_window=256, head_dim=64)
-    cache, own = kvfold.Cache(model, "full", windows="kivi(residual=32)"), kvfold.Cache(model, "full")
+    cache, own = kvfold.Cache(model, "full | windows"), kvfold.Cache(model, "full")
     for each in (cache, own):
         feed(model, each, *tokens(300).values())
     coded = [row for row in cache.report().layers if row.kind == "window"]
     size = torch.long.itemsize  # transformers' layer holds the window's size as a tensor
-    assert [row.nbytes - size for row in coded] == [layer.segment.nbytes for layer in windows(cache)]
+    assert [row.nbytes - size for row in coded] == [layer.segment.nbytes for layer in cache.coded_windows]
     assert all(row.nbytes < 0.45 * row.dense_nbytes for row in coded)
     assert own.dense_nbytes - cache.dense_nbytes == 2 * size
     assert cache.nbytes < own.nbytes
@@ -139,7 +135,7 @@ def test_rows_are_what_they_are_alone(method):
     prompts = [tokens(length) for length in (50, 23)]
     alone = []
     for prompt in prompts:
-        cache = kvfold.Cache(model, method, windows=KIVI)
+        cache = kvfold.Cache(model, f"{method} | {KIVI}")
         alone.append((cache, feed(model, cache, *prompt.values())[:, -1:]))
     answers = [greedy(model, cache.fork(), logits.argmax(-1), torch.ones(1, length + 1, dtype=torch.long), 9)
                for (cache, logits), length in zip(alone, (50, 23), strict=True)]  # fmt: skip
@@ -159,16 +155,16 @@ def test_rows_are_what_they_are_alone(method):
 def test_beams_and_repeated_rows():
     model = gemma(21)
     prompt = tokens(40, 31)
-    cache = kvfold.Cache(model, "full", windows=KIVI)
+    cache = kvfold.Cache(model, KIVI)
     said = model.generate(**prompt, past_key_values=cache, num_beams=3, **GREEDY)
     assert said.shape == (2, 52)
-    assert all(len(layer.keys) == len(layer.segment.counts()) == 6 for layer in windows(cache))
+    assert all(len(layer.keys) == len(layer.segment.counts()) == 6 for layer in cache.coded_windows)
 
 
 @pytest.mark.parametrize("way", [lambda c: c.fork(), copy.deepcopy])
 def test_a_copy_goes_its_own_way(way):
     model = gemma(21)
-    cache = kvfold.Cache(model, "full", windows=KIVI)
+    cache = kvfold.Cache(model, KIVI)
     feed(model, cache, *tokens(30).values())
     before, other = held(cache), way(cache)
     greedy(model, other, torch.full((1, 1), 7), torch.ones(1, 31, dtype=torch.long), 20)
@@ -178,12 +174,12 @@ def test_a_copy_goes_its_own_way(way):
 @pytest.mark.parametrize("length", [6, 50])
 def test_a_file_goes_on_bit_for_bit(tmp_path, length):
     model = gemma(21)
-    cache = kvfold.Cache(model, "snapkv(budget=0.5)", windows=KIVI)
+    cache = kvfold.Cache(model, f"snapkv(budget=0.5) | {KIVI}")
     feed(model, cache, *tokens(length, length - 3).values())
     cache.save(tmp_path / "cache")
     loaded = kvfold.Cache.load(tmp_path / "cache", model)
     same(held(cache), held(loaded))
-    assert loaded.windows == cache.windows
+    assert loaded.method == cache.method
     first, mask = torch.full((2, 1), 9), torch.ones(2, length + 1, dtype=torch.long)
     mask[1, :3] = 0
     one, other = (greedy(model, each, first, mask, 12)[1] for each in (cache, loaded))
@@ -194,7 +190,7 @@ def test_a_file_goes_on_bit_for_bit(tmp_path, length):
 def test_assisted_decoding_takes_back_what_it_recorded():
     model = gemma(21)
     ids = tokens(50)["input_ids"]
-    cache, plain = kvfold.Cache(model, "full", windows=KIVI), kvfold.Cache(model, "full", windows=KIVI)
+    cache, plain = kvfold.Cache(model, KIVI), kvfold.Cache(model, KIVI)
     for each in (cache, plain):
         feed(model, each, ids[:, :40], torch.ones(1, 40, dtype=torch.long))
     cache.activate_past_recording()
@@ -207,7 +203,7 @@ def test_assisted_decoding_takes_back_what_it_recorded():
     one, other = (greedy(model, each, first, mask, 8)[1] for each in (cache, plain))
     torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
     assert held(cache)[0][0] == held(plain)[0][0] == 50
-    said = model.generate(ids, past_key_values=kvfold.Cache(model, "full", windows=KIVI), prompt_lookup_num_tokens=3,
+    said = model.generate(ids, past_key_values=kvfold.Cache(model, KIVI), prompt_lookup_num_tokens=3,
                           **GREEDY)  # fmt: skip
     assert said.shape[1] == 62
 
@@ -215,11 +211,13 @@ def test_assisted_decoding_takes_back_what_it_recorded():
 def test_a_crop_of_a_window_that_is_not_full_yet():
     model = gemma(40)
     ids = tokens(30)["input_ids"]
-    cache, other = kvfold.Cache(model, "full", windows=KIVI), kvfold.Cache(model, "full", windows=KIVI)
+    cache, other = kvfold.Cache(model, KIVI), kvfold.Cache(model, KIVI)
     feed(model, cache, ids, torch.ones_like(ids))
     cache.crop(-11)
     feed(model, other, ids[:, :19], torch.ones(1, 19, dtype=torch.long))
-    assert [layer.tokens for layer in windows(cache)] == [layer.tokens for layer in windows(other)] == [19, 19]
+    assert (
+        [layer.tokens for layer in cache.coded_windows] == [layer.tokens for layer in other.coded_windows] == [19, 19]
+    )
     feed(model, cache, ids, torch.ones(1, 49, dtype=torch.long))
     with pytest.raises(RuntimeError, match="was full"):
         cache.crop(-1)
@@ -230,7 +228,7 @@ def test_parts_and_chunks_read_exact_windows():
     ids = tokens(100)["input_ids"]
     logits = []
     for options in ({"part_size": 0}, {"part_size": 16}, {"prefill_chunk": 30}):
-        cache = kvfold.Cache(model, "full", windows=SMALL, **options)
+        cache = kvfold.Cache(model, SMALL, **options)
         logits.append(feed(model, cache, ids, torch.ones_like(ids)))
         logits.append(feed(model, cache, ids[:, :1], torch.ones(1, 101, dtype=torch.long)))
     for number in (2, 4):
@@ -238,55 +236,57 @@ def test_parts_and_chunks_read_exact_windows():
         torch.testing.assert_close(logits[number + 1], logits[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name,options,message",
-    [
-        ("llama", {"windows": "fp8"}, "has no sliding windows"),
-        ("mistral-sliding", {"windows": "fp8"}, "no layer with full attention"),
-        ("gemma3", {"windows": "snapkv"}, "how all tokens lie"),
-        ("gemma3", {"windows": "snapkv | fp8"}, "how all tokens lie"),
-        ("gemma3", {"windows": 4}, "method=4"),
-        ("gemma3", {"windows": "fp8", "method": "fastkv"}, "narrows"),
-    ],
-)
-@pytest.mark.usefixtures("unchecked")
-def test_what_can_not_be_is_refused(name, options, message):
-    with pytest.raises(ValueError, match=message):
-        kvfold.Cache(build(name), **options)
+@pytest.mark.parametrize("form", ["snapkv", "snapkv | fp8", "full", "nothing", "minicache", "windows"])
+def test_what_is_no_format_is_refused(form):
+    with pytest.raises(ValueError, match=r"form=|method"):
+        parse(f"full | windows(form={form!r})")
+
+
+@pytest.mark.parametrize("method", ["fastkv | windows", "windows | windows(form='fp8')"])
+def test_what_can_not_be_is_refused(method):
+    with pytest.raises(ValueError, match=r"narrows|two stages"):
+        kvfold.Cache(gemma(), method)
+
+
+def test_models_without_windows_are_left_as_they_are():
+    cache = kvfold.Cache(subject("llama"), "snapkv(budget=0.5) | windows")
+    assert not cache.coded_windows
+    with pytest.warns(UserWarning, match="nothing to do"):
+        assert not kvfold.Cache(build("mistral-sliding"), "windows").coded_windows
 
 
 def test_caches_with_other_windows_do_not_join():
     model = gemma(21)
-    one, other = kvfold.Cache(model, "full", windows=KIVI), kvfold.Cache(model, "full")
+    one, other = kvfold.Cache(model, KIVI), kvfold.Cache(model, "full")
     for cache in (one, other):
         feed(model, cache, *tokens(20).values())
-    with pytest.raises(ValueError, match="windows="):
+    with pytest.raises(ValueError, match="windows lie in"):
         one.join(other)
     with pytest.raises(ValueError, match="adopt"):
-        prefill_many(model, tokens(20), [kvfold.Cache(model, "full", windows=KIVI)])
+        prefill_many(model, tokens(20), [kvfold.Cache(model, KIVI)])
 
 
 def test_a_file_of_other_tokens_is_refused(tmp_path):
     model = gemma(21)
-    cache = kvfold.Cache(model, "full", windows=KIVI)
+    cache = kvfold.Cache(model, KIVI)
     feed(model, cache, *tokens(40).values())
-    layer = windows(cache)[0]
+    layer = cache.coded_windows[0]
     said, tensors = layer.state()
-    empty = windows(kvfold.Cache(model, "full", windows=KIVI))[0]
+    empty = kvfold.Cache(model, KIVI).coded_windows[0]
     empty.check(Entry("layer 0", said), tensors, 1, 40)
     for wrong in (
         {**said, "length": 41}, {**said, "held": None}, {**said, "held": {**said["held"], "shape": [2, 16, 0]}},
         {**said, "held": {**said["held"], "dtype": "int8"}}, {**said, "held": {**said["held"], "counts": [[99, 99]]}},
     ):  # fmt: skip
-        with pytest.raises(ValueError, match="layer 0|must be"):
+        with pytest.raises(ValueError, match=r"layer 0|must be"):
             empty.check(Entry("layer 0", wrong), tensors, 1, 40)
-    with pytest.raises(ValueError, match="must be|which"):
+    with pytest.raises(ValueError, match=r"must be|which"):
         empty.check(Entry("layer 0", said), {name: x[:-1] for name, x in tensors.items()}, 1, 40)
 
 
 def test_inside_inference_mode_and_out():
     model = gemma(21)
-    cache = kvfold.Cache(model, "full", windows=KIVI)
+    cache = kvfold.Cache(model, KIVI)
     with torch.inference_mode():
         feed(model, cache, *tokens(30).values())
     logits = feed(model, cache, torch.full((1, 1), 3), torch.ones(1, 31, dtype=torch.long))

@@ -24,7 +24,7 @@ class Adopting(Batch):
     def shares_prefill(self) -> bool:
         """Whether `adopt` may fill this cache from another's pass: it reads prompts at once, and as they are, and its
         windows are the model's own."""
-        return self.prefill_chunk is None and not self.method.own_prefill and self.windows is None
+        return self.prefill_chunk is None and not self.method.own_prefill and not self.coded_windows
 
     def adopt(self, view: LayerView, *, wait: bool = False) -> None:
         """Fill one layer of this empty cache from another cache's view of its first pass. See `prefill_many`.

@@ -59,7 +59,7 @@ def check_join(mine: Any, theirs: Any) -> None:
     """Raise ValueError where the rows of two layers can't lie side by side."""
     forms = [layer.form if isinstance(layer, CodedWindow) else None for layer in (mine, theirs)]
     if forms[0] != forms[1]:
-        raise ValueError(f"windows={forms[1]} of the other cache must be {forms[0]}, as this one's are")
+        raise ValueError(f"the other cache's windows lie in {forms[1]}, which must be {forms[0]}, as this one's do")
     for layer in (mine, theirs):
         if isinstance(layer, WindowLayer) and layer.places is not None:
             raise ValueError("a cache whose method narrowed a window's text can't join another one")

@@ -42,15 +42,14 @@ class Cache(Adopting):
 
     `method` is a slug, a composition as text, or a Method; `options` such as a budget go to the method, in a
     composition each to the one stage that has it. Sets the model's attention implementation to "kvfold", which without
-    this cache computes what "sdpa" does. Sliding-window layers keep their window and linear-attention layers their
-    state: no method sees them. With `prefill_chunk` the model reads longer inputs in chunks of so many tokens, and the
-    method decides after each: no layer ever holds more than its budget and a chunk (the answer is then not that of one
-    pass, but for `full`; see docs/architecture.md).
+    this cache computes what "sdpa" does. Sliding-window layers keep their window (in a format, with a stage such as
+    "windows(form='kivi(bits=4)')") and linear-attention layers their state: no method decides what of them is kept.
+    With `prefill_chunk` the model reads longer inputs in chunks of so many tokens, and the method decides after each:
+    no layer ever holds more than its budget and a chunk (the answer is then not that of one pass, but for `full`; see
+    docs/architecture.md).
     A long prompt goes through each layer in parts of `part_size` tokens (None: as many as were found to be fast on the
     CPU, elsewhere all at once; 0: all at once): that takes less memory, and the method and the answer are those of one
     pass.
-    `windows` names the method whose format sliding-window layers hold their tokens in, such as "kivi(bits=4)": codes
-    that are made once and read as they lie. None: as the model made them.
     With an `arena` its pages come out of that, which bounds the bytes of all caches that have it: a generated token
     for which there is no page raises OutOfPages before any layer has read it. What a prompt keeps is known when it was
     read, and new columns of a method when it makes them: then OutOfPages leaves this cache to be `reset()`.
@@ -61,10 +60,9 @@ class Cache(Adopting):
 
     def __init__(
         self, model: nn.Module, method: str | Method = "full", *, prefill_chunk: int | None = None,
-        part_size: int | None = None, windows: str | Method | None = None, arena: Arena | None = None, **options: Any,
+        part_size: int | None = None, arena: Arena | None = None, **options: Any,
     ):  # fmt: skip
         chosen, model = parse(method, **options), unwrapped(model)
-        self.windows = None if windows is None else parse(windows)
         if not isinstance(arena, Arena | None):
             raise ValueError(f"arena={shown(arena)} must be a kvfold.Arena")
         if prefill_chunk is not None:
@@ -74,8 +72,7 @@ class Cache(Adopting):
             check_int("part_size", part_size, 0)
         check_model(model, chosen)
         plan = layers_of(model)
-        if self.windows is not None:
-            check_windows(model, self.windows, chosen, plan)
+        check_windows(model, chosen, plan)
         if prefill_chunk is not None and any(hasattr(layer, "recurrent_states") for layer in plan):
             check_carried(model)
         paged = any(type(layer) is DynamicLayer for layer in plan)
@@ -117,8 +114,8 @@ class Cache(Adopting):
         return layers
 
     def _window(self, index: int, size: int, paged: bool, kind: Any) -> WindowLayer:
-        if self.windows is not None and self.windows.format is not None:
-            return CodedWindow(size, self.windows.format, index)
+        if paged and self.method.windows is not None:
+            return CodedWindow(size, self.method.windows, index)
         window = WindowLayer(sliding_window=size)
         window.band = Band(size) if paged and unfit(kind) is None else None
         return window
@@ -185,7 +182,7 @@ class Cache(Adopting):
         """
         other = type(self).__new__(type(self))
         other.model, other.prefill_chunk, other.part_size = self.model, self.prefill_chunk, self.part_size
-        other.arena, other.windows = self.arena, self.windows
+        other.arena = self.arena
         other.rows, other.call = self.rows.fork(), Call()
         Host.__init__(other, [_forked(layer, other) for layer in self.layers])
         other.reading, other.given, other.pending = self.reading, self.given, self.pending.copied()
@@ -220,8 +217,8 @@ class Cache(Adopting):
         OutOfPages where that has no room for it.
         """
 
-        def make(method: Method, chunk: int | None, windows: str | None) -> Cache:
-            return cls(model, method, prefill_chunk=chunk, windows=windows, arena=arena)
+        def make(method: Method, chunk: int | None) -> Cache:
+            return cls(model, method, prefill_chunk=chunk, arena=arena)
 
         loaded: Cache = load(path, make, allow)
         return loaded

@@ -26,8 +26,8 @@ def prefill_many(model: nn.Module, inputs: dict[str, Tensor], caches: Sequence[C
     for cache in caches:
         if cache.model is not model:
             raise ValueError(f"a cache was made for another {type(cache.model).__name__} than the one that reads")
-        if cache.windows is not None:
-            raise ValueError(f"a cache with windows={cache.windows} can't adopt another one's prefill")
+        if cache.coded_windows:
+            raise ValueError(f"method={cache.method} holds windows in a format: it can't adopt another one's prefill")
         if cache.get_seq_length():
             raise ValueError(f"a cache with {cache.get_seq_length()} tokens can't adopt a prefill; it must be empty")
         if "images" in cache.method.asks and image_ids(model) and "input_ids" not in inputs:

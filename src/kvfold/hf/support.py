@@ -8,13 +8,11 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from kvfold.formats.oldest import unit_of
 from kvfold.hf.anatomy import attention_modules, has_grid_positions, text_decoder, wrappers
 from kvfold.hf.argument import NEW, OLD
 from kvfold.hf.images import check_images
 from kvfold.hf.source import changed_by_name, unfit
 from kvfold.methods.base import Method
-from kvfold.methods.events import EVENTS
 
 NOTHING = "DummyLayer"
 """transformers' cache layer for a layer without attention; its releases before that one have none to import."""
@@ -100,23 +98,18 @@ def check_model(model: Any, method: Method | None = None) -> None:
         _check_code(model, paged)
 
 
-def check_windows(model: PreTrainedModel, windows: Method, method: Method, layers: Sequence[Any]) -> None:
-    """Raise ValueError where the format of `windows` can't be that of a model's sliding windows, beside `method`."""
+def check_windows(model: PreTrainedModel, method: Method, layers: Sequence[Any]) -> None:
+    """Raise ValueError where a model's sliding windows can't lie in the format that the method has for them."""
     name, modules = type(model).__name__, attention_modules(model)
-    if windows.format is None or any(windows.listens(event) for event in EVENTS):
-        raise ValueError(f"windows={windows} must be a method that says how all tokens lie, such as 'kivi(bits=4)'")
-    unit_of(windows.format)
     places = [index for index, layer in enumerate(layers) if type(layer) is DynamicSlidingWindowLayer]
-    if not places:
-        raise ValueError(f"windows={windows}: {name} has no sliding windows")
-    if not any(type(layer) is DynamicLayer for layer in layers):
-        raise ValueError(f"windows={windows}: {name} has no layer with full attention beside its windows")
+    if method.windows is None or not places:
+        return
     if method.narrows:
-        raise ValueError(f"windows={windows}: {method} narrows a text on its way to them, which needs them as they are")
+        raise ValueError(f"method={method} narrows a text on its way to windows, which then must be as they are")
     for index in places:
         kind: Any = type(modules.get(index))
         if (reason := unfit(kind)) is not None:
-            raise ValueError(f"windows={windows}: {kind.__name__} of {name} {reason}")
+            raise ValueError(f"method={method}: {kind.__name__} of {name} {reason}, so its windows lie as they are")
 
 
 def _is_plain(layer: DynamicLayer) -> bool:

@@ -37,7 +37,8 @@ class CodedBand(Band):
         """As `Band.attend`. Raises ValueError for a softmax that codes can't be read with, before a step comes."""
         given = [name for name in SOFTMAX if kwargs.get(name) is not None]
         if given or kwargs.get("dropout"):
-            raise ValueError(f"windows: {type(module).__name__} attends with {(given or ['dropout'])[0]}; leave it out")
+            name = type(module).__name__
+            raise ValueError(f"{name} attends with {(given or ['dropout'])[0]}, which no window in codes does")
         if self.segment is None:
             return super().attend(module, q, k, v, padding, scale, **kwargs)
         heads, scale = k.shape[1], q.shape[-1] ** -0.5 if scale is None else scale

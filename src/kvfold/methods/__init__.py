@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.streamingllm import StreamingLLM as StreamingLLM
     from kvfold.methods.tova import TOVA as TOVA
     from kvfold.methods.windowkv import WindowKV as WindowKV
+    from kvfold.methods.windows import Windows as Windows
 
 __all__ = [
     "CacheView",

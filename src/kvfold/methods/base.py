@@ -42,6 +42,8 @@ class Method:
     only."""
     format: Format | None = None
     """The format that all tokens of the layer go to; None: dense, in the model's dtype."""
+    windows: Format | None = None
+    """The format that sliding-window layers hold their tokens in; None: as transformers does."""
 
     @property
     def own_prefill(self) -> bool:

@@ -125,5 +125,6 @@ TRAITS: dict[str, Trait] = {
     "narrows": Trait(any),
     "shares_layers": Trait(any),
     "format": Trait(_only, alone="with a format for all tokens"),
+    "windows": Trait(_only, alone="with a format for sliding windows"),
 }
 """All traits, attributes of `Method`."""

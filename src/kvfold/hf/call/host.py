@@ -40,6 +40,11 @@ class Host(Checked):
         self.mode, self.call, self.pending, self.reading, self.given = Mode(), Call(), Pending(), None, Given()
         self.paged = [layer.core for layer in self.layers if isinstance(layer, PagedLayer)]
 
+    @property
+    def coded_windows(self) -> list[CodedWindow]:
+        """The sliding windows that lie in a format."""
+        return [layer for layer in self.layers if isinstance(layer, CodedWindow)]
+
     def _marks(self) -> tuple[Any, ...]:
         """How far the layers have read: another tuple as soon as one of them has read on."""
         return (self.rows.width, *(mark_of(layer) for layer in self.layers if not isinstance(layer, PagedLayer)))
@@ -172,9 +177,8 @@ class Host(Checked):
         call, self.call = self.call, Call()
         if call.marks is not None:
             self.reading, self.given = call.after, self.given.more(call.ids)
-            for layer in self.layers:
-                if isinstance(layer, CodedWindow):
-                    layer.settle()
+            for window in self.coded_windows:
+                window.settle()
         try:
             yield call
         except BaseException:

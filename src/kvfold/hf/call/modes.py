@@ -16,7 +16,6 @@ from kvfold.hf.layers import PagedLayer
 from kvfold.hf.tables import kept_tables
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.rows import Rows
-from kvfold.methods.base import Method
 from kvfold.options import LARGEST, check_rows
 from kvfold.pages import Arena
 from kvfold.views import LayerView
@@ -48,8 +47,6 @@ class Modal(HFCache):
     prefill_chunk: int | None
     part_size: int | None
     """Tokens of the parts in which a layer reads a long prompt; None: as the device says; 0: all at once."""
-    windows: Method | None
-    """The method in whose format sliding windows hold their tokens; None: as the model made them."""
     arena: Arena | None
     """What its pages come out of; None: they are the cache's own."""
     rows: Rows

@@ -62,7 +62,6 @@ def save(cache: Host, path: str | os.PathLike[str]) -> None:
     header = {
         "groups": [_said_of(group, cache.paged) for group in rows.groups],
         "prefill_chunk": cache.prefill_chunk,
-        "windows": None if cache.windows is None else str(cache.windows),
         "model": type(cache.model).__name__,
         "fields": fields_of(cache.model),
         "fingerprint": fingerprint(cache.model),
@@ -118,10 +117,8 @@ class Contents:
         return {n.removeprefix(prefix): tensor for n, tensor in self.tensors.items() if n.startswith(prefix)}
 
 
-def load(
-    path: str | os.PathLike[str], make: Callable[[Method, int | None, str | None], Host], allow: Collection[str] = ()
-) -> Any:
-    """Read a cache that `save` wrote; `make` makes an empty one of a method, a chunk size, and a format of windows.
+def load(path: str | os.PathLike[str], make: Callable[[Method, int | None], Host], allow: Collection[str] = ()) -> Any:
+    """Read a cache that `save` wrote; `make` makes an empty one of a method and a chunk size.
 
     All is checked before pages are taken: the digest, the header by itself, against the model, and against the tensors.
     `allow`: models and files that the method in the file may name (see `check_outside`). Raises ValueError for what is
@@ -136,9 +133,7 @@ def load(
     try:
         methods = [parse(group.method) for group in found.groups]
         check_outside(methods, allow)
-        check_outside([parse(windows)] if (windows := header.get("windows")) else [], allow)
-        chunks = [header.get("prefill_chunk"), *[None] * len(methods)]
-        empty = [make(method, chunk, windows) for method, chunk in zip(methods, chunks, strict=False)]
+        empty = [make(method, None if number else header.get("prefill_chunk")) for number, method in enumerate(methods)]
     except (ValueError, TypeError) as error:  # the latter: options of a kind that a method does not think of
         raise ValueError(f"{here} holds a cache that can't be made: {error}") from error
     cache = empty[0]
@@ -160,8 +155,6 @@ def _contents(header: Entry, tensors: Mapping[str, Tensor]) -> Contents:
     header.part("fields")
     if not header.null("prefill_chunk"):
         header.integer("prefill_chunk", low=2)
-    if not header.null("windows"):
-        header.text("windows")
     rows = SaidRows.of(header)
     layers = [Entry(f"layer {number}", said) for number, said in enumerate(header.items("layers"))]
     found = Contents(header, rows, groups_of(header, len(rows.seen)), layers, tensors)
