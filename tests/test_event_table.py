@@ -26,7 +26,7 @@ TEXTS = [info.slug for info in list_methods()] + [
 """All methods, and options by which some listen to more, or say more."""
 SAID = {
     "compact": True, "asks": frozenset({"images"}), "narrows": True, "shares_layers": True,
-    "format": Dense(torch.bfloat16),
+    "format": Dense(torch.bfloat16), "windows": Dense(torch.bfloat16),
 }  # fmt: skip
 """Of each trait something that not every method says."""
 REFUSAL = "must be a method that (ranks|selects)|decides by itself in|decides in .*, too|shares the budget by itself"
