@@ -231,8 +231,6 @@ def _kinds(plan: list[Any]) -> str:
 
 def _forked(layer: Any, owner: Cache) -> Any:
     """A layer for a fork: over the same pages, or a copy."""
-    if isinstance(layer, CodedWindow):
-        return layer.fork()
     if not isinstance(layer, PagedLayer):
         return copy.deepcopy(layer)
     forked = PagedLayer(owner, layer.core.fork(owner.rows), layer.latent)

@@ -217,7 +217,7 @@ class CodedWindow(WindowLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         self.choose(np.arange(len(self.keys))[indices.cpu().numpy()])
 
-    def fork(self) -> "CodedWindow":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CodedWindow":
         """A second layer with the same content; pages are shared until one of the two writes them."""
         other = CodedWindow(self.sliding_window, self.form, self.index)
         other.cumulative_length, other.record_past = self.cumulative_length, self.record_past
