@@ -192,6 +192,9 @@ class WindowLayer(DynamicSlidingWindowLayer):
         """Bytes that transformers' own window would hold."""
         return self.nbytes
 
+    def compact(self) -> None:
+        """Give memory back that a copy of this layer held."""
+
     def _select(self, rows: Tensor) -> None:
         self.places = None if self.places is None else self.places[rows.to(self.places.device)]
 

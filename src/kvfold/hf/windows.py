@@ -217,6 +217,10 @@ class CodedWindow(WindowLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         self.choose(np.arange(len(self.keys))[indices.cpu().numpy()])
 
+    def compact(self) -> None:
+        if self.segment is not None:
+            self.segment.compact()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "CodedWindow":
         """A second layer with the same content; pages are shared until one of the two writes them."""
         other = CodedWindow(self.sliding_window, self.form, self.index)

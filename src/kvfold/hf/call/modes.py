@@ -12,7 +12,7 @@ from kvfold.hf.call.call import Call
 from kvfold.hf.call.given import Given
 from kvfold.hf.call.pending import Pending
 from kvfold.hf.call.reading import Reading
-from kvfold.hf.layers import PagedLayer
+from kvfold.hf.layers import PagedLayer, WindowLayer
 from kvfold.hf.tables import kept_tables
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.rows import Rows
@@ -97,6 +97,9 @@ class Modal(HFCache):
             for core, mark in zip(self.paged, marks, strict=True):
                 core.rewind(mark)
             self.layers = [old if old is not None else new for old, new in zip(others, self.layers, strict=True)]
+            for layer in self.layers:
+                if isinstance(layer, WindowLayer):
+                    layer.compact()
 
     @contextmanager
     def aside(self, observe: Callable[[LayerView], None] | None = None) -> Iterator[None]:
