@@ -175,14 +175,22 @@ inline vec held(vec x) {
     return x;
 }
 
-// acc[r][t] += x[r] * y(t): for three rows as many registers as AVX2 has.
+// acc[r][t] += x[r] * y(t): for three rows as many registers as AVX2 has. AVX-512 has some left, for what is else loaded again.
 template <int R, class Four>
 inline void outer(const float* x, int64_t ldx, vec (&acc)[R][4], Four y) {
+#if LANES == 16
+    vec row[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) row[r] = held(load(x + r * ldx));
+    const auto of = [&](int r) { return row[r]; };
+#else
+    const auto of = [&](int r) { return load(x + r * ldx); };
+#endif
 #pragma GCC unroll 4
     for (int t = 0; t < 4; t++) {
         const vec now = held(y(t));
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) acc[r][t] += load(x + r * ldx) * now;
+        for (int r = 0; r < R; r++) acc[r][t] += of(r) * now;
     }
 }
 

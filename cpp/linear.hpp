@@ -8,13 +8,18 @@
 namespace kvfold::ISA {
 namespace {
 
-constexpr int64_t OUTPUTS = 32;  // of one task
+constexpr int64_t OUTPUTS = 128;  // of one task
 
 // out[r][o..o+3] = x[r] . weight[o..o+3] for R rows.
 template <int R, class T>
 [[gnu::noinline]] void outputs(const float* x, const T* weight, int64_t k, float* out, int64_t n, const float* bias) {
     quad found[R];
-    dots<R>(x, k, weight, k, k, found, [](int64_t) {});
+    // What is wanted next, as the streams of four rows are too short for the processor to see where they lead.
+    dots<R>(x, k, weight, k, k, found, [&](int64_t i) {
+        for (int t = 0; t < 4; t++) __builtin_prefetch(weight + (8 + t) * k + i);
+        if constexpr (2 * LANES * sizeof(T) > 64)
+            for (int t = 0; t < 4; t++) __builtin_prefetch(weight + (8 + t) * k + i + LANES);
+    });
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
         if (bias) found[r] += *reinterpret_cast<const loose_quad*>(bias);
