@@ -1,0 +1,512 @@
+// Integer products of codes, where one instruction multiplies and sums four bytes in each lane (AVX-512 VNNI). Codes are
+// bytes as they are; what multiplies them, queries times a page's scales or weights times a block's, is rounded to 16 bits
+//     x_i = step v_i + rest_i,  |rest_i| <= step / 2,  step = max |x| / MOST,  v_i = 256 high_i + low_i
+//     sum_i x_i c_i = step sum_i v_i c_i + sum_i rest_i c_i, and the last sum is taken with the middle code for each c_i
+// and is two bytes, for each of which there is a product. What is lost, sum_i rest_i (c_i - middle), is at most n / MOST of
+// what the format's own rounding (half a code) may come to over n codes and max |x| alone.
+#pragma once
+
+#include "kernels.hpp"
+#include "lanes.hpp"
+#include "units.hpp"
+
+namespace kvfold::ISA {
+namespace {
+
+#if !defined(__AVX512VNNI__)
+constexpr bool PRODUCTS = false;
+template <int BITS>
+struct Products {
+    static int64_t floats(const Codes&) { return 0; }
+    Products(const Codes&, float*) {}
+};
+#else
+constexpr bool PRODUCTS = true;
+constexpr float MOST = 127 * 256 + 127;
+
+// Codes of a unit as bytes: byte 4w + b has FIELDS codes, of which code j is number 4 (b FIELDS + j) + w.
+template <int BITS>
+constexpr int FIELDS = 8 / Unit<BITS>::WORD;
+template <int BITS>
+constexpr float MIDDLE = ((1 << BITS) - 1) / 2.0f;
+
+// Order of the four bytes of a word, where they have `SHARE` scales: those of a scale lie SHARE apart.
+template <int SHARE>
+constexpr int ORDER[4] = {0, 1, 2, 3};
+template <>
+inline constexpr int ORDER<2>[4] = {0, 2, 1, 3};
+
+template <int SHARE>
+inline vec transposed(vec x) {
+    constexpr int a = ORDER<SHARE>[1], b = ORDER<SHARE>[2];
+    return __builtin_shufflevector(x, x, 0, 4 * a, 4 * b, 12, 1, 4 * a + 1, 4 * b + 1, 13, 2, 4 * a + 2, 4 * b + 2, 14, 3,
+                                   4 * a + 3, 4 * b + 3, 15);
+}
+
+// Numbers of whole units, field by field in the order of their bytes.
+template <int BITS>
+inline void by_field(const float* x, float* out, int64_t count) {
+    constexpr int F = FIELDS<BITS>;
+    for (int64_t i = 0; i < count; i += 16 * F)
+        for (int j = 0; j < F; j++) {
+            const float* from = x + i + 4 * j;
+            __m512 four = _mm512_castps128_ps512(_mm_loadu_ps(from));
+            four = _mm512_insertf32x4(four, _mm_loadu_ps(from + 4 * F), 1);
+            four = _mm512_insertf32x4(four, _mm_loadu_ps(from + 8 * F), 2);
+            four = _mm512_insertf32x4(four, _mm_loadu_ps(from + 12 * F), 3);
+            store(out + i + 16 * j, transposed<1>((vec)four));
+        }
+}
+
+// The way back, of bytes in the order of ORDER; `room` has as many numbers as a unit.
+template <int BITS, int SHARE>
+inline void by_number(float* x, float* room, int64_t count) {
+    constexpr int F = FIELDS<BITS>;
+    for (int64_t i = 0; i < count; i += 16 * F, x += 16 * F) {
+        for (int j = 0; j < F; j++) store(room + 16 * j, load(x + 16 * j));
+        for (int j = 0; j < F; j++)
+            for (int at = 0; at < 4; at++)
+                for (int w = 0; w < 4; w++) x[4 * (ORDER<SHARE>[at] * F + j) + w] = room[16 * j + 4 * w + at];
+    }
+}
+
+inline float highest_of(vec x) { return _mm512_reduce_max_ps((__m512)x); }
+inline vec size_of(vec x) { return (vec)((uvec)x & 0x7fffffffu); }
+inline ivec rounded(vec x) { return (ivec)_mm512_cvtps_epi32((__m512)x); }
+inline vec floats(ivec x) { return __builtin_convertvector(x, vec); }
+inline ivec dot4(ivec sum, __m512i codes, __m512i bytes) {
+    return (ivec)_mm512_dpbusd_epi32((__m512i)sum, codes, bytes);
+}
+
+// 16 bytes of each of four tokens; those of three bits have 8 more, of their third bits, which come to lie beside them.
+struct Four {
+    __m512i words, third;
+};
+
+inline __m128i sixteen(const uint8_t* at) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)); }
+inline __m128i eight(const uint8_t* at) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)); }
+
+// Of tokens that have UNITS units (0: any number), unit u.
+template <int BITS, int UNITS>
+inline __attribute__((always_inline)) Four four_tokens(const uint8_t* at, int64_t token, int64_t u) {
+    Four x{};
+    if constexpr (BITS != 3 && UNITS == 1) {
+        x.words = _mm512_loadu_si512(at);
+    } else if constexpr (BITS != 3 && UNITS == 2) {
+        const __m512i a = _mm512_loadu_si512(at), b = _mm512_loadu_si512(at + 64);
+        x.words = u ? _mm512_shuffle_i32x4(a, b, 0xdd) : _mm512_shuffle_i32x4(a, b, 0x88);
+    } else {
+        at += u * Unit<BITS>::BYTES;
+        x.words = _mm512_castsi128_si512(sixteen(at));
+        x.words = _mm512_inserti32x4(x.words, sixteen(at + token), 1);
+        x.words = _mm512_inserti32x4(x.words, sixteen(at + 2 * token), 2);
+        x.words = _mm512_inserti32x4(x.words, sixteen(at + 3 * token), 3);
+    }
+    if constexpr (BITS == 3) {
+        at += 16;
+        const __m128i low = _mm_unpacklo_epi64(eight(at), eight(at + token));
+        const __m128i high = _mm_unpacklo_epi64(eight(at + 2 * token), eight(at + 3 * token));
+        const uvec both = (uvec)_mm512_cvtepu16_epi32(_mm256_set_m128i(high, low));
+        x.third = (__m512i)((both | both << 15) & 0x55555555u);
+    }
+    return x;
+}
+
+// Code j of every byte.
+template <int BITS>
+inline __attribute__((always_inline)) __m512i field(const Four& x, int j) {
+    if constexpr (BITS == 8) return x.words;
+    constexpr uint32_t mask = ((1u << Unit<BITS>::WORD) - 1) * 0x01010101u;
+    uvec code = ((uvec)x.words >> (j * Unit<BITS>::WORD)) & mask;
+    if constexpr (BITS == 3) {
+        const uvec third = (uvec)x.third;
+        code |= (j ? third >> (2 * j - 2) : third << 2) & 0x04040404u;
+    }
+    return (__m512i)code;
+}
+
+// A query's numbers times the scales of a page, (d,) by field, as two rows of bytes, high and low. Returns their step.
+inline float aim_bytes(const float* q, const float* scale, int64_t d, float* aimed, uint8_t* bytes, ivec& total) {
+    vec top{};
+    for (int64_t i = 0; i < d; i += LANES) {
+        const vec x = load(q + i) * load(scale + i);
+        store(aimed + i, x);
+        top = larger(top, size_of(x));
+    }
+    const float most = highest_of(top), turn = most > 0 ? MOST / most : 0;
+    for (int64_t i = 0; i < d; i += LANES) {
+        const ivec v = rounded(load(aimed + i) * turn);
+        total += v;
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + i), _mm512_cvtepi32_epi8((__m512i)((v + 128) >> 8)));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + d + i), _mm512_cvtepi32_epi8((__m512i)v));
+    }
+    return most / MOST;
+}
+
+// logits[h * BLOCK + t] = step[h] (q[h] . codes[t]) + zeros[h] for `count` tokens, 4 to 16; the bytes of a head are 2d.
+template <int BITS, int H, int UNITS>
+__attribute__((noinline)) void byte_dots(const uint8_t* q, int64_t d, const float* step, const float* zeros,
+                                         const uint8_t* keys, int64_t token, int64_t count, float* logits) {
+    constexpr int F = FIELDS<BITS>;
+    const int64_t units = UNITS ? UNITS : d / (16 * F);
+    ivec found[H][4];
+#pragma GCC unroll 2
+    for (int n = 0; n < 4; n += 2) {
+        ivec acc[2][H][2] = {};
+        const uint8_t* first = keys + smaller(4 * n, count - 4) * token;
+        const uint8_t* second = keys + smaller(4 * n + 4, count - 4) * token;
+        const uint8_t* x = q;
+#pragma GCC unroll 2
+        for (int64_t u = 0; u < units; u++) {
+            const Four a = four_tokens<BITS, UNITS>(first, token, u), b = four_tokens<BITS, UNITS>(second, token, u);
+#pragma GCC unroll 4
+            for (int j = 0; j < F; j++, x += 16) {
+                const __m512i left = field<BITS>(a, j), right = field<BITS>(b, j);
+#pragma GCC unroll 4
+                for (int h = 0; h < H; h++)
+#pragma GCC unroll 2
+                    for (int half = 0; half < 2; half++) {
+                        const __m512i bytes = _mm512_broadcast_i32x4(sixteen(x + (2 * h + half) * d));
+                        acc[half][h][0] = dot4(acc[half][h][0], left, bytes);
+                        acc[half][h][1] = dot4(acc[half][h][1], right, bytes);
+                    }
+            }
+        }
+#pragma GCC unroll 4
+        for (int h = 0; h < H; h++)
+#pragma GCC unroll 2
+            for (int k = 0; k < 2; k++) found[h][n + k] = (acc[0][h][k] << 8) + acc[1][h][k];
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++) {
+        const vec sum = quarter(halve(floats(found[h][0]), floats(found[h][1])), halve(floats(found[h][2]), floats(found[h][3])));
+        const vec line = transposed<1>(sum) * step[h] + zeros[h];
+        if (count == LANES)
+            store(logits + h * BLOCK, line);
+        else
+            __builtin_memcpy(logits + h * BLOCK, &line, count * sizeof(float));
+    }
+}
+
+template <int BITS, int H>
+inline void byte_dots(const uint8_t* q, int64_t d, const float* step, const float* zeros, const uint8_t* keys, int64_t count,
+                      float* logits) {
+    const int64_t token = code_bytes(d, BITS);
+    switch (BITS == 3 ? 0 : token) {
+        case 16: return byte_dots<BITS, H, 1>(q, d, step, zeros, keys, token, count, logits);
+        case 32: return byte_dots<BITS, H, 2>(q, d, step, zeros, keys, token, count, logits);
+        default: return byte_dots<BITS, H, 0>(q, d, step, zeros, keys, token, count, logits);
+    }
+}
+
+// Of a run of a page's tokens, in fours; `rows_of_four` heads at once.
+template <int BITS>
+inline void byte_dots_of_all(const uint8_t* q, int64_t g, int64_t d, const float* step, const float* zeros,
+                             const uint8_t* keys, int64_t count, float* logits) {
+    for (int64_t h = 0; h < g;) {
+        const int64_t now = rows_of_four(g - h);
+        const uint8_t* x = q + 2 * h * d;
+        float* to = logits + h * BLOCK;
+        switch (now) {
+            case 4: byte_dots<BITS, 4>(x, d, step + h, zeros + h, keys, count, to); break;
+            case 3: byte_dots<BITS, 3>(x, d, step + h, zeros + h, keys, count, to); break;
+            case 2: byte_dots<BITS, 2>(x, d, step + h, zeros + h, keys, count, to); break;
+            default: byte_dots<BITS, 1>(x, d, step + h, zeros + h, keys, count, to);
+        }
+        h += now;
+    }
+}
+
+// What the values of a block share, token by token and group by group as it is stored.
+struct Shared {
+    float *scale, *zero;  // (BLOCK, groups): over the largest of its group; with the middle code counted in
+    float* top;           // (groups,) the largest of each group
+};
+
+// The largest of each group, and numbers over it. C is the number of groups, or 0 for one that is no divisor of LANES.
+template <int C>
+inline void share(const Shared& on, int64_t groups, float middle) {
+    for (int64_t i = 0; i < groups * BLOCK; i += LANES)
+        store(on.zero + i, load(on.zero + i) + load(on.scale + i) * middle);
+    if constexpr (C > 0) {
+        vec top{};
+        for (int64_t i = 0; i < C * BLOCK; i += LANES) top = larger(top, size_of(load(on.scale + i)));
+        if constexpr (C <= 8) top = larger(top, __builtin_shufflevector(top, top, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+        if constexpr (C <= 4) top = larger(top, __builtin_shufflevector(top, top, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3));
+        if constexpr (C <= 2) top = larger(top, __builtin_shufflevector(top, top, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1));
+        if constexpr (C <= 1) top = larger(top, __builtin_shufflevector(top, top, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0));
+        const vec turn = top > 0 ? 1 / top : vec{};
+        for (int64_t i = 0; i < C * BLOCK; i += LANES) store(on.scale + i, load(on.scale + i) * turn);
+        for (int c = 0; c < C; c++) on.top[c] = top[c];
+    } else {
+        for (int64_t c = 0; c < groups; c++) {
+            float top = 0;
+            for (int64_t t = 0; t < BLOCK; t++) top = larger(top, __builtin_fabsf(on.scale[t * groups + c]));
+            const float turn = top > 0 ? 1 / top : 0;
+            for (int64_t t = 0; t < BLOCK; t++) on.scale[t * groups + c] *= turn;
+            on.top[c] = top;
+        }
+    }
+}
+
+// One head's weights (BLOCK,) times scales, as bytes: of four tokens that follow each other the high ones, then the low
+// ones, (BLOCK / 4, 2, groups, 4). Writes the step of each group, and what zeros and middle codes come to.
+template <int C>
+inline void weigh_scales(const float* weights, const Shared& on, int64_t groups, float middle, int16_t* words, uint8_t* bytes,
+                         float* step, float* zero) {
+    vec top{};
+    for (int64_t i = 0; i < BLOCK; i += LANES) top = larger(top, load(weights + i));
+    const float most = highest_of(top), turn = most > 1e-30f ? MOST / most : 0, back = most / MOST;
+    if constexpr (C > 0) {
+        ivec total{};
+        vec zeros{};
+        const uvec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        for (int64_t i = 0; i < BLOCK; i += LANES) {
+            const vec turned = load(weights + i) * turn;
+#pragma GCC unroll 8
+            for (int k = 0; k < C; k++) {
+                const uvec from = lane / C + k * (LANES / C);
+                const vec each = C == 1 ? turned : (vec)_mm512_permutexvar_ps((__m512i)from, (__m512)turned);
+                const ivec v = rounded(each * load(on.scale + i * C + k * LANES));
+                total += v;
+                zeros += each * load(on.zero + i * C + k * LANES);
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + i * C + k * LANES), _mm512_cvtepi32_epi16((__m512i)v));
+            }
+        }
+        float each[LANES], rest[LANES];
+        store(each, zeros), store(rest, floats(total));
+        for (int c = 0; c < C; c++) {
+            float found = 0, lost = 0;
+            for (int i = c; i < LANES; i += C) found += each[i], lost += rest[i];
+            step[c] = back * on.top[c];
+            zero[c] = found * back - lost * step[c] * middle;
+        }
+    } else {
+        for (int64_t c = 0; c < groups; c++) {
+            float found = 0, lost = 0;
+            for (int64_t t = 0; t < BLOCK; t++) {
+                const float each = weights[t] * turn, v = __builtin_rintf(each * on.scale[t * groups + c]);
+                words[t * groups + c] = static_cast<int16_t>(v == v ? v : 0);
+                found += each * on.zero[t * groups + c], lost += v;
+            }
+            step[c] = back * on.top[c];
+            zero[c] = found * back - lost * step[c] * middle;
+        }
+    }
+    typedef uint16_t shorts __attribute__((vector_size(64)));
+    if constexpr (C == 1 || C == 2) {
+        const __m128i order = C == 1 ? _mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14)
+                                     : _mm_setr_epi8(1, 5, 9, 13, 3, 7, 11, 15, 0, 4, 8, 12, 2, 6, 10, 14);
+        for (int64_t i = 0; i < C * BLOCK; i += 32) {
+            const shorts v = (shorts)_mm512_loadu_si512(words + i), both = ((v + 128) & 0xff00) | (v & 0xff);
+            _mm512_storeu_si512(bytes + 2 * i, _mm512_shuffle_epi8((__m512i)both, _mm512_broadcast_i32x4(order)));
+        }
+    } else {
+        for (int64_t t = 0; t < BLOCK; t++)
+            for (int64_t c = 0; c < groups; c++) {
+                const int32_t v = words[t * groups + c];
+                uint8_t* to = bytes + (t / 4 * 2 * groups + c) * 4 + t % 4;
+                to[0] = static_cast<uint8_t>((v + 128) >> 8), to[4 * groups] = static_cast<uint8_t>(v);
+            }
+    }
+}
+
+// Bytes of weights times codes, summed over the runs of a block.
+struct ByteWeighed {
+    const Run* runs;
+    int64_t count;
+    const uint8_t* values;      // of all slots
+    int64_t token, groups, dv;  // bytes of a value, its groups, its numbers
+    const uint8_t* weights;     // (g, BLOCK / 4, 2, groups, 4), of the first head
+    const float *step, *zero;   // (g, groups), likewise
+    float* sums;                // (g, dv) by field, likewise
+};
+
+// What groups that follow each other share, for the bytes of a word in the order of ORDER<SHARE>.
+template <int SHARE>
+inline __m512i of_groups(const void* at) {
+    if constexpr (SHARE == 1) {
+        int32_t one;
+        __builtin_memcpy(&one, at, 4);
+        return _mm512_set1_epi32(one);
+    } else if constexpr (SHARE == 2) {
+        int64_t two;
+        __builtin_memcpy(&two, at, 8);
+        return _mm512_set1_epi64(two);
+    } else {
+        return _mm512_broadcast_i32x4(sixteen(static_cast<const uint8_t*>(at)));
+    }
+}
+
+// Four tokens' words, w by w: in each four lanes a byte of all four, in the order of ORDER<SHARE>.
+template <int SHARE>
+inline __m512i by_byte(__m512i words) {
+    constexpr int a = ORDER<SHARE>[1], b = ORDER<SHARE>[2];
+    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, a, 4 + a, 8 + a, 12 + a, b, 4 + b, 8 + b, 12 + b, 3, 7, 11, 15);
+    return _mm512_shuffle_epi8(words, _mm512_broadcast_i32x4(order));
+}
+
+template <int BITS, int UNITS, int SHARE>
+inline __attribute__((always_inline)) Four four_values(const uint8_t* at, int64_t token, int64_t u) {
+    const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    if constexpr (BITS != 3 && UNITS == 2) {  // (token, unit, word) of the two vectors
+        const __m512i both = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+        const __m512i from = _mm512_add_epi32(both, _mm512_set1_epi32(static_cast<int>(4 * u)));
+        return {by_byte<SHARE>(_mm512_permutex2var_epi32(_mm512_loadu_si512(at), from, _mm512_loadu_si512(at + 64))), from};
+    }
+    Four x = four_tokens<BITS, UNITS>(at, token, u);
+    x.words = by_byte<SHARE>(_mm512_permutexvar_epi32(turn, x.words));
+    if constexpr (BITS == 3) x.third = by_byte<SHARE>(_mm512_permutexvar_epi32(turn, x.third));
+    return x;
+}
+
+template <int BITS, int H, int UNITS, int SHARE>
+__attribute__((noinline)) void weigh_bytes(const ByteWeighed& on, int64_t u) {
+    constexpr int F = FIELDS<BITS>;
+    const int64_t group = SHARE > 1 ? u * SHARE : u * 16 * F / (on.dv / on.groups), head = 2 * on.groups * BLOCK;
+    ivec acc[2][H][F] = {};
+    for (int64_t r = 0; r < on.count; r++) {
+        const uint8_t* value = on.values + on.runs[r].place * on.token;
+        const uint8_t* weight = on.weights + (on.runs[r].at / 4 * 2 * on.groups + group) * 4;
+        for (int64_t i = 0; i < on.runs[r].held; i += 4, value += 4 * on.token, weight += 8 * on.groups) {
+            const Four x = four_values<BITS, UNITS, SHARE>(value, on.token, u);
+#pragma GCC unroll 4
+            for (int j = 0; j < F; j++) {
+                const __m512i code = field<BITS>(x, j);
+#pragma GCC unroll 4
+                for (int h = 0; h < H; h++)
+#pragma GCC unroll 2
+                    for (int half = 0; half < 2; half++)
+                        acc[half][h][j] = dot4(acc[half][h][j], code,
+                                               of_groups<SHARE>(weight + h * head + half * 4 * on.groups));
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++) {
+        const vec step = (vec)of_groups<SHARE>(on.step + h * on.groups + group);
+        const vec zero = (vec)of_groups<SHARE>(on.zero + h * on.groups + group);
+#pragma GCC unroll 4
+        for (int j = 0; j < F; j++) {
+            float* to = on.sums + h * on.dv + (u * F + j) * 16;
+            store(to, load(to) + zero + step * floats((acc[0][h][j] << 8) + acc[1][h][j]));
+        }
+    }
+}
+
+template <int BITS, int H, int SHARE>
+inline void weigh_bytes_of_units(const ByteWeighed& on) {
+    const int64_t units = on.dv / (16 * FIELDS<BITS>);
+    for (int64_t u = 0; u < units; u++) switch (BITS == 3 ? 0 : units) {
+            case 1: weigh_bytes<BITS, H, 1, SHARE>(on, u); break;
+            case 2: weigh_bytes<BITS, H, 2, SHARE>(on, u); break;
+            default: weigh_bytes<BITS, H, 0, SHARE>(on, u);
+        }
+}
+
+template <int BITS, int H>
+inline void weigh_all_bytes(const ByteWeighed& on) {
+    switch (16 * FIELDS<BITS> * on.groups / on.dv) {
+        case 2: return weigh_bytes_of_units<BITS, H, 2>(on);
+        case 4: return weigh_bytes_of_units<BITS, H, 4>(on);
+        default: return weigh_bytes_of_units<BITS, H, 1>(on);
+    }
+}
+
+// Whether scales lie so that the bytes of a word have 1, 2 or 4 of them.
+template <int BITS>
+inline bool values_are_whole(int64_t dv, int64_t channels) {
+    constexpr int64_t numbers = 16 * FIELDS<BITS>;
+    return dv % numbers == 0 && (channels % numbers == 0 || channels * 2 == numbers || channels * 4 == numbers);
+}
+
+// Whole units, whose sums 32 bits hold.
+template <int BITS>
+inline bool keys_are_whole(int64_t d) {
+    return d % (16 * FIELDS<BITS>) == 0 && d * static_cast<int64_t>(MOST) < (int64_t{1} << 31 >> BITS);
+}
+
+// What one part of a row needs for its products, in `room`.
+template <int BITS>
+struct Products {
+    const Codes& on;
+    const bool keys, values;  // whether they are multiplied as bytes
+    float *q, *scale, *step, *top, *steps, *zeros;
+    uint8_t* bytes;
+
+    static int64_t floats(const Codes& on) { return on.g * on.d * 3 / 2 + on.d + on.g + (2 * on.g + 1) * on.groups + 4; }
+    Products(const Codes& on, float* room)
+        : on(on), keys(keys_are_whole<BITS>(on.d)), values(values_are_whole<BITS>(on.dv, on.dv / on.groups)), q(room) {
+        scale = q + on.g * on.d, step = scale + on.d, top = step + on.g, steps = top + on.groups;
+        zeros = steps + on.g * on.groups, bytes = reinterpret_cast<uint8_t*>(zeros + on.g * on.groups);
+    }
+
+    void ask(const float* queries) const { by_field<BITS>(queries, q, on.g * on.d); }
+
+    // Queries times a page's scales, and what they come to with its zeros and middle codes. Zeros are changed.
+    void aim(const float* queries, const float* scales, float* zero, float* aimed, float* to) const {
+        by_field<BITS>(scales, scale, on.d);
+        for (int64_t i = 0; i < on.d; i += LANES) store(zero + i, load(zero + i) + load(scales + i) * MIDDLE<BITS>);
+        for (int64_t h = 0; h < on.g; h++) {
+            ivec total{};
+            step[h] = aim_bytes(q + h * on.d, scale, on.d, aimed, bytes + 2 * h * on.d, total);
+            vec found{};
+            for (int64_t i = 0; i < on.d; i += LANES) found += load(queries + h * on.d + i) * load(zero + i);
+            to[h] = sum(found - kvfold::ISA::floats(total) * (step[h] * MIDDLE<BITS>));
+        }
+    }
+
+    void look(const uint8_t* tokens, int64_t held, const float* zero, float* logits) const {
+        const int64_t token = code_bytes(on.d, BITS);
+        for (int64_t t = 0; t < held; t += LANES)
+            byte_dots_of_all<BITS>(bytes, on.g, on.d, step, zero, tokens + t * token, smaller((held - t + 3) / 4 * 4, LANES),
+                                   logits + t);
+    }
+
+    // sums (g, dv), by field, += weights (g, BLOCK) times values, whose scales and zeros lie token by token.
+    void weigh(const Run* runs, int64_t used, const float* weights, float* scales, float* zero, int16_t* words,
+               uint8_t* parts, float* sums) const {
+        switch (on.groups) {
+            case 1: return weigh<1>(runs, used, weights, {scales, zero, top}, words, parts, sums);
+            case 2: return weigh<2>(runs, used, weights, {scales, zero, top}, words, parts, sums);
+            case 4: return weigh<4>(runs, used, weights, {scales, zero, top}, words, parts, sums);
+            default: return weigh<0>(runs, used, weights, {scales, zero, top}, words, parts, sums);
+        }
+    }
+
+    template <int C>
+    void weigh(const Run* runs, int64_t used, const float* weights, const Shared& shared, int16_t* words, uint8_t* parts,
+               float* sums) const {
+        const int64_t g = on.g, groups = on.groups, head = 2 * groups * BLOCK;
+        share<C>(shared, groups, MIDDLE<BITS>);
+        for (int64_t h = 0; h < g; h++)
+            weigh_scales<C>(weights + h * BLOCK, shared, groups, MIDDLE<BITS>, words, parts + h * head, steps + h * groups,
+                            zeros + h * groups);
+        ByteWeighed all{runs, used, static_cast<const uint8_t*>(on.values), code_bytes(on.dv, BITS), groups, on.dv,
+                        parts, steps, zeros, sums};
+        for (int64_t h = 0; h < g;) {
+            const int64_t now = FIELDS<BITS> < 4 ? rows_of_four(g - h) : g - h == 4 ? 2 : smaller(g - h, 3);
+            all.weights = parts + h * head, all.step = steps + h * groups, all.zero = zeros + h * groups;
+            all.sums = sums + h * on.dv;
+            switch (now) {
+                case 4: weigh_all_bytes<BITS, FIELDS<BITS> < 4 ? 4 : 1>(all); break;
+                case 3: weigh_all_bytes<BITS, 3>(all); break;
+                case 2: weigh_all_bytes<BITS, 2>(all); break;
+                default: weigh_all_bytes<BITS, 1>(all);
+            }
+            h += now;
+        }
+    }
+
+    // Sums as they were asked for; `room` is of a unit.
+    void end(float* sums, float* room) const {
+        switch (16 * FIELDS<BITS> * on.groups / on.dv) {
+            case 2: return by_number<BITS, 2>(sums, room, on.g * on.dv);
+            default: return by_number<BITS, 1>(sums, room, on.g * on.dv);
+        }
+    }
+};
+#endif
+
+}  // namespace
+}  // namespace kvfold::ISA
