@@ -270,16 +270,18 @@ inline void widen_any(const void* from, Kind kind, int64_t first, float* to, int
     }
 }
 
-// What a thread needs besides the answer.
+// What a thread needs besides the answer; each array begins on a cache line.
 struct Room {
     float *q, *aimed, *zeros, *logits, *top, *total, *scale, *zero, *weights, *raw, *shrunk, *rest;
 
     Room(const Codes& on, int64_t more) {
         const int64_t g = on.g, d = on.d, all = on.groups * BLOCK;
-        const int64_t floats = 2 * g * d + g * (BLOCK + 3) + (2 + g) * all + (2 * d > all ? 2 * d : all) + d;
-        q = scratch(floats + more);
-        aimed = q + g * d, logits = aimed + g * d, zeros = logits + g * BLOCK, top = zeros + g, total = top + g;
-        scale = total + g, zero = scale + all, weights = zero + all, shrunk = weights + g * all, raw = shrunk + d, rest = q + floats;
+        const int64_t sizes[] = {g * d, g * d, g, g * BLOCK, g, g, all, all, g * all, 2 * d > all ? 2 * d : all, d, more};
+        float** const arrays[] = {&q, &aimed, &zeros, &logits, &top, &total, &scale, &zero, &weights, &raw, &shrunk, &rest};
+        int64_t floats = 0;
+        for (const int64_t size : sizes) floats += lines(size);
+        float* at = scratch(floats);
+        for (int i = 0; i < 12; i++) *arrays[i] = at, at += lines(sizes[i]);
     }
 };
 
@@ -289,7 +291,7 @@ struct CodeReader : Part<Codes> {
     Products<BITS> products;
 
     CodeReader(const Attend& all, int64_t row, int64_t start, int64_t stop)
-        : Part(all, row, start, stop), room(on, Products<BITS>::floats(on)), products(on, room.rest) {}
+        : Part(all, row, start, stop), room(on, Products<BITS>::size(on)), products(on, room.rest) {}
 
     // Asks for numbers of scales or zeros that are wanted soon.
     void soon(const void* from, int64_t first, int64_t count) const {
@@ -317,7 +319,7 @@ struct CodeReader : Part<Codes> {
         widen_any(on.key_scale, on.scale_kind, page * on.d, scale, on.d);
         widen_any(on.key_zero, on.scale_kind, page * on.d, zero, on.d);
         if constexpr (PRODUCTS)
-            if (products.keys) return products.aim(room.q, scale, zero, room.aimed, room.zeros);
+            if (products.keys) return products.aim(room.q, scale, zero, room.zeros);
         for (int64_t i = 0; i < on.d; i += LANES) store(scale + i, load(scale + i) * load(room.shrunk + i));
         for (int64_t h = 0; h < on.g; h++) {
             const float* q = room.q + h * on.d;

@@ -17,7 +17,7 @@ namespace {
 constexpr bool PRODUCTS = false;
 template <int BITS>
 struct Products {
-    static int64_t floats(const Codes&) { return 0; }
+    static int64_t size(const Codes&) { return 0; }
     Products(const Codes&, float*) {}
 };
 #else
@@ -63,14 +63,13 @@ template <int BITS, int SHARE>
 inline void by_number(float* x, float* room, int64_t count) {
     constexpr int F = FIELDS<BITS>;
     for (int64_t i = 0; i < count; i += 16 * F, x += 16 * F) {
-        for (int j = 0; j < F; j++) store(room + 16 * j, load(x + 16 * j));
+        for (int j = 0; j < F; j++) store(room + 16 * j, transposed<1>(load(x + 16 * j)));
         for (int j = 0; j < F; j++)
             for (int at = 0; at < 4; at++)
-                for (int w = 0; w < 4; w++) x[4 * (ORDER<SHARE>[at] * F + j) + w] = room[16 * j + 4 * w + at];
+                __builtin_memcpy(x + 4 * (ORDER<SHARE>[at] * F + j), room + 16 * j + 4 * at, 4 * sizeof(float));
     }
 }
 
-inline float highest_of(vec x) { return _mm512_reduce_max_ps((__m512)x); }
 inline vec size_of(vec x) { return (vec)((uvec)x & 0x7fffffffu); }
 inline ivec rounded(vec x) { return (ivec)_mm512_cvtps_epi32((__m512)x); }
 inline vec floats(ivec x) { return __builtin_convertvector(x, vec); }
@@ -125,20 +124,47 @@ inline __attribute__((always_inline)) __m512i field(const Four& x, int j) {
     return (__m512i)code;
 }
 
-// A query's numbers times the scales of a page, (d,) by field, as two rows of bytes, high and low. Returns their step.
-inline float aim_bytes(const float* q, const float* scale, int64_t d, float* aimed, uint8_t* bytes, ivec& total) {
-    vec top{};
-    for (int64_t i = 0; i < d; i += LANES) {
-        const vec x = load(q + i) * load(scale + i);
-        store(aimed + i, x);
-        top = larger(top, size_of(x));
+// V vectors of a query's numbers times a page's scales, by field, as bytes: v and v + 128 shifted down by a byte.
+template <int V>
+inline void bytes_of(const vec (&x)[V], float turn, uint8_t* high, uint8_t* low, ivec& total) {
+    ivec v[V];
+#pragma GCC unroll 8
+    for (int i = 0; i < V; i++) v[i] = rounded(x[i] * turn), total += v[i];
+    if constexpr (V == 4) {  // packing takes vectors lane by lane, and a permutation puts them one behind the other
+        const __m512i turned = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const __m512i a = _mm512_packs_epi32((__m512i)v[0], (__m512i)v[1]), b = _mm512_packs_epi32((__m512i)v[2], (__m512i)v[3]);
+        const __m512i carry = _mm512_set1_epi16(128), byte = _mm512_set1_epi16(255);
+        const __m512i above = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, carry), 8),
+                                                 _mm512_srai_epi16(_mm512_add_epi16(b, carry), 8));
+        const __m512i below = _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte));
+        _mm512_storeu_si512(high, _mm512_permutexvar_epi32(turned, above));
+        _mm512_storeu_si512(low, _mm512_permutexvar_epi32(turned, below));
+    } else {
+#pragma GCC unroll 8
+        for (int i = 0; i < V; i++) {
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(high + i * LANES), _mm512_cvtepi32_epi8((__m512i)((v[i] + 128) >> 8)));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(low + i * LANES), _mm512_cvtepi32_epi8((__m512i)v[i]));
+        }
     }
-    const float most = highest_of(top), turn = most > 0 ? MOST / most : 0;
-    for (int64_t i = 0; i < d; i += LANES) {
-        const ivec v = rounded(load(aimed + i) * turn);
-        total += v;
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + i), _mm512_cvtepi32_epi8((__m512i)((v + 128) >> 8)));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + d + i), _mm512_cvtepi32_epi8((__m512i)v));
+}
+
+// A query's numbers times the scales of a page, (d,) by field, as two rows of bytes, high and low. Returns their step.
+// V vectors are in registers at once.
+template <int V>
+inline float aim_bytes(const float* q, const float* scale, int64_t d, uint8_t* bytes, ivec& total) {
+    vec top{}, x[V];
+    for (int64_t i = 0; i < d; i += V * LANES)
+#pragma GCC unroll 8
+        for (int k = 0; k < V; k++) {
+            x[k] = load(q + i + k * LANES) * load(scale + i + k * LANES);
+            top = larger(top, size_of(x[k]));
+        }
+    const float most = highest(top), turn = most > 0 ? MOST / most : 0;
+    for (int64_t i = 0; i < d; i += V * LANES) {
+        if (d > V * LANES)
+#pragma GCC unroll 8
+            for (int k = 0; k < V; k++) x[k] = load(q + i + k * LANES) * load(scale + i + k * LANES);
+        bytes_of<V>(x, turn, bytes + i, bytes + d + i, total);
     }
     return most / MOST;
 }
@@ -217,13 +243,23 @@ inline void byte_dots_of_all(const uint8_t* q, int64_t g, int64_t d, const float
     }
 }
 
+// Every lane becomes what `join` makes of all lanes that lie C apart.
+template <int C, class Join>
+inline vec of_all(vec x, Join join) {
+    if constexpr (C <= 8) x = join(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    if constexpr (C <= 4) x = join(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3));
+    if constexpr (C <= 2) x = join(x, __builtin_shufflevector(x, x, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1));
+    if constexpr (C <= 1) x = join(x, __builtin_shufflevector(x, x, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0));
+    return x;
+}
+
 // What the values of a block share, token by token and group by group as it is stored.
 struct Shared {
     float *scale, *zero;  // (BLOCK, groups): over the largest of its group; with the middle code counted in
-    float* top;           // (groups,) the largest of each group
+    float* top;           // (groups,) the largest of each group; over again up to LANES
 };
 
-// The largest of each group, and numbers over it. C is the number of groups, or 0 for one that is no divisor of LANES.
+// The largest of each group, and numbers over it. C is the number of groups, a divisor of LANES, or 0 for any other.
 template <int C>
 inline void share(const Shared& on, int64_t groups, float middle) {
     for (int64_t i = 0; i < groups * BLOCK; i += LANES)
@@ -231,13 +267,10 @@ inline void share(const Shared& on, int64_t groups, float middle) {
     if constexpr (C > 0) {
         vec top{};
         for (int64_t i = 0; i < C * BLOCK; i += LANES) top = larger(top, size_of(load(on.scale + i)));
-        if constexpr (C <= 8) top = larger(top, __builtin_shufflevector(top, top, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-        if constexpr (C <= 4) top = larger(top, __builtin_shufflevector(top, top, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3));
-        if constexpr (C <= 2) top = larger(top, __builtin_shufflevector(top, top, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1));
-        if constexpr (C <= 1) top = larger(top, __builtin_shufflevector(top, top, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0));
+        top = of_all<C>(top, [](vec a, vec b) { return larger(a, b); });
         const vec turn = top > 0 ? 1 / top : vec{};
         for (int64_t i = 0; i < C * BLOCK; i += LANES) store(on.scale + i, load(on.scale + i) * turn);
-        for (int c = 0; c < C; c++) on.top[c] = top[c];
+        store(on.top, top);
     } else {
         for (int64_t c = 0; c < groups; c++) {
             float top = 0;
@@ -256,7 +289,7 @@ inline void weigh_scales(const float* weights, const Shared& on, int64_t groups,
                          float* step, float* zero) {
     vec top{};
     for (int64_t i = 0; i < BLOCK; i += LANES) top = larger(top, load(weights + i));
-    const float most = highest_of(top), turn = most > 1e-30f ? MOST / most : 0, back = most / MOST;
+    const float most = highest(top), turn = most > 1e-30f ? MOST / most : 0, back = most / MOST;
     if constexpr (C > 0) {
         ivec total{};
         vec zeros{};
@@ -273,14 +306,11 @@ inline void weigh_scales(const float* weights, const Shared& on, int64_t groups,
                 _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + i * C + k * LANES), _mm512_cvtepi32_epi16((__m512i)v));
             }
         }
-        float each[LANES], rest[LANES];
-        store(each, zeros), store(rest, floats(total));
-        for (int c = 0; c < C; c++) {
-            float found = 0, lost = 0;
-            for (int i = c; i < LANES; i += C) found += each[i], lost += rest[i];
-            step[c] = back * on.top[c];
-            zero[c] = found * back - lost * step[c] * middle;
-        }
+        const auto add = [](vec a, vec b) { return a + b; };
+        const vec steps = load(on.top) * back;
+        zeros = of_all<C>(zeros, add) * back - of_all<C>(floats(total), add) * steps * middle;
+        __builtin_memcpy(step, &steps, C * sizeof(float));
+        __builtin_memcpy(zero, &zeros, C * sizeof(float));
     } else {
         for (int64_t c = 0; c < groups; c++) {
             float found = 0, lost = 0;
@@ -434,25 +464,36 @@ struct Products {
     float *q, *scale, *step, *top, *steps, *zeros;
     uint8_t* bytes;
 
-    static int64_t floats(const Codes& on) { return on.g * on.d * 3 / 2 + on.d + on.g + (2 * on.g + 1) * on.groups + 4; }
+    static int64_t size(const Codes& on) {
+        const int64_t g = on.g, d = on.d;
+        return lines(g * d) + lines(d) + lines(g * d / 2) + lines(on.groups) + lines(g) + 2 * lines(g * on.groups);
+    }
     Products(const Codes& on, float* room)
-        : on(on), keys(keys_are_whole<BITS>(on.d)), values(values_are_whole<BITS>(on.dv, on.dv / on.groups)), q(room) {
-        scale = q + on.g * on.d, step = scale + on.d, top = step + on.g, steps = top + on.groups;
-        zeros = steps + on.g * on.groups, bytes = reinterpret_cast<uint8_t*>(zeros + on.g * on.groups);
+        : on(on), keys(keys_are_whole<BITS>(on.d)), values(values_are_whole<BITS>(on.dv, on.dv / on.groups)) {
+        const int64_t g = on.g, d = on.d;
+        const int64_t sizes[] = {g * d, d, g * d / 2, on.groups, g, g * on.groups, g * on.groups};
+        float* parts;
+        float** const arrays[] = {&q, &scale, &parts, &top, &step, &steps, &zeros};
+        for (int i = 0; i < 7; i++) *arrays[i] = room, room += lines(sizes[i]);
+        bytes = reinterpret_cast<uint8_t*>(parts);
     }
 
     void ask(const float* queries) const { by_field<BITS>(queries, q, on.g * on.d); }
 
-    // Queries times a page's scales, and what they come to with its zeros and middle codes. Zeros are changed.
-    void aim(const float* queries, const float* scales, float* zero, float* aimed, float* to) const {
+    // Queries times a page's scales, and what they come to with its zeros and middle codes. Zeros
+    // are changed.
+    void aim(const float* queries, const float* scales, float* zero, float* to) const {
         by_field<BITS>(scales, scale, on.d);
         for (int64_t i = 0; i < on.d; i += LANES) store(zero + i, load(zero + i) + load(scales + i) * MIDDLE<BITS>);
         for (int64_t h = 0; h < on.g; h++) {
             ivec total{};
-            step[h] = aim_bytes(q + h * on.d, scale, on.d, aimed, bytes + 2 * h * on.d, total);
+            const float* x = q + h * on.d;
+            uint8_t* to_bytes = bytes + 2 * h * on.d;
+            step[h] = on.d % (4 * LANES) ? aim_bytes<1>(x, scale, on.d, to_bytes, total)
+                                         : aim_bytes<4>(x, scale, on.d, to_bytes, total);
             vec found{};
             for (int64_t i = 0; i < on.d; i += LANES) found += load(queries + h * on.d + i) * load(zero + i);
-            to[h] = sum(found - kvfold::ISA::floats(total) * (step[h] * MIDDLE<BITS>));
+            to[h] = sum(found - floats(total) * (step[h] * MIDDLE<BITS>));
         }
     }
 

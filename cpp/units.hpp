@@ -18,6 +18,9 @@ struct Unit {
     static constexpr int HALF = 16 / WORD;                      // codes in half a word
 };
 
+// Floats of whole cache lines that hold so many.
+inline int64_t lines(int64_t floats) { return (floats + 15) / 16 * 16; }
+
 // Tokens of one page that lie in a block: a block may begin and end within a page.
 struct Run {
     int64_t page, place, at, held;  // its page, its first slot among all, its first slot in the block, and its tokens
