@@ -1,9 +1,10 @@
 // Integer products of codes, where one instruction multiplies and sums four bytes in each lane (AVX-512 VNNI). Codes are
-// bytes as they are; what multiplies them, queries times a page's scales or weights times a block's, is rounded to 16 bits
-//     x_i = step v_i + rest_i,  |rest_i| <= step / 2,  step = max |x| / MOST,  v_i = 256 high_i + low_i
-//     sum_i x_i c_i = step sum_i v_i c_i + sum_i rest_i c_i, and the last sum is taken with the middle code for each c_i
-// and is two bytes, for each of which there is a product. What is lost, sum_i rest_i (c_i - middle), is at most n / MOST of
-// what the format's own rounding (half a code) may come to over n codes and max |x| alone.
+// bytes as they are. What multiplies them, queries times a page's scales or weights times a block's, is rounded to 16 bits,
+//     x_i = step v_i + rest_i,  step = max |x| / MOST,  |rest_i| <= step / 2,  v_i = 256 high_i + low_i,
+// so that there are two products, of the high and of the low bytes:
+//     sum_i x_i c_i = step sum_i v_i c_i + sum_i rest_i c_i,  the last sum with the middle code in place of each c_i.
+// What that leaves out, sum_i rest_i (c_i - middle), is at most n middle / MOST of what half a code in each of n places
+// may come to, by which the format rounds: 1.5 % for 64 codes of 4 bits, and a hundredth of that is what is found.
 #pragma once
 
 #include "kernels.hpp"
@@ -23,6 +24,7 @@ struct Products {
 #else
 constexpr bool PRODUCTS = true;
 constexpr float MOST = 127 * 256 + 127;
+constexpr float LEAST = 1e-30f;  // below it nothing counts, and quotients would be infinite
 
 // Codes of a unit as bytes: byte 4w + b has FIELDS codes, of which code j is number 4 (b FIELDS + j) + w.
 template <int BITS>
@@ -36,11 +38,8 @@ constexpr int ORDER[4] = {0, 1, 2, 3};
 template <>
 inline constexpr int ORDER<2>[4] = {0, 2, 1, 3};
 
-template <int SHARE>
-inline vec transposed(vec x) {
-    constexpr int a = ORDER<SHARE>[1], b = ORDER<SHARE>[2];
-    return __builtin_shufflevector(x, x, 0, 4 * a, 4 * b, 12, 1, 4 * a + 1, 4 * b + 1, 13, 2, 4 * a + 2, 4 * b + 2, 14, 3,
-                                   4 * a + 3, 4 * b + 3, 15);
+inline vec transposed(vec x) {  // as four rows of four
+    return __builtin_shufflevector(x, x, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
 }
 
 // Numbers of whole units, field by field in the order of their bytes.
@@ -54,7 +53,7 @@ inline void by_field(const float* x, float* out, int64_t count) {
             four = _mm512_insertf32x4(four, _mm_loadu_ps(from + 4 * F), 1);
             four = _mm512_insertf32x4(four, _mm_loadu_ps(from + 8 * F), 2);
             four = _mm512_insertf32x4(four, _mm_loadu_ps(from + 12 * F), 3);
-            store(out + i + 16 * j, transposed<1>((vec)four));
+            store(out + i + 16 * j, transposed((vec)four));
         }
 }
 
@@ -63,7 +62,7 @@ template <int BITS, int SHARE>
 inline void by_number(float* x, float* room, int64_t count) {
     constexpr int F = FIELDS<BITS>;
     for (int64_t i = 0; i < count; i += 16 * F, x += 16 * F) {
-        for (int j = 0; j < F; j++) store(room + 16 * j, transposed<1>(load(x + 16 * j)));
+        for (int j = 0; j < F; j++) store(room + 16 * j, transposed(load(x + 16 * j)));
         for (int j = 0; j < F; j++)
             for (int at = 0; at < 4; at++)
                 __builtin_memcpy(x + 4 * (ORDER<SHARE>[at] * F + j), room + 16 * j + 4 * at, 4 * sizeof(float));
@@ -159,7 +158,7 @@ inline float aim_bytes(const float* q, const float* scale, int64_t d, uint8_t* b
             x[k] = load(q + i + k * LANES) * load(scale + i + k * LANES);
             top = larger(top, size_of(x[k]));
         }
-    const float most = highest(top), turn = most > 0 ? MOST / most : 0;
+    const float most = highest(top), turn = most > LEAST ? MOST / most : 0;
     for (int64_t i = 0; i < d; i += V * LANES) {
         if (d > V * LANES)
 #pragma GCC unroll 8
@@ -206,7 +205,7 @@ __attribute__((noinline)) void byte_dots(const uint8_t* q, int64_t d, const floa
 #pragma GCC unroll 4
     for (int h = 0; h < H; h++) {
         const vec sum = quarter(halve(floats(found[h][0]), floats(found[h][1])), halve(floats(found[h][2]), floats(found[h][3])));
-        const vec line = transposed<1>(sum) * step[h] + zeros[h];
+        const vec line = transposed(sum) * step[h] + zeros[h];
         if (count == LANES)
             store(logits + h * BLOCK, line);
         else
@@ -259,86 +258,80 @@ struct Shared {
     float* top;           // (groups,) the largest of each group; over again up to LANES
 };
 
-// The largest of each group, and numbers over it. C is the number of groups, a divisor of LANES, or 0 for any other.
+// The largest of each of C groups, and numbers over it; C is a divisor of LANES.
 template <int C>
-inline void share(const Shared& on, int64_t groups, float middle) {
-    for (int64_t i = 0; i < groups * BLOCK; i += LANES)
-        store(on.zero + i, load(on.zero + i) + load(on.scale + i) * middle);
-    if constexpr (C > 0) {
-        vec top{};
-        for (int64_t i = 0; i < C * BLOCK; i += LANES) top = larger(top, size_of(load(on.scale + i)));
-        top = of_all<C>(top, [](vec a, vec b) { return larger(a, b); });
-        const vec turn = top > 0 ? 1 / top : vec{};
-        for (int64_t i = 0; i < C * BLOCK; i += LANES) store(on.scale + i, load(on.scale + i) * turn);
-        store(on.top, top);
-    } else {
-        for (int64_t c = 0; c < groups; c++) {
-            float top = 0;
-            for (int64_t t = 0; t < BLOCK; t++) top = larger(top, __builtin_fabsf(on.scale[t * groups + c]));
-            const float turn = top > 0 ? 1 / top : 0;
-            for (int64_t t = 0; t < BLOCK; t++) on.scale[t * groups + c] *= turn;
-            on.top[c] = top;
+inline void share(const Shared& on, float middle) {
+    vec top{};
+    for (int64_t i = 0; i < C * BLOCK; i += LANES) {
+        const vec scale = load(on.scale + i);
+        store(on.zero + i, load(on.zero + i) + scale * middle);
+        top = larger(top, size_of(scale));
+    }
+    top = of_all<C>(top, [](vec a, vec b) { return larger(a, b); });
+    const vec turn = top > LEAST ? 1 / top : vec{};
+    for (int64_t i = 0; i < C * BLOCK; i += LANES) store(on.scale + i, load(on.scale + i) * turn);
+    store(on.top, top);
+}
+
+// Words as their bytes, high ones with what low ones, which have a sign, take away.
+inline __m128i bytes_of(__m128i v) {
+    const __m128i high = _mm_and_si128(_mm_add_epi16(v, _mm_set1_epi16(128)), _mm_set1_epi16(-256));
+    return _mm_or_si128(high, _mm_and_si128(v, _mm_set1_epi16(255)));
+}
+
+// Words (BLOCK, C) as bytes: of four tokens that follow each other the high ones, then the low ones, (BLOCK / 4, 2, C, 4).
+template <int C>
+inline void by_four(const int16_t* words, uint8_t* bytes) {
+    const auto eight_bytes = [](const int16_t* at) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)); };
+    const auto to = [](uint8_t* at) { return reinterpret_cast<__m128i*>(at); };
+    if constexpr (C <= 2) {
+        const __m128i order = C == 1 ? _mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14)
+                                     : _mm_setr_epi8(1, 5, 9, 13, 3, 7, 11, 15, 0, 4, 8, 12, 2, 6, 10, 14);
+        for (int64_t i = 0; i < C * BLOCK; i += 8) {
+            const __m128i v = bytes_of(_mm_loadu_si128(reinterpret_cast<const __m128i*>(words + i)));
+            _mm_storeu_si128(to(bytes + 2 * i), _mm_shuffle_epi8(v, order));
         }
+    } else {
+        const __m128i order = _mm_setr_epi8(1, 9, 3, 11, 5, 13, 7, 15, 0, 8, 2, 10, 4, 12, 6, 14);
+        for (int64_t t = 0; t < BLOCK; t += 4)
+            for (int64_t c = 0; c < C; c += 4) {
+                const int16_t* v = words + t * C + c;
+                const __m128i a = bytes_of(_mm_unpacklo_epi64(eight_bytes(v), eight_bytes(v + C)));
+                const __m128i b = bytes_of(_mm_unpacklo_epi64(eight_bytes(v + 2 * C), eight_bytes(v + 3 * C)));
+                const __m128i left = _mm_shuffle_epi8(a, order), right = _mm_shuffle_epi8(b, order);
+                _mm_storeu_si128(to(bytes + (2 * t * C + 4 * c)), _mm_unpacklo_epi16(left, right));
+                _mm_storeu_si128(to(bytes + (2 * t * C + 4 * C + 4 * c)), _mm_unpackhi_epi16(left, right));
+            }
     }
 }
 
-// One head's weights (BLOCK,) times scales, as bytes: of four tokens that follow each other the high ones, then the low
-// ones, (BLOCK / 4, 2, groups, 4). Writes the step of each group, and what zeros and middle codes come to.
+// One head's weights (BLOCK,) times scales, as bytes. Writes the step of each group, and what zeros and middle codes come to.
 template <int C>
-inline void weigh_scales(const float* weights, const Shared& on, int64_t groups, float middle, int16_t* words, uint8_t* bytes,
-                         float* step, float* zero) {
-    vec top{};
+inline void weigh_scales(const float* weights, const Shared& on, float middle, int16_t* words, uint8_t* bytes, float* step,
+                         float* zero) {
+    vec top{}, zeros{};
     for (int64_t i = 0; i < BLOCK; i += LANES) top = larger(top, load(weights + i));
-    const float most = highest(top), turn = most > 1e-30f ? MOST / most : 0, back = most / MOST;
-    if constexpr (C > 0) {
-        ivec total{};
-        vec zeros{};
-        const uvec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        for (int64_t i = 0; i < BLOCK; i += LANES) {
-            const vec turned = load(weights + i) * turn;
+    const float most = highest(top), turn = most > LEAST ? MOST / most : 0, back = most / MOST;
+    ivec total{};
+    const uvec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int64_t i = 0; i < BLOCK; i += LANES) {
+        const vec turned = load(weights + i) * turn;
 #pragma GCC unroll 8
-            for (int k = 0; k < C; k++) {
-                const uvec from = lane / C + k * (LANES / C);
-                const vec each = C == 1 ? turned : (vec)_mm512_permutexvar_ps((__m512i)from, (__m512)turned);
-                const ivec v = rounded(each * load(on.scale + i * C + k * LANES));
-                total += v;
-                zeros += each * load(on.zero + i * C + k * LANES);
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + i * C + k * LANES), _mm512_cvtepi32_epi16((__m512i)v));
-            }
-        }
-        const auto add = [](vec a, vec b) { return a + b; };
-        const vec steps = load(on.top) * back;
-        zeros = of_all<C>(zeros, add) * back - of_all<C>(floats(total), add) * steps * middle;
-        __builtin_memcpy(step, &steps, C * sizeof(float));
-        __builtin_memcpy(zero, &zeros, C * sizeof(float));
-    } else {
-        for (int64_t c = 0; c < groups; c++) {
-            float found = 0, lost = 0;
-            for (int64_t t = 0; t < BLOCK; t++) {
-                const float each = weights[t] * turn, v = __builtin_rintf(each * on.scale[t * groups + c]);
-                words[t * groups + c] = static_cast<int16_t>(v == v ? v : 0);
-                found += each * on.zero[t * groups + c], lost += v;
-            }
-            step[c] = back * on.top[c];
-            zero[c] = found * back - lost * step[c] * middle;
+        for (int k = 0; k < C; k++) {
+            const uvec from = lane / C + k * (LANES / C);
+            const vec each = C == 1 ? turned : (vec)_mm512_permutexvar_ps((__m512i)from, (__m512)turned);
+            const ivec v = rounded(each * load(on.scale + i * C + k * LANES));
+            total += v;
+            zeros += each * load(on.zero + i * C + k * LANES);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + i * C + k * LANES), _mm512_cvtepi32_epi16((__m512i)v));
         }
     }
-    typedef uint16_t shorts __attribute__((vector_size(64)));
-    if constexpr (C == 1 || C == 2) {
-        const __m128i order = C == 1 ? _mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14)
-                                     : _mm_setr_epi8(1, 5, 9, 13, 3, 7, 11, 15, 0, 4, 8, 12, 2, 6, 10, 14);
-        for (int64_t i = 0; i < C * BLOCK; i += 32) {
-            const shorts v = (shorts)_mm512_loadu_si512(words + i), both = ((v + 128) & 0xff00) | (v & 0xff);
-            _mm512_storeu_si512(bytes + 2 * i, _mm512_shuffle_epi8((__m512i)both, _mm512_broadcast_i32x4(order)));
-        }
-    } else {
-        for (int64_t t = 0; t < BLOCK; t++)
-            for (int64_t c = 0; c < groups; c++) {
-                const int32_t v = words[t * groups + c];
-                uint8_t* to = bytes + (t / 4 * 2 * groups + c) * 4 + t % 4;
-                to[0] = static_cast<uint8_t>((v + 128) >> 8), to[4 * groups] = static_cast<uint8_t>(v);
-            }
-    }
+    const auto add = [](vec a, vec b) { return a + b; };
+    const vec steps = load(on.top) * back;
+    zeros = of_all<C>(zeros, add) * back - of_all<C>(floats(total), add) * steps * middle;
+    __builtin_memcpy(step, &steps, C * sizeof(float));
+    __builtin_memcpy(zero, &zeros, C * sizeof(float));
+    by_four<C>(words, bytes);
 }
 
 // Bytes of weights times codes, summed over the runs of a block.
@@ -443,10 +436,12 @@ inline void weigh_all_bytes(const ByteWeighed& on) {
     }
 }
 
-// Whether scales lie so that the bytes of a word have 1, 2 or 4 of them.
+// Whole units, of whose bytes those of a word have 1, 2 or 4 scales; and whole vectors of all tokens' scales.
 template <int BITS>
-inline bool values_are_whole(int64_t dv, int64_t channels) {
+inline bool values_are_whole(int64_t dv, int64_t groups) {
     constexpr int64_t numbers = 16 * FIELDS<BITS>;
+    const int64_t channels = dv / groups;
+    if (groups != 1 && groups != 2 && groups != 4 && groups != 8) return false;
     return dv % numbers == 0 && (channels % numbers == 0 || channels * 2 == numbers || channels * 4 == numbers);
 }
 
@@ -469,7 +464,7 @@ struct Products {
         return lines(g * d) + lines(d) + lines(g * d / 2) + lines(on.groups) + lines(g) + 2 * lines(g * on.groups);
     }
     Products(const Codes& on, float* room)
-        : on(on), keys(keys_are_whole<BITS>(on.d)), values(values_are_whole<BITS>(on.dv, on.dv / on.groups)) {
+        : on(on), keys(keys_are_whole<BITS>(on.d)), values(values_are_whole<BITS>(on.dv, on.groups)) {
         const int64_t g = on.g, d = on.d;
         const int64_t sizes[] = {g * d, d, g * d / 2, on.groups, g, g * on.groups, g * on.groups};
         float* parts;
@@ -511,23 +506,22 @@ struct Products {
             case 1: return weigh<1>(runs, used, weights, {scales, zero, top}, words, parts, sums);
             case 2: return weigh<2>(runs, used, weights, {scales, zero, top}, words, parts, sums);
             case 4: return weigh<4>(runs, used, weights, {scales, zero, top}, words, parts, sums);
-            default: return weigh<0>(runs, used, weights, {scales, zero, top}, words, parts, sums);
+            default: return weigh<8>(runs, used, weights, {scales, zero, top}, words, parts, sums);
         }
     }
 
     template <int C>
     void weigh(const Run* runs, int64_t used, const float* weights, const Shared& shared, int16_t* words, uint8_t* parts,
                float* sums) const {
-        const int64_t g = on.g, groups = on.groups, head = 2 * groups * BLOCK;
-        share<C>(shared, groups, MIDDLE<BITS>);
+        const int64_t g = on.g, head = 2 * C * BLOCK;
+        share<C>(shared, MIDDLE<BITS>);
         for (int64_t h = 0; h < g; h++)
-            weigh_scales<C>(weights + h * BLOCK, shared, groups, MIDDLE<BITS>, words, parts + h * head, steps + h * groups,
-                            zeros + h * groups);
-        ByteWeighed all{runs, used, static_cast<const uint8_t*>(on.values), code_bytes(on.dv, BITS), groups, on.dv,
+            weigh_scales<C>(weights + h * BLOCK, shared, MIDDLE<BITS>, words, parts + h * head, steps + h * C, zeros + h * C);
+        ByteWeighed all{runs, used, static_cast<const uint8_t*>(on.values), code_bytes(on.dv, BITS), C, on.dv,
                         parts, steps, zeros, sums};
         for (int64_t h = 0; h < g;) {
             const int64_t now = FIELDS<BITS> < 4 ? rows_of_four(g - h) : g - h == 4 ? 2 : smaller(g - h, 3);
-            all.weights = parts + h * head, all.step = steps + h * groups, all.zero = zeros + h * groups;
+            all.weights = parts + h * head, all.step = steps + h * C, all.zero = zeros + h * C;
             all.sums = sums + h * on.dv;
             switch (now) {
                 case 4: weigh_all_bytes<BITS, FIELDS<BITS> < 4 ? 4 : 1>(all); break;

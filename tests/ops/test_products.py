@@ -21,9 +21,9 @@ WIDEST = _cpu.names()[0]
 PRODUCTS = [name for name in _cpu.names() if name.endswith("vnni")]
 RAGGED = [0, 1, 16, 37, 64, 70, 300, 5]
 G = 3
-SIZES = [(64, 64, 32), (128, 128, 64), (192, 256, 16), (256, 64, 64), (64, 192, 64), (96, 96, 16), (128, 80, 16)]
-"""Key size, value size, channels that share a scale: 1 to 16 units, 1, 2 and 4 scales for a unit, 1 to 16 groups of a value,
-and some of which one side is no whole unit at some widths of codes."""
+SIZES = [(64, 64, 32), (128, 128, 32), (192, 256, 32), (256, 64, 64), (64, 64, 16), (96, 96, 32), (128, 80, 80)]
+"""Key size, value size, channels that share a scale: 1 to 16 units, 1, 2 and 4 scales for a unit, 1 to 8 groups of a value,
+and some of which one side is not multiplied as bytes: no whole unit, or 3 groups."""
 
 pytestmark = pytest.mark.skipif(not PRODUCTS, reason="needs a processor with AVX-512 VNNI")
 
