@@ -84,7 +84,7 @@ struct Four {
 inline __m128i sixteen(const uint8_t* at) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)); }
 inline __m128i eight(const uint8_t* at) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)); }
 
-// Of tokens that have UNITS units (0: any number), unit u.
+// Of tokens that have UNITS units (0: any number; the others are the ones that are usual), unit u.
 template <int BITS, int UNITS>
 inline __attribute__((always_inline)) Four four_tokens(const uint8_t* at, int64_t token, int64_t u) {
     Four x{};
@@ -217,11 +217,11 @@ template <int BITS, int H>
 inline void byte_dots(const uint8_t* q, int64_t d, const float* step, const float* zeros, const uint8_t* keys, int64_t count,
                       float* logits) {
     const int64_t token = code_bytes(d, BITS);
-    switch (BITS == 3 ? 0 : token) {
-        case 16: return byte_dots<BITS, H, 1>(q, d, step, zeros, keys, token, count, logits);
-        case 32: return byte_dots<BITS, H, 2>(q, d, step, zeros, keys, token, count, logits);
-        default: return byte_dots<BITS, H, 0>(q, d, step, zeros, keys, token, count, logits);
-    }
+    if constexpr (BITS == 2)
+        if (token == 16) return byte_dots<BITS, H, 1>(q, d, step, zeros, keys, token, count, logits);
+    if constexpr (BITS == 2 || BITS == 4)
+        if (token == 32) return byte_dots<BITS, H, 2>(q, d, step, zeros, keys, token, count, logits);
+    byte_dots<BITS, H, 0>(q, d, step, zeros, keys, token, count, logits);
 }
 
 // Of a run of a page's tokens, in fours; `rows_of_four` heads at once.
@@ -419,12 +419,15 @@ __attribute__((noinline)) void weigh_bytes(const ByteWeighed& on, int64_t u) {
 
 template <int BITS, int H, int SHARE>
 inline void weigh_bytes_of_units(const ByteWeighed& on) {
+    constexpr bool one = BITS == 2 && SHARE < 4, two = (BITS == 2 || BITS == 4) && SHARE < 4;
     const int64_t units = on.dv / (16 * FIELDS<BITS>);
-    for (int64_t u = 0; u < units; u++) switch (BITS == 3 ? 0 : units) {
-            case 1: weigh_bytes<BITS, H, 1, SHARE>(on, u); break;
-            case 2: weigh_bytes<BITS, H, 2, SHARE>(on, u); break;
-            default: weigh_bytes<BITS, H, 0, SHARE>(on, u);
-        }
+    for (int64_t u = 0; u < units; u++)
+        if (one && units == 1)
+            weigh_bytes<BITS, H, one ? 1 : 0, SHARE>(on, u);
+        else if (two && units == 2)
+            weigh_bytes<BITS, H, two ? 2 : 0, SHARE>(on, u);
+        else
+            weigh_bytes<BITS, H, 0, SHARE>(on, u);
 }
 
 template <int BITS, int H>
