@@ -8,21 +8,12 @@
 #include "kernels.hpp"
 #include "lanes.hpp"
 #include "paged.hpp"
+#include "products.hpp"
 #include "threads.hpp"
+#include "units.hpp"
 
 namespace kvfold::ISA {
 namespace {
-
-// Codes of BITS bits as ops/codes/packing.py lays them: in a unit, number i is in word i % 4, at place i / 4.
-template <int BITS>
-struct Unit {
-    static constexpr int WORD = BITS == 3 ? 2 : BITS;           // bits of a code that lie in the words
-    static constexpr int NUMBERS = 128 / WORD;                  // of a whole unit
-    static constexpr int VECTORS = NUMBERS / LANES;
-    static constexpr int BYTES = BITS == 3 ? 24 : 16;
-    static constexpr int TOGETHER = VECTORS < 4 ? VECTORS : 4;  // vectors of values that are summed in registers
-    static constexpr int HALF = 16 / WORD;                      // codes in half a word
-};
 
 #if LANES == 16
 constexpr uvec QUARTERS = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
@@ -177,11 +168,6 @@ inline void code_dots_of_all(const float* q, const float* zeros, const uint8_t* 
     }
 }
 
-// Tokens of one page that lie in a block: a block may begin and end within a page.
-struct Run {
-    int64_t page, place, at, held;  // its page, its first slot among all, its first slot in the block, and its tokens
-};
-
 // Weights times codes, summed over the runs of a block: where one unit of every value lies, and what multiplies it.
 struct Weighed {
     const Run* runs;
@@ -284,23 +270,28 @@ inline void widen_any(const void* from, Kind kind, int64_t first, float* to, int
     }
 }
 
-// What a thread needs besides the answer.
+// What a thread needs besides the answer; each array begins on a cache line.
 struct Room {
-    float *q, *aimed, *zeros, *logits, *top, *total, *scale, *zero, *weights, *raw, *shrunk;
+    float *q, *aimed, *zeros, *logits, *top, *total, *scale, *zero, *weights, *raw, *shrunk, *rest;
 
-    explicit Room(const Codes& on) {
+    Room(const Codes& on, int64_t more) {
         const int64_t g = on.g, d = on.d, all = on.groups * BLOCK;
-        q = scratch(2 * g * d + g * (BLOCK + 3) + (2 + g) * all + (2 * d > all ? 2 * d : all) + d);
-        aimed = q + g * d, logits = aimed + g * d, zeros = logits + g * BLOCK, top = zeros + g, total = top + g;
-        scale = total + g, zero = scale + all, weights = zero + all, shrunk = weights + g * all, raw = shrunk + d;
+        const int64_t sizes[] = {g * d, g * d, g, g * BLOCK, g, g, all, all, g * all, 2 * d > all ? 2 * d : all, d, more};
+        float** const arrays[] = {&q, &aimed, &zeros, &logits, &top, &total, &scale, &zero, &weights, &raw, &shrunk, &rest};
+        int64_t floats = 0;
+        for (const int64_t size : sizes) floats += lines(size);
+        float* at = scratch(floats);
+        for (int i = 0; i < 12; i++) *arrays[i] = at, at += lines(sizes[i]);
     }
 };
 
 template <int BITS>
 struct CodeReader : Part<Codes> {
     Room room;
+    Products<BITS> products;
 
-    CodeReader(const Attend& all, int64_t row, int64_t start, int64_t stop) : Part(all, row, start, stop), room(on) {}
+    CodeReader(const Attend& all, int64_t row, int64_t start, int64_t stop)
+        : Part(all, row, start, stop), room(on, Products<BITS>::size(on)), products(on, room.rest) {}
 
     // Asks for numbers of scales or zeros that are wanted soon.
     void soon(const void* from, int64_t first, int64_t count) const {
@@ -327,6 +318,8 @@ struct CodeReader : Part<Codes> {
         float *scale = room.raw, *zero = room.raw + on.d;
         widen_any(on.key_scale, on.scale_kind, page * on.d, scale, on.d);
         widen_any(on.key_zero, on.scale_kind, page * on.d, zero, on.d);
+        if constexpr (PRODUCTS)
+            if (products.keys) return products.aim(room.q, scale, zero, room.zeros);
         for (int64_t i = 0; i < on.d; i += LANES) store(scale + i, load(scale + i) * load(room.shrunk + i));
         for (int64_t h = 0; h < on.g; h++) {
             const float* q = room.q + h * on.d;
@@ -352,7 +345,14 @@ struct CodeReader : Part<Codes> {
             soon(on.value_scale, run.place * on.groups, run.held * on.groups);
             soon(on.value_zero, run.place * on.groups, run.held * on.groups);
             aim(run.page);
-            for (int64_t t = 0; t < run.held; t += 4) {
+            bool done = false;
+            if constexpr (PRODUCTS)
+                if ((done = products.keys)) {
+                    for (int64_t byte = 0; byte < run.held * value; byte += 64)
+                        __builtin_prefetch(values + run.place * value + byte);
+                    products.look(keys + run.place * token, run.held, room.zeros, logits + run.at);
+                }
+            for (int64_t t = 0; t < run.held && !done; t += 4) {
                 for (int64_t byte = 0; byte < 4 * value; byte += 64)  // what is wanted next
                     __builtin_prefetch(values + (run.place + t) * value + byte);
                 code_dots_of_all<BITS>(room.aimed, room.zeros, keys + (run.place + t) * token, g, on.d, logits + run.at + t);
@@ -371,6 +371,15 @@ struct CodeReader : Part<Codes> {
         const float* __restrict from = room.raw;
         for (int64_t c = 0; c < groups; c++)
             for (int64_t i = 0; i < held; i++) to[c * BLOCK + i] = from[i * groups + c];
+    }
+
+    // Scales or zeros of a block's values, (BLOCK, groups); 0 where there is no token.
+    void by_token(const void* from, const Run* runs, int64_t used, int64_t count, float* to) const {
+        const int64_t groups = on.groups;
+        if (count < BLOCK || on.read)
+            for (int64_t i = 0; i < groups * BLOCK; i++) to[i] = 0;
+        for (int64_t r = 0; r < used; r++)
+            widen_any(from, on.scale_kind, runs[r].place * groups, to + runs[r].at * groups, runs[r].held * groups);
     }
 
     // Scales or zeros of a block's values, (groups, BLOCK); 0 where there is no token.
@@ -393,6 +402,13 @@ struct CodeReader : Part<Codes> {
     // out += weights times values.
     void add_values(const Run* runs, int64_t used, int64_t count, float* out) const {
         const int64_t g = on.g, dv = on.dv, groups = on.groups, channels = dv / groups;
+        if constexpr (PRODUCTS)
+            if (products.values) {
+                by_token(on.value_scale, runs, used, count, room.scale);
+                by_token(on.value_zero, runs, used, count, room.zero);
+                return products.weigh(runs, used, room.logits, room.scale, room.zero, reinterpret_cast<int16_t*>(room.raw),
+                                      reinterpret_cast<uint8_t*>(room.weights), out);
+            }
         by_group(on.value_scale, runs, used, count, room.scale);
         by_group(on.value_zero, runs, used, count, room.zero);
         for (int64_t h = 0; h < g; h++)
@@ -425,6 +441,8 @@ struct CodeReader : Part<Codes> {
     void attend(float* out, float* lse) const {
         const int64_t g = on.g, dv = on.dv, size = on.on.page_size, token = code_bytes(on.d, BITS);
         for (int64_t i = 0; i < g * on.d; i++) room.q[i] = on.q[row * g * on.d + i] * on.scale;
+        if constexpr (PRODUCTS)
+            if (products.keys) products.ask(room.q);
         for (int64_t i = 0; i < on.d; i += LANES)
             store(room.shrunk + i, shrink<BITS>(static_cast<int>(i % Unit<BITS>::NUMBERS / LANES)));
         for (int64_t h = 0; h < g; h++) room.top[h] = NEVER, room.total[h] = 0;
@@ -449,6 +467,8 @@ struct CodeReader : Part<Codes> {
                 soften(room.logits + h * BLOCK, room.top + h, room.total + h, out + h * dv);
             add_values(runs, used, count, out);
         }
+        if constexpr (PRODUCTS)
+            if (products.values) products.end(out, room.raw);
         finish(room.top, room.total, out, lse);
     }
 };

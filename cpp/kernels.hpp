@@ -130,6 +130,9 @@ struct Kernels {
 };
 
 #if defined(__x86_64__)
+namespace avx512vnni {  // as avx512, but for codes
+extern void (*const codes)(const Codes&);
+}
 namespace avx512 {
 extern const Kernels kernels;
 }

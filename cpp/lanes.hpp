@@ -219,9 +219,22 @@ inline float sum(vec x) {
 }
 
 inline float highest(vec x) {
-    float top = x[0];
-    for (int i = 1; i < LANES; i++) top = larger(x[i], top);
-    return top;
+    typedef float two __attribute__((vector_size(8)));
+#if LANES == 16
+    typedef float eight __attribute__((vector_size(32)));
+    const eight a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), b = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    const eight y = a > b ? a : b;
+#else
+    const vec y = x;
+#endif
+#if LANES >= 8
+    const quad c = __builtin_shufflevector(y, y, 0, 1, 2, 3), d = __builtin_shufflevector(y, y, 4, 5, 6, 7);
+    const quad z = c > d ? c : d;
+#else
+    const quad z = y;
+#endif
+    const two e = __builtin_shufflevector(z, z, 0, 1), f = __builtin_shufflevector(z, z, 2, 3), last = e > f ? e : f;
+    return larger(last[0], last[1]);
 }
 
 // exp(x) for x <= 88, within 2 units in the last place; 0 below -87, exp(88) above 88, NaN for NaN. Range reduction by a two-part ln 2

@@ -64,13 +64,24 @@ bool has_f16c() {
 #endif
 }
 
+#if defined(__x86_64__)
+Kernels with_codes(Kernels set, const char* name, void (*codes)(const Codes&)) {
+    set.name = name, set.attend_codes = codes;
+    return set;
+}
+
+const Kernels avx512vnni_kernels = with_codes(avx512::kernels, "avx512vnni", avx512vnni::codes);
+#endif
+
 std::vector<const Kernels*> known() {
     std::vector<const Kernels*> found;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512vl")) {
+        if (__builtin_cpu_supports("avx512vnni")) found.push_back(&avx512vnni_kernels);
         found.push_back(&avx512::kernels);
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
         found.push_back(&avx2::kernels);
 #endif

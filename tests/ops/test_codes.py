@@ -7,16 +7,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.testing import assert_close
 
+from coded_pages import softmax, table_of
 from kvfold import ops
 from kvfold.ops import _cpu, dispatch
 from kvfold.ops.codes import cpu, naive
 from kvfold.ops.codes.packing import BITS, pack, quantise, unpack, width
-from kvfold.pages import PagePool, PageTable, Plane
 
-SETS = _cpu.names()
+WIDEST = _cpu.names()[0]
+FLOATS = [name for name in _cpu.names() if not name.endswith("vnni")]
+"""Sets that multiply codes as floats; the others: test_products.py."""
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RAGGED = [0, 1, 16, 37, 64, 70, 300, 5]
 G = 3
@@ -24,12 +25,12 @@ SIZES = [(64, 64, 32), (16, 8, 4), (80, 96, 16), (128, 48, 48), (12, 20, 20), (1
 """Key size, value size, channels of a value that share a scale: units that are full, short and of several lengths."""
 
 
-@pytest.fixture(params=SETS)
+@pytest.fixture(params=FLOATS)
 def instructions(request) -> Iterator[None]:
-    """On every instruction set that this processor has."""
+    """On every instruction set that this processor has and that multiplies floats."""
     _cpu.use(request.param)
     yield
-    _cpu.use(SETS[0])
+    _cpu.use(WIDEST)
 
 
 @pytest.fixture
@@ -78,62 +79,6 @@ def test_no_number_is_off_by_more_than_half_a_step(bits, size, shift, dtype):
     error = (codes * scale.float() + zero.float() - x).abs()
     rounding = torch.finfo(dtype).eps * (x.abs().amax(1, keepdim=True) + scale.float() * 2**bits)
     assert (error <= scale.float() / 2 + rounding).all()
-
-
-def table_of(lengths: list[int], bits: int, sizes: tuple[int, int, int], kind: torch.dtype, page: int) -> PageTable:
-    """Random codes on scattered pages; what is behind a row's tokens has NaN for scales and zeros."""
-    (d, dv, channels), rows = sizes, len(lengths)
-    by_page, by_token = Plane(d, kind, per_page=True), Plane(dv // channels, kind)
-    planes = {
-        "keys": Plane(width(d, bits), torch.uint8), "key_scale": by_page, "key_zero": by_page,
-        "values": Plane(width(dv, bits), torch.uint8), "value_scale": by_token, "value_zero": by_token,
-        "position": Plane(None, torch.int32), "log_mass": Plane(None, torch.float32),
-    }  # fmt: skip
-    table = PageTable(PagePool(planes, torch.device("cpu"), page), rows, scattered=True)
-    ids = table.pool.allocate(sum(-(-length // page) for length in lengths) + 3)
-    for i in torch.randperm(len(ids)).tolist():
-        table.pool.release(ids[i : i + 1])
-    counts = np.array(lengths)
-    total, pages = int(counts.sum()), int((-(-counts // page)).sum())
-    states = {
-        "keys": pack(torch.randint(0, 1 << bits, (total, d), dtype=torch.uint8), bits),
-        "values": pack(torch.randint(0, 1 << bits, (total, dv), dtype=torch.uint8), bits),
-        "key_scale": torch.rand(pages, d) / (1 << bits), "key_zero": torch.randn(pages, d) / 2,
-        "value_scale": torch.rand(total, dv // channels) / (1 << bits),
-        "value_zero": torch.randn(total, dv // channels), "log_mass": torch.rand(total) * 3,
-    }  # fmt: skip
-    for name, spec in planes.items():
-        table.pool.planes[name].fill_(torch.nan if spec.dtype.is_floating_point else 255)
-    table.add(counts, states)
-    return table
-
-
-def softmax(
-    q: Tensor, table: PageTable, scale: float, bits: int, dv: int, mass: bool, read: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, weights) with torch.softmax in float64, row by row, over the numbers that codes stand for."""
-    outs, lses, lefts = [], [], []
-    for row, length in enumerate(table.lengths.tolist()):
-        slots = np.arange(length)
-        seen = np.isin(slots, table.holes[row, : table.hole_count[row]], invert=True)
-        seen &= np.ones(length, dtype=bool) if read is None else read.flatten(0, 1)[row, :length].numpy()
-        at = slots[seen]
-        rows, page = np.full(len(at), row), table.pool.page_size
-        names = ("keys", "values", "value_scale", "value_zero", "log_mass")
-        planes = {name: x.double() for name, x in table.read(names, rows, at).items()}
-        pages = torch.from_numpy(table.table[rows, at // page]).long()
-        shared = [table.pool.planes[name][pages].double() for name in ("key_scale", "key_zero")]
-        keys = unpack(planes["keys"].byte(), q.shape[-1], bits) * shared[0] + shared[1]
-        run = dv // planes["value_scale"].shape[-1]
-        values = unpack(planes["values"].byte(), dv, bits) * planes["value_scale"].repeat_interleave(run, -1)
-        values = values + planes["value_zero"].repeat_interleave(run, -1)
-        logits = q.flatten(0, 1)[row, :, 0].double() @ keys.mT * scale + (planes["log_mass"] if mass else 0)
-        left = torch.zeros(q.shape[2], table.longest, dtype=torch.float64)
-        left[:, torch.from_numpy(at)] = logits.softmax(-1)
-        outs.append(logits.softmax(-1) @ values)
-        lses.append(logits.logsumexp(-1))
-        lefts.append(left)
-    return torch.stack(outs), torch.stack(lses), torch.stack(lefts)
 
 
 @pytest.mark.parametrize("bits", BITS)
