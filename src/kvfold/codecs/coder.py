@@ -23,8 +23,8 @@ def table_of(counts: Int[np.ndarray, "S n"]) -> Int[np.ndarray, "S n+1"]:
 
 def check_tables(tables: Int[np.ndarray, "S n"]) -> None:
     """Raise ValueError unless these are lower bounds of symbols, from 0 on, each above the one before and below 2^16."""
-    if tables.ndim != 2 or not 1 <= tables.shape[1] <= MOST_SYMBOLS:
-        raise ValueError(f"tables={tables.shape} must have 1 to {MOST_SYMBOLS} symbols each")
+    if tables.ndim != 2 or not 2 <= tables.shape[1] <= MOST_SYMBOLS:
+        raise ValueError(f"tables={tables.shape} must have 2 to {MOST_SYMBOLS} symbols each")
     if (tables[:, 0] != 0).any() or (np.diff(tables, axis=1) <= 0).any() or (tables[:, -1] >= TOP).any():
         raise ValueError(f"tables must grow from 0 and stay below {TOP}")
 

@@ -27,7 +27,7 @@ def pack(
     code would not make smaller.
     """
     found, planes = dict(tensors), dict[str, Any]()
-    for name, layer, counts, raw in _coded(codec, header, tensors):
+    for name, layer, counts, raw in planes_of(codec, header, tensors):
         plane = found[name]
         bins = codec.bins(name.rsplit(".", 1)[-1], layer, len(header["layers"]))
         made = codec.encode(plane.reshape(-1, plane.shape[-1]), counts, raw, bins)
@@ -43,7 +43,7 @@ def pack(
     return {**header, CODEC: {**codec_to(codec), "planes": planes}}, found
 
 
-def _coded(
+def planes_of(
     codec: CacheGen, header: dict[str, Any], tensors: dict[str, Tensor]
 ) -> Iterator[tuple[str, int, np.ndarray, Tensor]]:
     """The planes to code: name, layer, tokens of each row and head, and which of them are the first of their text."""
