@@ -97,7 +97,7 @@ def plane(counts, dtype=torch.float32, size=6):
 
 
 def by_hand(x, counts, raw, bins, joint):
-    """A token after the other: its maximum over the heads that hold one at this place, and its numbers in steps of it."""
+    """A token after the other: the maximum of the heads that hold one at this place, and numbers in steps of it."""
     q, found = largest(bins), x.clone()
     starts = (counts.ravel().cumsum() - counts.ravel()).reshape(counts.shape)
     for row, heads in enumerate(counts):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 TOP = 1 << 16
 """What a table's probabilities add up to."""
@@ -12,8 +12,8 @@ MOST_SYMBOLS = 256
 """Of a table: codes have 8 bits at most."""
 
 
-def table_of(counts: Int[np.ndarray, "S n"]) -> Int[np.ndarray, "S n+1"]:
-    """The integer CDF of each channel: cdf[i] = floor((65535 - n) cum_i / total) + i, which grows even where none came."""
+def table_of(counts: Integer[np.ndarray, "S n"]) -> Integer[np.ndarray, "S n+1"]:
+    """The integer CDF of each channel, floor((65535 - n) cum_i / total) + i, which grows even where none came."""
     counts = np.asarray(counts, dtype=np.int64)
     n = counts.shape[1]
     cumulated = np.concatenate([np.zeros((len(counts), 1), dtype=np.int64), counts.cumsum(1)], axis=1)
@@ -21,15 +21,15 @@ def table_of(counts: Int[np.ndarray, "S n"]) -> Int[np.ndarray, "S n+1"]:
     return found
 
 
-def check_tables(tables: Int[np.ndarray, "S n"]) -> None:
-    """Raise ValueError unless these are lower bounds of symbols, from 0 on, each above the one before and below 2^16."""
+def check_tables(tables: Integer[np.ndarray, "S n"]) -> None:
+    """Raise ValueError unless these are lower bounds of symbols: from 0 on, each above the one before, below 2^16."""
     if tables.ndim != 2 or not 2 <= tables.shape[1] <= MOST_SYMBOLS:
         raise ValueError(f"tables={tables.shape} must have 2 to {MOST_SYMBOLS} symbols each")
     if (tables[:, 0] != 0).any() or (np.diff(tables, axis=1) <= 0).any() or (tables[:, -1] >= TOP).any():
         raise ValueError(f"tables must grow from 0 and stay below {TOP}")
 
 
-def encode(streams: Sequence[np.ndarray], tables: Int[np.ndarray, "S n"]) -> Int[np.ndarray, "W"]:
+def encode(streams: Sequence[np.ndarray], tables: Integer[np.ndarray, "S n"]) -> Integer[np.ndarray, "W"]:
     """The 32-bit words (uint32) of S streams of symbols, stream i by the lower bounds tables[i], behind one another.
 
     Raises ImportError without constriction.
@@ -45,8 +45,8 @@ def encode(streams: Sequence[np.ndarray], tables: Int[np.ndarray, "S n"]) -> Int
 
 
 def decode(
-    words: Int[np.ndarray, "W"], tables: Int[np.ndarray, "S n"], lengths: Sequence[int]
-) -> list[Int[np.ndarray, "T"]]:
+    words: Integer[np.ndarray, "W"], tables: Integer[np.ndarray, "S n"], lengths: Sequence[int]
+) -> list[Integer[np.ndarray, "T"]]:
     """The S streams (int32) of `lengths` symbols that `encode` took.
 
     Raises ValueError where the words are not those of so many symbols, ImportError without constriction.

@@ -11,7 +11,7 @@ TOP, FINE = 1 << 16, 1 << 24
 
 
 def finer(table: Sequence[int]) -> list[int]:
-    """The lower bounds of a table of 16 bits, and 2^16, as 24 bits: spread, and i for symbol i, so that none is empty."""
+    """The lower bounds of a table of 16 bits, and the end, in 24 bits: spread, and i more, so that none is empty."""
     bounds = [*table, TOP]
     room = FINE - len(table)
     total = TOP

@@ -39,7 +39,7 @@ class Coding:
         return int(self.counts.sum()) * self.size * self.dtype.itemsize
 
     def joins(self, raw: Bool[Tensor, "N"]) -> bool:
-        """Whether all heads of a row have as many tokens beside those that `raw` marks, so that they can share maxima."""
+        """Whether all heads of a row have as many tokens without those that `raw` marks: they can share maxima."""
         return _even(self._without(raw.nonzero()[:, 0].numpy()))
 
     def encode(self, x: Float[Tensor, "N D"], raw: Bool[Tensor, "N"]) -> dict[str, Tensor] | None:
@@ -114,7 +114,9 @@ class Coding:
         before = counts[:, 0].cumsum() - counts[:, 0]
         return places, heads, np.repeat(np.repeat(before, counts.shape[1]), flat) + places
 
-    def _encode(self, x: Tensor, heads: np.ndarray, vectors: np.ndarray, bins: int, *, shared: bool = False) -> dict[str, Tensor]:
+    def _encode(
+        self, x: Tensor, heads: np.ndarray, vectors: np.ndarray, bins: int, *, shared: bool = False
+    ) -> dict[str, Tensor]:
         numbers, vector = np.unique(vectors, return_inverse=True)
         of = torch.from_numpy(vector)
         maxima = maxima_of(x, of, len(numbers))
@@ -130,7 +132,9 @@ class Coding:
             "maxima": maxima,
         }
 
-    def _decode(self, parts: Mapping[str, Tensor], heads: np.ndarray, vectors: np.ndarray, bins: int, *, shared: bool = False) -> Tensor:
+    def _decode(
+        self, parts: Mapping[str, Tensor], heads: np.ndarray, vectors: np.ndarray, bins: int, *, shared: bool = False
+    ) -> Tensor:
         numbers, vector = np.unique(vectors, return_inverse=True)
         words, tables, maxima = (parts[name] for name in PARTS)
         shapes = [tuple(tensor.shape) for tensor in (tables, maxima)], words.dim()
@@ -138,7 +142,9 @@ class Coding:
         channels = self.counts.shape[1] * self.size
         wide = 1 if shared else channels, 2 * largest(bins) + 1
         if shapes != ([wide, (len(numbers),)], 1) or kinds != (torch.int32, torch.int16, self.dtype):
-            raise ValueError(f"words, tables and maxima={shapes[0]} {kinds}, of {wide} tables and {len(numbers)} maxima")
+            raise ValueError(
+                f"words, tables and maxima={shapes[0]} {kinds}, of {wide} tables and {len(numbers)} maxima"
+            )
         if not bool((maxima.isfinite() & (maxima >= 0)).all()):
             raise ValueError("a maximum that is no number >= 0")
         tokens = self._by_head(heads)

@@ -17,14 +17,14 @@ def parse_codec(codec: str | CacheGen) -> CacheGen:
     if isinstance(codec, CacheGen):
         return codec
     try:
-        call = ast.parse(codec, mode="eval").body if isinstance(codec, str) else None
+        call = ast.parse(codec, mode="eval").body
         name = call.func if isinstance(call, ast.Call) else call
         slug = name.id if isinstance(name, ast.Name) else None
         given = call.keywords if isinstance(call, ast.Call) else []
         options = {option.arg: ast.literal_eval(option.value) for option in given}
         if isinstance(call, ast.Call) and call.args:
             slug = None
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # the third: no text
         slug, options = None, {}
     if slug is None:
         raise ValueError(f"codec={shown(codec)} must be a text such as 'cachegen(level=2)', or a CacheGen")
@@ -37,7 +37,7 @@ def codec_to(codec: CacheGen) -> dict[str, Any]:
 
 
 def codec_from(said: Mapping[str, Any], *, whole: bool = True) -> CacheGen:
-    """The codec of a header's entry, with all of its options (`whole`). Raises ValueError that names what is unknown."""
+    """The codec of a header's entry, with all of its options (`whole`). Raises ValueError for what is unknown."""
     name, options = said.get("codec"), said.get("options")
     if not isinstance(name, str) or name not in CODECS:
         raise ValueError(f"codec={shown(name)} must be one of {', '.join(CODECS)}")

@@ -47,7 +47,7 @@ def planes_of(
     codec: CacheGen, header: dict[str, Any], tensors: dict[str, Tensor]
 ) -> Iterator[tuple[str, int, np.ndarray, Tensor]]:
     """The planes to code: name, layer, tokens of each row and head, and which of them are the first of their text."""
-    seen = torch.tensor(header["rows"]["seen"])
+    seen = torch.tensor(header["rows"]["seen"], dtype=torch.int64)
     for layer, said in enumerate(header["layers"]):
         if said["kind"] == "window" and f"{layer}.keys" in tensors:
             b, h, t, _ = tensors[f"{layer}.keys"].shape
