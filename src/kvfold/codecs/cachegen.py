@@ -22,8 +22,8 @@ class CacheGen:
 
     symbol = round(x Q / m + Q), Q = bins // 2 - 1, m over all heads of a token (`per_head`: over one; 1/D more numbers
     each, and an outlier channel of one head costs the others nothing). Each channel of each layer has a table of how
-    often its symbols come, in integers; what is decoded is the same on every machine, and is coded to the same bytes
-    again (without anchors). `level` 3 keeps most, 1 least: bins by layer as in the paper's code, finer in early
+    often its symbols come, in integers; what is decoded is the same on every machine, and has the same code when it is
+    saved again (without anchors). `level` 3 keeps most, 1 least: bins by layer as in the paper's code, finer in early
     layers. `group`: the first of so many tokens is an anchor in 8 bits, the others are coded as what they differ from
     it by (the paper's text; its code, and the default, have no anchors).
     Differs from the paper: the `first` tokens of a text stay as they are (everything attends to them); tables come
