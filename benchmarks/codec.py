@@ -68,10 +68,10 @@ def main() -> None:
                 "load": ended - saved,
             }
             rows.append(row)
-            print(
-                f"| {code_cell(codec)} | {row['bytes']:.3f} | {row['kl']:.4f} | {row['top1']:.3f} | {row['save']:.1f} | "
-                f"{row['load']:.1f} |"
+            figures = (
+                f"{row['bytes']:.3f} | {row['kl']:.4f} | {row['top1']:.3f} | {row['save']:.1f} | {row['load']:.1f}"
             )
+            print(f"| {code_cell(codec)} | {figures} |")
     if args.out is not None:
         about = {"model": args.model, "context": args.context, "tokens": args.tokens}
         write_json(args.out, {**about, "machine": describe(model.device), "versions": versions(), "rows": rows})
