@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from kvfold.codecs import CacheGen, parse_codec
 from kvfold.hf.adopting import Adopting
 from kvfold.hf.anatomy import attention_modules
 from kvfold.hf.band import Band
@@ -199,12 +200,15 @@ class Cache(Adopting):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a kvfold cache belongs to its model and can't be pickled; use cache.save(path) and Cache.load")
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, codec: str | CacheGen | None = None) -> None:
         """Write the cache to a safetensors file, whole or not at all, with a digest of its content.
 
-        Raises ValueError where something else than a regular file is there.
+        `codec`: a text such as "cachegen(level=2)" or a `kvfold.codecs.CacheGen`: keys and values take a fraction of
+        the bytes, and are read as approximations; positions and masses stay exact. None: bit for bit.
+        Raises ValueError where something else than a regular file is there and for a codec that there is not,
+        ImportError where the codec's library is not installed.
         """
-        save(self, path)
+        save(self, path, None if codec is None else parse_codec(codec))
 
     @classmethod
     def load(

@@ -1,4 +1,4 @@
-"""Saving a cache and reading it back, bit for bit: one safetensors file, tensors plus a JSON header."""
+"""Saving a cache and reading it back, bit for bit or in a codec: one safetensors file, tensors plus a JSON header."""
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvfold.codecs import CacheGen
 from kvfold.formats import POSITION, Format, Segment, Spec, format_to
 from kvfold.hf.beside import check_state, is_window, restore, state_of
 from kvfold.hf.call.host import Host
@@ -18,6 +19,7 @@ from kvfold.hf.layers import PagedLayer
 from kvfold.hf.looking import device_of
 from kvfold.hf.saving.fingerprint import fields_of, fingerprint, modules_of
 from kvfold.hf.saving.outside import check_outside
+from kvfold.hf.saving.packed import pack, unpack
 from kvfold.hf.saving.said import Entry, SaidGroup, SaidLayer, SaidRows, check_reading, groups_of
 from kvfold.hf.saving.sealed import read_sealed, write_sealed
 from kvfold.hf.windows import CodedWindow
@@ -37,8 +39,8 @@ def _device(model: PreTrainedModel, index: int) -> torch.device:
     return device_of(*modules_of(model, index), model)
 
 
-def save(cache: Host, path: str | os.PathLike[str]) -> None:
-    """Write what the cache holds to `path`, whole or not at all.
+def save(cache: Host, path: str | os.PathLike[str], codec: CacheGen | None = None) -> None:
+    """Write what the cache holds to `path`, whole or not at all, keys and values in a codec if there is one.
 
     Raises ValueError for layers that it can't write, and where `path` is something else than a regular file;
     RuntimeError after a call that failed when layers had stored its tokens.
@@ -69,6 +71,8 @@ def save(cache: Host, path: str | os.PathLike[str]) -> None:
         "reading": None if reading is None else {"surplus": reading.surplus, "fixed": reading.fixed},
         "layers": layers,
     }
+    if codec is not None:
+        header, tensors = pack(codec, header, tensors)
     write_sealed(path, header, tensors)
 
 
@@ -127,7 +131,8 @@ def load(path: str | os.PathLike[str], make: Callable[[Method, int | None], Host
     here = f"path={os.fspath(path)!r}"
     header, tensors = read_sealed(path, here)
     try:
-        found = _contents(Entry("its header", header), tensors)
+        said = Entry("its header", header)
+        found = _contents(said, unpack(said, tensors))
     except ValueError as error:
         raise ValueError(f"{here} is damaged: {error}") from error
     try:
