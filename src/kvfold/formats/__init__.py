@@ -7,6 +7,7 @@ from kvfold.formats.kinds import KINDS, dtype_from, format_from, format_to
 from kvfold.formats.kivi import Kivi, KiviSegment
 from kvfold.formats.paged import PagedSegment
 from kvfold.formats.segment import Format, Segment, Spec, Traits
+from kvfold.formats.sparse import Sparse, SparseSegment
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk, join
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "LateChunk",
     "PagedSegment",
     "Segment",
+    "Sparse",
+    "SparseSegment",
     "Spec",
     "Traits",
     "dtype_from",
