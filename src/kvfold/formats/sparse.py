@@ -1,4 +1,4 @@
-"""Sparse: of each key and value the largest numbers and a bitmap, behind them a dense window (Mustafar, arXiv:2505.22913)."""
+"""Sparse: of keys and values the largest numbers and a bitmap, behind them a window (Mustafar, arXiv:2505.22913)."""
 
 import math
 from collections.abc import Mapping
@@ -38,9 +38,9 @@ class Sparse:
     As soon as a (row, head) has `residual + group` tokens in its window, the oldest `group` of them are pruned: once,
     so that streaming gives what one shot gives. Of D numbers D - max(1, int(sparsity * D)) + 1 stay, as published, and
     never more: of equal magnitudes the earlier channels stay, so that a token is a record of a fixed size that can be
-    dropped or written over by itself. What is not finite is larger than all that is. A crop leaves what was pruned as it
-    is, and the window shorter.
-    Differs from the paper: records of tokens in place of tiles of 64 numbers with offsets, and no padding; ties are cut.
+    dropped or written over by itself. What is not finite is larger than all that is. A crop leaves what was pruned as
+    it is, and the window shorter.
+    Differs from the paper: records of tokens in place of tiles of 64 numbers with padding and offsets; ties are cut.
     """
 
     key_sparsity: float = 0.5
@@ -87,11 +87,11 @@ class Sparse:
         for part, some in zip(parts, (coded, counts - coded), strict=True):
             check_positions(some, part[POSITION], seen)
         for name, size in (("keys", spec.key_size), ("values", spec.value_size)):
-            bits = marked(parts[0][MAPS[name]], 8 * map_bytes(size))
-            wrong = (bits.sum(-1) != parts[0][name].shape[-1]) | bits[:, size:].any(-1)
+            count, bits = parts[0][name].shape[-1], marked(parts[0][MAPS[name]], 8 * map_bytes(size))
+            wrong = (bits.sum(-1) != count) | bits[:, size:].any(-1)
             if bool(wrong.any()):
                 token = int(wrong.nonzero()[0, 0])
-                raise ValueError(f"{MAPS[name]} of token {token} must mark {parts[0][name].shape[-1]} of {size} channels")
+                raise ValueError(f"{MAPS[name]} of token {token} must mark {count} of {size} channels")
 
     def _counts(self, spec: Spec, said: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of each row, and how many of them are pruned, (B, H). ValueError where that can't be."""
@@ -105,7 +105,8 @@ class Sparse:
     ) -> "SparseSegment":
         counts, coded = self._counts(spec, said)
         if twin is not None:
-            if isinstance(twin, SparseSegment) and np.array_equal([twin.counts(), twin.coded.counts()], [counts, coded]):
+            wanted = [counts, coded]
+            if isinstance(twin, SparseSegment) and np.array_equal([twin.counts(), twin.coded.counts()], wanted):
                 return twin.select(np.arange(spec.rows))
             raise ValueError(f"counts={said['counts']} must be those of the segment that holds the same pages")
         self.check(spec, said, tensors)
@@ -128,10 +129,11 @@ class SparsePages(TokenSegment):
         return SparsePages(table, self.heads, self.compute, *self.sizes.values())
 
     def encode(self, what: str, states: Float[Tensor, "*N D"]) -> dict[str, Tensor]:
-        count, wide = self.pool.specs[what].width, states.reshape(-1, states.shape[-1])
+        count, wide = self.pool.planes[what].shape[-1], states.reshape(-1, states.shape[-1])
         some = torch.split(wide, max(1, blocked.BLOCK_ELEMENTS // wide.shape[-1]))
         kept, maps = (torch.cat(x) for x in zip(*(pack(x, count) for x in some), strict=True))
-        return {what: kept.unflatten(0, states.shape[:-1]), MAPS[what]: maps.unflatten(0, states.shape[:-1])}
+        planes = {what: kept, MAPS[what]: maps}
+        return {name: plane.view(*states.shape[:-1], plane.shape[-1]) for name, plane in planes.items()}
 
     def states(self, what: str) -> Tensor:
         return unpack(self.plane(what), self.plane(MAPS[what]), self.sizes[what]).to(self.compute)

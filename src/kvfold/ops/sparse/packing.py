@@ -1,7 +1,7 @@
 """The largest numbers of a vector, and a bitmap of where they stand (Mustafar, arXiv:2505.22913).
 
-Channel c is bit c % 8 of byte c // 8. (The authors' order is another one: tiles of 64 numbers, of keys along the tokens,
-and the first number of a tile at the highest bit.)
+Channel c is bit c % 8 of byte c // 8. (The authors' order is another one: tiles of 64 numbers, of keys along the
+tokens, and the first number of a tile at the highest bit.)
 """
 
 import torch
