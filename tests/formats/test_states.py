@@ -5,7 +5,7 @@ import pytest
 import torch
 from format_cases import ALL, ARENA, FORMATS, LENGTHS, B, arena_of, chunk, held, mask_for, opened, query, same
 
-from kvfold.formats import POSITION, Depth, Kivi, Sparse, Spec
+from kvfold.formats import POSITION, Depth, Kivi, Sparse, Spec, Thin
 from kvfold.pages import Arena
 
 
@@ -105,6 +105,12 @@ def test_a_damaged_state_is_refused_before_anything_is_allocated(form):
         maps[2] = 255
         with pytest.raises(ValueError, match="key_map of token 2 must mark 9 of 16 channels"):
             form.restore(spec, said, {**tensors, "coded.key_map": maps})
+    if isinstance(form, Thin):
+        channels = tensors["channels"].clone()
+        channels[0, 0] = True
+        for wrong in (channels, channels.int(), channels[1:]):
+            with pytest.raises(ValueError, match="channels must"):
+                form.restore(spec, said, {**tensors, "channels": wrong})
     if isinstance(form, Depth):
         with pytest.raises(ValueError, match="upto=None must be 3 ints"):
             form.restore(spec, {**said, "upto": None}, tensors)

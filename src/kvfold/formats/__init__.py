@@ -8,6 +8,7 @@ from kvfold.formats.kivi import Kivi, KiviSegment
 from kvfold.formats.paged import PagedSegment
 from kvfold.formats.segment import Format, Segment, Spec, Traits
 from kvfold.formats.sparse import Sparse, SparseSegment
+from kvfold.formats.thin import Thin, ThinSegment
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk, join
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "Sparse",
     "SparseSegment",
     "Spec",
+    "Thin",
+    "ThinSegment",
     "Traits",
     "dtype_from",
     "format_from",
