@@ -2,7 +2,8 @@
 
     python benchmarks/format_bytes.py --context 6144 --methods "fp8,kivi,mustafar(key_sparsity=0.7, value_sparsity=0.7)"
 
-One exact prefill of random ids in bfloat16 fills them all; transformers' own caches come first, those that are installed.
+One exact prefill of random ids in bfloat16 fills them all. transformers' own caches come first, those that work here;
+how else they are compared: `kvfold bench run --quantized`.
 """
 
 import argparse
