@@ -57,6 +57,13 @@ struct Codes : Attend {
     int64_t groups;
 };
 
+// Attention over vectors of which some numbers are kept: keys (slots, kept_keys), values (slots, kept_values), each in the
+// order of their channels, which are the bits that are set in the maps (slots, (size + 7) / 8), the lowest bit first.
+struct Sparse : Attend {
+    int64_t kept_keys, kept_values;
+    const uint8_t *key_map, *value_map;
+};
+
 struct Causal {
     int64_t n, g, count, t, d, dv;  // `count` queries, those of the last keys of `t`
     const float *q, *k, *v;         // (n, g, count, d), (n, t, d), (n, t, dv)
@@ -118,6 +125,7 @@ struct Kernels {
     int lanes;
     void (*attend)(const Attend&);
     void (*attend_codes)(const Codes&);
+    void (*attend_sparse)(const Sparse&);
     void (*causal)(const Causal&);
     void (*column_sums)(const ColumnSums&);
     void (*most_alike)(const Alike&);

@@ -221,6 +221,28 @@ void attend_codes(Array<const float, 3> q, int bits, Bytes keys, Const2 key_scal
     set.attend_codes(on);
 }
 
+void attend_sparse(Array<const float, 3> q, Const2 keys, Bytes key_map, Const2 values, Bytes value_map,
+                   std::optional<Array<const float, 2>> mass, std::optional<Array<const bool, 2>> read, Table table,
+                   Counts lengths, Table holes, Counts hole_count, int64_t page_size, float scale, int threads,
+                   Array<float, 3> out, Array<float, 2> lse, std::optional<Array<float, 3>> weights) {
+    Sparse on{};
+    on.on = rows_of(table, lengths, holes, hole_count, page_size);
+    check(page_size <= BLOCK && BLOCK % page_size == 0, "page_size must be 4, 8, 16, 32 or 64");
+    const size_t slots = values.shape(0);
+    ask(on, q, slots, out.shape(2), mass, read, table, lengths, holes, hole_count, scale, threads, out, lse, weights);
+    on.kept_keys = keys.shape(1), on.kept_values = values.shape(1);
+    check(keys.shape(0) == slots && on.kept_keys <= on.d && on.kept_values <= on.dv,
+          "keys and values must have a vector for each slot, of no more numbers than there are channels");
+    check(key_map.shape(0) == slots && static_cast<int64_t>(key_map.shape(1)) == (on.d + 7) / 8 &&
+              value_map.shape(0) == slots && static_cast<int64_t>(value_map.shape(1)) == (on.dv + 7) / 8,
+          "key_map and value_map must have a bit for each channel of each slot");
+    on.keys = keys.data(), on.values = values.data(), on.key_map = key_map.data(), on.value_map = value_map.data();
+    on.key_kind = kind_of(keys), on.value_kind = kind_of(values);
+    const Kernels& set = kernels_for({on.d, on.dv});
+    const Free free;
+    set.attend_sparse(on);
+}
+
 // Slots first[r] to stop[r] of each row become new[r, 0:]; plane (pages * page_size, W), new (R, T, W), of one dtype.
 void write(Any2 plane, nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu> fresh, Table table, Counts first,
            Counts stop, int64_t page_size) {
@@ -511,6 +533,9 @@ NB_MODULE(_cpu, m) {
     m.def("attend_codes", attend_codes, "q"_a.noconvert(), "bits"_a, "keys"_a.noconvert(), "key_scale"_a.noconvert(), "key_zero"_a.noconvert(), "values"_a.noconvert(),
           "value_scale"_a.noconvert(), "value_zero"_a.noconvert(), "mass"_a.noconvert().none(), "read"_a.noconvert().none(), "table"_a.noconvert(), "lengths"_a.noconvert(),
           "holes"_a.noconvert(), "hole_count"_a.noconvert(), "page_size"_a, "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert(), "weights"_a.noconvert().none());
+    m.def("attend_sparse", attend_sparse, "q"_a.noconvert(), "keys"_a.noconvert(), "key_map"_a.noconvert(), "values"_a.noconvert(), "value_map"_a.noconvert(), "mass"_a.noconvert().none(),
+          "read"_a.noconvert().none(), "table"_a.noconvert(), "lengths"_a.noconvert(), "holes"_a.noconvert(), "hole_count"_a.noconvert(), "page_size"_a, "scale"_a, "threads"_a,
+          "out"_a.noconvert(), "lse"_a.noconvert(), "weights"_a.noconvert().none());
     m.def("write", write, "plane"_a.noconvert(), "new"_a.noconvert(), "table"_a.noconvert(), "first"_a.noconvert(), "stop"_a.noconvert(), "page_size"_a);
     m.def("close_gaps", close_gaps, "plane"_a.noconvert(), "mask"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "threads"_a);
     m.def("punch_holes", punch_holes, "mask"_a.noconvert(), "lengths"_a.noconvert(), "holes"_a.noconvert(), "hole_count"_a.noconvert());

@@ -9,9 +9,10 @@ METHODS = [
     "full", "h2o(budget=0.4)", "streamingllm(budget=12)", "snapkv(budget=0.5)", "tova(budget=10)",
     "kvmerger(budget=0.5)", "kvfold(budget=0.5)", "cam(budget=0.4)", "d2o(budget=0.6)", "keepkv(budget=0.5)",
     "streamingllm(budget=12, positions='compact')", "cake(budget=0.5)", "kvzip(budget=0.5)", "snapkv(budget=0.5) | fp8",
-    "full | kivi(group=8, channels=8, residual=8)",
+    "full | kivi(group=8, channels=8, residual=8)", "h2o(budget=0.5) | mustafar(residual=8, group=8)",
+    "snapkv(budget=0.5) | think(recent=8)",
 ]  # fmt: skip
-LENGTHS = [40, 23, 57, 9, 31, 18, 64, 50, 12, 35, 28, 44, 26, 39, 33]
+LENGTHS = [40, 23, 57, 9, 31, 18, 64, 50, 12, 35, 28, 44, 26, 39, 33, 42, 36]
 
 
 class Request:

@@ -221,8 +221,12 @@ def test_two_threads_give_what_they_give_one_after_the_other():
 
 
 @pytest.mark.parametrize(
-    "method", ["full", "h2o(budget=0.5)", "full | fp8", "full | kivi(group=8, channels=8, residual=8)"]
-)
+    "method",
+    [
+        "full", "h2o(budget=0.5)", "full | fp8", "full | kivi(group=8, channels=8, residual=8)",
+        "full | mustafar(residual=8, group=8)", "full | think(recent=8)",
+    ],
+)  # fmt: skip
 def test_an_arena_gives_what_a_cache_of_its_own_gives(method):
     model, prompt = subject("llama"), tokens(40, 23)
     arena = kvfold.Arena(1 << 22)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, Depth, Format, Fp8, Kivi, Segment, Spec
+from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, Depth, Format, Fp8, Kivi, Segment, Sparse, Spec, Thin
 from kvfold.pages import Arena
 
 B, H, G, D, DV = 3, 2, 2, 16, 8
@@ -20,6 +20,8 @@ FORMATS: dict[str, Format] = {
     "fp8": Fp8(page_size=4),
     "kivi": Kivi(group=8, residual=8, channels=4),
     "kivi-anew": Kivi(group=8, residual=8, requantise=True),
+    "sparse": Sparse(residual=8, group=8),
+    "thin": Thin(page_size=4),
 }
 
 

@@ -21,7 +21,7 @@ from format_cases import (
     same,
 )
 
-from kvfold.formats import Dense, Depth, Fp8, Kivi
+from kvfold.formats import Dense, Depth, Fp8, Kivi, Sparse, Thin
 from kvfold.pages import Arena, OutOfPages
 
 
@@ -53,6 +53,7 @@ def test_bytes_in_an_arena_are_those_of_the_pages_held(form):
     tables = [part.table for x in (segment, fork, more) for part in getattr(x, "parts", [x])]
     beside = sum(a.nbytes for t in tables for a in (t.table, t.lengths, t.holes, t.hole_count))
     beside += sum(x.upto.nbytes for x in (segment, fork, more)) if isinstance(form, Depth) else 0
+    beside += sum(x.channels.nbytes for x in (segment, fork, more)) if isinstance(form, Thin) else 0
     assert sum(parts) == room.used_nbytes + beside
 
 
@@ -63,6 +64,8 @@ BYTES = {
     "fp8": lambda d, dv, n: d + dv + 4 + 2 * 4,
     "kivi": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n * dv / 4,
     "kivi-anew": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n * dv / 8,
+    "sparse": lambda d, dv, n: n * (d // 2 + 1 + dv // 2 + 1) + d / 8 + dv / 8 + 4,
+    "thin": lambda d, dv, n: n * (3 * d / 4 + dv) + 4,
 }
 """Bytes of a token, with its position, where the model's numbers have n bytes."""
 
@@ -87,21 +90,21 @@ def test_one_more_token_is_written_where_it_goes_and_nowhere_else(form, arena):
         before = [(t.lengths, t.table, {n: x.clone() for n, x in t.pool.planes.items()}) for t in tables]
         segment.append(chunk(1, 100 + step), even=True)
         for table, store, (lengths, pages, planes) in zip(tables, stores, before, strict=True):
-            coded, size = isinstance(form, Kivi) and table is tables[0], table.pool.page_size
+            coded, size = isinstance(form, Kivi | Sparse) and table is tables[0], table.pool.page_size
             more = int((table.lengths - lengths).sum()) if coded else B * H
             laid = table.pool.planes["keys"] is not store  # the pool has grown, and rows may have moved
-            if laid and isinstance(form, Kivi) and not coded:
+            if laid and isinstance(form, Kivi | Sparse) and not coded:
                 continue  # whose pages also move up
             width = min(pages.shape[1], table.table.shape[1])
             filled = np.arange(width) < -(-lengths // size)[:, None]
             was, now = pages[:, :width][filled], table.table[:, :width][filled]
-            assert laid or np.array_equal(was, now) or not (coded or isinstance(form, Dense | Depth | Fp8))
+            assert laid or np.array_equal(was, now) or not (coded or isinstance(form, Dense | Depth | Fp8 | Thin))
             for name, old in planes.items():
                 new, spec = table.pool.planes[name], table.pool.specs[name]
                 new, old = (new[now], old[was]) if laid else (new, old)
                 changed = torch.ne(new, old).reshape(*old.shape[: 1 if spec.per_page else 2], -1).any(-1)
                 assert int(changed.sum()) <= (more // size if spec.per_page else more), name
-        if isinstance(form, Kivi):
+        if isinstance(form, Kivi | Sparse):
             assert (segment.tail.counts() <= form.residual + form.group - 1).all()
 
 

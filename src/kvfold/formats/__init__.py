@@ -7,6 +7,8 @@ from kvfold.formats.kinds import KINDS, dtype_from, format_from, format_to
 from kvfold.formats.kivi import Kivi, KiviSegment
 from kvfold.formats.paged import PagedSegment
 from kvfold.formats.segment import Format, Segment, Spec, Traits
+from kvfold.formats.sparse import Sparse, SparseSegment
+from kvfold.formats.thin import Thin, ThinSegment
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk, join
 
 __all__ = [
@@ -26,7 +28,11 @@ __all__ = [
     "LateChunk",
     "PagedSegment",
     "Segment",
+    "Sparse",
+    "SparseSegment",
     "Spec",
+    "Thin",
+    "ThinSegment",
     "Traits",
     "dtype_from",
     "format_from",

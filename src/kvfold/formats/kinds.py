@@ -11,9 +11,11 @@ from kvfold.formats.depth import Depth
 from kvfold.formats.fp8 import Fp8
 from kvfold.formats.kivi import Kivi
 from kvfold.formats.segment import Format
+from kvfold.formats.sparse import Sparse
+from kvfold.formats.thin import Thin
 from kvfold.options import shown
 
-KINDS: dict[str, type[Any]] = {"dense": Dense, "depth": Depth, "fp8": Fp8, "kivi": Kivi}
+KINDS: dict[str, type[Any]] = {"dense": Dense, "depth": Depth, "fp8": Fp8, "kivi": Kivi, "sparse": Sparse, "thin": Thin}
 """All formats, by the names that files have for them."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What models compute in."""

@@ -211,6 +211,15 @@ class Segment(Protocol):
 
 
 @runtime_checkable
+class Hearing(Protocol):
+    """A segment that is told something of its rows, beside their tokens, by `Store`."""
+
+    def hear(self, told: Mapping[str, Tensor], which: Bool[Tensor, "B H"]) -> None:
+        """`told`: tensors (B, H, ...) by name; it concerns the rows and heads of `which`, which get tokens next."""
+        ...
+
+
+@runtime_checkable
 class Format(Protocol):
     """A recipe for segments; a method names it in `Store`, or as the one that all its tokens go to."""
 

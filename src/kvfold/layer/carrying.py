@@ -6,6 +6,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from kvfold.formats import Chunk
+from kvfold.formats.segment import Hearing
 from kvfold.layer.stored import Stored, as_stored
 from kvfold.views import LayerView
 from kvfold.views.decisions import Amend
@@ -21,22 +22,25 @@ def commit(stored: Stored, view: LayerView, new: Chunk | None, *, slack: bool = 
     if not (view.formats or view.rewritten or view.amended or view.order is not None or len(stored.segments) > 1):
         _stay(stored, view, new, held, slack)
         return
-    moves = [(stored.number(form), mask) for form, mask in view.formats]
-    moves = [(number, mask & view.valid & (view.home != number)) for number, mask in moves]
+    moves = [(stored.number(form), mask, told) for form, mask, told in view.formats]
+    moves = [(number, mask & view.valid & (view.home != number), told) for number, mask, told in moves]
     staying = view.valid
-    for _, mask in moves:
+    for _, mask, _ in moves:
         staying = staying & ~mask
     promoted = _write_over(stored, view, staying, held)
     # What goes elsewhere is fetched before its slots are overwritten.
-    fetched = [(number, _fetch(stored, view, mask)) for number, mask in moves]
+    fetched = [(number, _fetch(stored, view, mask), told) for number, mask, told in moves]
     fresh = _fresh(stored, view, new, staying, promoted, held)
     _keep(stored, view, staying if promoted is None else staying & ~promoted, held, slack)
     if fresh is not None:
         stored.append(fresh)
-    for number, tokens in fetched:
+    for number, tokens, told in fetched:
+        segment = stored.segments[number][1]
+        if tokens is not None and isinstance(segment, Hearing):
+            segment.hear(told, tokens.valid.any(-1))
         if tokens is not None:
-            stored.segments[number][1].append(tokens)
-    stored.ordered = stored.ordered and promoted is None and not (held and any(t is not None for _, t in fetched))
+            segment.append(tokens)
+    stored.ordered = stored.ordered and promoted is None and not (held and any(t is not None for _, t, _ in fetched))
 
 
 def _stay(stored: Stored, view: LayerView, new: Chunk | None, held: int, slack: bool) -> None:

@@ -1,6 +1,6 @@
 """One layer in one pass: what methods see of it and what they decide, each about its own rows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,7 +156,7 @@ def combined(view: LayerView, found: Sequence[tuple[np.ndarray | None, LayerView
     device, columns, valid = view.valid.device, dict(view.columns), view.valid.clone()
     rewritten, changed = [(chosen, some) for chosen, some in found if some.rewritten], view.changed
     amended: list[Amend] = []
-    formats: list[tuple[Any, Tensor]] = []
+    formats: list[tuple[Any, Tensor, Mapping[str, Tensor]]] = []
     for chosen, some in found:
         assert chosen is not None
         rows = torch.from_numpy(chosen).to(device)
@@ -171,8 +171,9 @@ def combined(view: LayerView, found: Sequence[tuple[np.ndarray | None, LayerView
                 whole[rows] = column
                 columns[name] = whole
                 changed = changed | {name}
-        for form, mask in some.formats:
-            formats.append((form, torch.zeros_like(valid).index_copy(0, rows, mask)))
+        for form, mask, told in some.formats:
+            whole_batch = {name: _of_batch(each, rows, len(valid)) for name, each in told.items()}
+            formats.append((form, _of_batch(mask, rows, len(valid)), whole_batch))
         amended += [_of_all(amend, rows, len(valid)) for amend in some.amended]
     tokens = view.tokens.but(valid, columns)
     if rewritten:
@@ -189,8 +190,10 @@ def combined(view: LayerView, found: Sequence[tuple[np.ndarray | None, LayerView
 def _of_all(amend: Amend, rows: Tensor, batch: int) -> Amend:
     """An `Amend` of some rows as one of the batch."""
     slots = amend.slots.new_full((batch, *amend.slots.shape[1:]), -1).index_copy(0, rows, amend.slots)
-    keys, values = (
-        None if x is None else x.new_zeros(batch, *x.shape[1:]).index_copy(0, rows, x)
-        for x in (amend.keys, amend.values)
-    )
+    keys, values = (None if x is None else _of_batch(x, rows, batch) for x in (amend.keys, amend.values))
     return Amend(slots, keys, values)
+
+
+def _of_batch(x: Tensor, rows: Tensor, batch: int) -> Tensor:
+    """What some rows have, and zeros for the others."""
+    return x.new_zeros(batch, *x.shape[1:]).index_copy(0, rows, x)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.look_m import LookM as LookM
     from kvfold.methods.minicache import MiniCache as MiniCache
     from kvfold.methods.mpcache import MPCache as MPCache
+    from kvfold.methods.mustafar import Mustafar as Mustafar
     from kvfold.methods.prefixkv import PrefixKV as PrefixKV
     from kvfold.methods.pyramidkv import PyramidKV as PyramidKV
     from kvfold.methods.razorattention import RazorAttention as RazorAttention
@@ -46,6 +47,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.speckv import SpecKV as SpecKV
     from kvfold.methods.specpc import SpecPC as SpecPC
     from kvfold.methods.streamingllm import StreamingLLM as StreamingLLM
+    from kvfold.methods.think import ThinK as ThinK
     from kvfold.methods.tova import TOVA as TOVA
     from kvfold.methods.windowkv import WindowKV as WindowKV
     from kvfold.methods.windows import Windows as Windows

@@ -64,6 +64,27 @@ def attend_codes(
 ) -> None:
     """`attend` over codes of 2 to 8 bits (slots, W); scales and zeros of keys (pages, D), of values (slots, C)."""
 
+def attend_sparse(
+    q: np.ndarray,
+    keys: np.ndarray,
+    key_map: np.ndarray,
+    values: np.ndarray,
+    value_map: np.ndarray,
+    mass: np.ndarray | None,
+    read: np.ndarray | None,
+    table: np.ndarray,
+    lengths: np.ndarray,
+    holes: np.ndarray,
+    hole_count: np.ndarray,
+    page_size: int,
+    scale: float,
+    threads: int,
+    out: np.ndarray,
+    lse: np.ndarray,
+    weights: np.ndarray | None,
+) -> None:
+    """`attend` over the kept numbers of each vector (slots, K), and the bits of their channels (slots, (D + 7) / 8)."""
+
 def write(
     plane: np.ndarray, new: np.ndarray, table: np.ndarray, first: np.ndarray, stop: np.ndarray, page_size: int
 ) -> None:

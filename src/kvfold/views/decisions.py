@@ -66,10 +66,14 @@ class Amend:
 
 @dataclass(frozen=True)
 class Store:
-    """Move the tokens that `mask` marks to a segment of another format."""
+    """Move the tokens that `mask` marks to a segment of another format.
+
+    `told`: what it must know of each (row, KV head) beside the tokens, tensors (B, H, ...) by the format's own names.
+    """
 
     format: Format
     mask: Bool[Tensor, "B H T"]
+    told: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

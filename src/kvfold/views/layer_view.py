@@ -140,8 +140,8 @@ class LayerView(TokenView):
             return self._amend(decision)
         if isinstance(decision, Store):
             mask = decision.mask & self.valid
-            earlier = tuple((form, others & ~mask) for form, others in self.formats)
-            return replace(self, formats=(*earlier, (decision.format, mask)))
+            earlier = tuple((form, others & ~mask, told) for form, others, told in self.formats)
+            return replace(self, formats=(*earlier, (decision.format, mask, decision.told)))
         if isinstance(decision, (Keep, Drop)):
             tokens = self.tokens.but(decision.staying(self.valid), {**self.columns, **decision.columns})
             memo = dict(self.memo)

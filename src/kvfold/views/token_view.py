@@ -28,8 +28,8 @@ class TokenView:
     tokens: Chunk
     queries: Queries
     place: Place
-    formats: tuple[tuple[Format, Tensor], ...] = ()
-    """What `Store` decided: formats and the masks of tokens that go there."""
+    formats: tuple[tuple[Format, Tensor, Mapping[str, Tensor]], ...] = ()
+    """What `Store` decided: formats, the masks of tokens that go there, and what else the formats are told."""
     rewritten: bool = False
     amended: tuple[Amend, ...] = ()
     """What is written over tokens that are stored; none if all are written anyway (`rewritten`)."""

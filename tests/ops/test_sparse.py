@@ -1,0 +1,190 @@
+"""Attention over kept numbers and bitmaps: the kernel against its definition in float64."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from kvfold import ops
+from kvfold.ops import _cpu, dispatch
+from kvfold.ops.sparse import cpu, naive
+from kvfold.ops.sparse.packing import map_bytes, pack, unpack
+from kvfold.pages import PagePool, PageTable, Plane
+
+SETS = _cpu.names()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RAGGED = [0, 1, 16, 37, 64, 70, 300, 5]
+G = 3
+SIZES = [(64, 64, 21, 33), (16, 8, 2, 8), (80, 96, 80, 1), (12, 20, 5, 7), (192, 256, 100, 17)]
+"""Key size, value size, and how many of each are kept."""
+
+
+@pytest.fixture(params=SETS)
+def instructions(request) -> Iterator[None]:
+    """On every instruction set that this processor has."""
+    _cpu.use(request.param)
+    yield
+    _cpu.use(SETS[0])
+
+
+@pytest.fixture
+def kernel_only(monkeypatch) -> None:
+    """The CPU version must not hand its work on."""
+
+    def refuse(*args, **options):
+        raise AssertionError("the kernel does not fit")
+
+    monkeypatch.setattr(naive, "attend_sparse", refuse)
+
+
+def table_of(lengths: list[int], sizes: tuple[int, int, int, int], kind: torch.dtype, page: int) -> PageTable:
+    """Random numbers on scattered pages; behind a row's tokens are NaN, and maps that mark everything."""
+    d, dv, some, few = sizes
+    planes = {
+        "keys": Plane(some, kind), "key_map": Plane(map_bytes(d), torch.uint8),
+        "values": Plane(few, kind), "value_map": Plane(map_bytes(dv), torch.uint8),
+        "position": Plane(None, torch.int32), "log_mass": Plane(None, torch.float32),
+    }  # fmt: skip
+    table = PageTable(PagePool(planes, torch.device("cpu"), page), len(lengths), scattered=True)
+    ids = table.pool.allocate(sum(-(-length // page) for length in lengths) + 3)
+    for i in torch.randperm(len(ids)).tolist():
+        table.pool.release(ids[i : i + 1])
+    total = sum(lengths)
+    keys, key_map = pack(torch.randn(total, d).to(kind), some)
+    values, value_map = pack(torch.randn(total, dv).to(kind), few)
+    for name, spec in planes.items():
+        table.pool.planes[name].fill_(torch.nan if spec.dtype.is_floating_point else 255)
+    states = {"keys": keys, "key_map": key_map, "values": values, "value_map": value_map}
+    table.add(np.array(lengths), {**states, "log_mass": torch.rand(total) * 3})
+    return table
+
+
+def softmax(
+    q: Tensor, table: PageTable, scale: float, dv: int, mass: bool, read: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, weights) with torch.softmax in float64, row by row, over whole vectors."""
+    outs, lses, lefts = [], [], []
+    for row, length in enumerate(table.lengths.tolist()):
+        slots = np.arange(length)
+        seen = np.isin(slots, table.holes[row, : table.hole_count[row]], invert=True)
+        seen &= np.ones(length, dtype=bool) if read is None else read.flatten(0, 1)[row, :length].numpy()
+        at = slots[seen]
+        planes = table.read(("keys", "key_map", "values", "value_map", "log_mass"), np.full(len(at), row), at)
+        keys = unpack(planes["keys"], planes["key_map"], q.shape[-1]).double()
+        values = unpack(planes["values"], planes["value_map"], dv).double()
+        logits = q.flatten(0, 1)[row, :, 0].double() @ keys.mT * scale + (planes["log_mass"].double() if mass else 0)
+        left = torch.zeros(q.shape[2], table.longest, dtype=torch.float64)
+        left[:, torch.from_numpy(at)] = logits.softmax(-1)
+        outs.append(logits.softmax(-1) @ values)
+        lses.append(logits.logsumexp(-1))
+        lefts.append(left)
+    return torch.stack(outs), torch.stack(lses), torch.stack(lefts)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("kind", DTYPES, ids=str)
+@pytest.mark.parametrize("extra", ["", "mass", "read", "holes"])
+@pytest.mark.usefixtures("instructions", "kernel_only")
+def test_the_kernel_against_the_definition(sizes, kind, extra):
+    torch.manual_seed(0)
+    page, (d, dv, *_) = {"": 16, "mass": 4, "read": 64, "holes": 8}[extra], sizes
+    table = table_of(RAGGED, sizes, kind, page)
+    q = torch.randn(len(RAGGED), 1, G, 1, d)
+    read = None
+    if extra == "read":
+        read = torch.rand(len(RAGGED), 1, table.longest) < 0.3
+        read[3], read[6, 0, 64:192] = False, False
+    if extra == "holes":
+        holes, count = np.zeros((len(RAGGED), page), dtype=np.int32), np.zeros(len(RAGGED), dtype=np.int32)
+        for row, gone in ((1, [0]), (3, [0, 5, 36]), (6, [1, 64, 65, 299])):
+            holes[row, : len(gone)], count[row] = gone, len(gone)
+        table.holes, table.hole_count = holes, count
+    mass = "log_mass" if extra == "mass" else None
+    got = ops.attend_sparse(q, table, d**-0.5, value_size=dv, mass=mass, read=read, weights=True)
+    want = softmax(q, table, d**-0.5, dv, mass is not None, read)
+    for name, mine, theirs in zip(("out", "lse", "weights"), got, want, strict=True):
+        assert mine.dtype == torch.float32
+        assert_close(mine.flatten(0, 1).squeeze(2 if name != "lse" else -1).double(), theirs, atol=3e-6, rtol=3e-6,
+                     msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.usefixtures("instructions", "kernel_only")
+def test_heads_and_queries_of_a_row_are_answered_together(group, queries):
+    torch.manual_seed(0)
+    table = table_of([70, 5], (64, 64, 21, 21), torch.bfloat16, 16)
+    q = torch.randn(1, 2, group, queries, 64)
+    out, lse, _ = ops.attend_sparse(q, table, 0.1, value_size=64)
+    for g, n in np.ndindex(group, queries):
+        want = softmax(q[:, :, g : g + 1, n : n + 1].transpose(0, 1), table, 0.1, 64, False, None)
+        assert_close(out[0, :, g, n].double(), want[0][:, 0], atol=2e-6, rtol=2e-6)
+        assert_close(lse[0, :, g, n].double(), want[1][:, 0], atol=2e-6, rtol=2e-6)
+
+
+def test_the_definition_in_torch_agrees():
+    torch.manual_seed(0)
+    table = table_of([64, 32], (64, 32, 21, 9), torch.float16, 16)
+    q = torch.randn(1, 2, G, 2, 64)
+    fast = ops.attend_sparse(q, table, 0.1, value_size=32, mass="log_mass", weights=True)
+    with dispatch.use("naive"):
+        slow = ops.attend_sparse(q, table, 0.1, value_size=32, mass="log_mass", weights=True)
+    for mine, theirs in zip(fast, slow, strict=True):
+        assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("instructions")
+def test_a_number_that_is_not_finite_is_seen_in_its_channel_alone():
+    """A channel that is not kept is 0, whatever lies beside it in memory."""
+    table = table_of([1], (16, 16, 2, 2), torch.float32, 4)
+    value = torch.zeros(1, 16)
+    value[0, 3], value[0, 9] = torch.nan, 2.0
+    kept, maps = pack(value, 2)
+    table.write(np.array([0]), np.array([0]), {"values": kept, "value_map": maps})
+    out = ops.attend_sparse(torch.zeros(1, 1, 1, 1, 16), table, 0.1, value_size=16)[0].flatten()
+    assert out[3].isnan() and out[9] == 2 and out[[i for i in range(16) if i not in (3, 9)]].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("queries", "sizes", "page", "kind"),
+    [
+        (65, (16, 16, 5, 5), 16, torch.float32), (3, (18, 16, 5, 5), 16, torch.float32),
+        (3, (16, 18, 5, 5), 16, torch.float32), (3, (16, 16, 5, 5), 10, torch.float32),
+        (3, (16, 16, 5, 5), 16, torch.float64),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_does_not_fit_is_handed_on(queries, sizes, page, kind, monkeypatch):
+    asked = []
+    run = naive.attend_sparse
+    monkeypatch.setattr(naive, "attend_sparse", lambda *args, **more: asked.append(1) or run(*args, **more))
+    table = table_of([2 * page], sizes, kind, page)
+    q = torch.randn(1, 1, queries, 1, sizes[0])
+    out = cpu.attend_sparse(
+        q, table, 0.1, value_size=sizes[1], mass=None, read=None, compact=None, position="position", weights=False
+    )[0]
+    assert asked and out.isfinite().all() and out.shape == (1, 1, queries, 1, sizes[1])
+
+
+def test_arrays_that_do_not_belong_together_are_refused():
+    table = table_of([32, 64], (16, 16, 4, 6), torch.float16, 16)
+    planes = {name: table.pool.array(name) for name in ("keys", "key_map", "values", "value_map")}
+    q, out, lse = np.zeros((2, 3, 16), np.float32), np.zeros((2, 3, 16), np.float32), np.zeros((2, 3), np.float32)
+
+    def call(page: int = 16, **other):
+        _cpu.attend_sparse(
+            q, *(planes | other).values(), None, None, table.table, table.lengths, table.holes, table.hole_count, page,
+            1.0, 1, out, lse, None,
+        )  # fmt: skip
+
+    call()
+    many = np.zeros((len(planes["keys"]), 17), np.int16)
+    for wrong in (
+        {"page": 128}, {"keys": planes["keys"][1:].copy()}, {"keys": many}, {"values": many},
+        {"key_map": planes["key_map"][:, :1].copy()}, {"value_map": planes["value_map"][1:].copy()},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="must"):
+            call(**wrong)
