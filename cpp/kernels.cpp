@@ -7,6 +7,7 @@
 #include "linear.hpp"
 #include "paged.hpp"
 #include "prefill.hpp"
+#include "tokens.hpp"
 
 namespace kvfold::ISA {
 namespace {
@@ -166,7 +167,7 @@ double multiply_add(const MultiplyAdd& on) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels{TEXT(ISA), LANES,          attend, attend_codes, causal,     column_sums, most_alike,
-                      linear,    exponential_of, widen,  read,         read_pages, multiply_add};
+const Kernels kernels{TEXT(ISA),  LANES,  attend,         attend_codes, attend_tokens, causal,     column_sums,
+                      most_alike, linear, exponential_of, widen,        read,          read_pages, multiply_add};
 
 }  // namespace kvfold::ISA

@@ -6,6 +6,7 @@ from kvfold.formats.fp8 import Fp8, Fp8Segment
 from kvfold.formats.kinds import KINDS, dtype_from, format_from, format_to
 from kvfold.formats.kivi import Kivi, KiviSegment
 from kvfold.formats.paged import PagedSegment
+from kvfold.formats.rotated import Rotated, RotatedSegment
 from kvfold.formats.segment import Format, Segment, Spec, Traits
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk, join
 
@@ -25,6 +26,8 @@ __all__ = [
     "KiviSegment",
     "LateChunk",
     "PagedSegment",
+    "Rotated",
+    "RotatedSegment",
     "Segment",
     "Spec",
     "Traits",

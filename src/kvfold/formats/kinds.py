@@ -10,10 +10,11 @@ from kvfold.formats.dense import Dense
 from kvfold.formats.depth import Depth
 from kvfold.formats.fp8 import Fp8
 from kvfold.formats.kivi import Kivi
+from kvfold.formats.rotated import Rotated
 from kvfold.formats.segment import Format
 from kvfold.options import shown
 
-KINDS: dict[str, type[Any]] = {"dense": Dense, "depth": Depth, "fp8": Fp8, "kivi": Kivi}
+KINDS: dict[str, type[Any]] = {"dense": Dense, "depth": Depth, "fp8": Fp8, "kivi": Kivi, "rotated": Rotated}
 """All formats, by the names that files have for them."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What models compute in."""

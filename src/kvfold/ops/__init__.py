@@ -8,12 +8,14 @@ from kvfold.ops.linear import linear
 from kvfold.ops.paged import append_pages, attend_pages, keep_pages, step_pages
 from kvfold.ops.prefill import causal, causal_admitted, causal_rows
 from kvfold.ops.scores import column_sums, window_attention
+from kvfold.ops.tokens import attend_tokens
 
 __all__ = [
     "append_pages",
     "attend",
     "attend_codes",
     "attend_pages",
+    "attend_tokens",
     "causal",
     "causal_admitted",
     "causal_rows",
