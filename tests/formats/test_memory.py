@@ -63,6 +63,7 @@ BYTES = {
     "fp8": lambda d, dv, n: d + dv + 4 + 2 * 4,
     "kivi": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n * dv / 4,
     "kivi-anew": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n * dv / 8,
+    "rotated": lambda d, dv, n: d / 2 + dv / 2 + 4 + 2 * n,
 }
 """Bytes of a token, with its position, where the model's numbers have n bytes."""
 
