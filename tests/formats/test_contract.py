@@ -57,7 +57,15 @@ def test_what_goes_in_comes_out_in_order(form, arena):
     assert columns.keys() == tokens.columns.keys() == given.columns.keys()
     last = torch.where(valid, torch.arange(1, segment.longest + 1), 0).amax(-1)
     assert segment.lengths().tolist() == last.tolist()
-    error = {"dense": 0.0, "bf16": 1 / 256, "depth": 1e-6, "fp8": 1 / 14, "kivi": 1 / 20, "kivi-anew": 1 / 20, "rotated": 1 / 4}
+    error = {
+        "dense": 0.0,
+        "bf16": 1 / 256,
+        "depth": 1e-6,
+        "fp8": 1 / 14,
+        "kivi": 1 / 20,
+        "kivi-anew": 1 / 20,
+        "rotated": 1 / 4,
+    }
     share = next(error[name] for name, known in FORMATS.items() if known is form)
     for mine, theirs in zip(held(segment), held(given), strict=True):
         for name, plane in theirs.items():

@@ -140,7 +140,7 @@ def test_a_model_reads_on_from_codes_and_drops_tokens_of_them():
     truth = follow(model, kvfold.Cache(model, "full"), *prompt.values(), steps)
     got = follow(model, kvfold.Cache(model, "turboquant(scale='aligned')"), *prompt.values(), steps)
     assert 0 < (got - truth).norm() < 0.5 * truth.norm()  # of 16 numbers a head
-    cache = kvfold.Cache(model, "h2o(budget=20) | turboquant(key_bits=3)")
+    cache = kvfold.Cache(model, "h2o(budget=20) | turboquant(bits=3)")
     feed(model, cache, *prompt.values())
     feed(model, cache, steps[:, :1], grow(prompt["attention_mask"]))
     assert all((core.counts() <= 20).all() for core in cache.paged)
@@ -149,7 +149,7 @@ def test_a_model_reads_on_from_codes_and_drops_tokens_of_them():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"key_bits": 8}, "key_bits=8"), ({"value_bits": 2.0}, "value_bits=2.0"), ({"scale": "l2"}, "scale='l2' must"),
+        ({"bits": 8}, "key_bits=8"), ({"value_bits": 2.0}, "value_bits=2.0"), ({"scale": "l2"}, "scale='l2' must"),
         ({"seed": True}, "seed=True"),
     ],
 )  # fmt: skip

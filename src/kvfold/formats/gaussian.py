@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -49,17 +50,14 @@ def lloyd_max(bits: int) -> tuple[float, ...]:
     moved = 1.0
     while moved > 1e-10:
         cuts = [-math.inf, *middles(tuple(levels)), math.inf]
-        means = [
-            (_density(low) - _density(high)) / (_below(high) - _below(low))
-            for low, high in zip(cuts, cuts[1:], strict=False)
-        ]
+        means = [(_density(low) - _density(high)) / (_below(high) - _below(low)) for low, high in pairwise(cuts)]
         moved, levels = max(abs(x - y) for x, y in zip(means, levels, strict=True)), means
     return tuple((x - y) / 2 for x, y in zip(levels, reversed(levels), strict=True))  # symmetric to the last bit
 
 
 def middles(levels: tuple[float, ...]) -> list[float]:
     """Where the nearest level changes."""
-    return [(low + high) / 2 for low, high in zip(levels, levels[1:], strict=False)]
+    return [(low + high) / 2 for low, high in pairwise(levels)]
 
 
 def _density(x: float) -> float:

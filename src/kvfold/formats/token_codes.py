@@ -44,7 +44,7 @@ class CodedTokens(TokenSegment):
 
     @abstractmethod
     def back(self, what: str, states: Tensor) -> Tensor:
-        """"keys" or "values" (B, H, ..., D) that lie in the frame of their codes, as the model has them."""
+        """ "keys" or "values" (B, H, ..., D) that lie in the frame of their codes, as the model has them."""
 
     def numbers(self, what: str, start: int = 0, stop: int | None = None) -> Float[Tensor, "B H T _"]:
         """Keys or values of some slots as the model has them, but for rounding, float32."""

@@ -16,8 +16,8 @@ from kvfold.methods.base import Method, method
         q \cdot \hat k = \lVert k \rVert \, (\Pi q) \cdot c[i]
     """,
     options={
-        "key_bits": "of a number of a key: 2, 3 or 4",
-        "value_bits": "of a number of a value: 2, 3 or 4",
+        "bits": "of a number: 2, 3 or 4",
+        "value_bits": "of a number of a value, if not as many as of a key's: 2, 3 or 4",
         "scale": '"norm", the vector\'s length (the paper); "unit", what gives the coded vector that length; '
         '"aligned", what makes its product with the vector itself exact',
         "seed": "of the rotations",
@@ -27,7 +27,8 @@ from kvfold.methods.base import Method, method
 class TurboQuant(Method):
     """Keeps every token: each key and value as levels of a random rotation of it, and one scale.
 
-    Every token stands for itself, so that it goes with any method that drops or merges: "h2o(budget=0.25) | turboquant".
+    Every token stands for itself, so that it goes with any method that drops or merges tokens, as in
+    "h2o(budget=0.25) | turboquant".
     A prompt is attended in full precision before it is stored; later tokens read the codes as they lie.
     The rotation is Haar's (QR), one for each layer, and the levels are Lloyd's and Max's for the normal distribution,
     which the paper's density is close to from some 64 numbers on.
@@ -38,8 +39,8 @@ class TurboQuant(Method):
     and lose much here.
     """
 
-    key_bits: int = 4
-    value_bits: int = 4
+    bits: int = 4
+    value_bits: int | None = None
     scale: str = "norm"
     seed: int = 42
 
@@ -49,4 +50,5 @@ class TurboQuant(Method):
     @cached_property
     def format(self) -> Format:  # type: ignore[override]
         """Codes and a scale, token by token."""
-        return Rotated(self.key_bits, self.value_bits, self.scale, self.seed)
+        values = self.bits if self.value_bits is None else self.value_bits
+        return Rotated(self.bits, values, self.scale, self.seed)

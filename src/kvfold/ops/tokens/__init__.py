@@ -1,6 +1,7 @@
-"""Attention over tokens in codes, each with scales of its own, so that any may be read, dropped or written alone. A table's
-planes: "keys" and "values" (N, P, W) as `kvfold.ops.codes.packing` lays them, "key_scale" and "value_scale" (N, P, C),
-and "key_zero" and "value_zero" (N, P, C) of codings without levels. Otherwise as `kvfold.ops.paged` has it.
+"""Attention over tokens in codes, each with scales of its own, so that any may be read, dropped or written alone.
+
+A table's planes: "keys" and "values" (N, P, W) as `kvfold.ops.codes.packing` lays them, "key_scale" and "value_scale"
+(N, P, C), and "key_zero" and "value_zero" (N, P, C) of codings without levels. Otherwise as `kvfold.ops.paged` has it.
 """
 
 from typing import Any

@@ -23,13 +23,13 @@ def attend_tokens(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     pool = table.pool
     if not table.longest or not _readable(pool, q.shape[2] * q.shape[3], keys, values, mass):
-        return naive.attend_tokens(
-            q, table, scale, keys=keys, values=values, mass=mass, read=read, weights=weights
-        )
+        return naive.attend_tokens(q, table, scale, keys=keys, values=values, mass=mass, read=read, weights=weights)
     from kvfold.ops import _cpu
 
     planes = (*_side(pool, "keys", keys), *_side(pool, "values", values))
-    return attend_rows(_cpu.attend_tokens, planes, q, table, scale, dv=values.size, mass=mass, read=read, weights=weights)
+    return attend_rows(
+        _cpu.attend_tokens, planes, q, table, scale, dv=values.size, mass=mass, read=read, weights=weights
+    )
 
 
 def _side(pool: Any, what: str, coding: Coding) -> tuple[Any, ...]:

@@ -46,6 +46,7 @@ def numbers(table: Any, what: str, coding: Coding, start: int = 0, stop: int | N
 def decoded(coding: Coding, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     """What codes (..., W) stand for, (..., D), with scales and zeros (..., C), float32."""
     if coding.levels is None:
+        assert zero is not None
         return decoded_values(codes, scale, zero, coding.size, coding.bits)
     levels = torch.tensor(coding.levels, dtype=torch.float32, device=codes.device)
     return levels[unpack(codes, coding.size, coding.bits).int()] * scale.float()
