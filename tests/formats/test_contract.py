@@ -23,7 +23,7 @@ from format_cases import (
 )
 from torch.testing import assert_close
 
-from kvfold.formats import POSITION, Chunk, Dense, Depth, Format, Fp8, Kivi, Rotated, Segment, Spec
+from kvfold.formats import POSITION, Balanced, Chunk, Dense, Depth, Format, Fp8, Kivi, Rotated, Segment, Spec
 from kvfold.hf.rope import find_ropes
 from kvfold.ops import dispatch
 from kvfold.ops.attend import blocked
@@ -58,6 +58,7 @@ def test_what_goes_in_comes_out_in_order(form, arena):
     last = torch.where(valid, torch.arange(1, segment.longest + 1), 0).amax(-1)
     assert segment.lengths().tolist() == last.tolist()
     error = {
+        "balanced": 1 / 20,
         "dense": 0.0,
         "bf16": 1 / 256,
         "depth": 1e-6,
@@ -161,6 +162,7 @@ def test_a_step_is_an_append_and_attention(form, arena):
 BAD = [
     (Fp8, {"page_size": 0}), (Fp8, {"page_size": 2.0}), (Kivi, {"group": 7}), (Kivi, {"group": 9}),
     (Kivi, {"group": 16.0}), (Kivi, {"channels": 0}), (Kivi, {"residual": -1}), (Kivi, {"residual": True}),
+    (Balanced, {"bits": 5}), (Balanced, {"groups": 0}),
     (Rotated, {"key_bits": 5}), (Rotated, {"value_bits": 1}), (Rotated, {"scale": 2}), (Rotated, {"seed": -1}),
     (Kivi, {"requantise": 2}), (Depth, {"side": 2}), (Dense, {"page_size": -4}),
     (Dense, {"dtype": torch.int8}),

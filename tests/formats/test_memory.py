@@ -21,7 +21,7 @@ from format_cases import (
     same,
 )
 
-from kvfold.formats import Dense, Depth, Fp8, Kivi
+from kvfold.formats import Balanced, Dense, Depth, Fp8, Kivi
 from kvfold.pages import Arena, OutOfPages
 
 
@@ -53,10 +53,12 @@ def test_bytes_in_an_arena_are_those_of_the_pages_held(form):
     tables = [part.table for x in (segment, fork, more) for part in getattr(x, "parts", [x])]
     beside = sum(a.nbytes for t in tables for a in (t.table, t.lengths, t.holes, t.hole_count))
     beside += sum(x.upto.nbytes for x in (segment, fork, more)) if isinstance(form, Depth) else 0
+    beside += sum(x.balancer.nbytes for x in (segment, fork, more)) if isinstance(form, Balanced) else 0
     assert sum(parts) == room.used_nbytes + beside
 
 
 BYTES = {
+    "balanced": lambda d, dv, n: (d + dv) / 2 + 4 + 8 * n,
     "dense": lambda d, dv, n: n * (d + dv) + 4,
     "bf16": lambda d, dv, n: 2 * (d + dv) + 4,
     "depth": lambda d, dv, n: n * (d + dv) + 4 + 2 * 4,

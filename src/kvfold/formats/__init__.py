@@ -1,5 +1,6 @@
 """Formats: how a segment stores its tokens, and how it answers a query over them."""
 
+from kvfold.formats.balanced import BALANCER, Balanced, BalancedSegment
 from kvfold.formats.dense import Dense, DenseSegment
 from kvfold.formats.depth import Depth, DepthSegment
 from kvfold.formats.fp8 import Fp8, Fp8Segment
@@ -11,9 +12,12 @@ from kvfold.formats.segment import Format, Segment, Spec, Traits
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk, join
 
 __all__ = [
+    "BALANCER",
     "KINDS",
     "LOG_MASS",
     "POSITION",
+    "Balanced",
+    "BalancedSegment",
     "Chunk",
     "Dense",
     "DenseSegment",

@@ -132,6 +132,9 @@ class PagedSegment(ABC):
         self.table.cut(counts.reshape(-1))
         self.table.trim(slack=slack)
 
+    def tell(self, told: Mapping[str, Tensor]) -> None:
+        raise ValueError(f"told={sorted(told)}: {type(self).__name__} keeps nothing beside tokens")
+
     def cropped(self, limit: np.ndarray) -> None:
         return  # nothing is remembered beside the tokens
 

@@ -136,6 +136,13 @@ class Segment(Protocol):
         """
         ...
 
+    def tell(self, told: Mapping[str, Tensor]) -> None:
+        """What a `Store` says of each (row, head) beside its tokens, before they come, (B, H, ...); NaN: nothing.
+
+        Raises ValueError where the format keeps no such thing.
+        """
+        ...
+
     def append(self, chunk: Chunk, *, even: bool = False) -> None:
         """Add the chunk's valid tokens to the end of each row; `even`: all of them are valid."""
         ...

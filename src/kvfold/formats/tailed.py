@@ -122,6 +122,9 @@ class TailedSegment(ABC, Generic[C]):
         for part, more in pairs:
             part.join(more)
 
+    def tell(self, told: Mapping[str, Tensor]) -> None:
+        raise ValueError(f"told={sorted(told)}: {type(self).__name__} keeps nothing beside tokens")
+
     def cropped(self, limit: np.ndarray) -> None:
         return  # nothing is remembered beside the tokens
 

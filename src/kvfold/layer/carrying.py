@@ -31,6 +31,8 @@ def commit(stored: Stored, view: LayerView, new: Chunk | None, *, slack: bool = 
     fetched = [(number, _fetch(stored, view, mask)) for number, mask in moves]
     fresh = _fresh(stored, view, new, staying, promoted, held)
     _keep(stored, view, staying if promoted is None else staying & ~promoted, held, slack)
+    for form, told in view.told:
+        stored.of(form).tell(told)
     if fresh is not None:
         stored.append(fresh)
     for number, tokens in fetched:

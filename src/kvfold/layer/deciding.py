@@ -157,6 +157,7 @@ def combined(view: LayerView, found: Sequence[tuple[np.ndarray | None, LayerView
     rewritten, changed = [(chosen, some) for chosen, some in found if some.rewritten], view.changed
     amended: list[Amend] = []
     formats: list[tuple[Any, Tensor]] = []
+    told: list[tuple[Any, dict[str, Tensor]]] = []
     for chosen, some in found:
         assert chosen is not None
         rows = torch.from_numpy(chosen).to(device)
@@ -173,6 +174,7 @@ def combined(view: LayerView, found: Sequence[tuple[np.ndarray | None, LayerView
                 changed = changed | {name}
         for form, mask in some.formats:
             formats.append((form, torch.zeros_like(valid).index_copy(0, rows, mask)))
+        told += [(form, {name: _of_batch(x, rows, len(valid)) for name, x in said.items()}) for form, said in some.told]
         amended += [_of_all(amend, rows, len(valid)) for amend in some.amended]
     tokens = view.tokens.but(valid, columns)
     if rewritten:
@@ -183,7 +185,12 @@ def combined(view: LayerView, found: Sequence[tuple[np.ndarray | None, LayerView
     made = replace(view, tokens=tokens, rewritten=bool(rewritten), changed=changed, memo={})
     for amend in amended:
         made = made.apply(amend)
-    return replace(made, formats=tuple(formats))
+    return replace(made, formats=tuple(formats), told=tuple(told))
+
+
+def _of_batch(told: Tensor, rows: Tensor, batch: int) -> Tensor:
+    """What some rows are told as what all are: NaN for the others."""
+    return told.new_full((batch, *told.shape[1:]), torch.nan).index_copy(0, rows, told)
 
 
 def _of_all(amend: Amend, rows: Tensor, batch: int) -> Amend:

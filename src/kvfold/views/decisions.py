@@ -66,10 +66,14 @@ class Amend:
 
 @dataclass(frozen=True)
 class Store:
-    """Move the tokens that `mask` marks to a segment of another format."""
+    """Move the tokens that `mask` marks to a segment of another format.
+
+    `told` are numbers of each (row, head) that it needs for them, (B, H, ...), where the format keeps such.
+    """
 
     format: Format
     mask: Bool[Tensor, "B H T"]
+    told: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,8 @@ class LayerView(TokenView):
         if isinstance(decision, Store):
             mask = decision.mask & self.valid
             earlier = tuple((form, others & ~mask) for form, others in self.formats)
-            return replace(self, formats=(*earlier, (decision.format, mask)))
+            told = (*self.told, (decision.format, decision.told)) if decision.told else self.told
+            return replace(self, formats=(*earlier, (decision.format, mask)), told=told)
         if isinstance(decision, (Keep, Drop)):
             tokens = self.tokens.but(decision.staying(self.valid), {**self.columns, **decision.columns})
             memo = dict(self.memo)

@@ -30,6 +30,8 @@ class TokenView:
     place: Place
     formats: tuple[tuple[Format, Tensor], ...] = ()
     """What `Store` decided: formats and the masks of tokens that go there."""
+    told: tuple[tuple[Format, Mapping[str, Tensor]], ...] = ()
+    """What `Store` told the segments of formats beside tokens."""
     rewritten: bool = False
     amended: tuple[Amend, ...] = ()
     """What is written over tokens that are stored; none if all are written anyway (`rewritten`)."""
