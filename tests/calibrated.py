@@ -14,7 +14,11 @@ _folder = tempfile.TemporaryDirectory(prefix="kvfold-artefacts-")
 atexit.register(_folder.cleanup)
 os.environ["KVFOLD_ARTEFACTS"] = _folder.name
 
-SMALL = {"duoattention": {"sinks": 2, "recent": 6}, "razorattention": {"local": 6, "share": 0.1, "sinks": 2}}
+SMALL = {
+    "duoattention": {"sinks": 2, "recent": 6},
+    "razorattention": {"local": 6, "share": 0.1, "sinks": 2},
+    "zipcache": {"group": 8, "gap": 4},
+}
 """Options under which methods without a budget do something to tests' short prompts."""
 
 

@@ -7,7 +7,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvfold.formats import LOG_MASS, POSITION, Balanced, Chunk, Dense, Depth, Format, Fp8, Kivi, Rotated, Segment, Spec
+from kvfold.formats import (
+    LOG_MASS,
+    POSITION,
+    Balanced,
+    Chunk,
+    Dense,
+    Depth,
+    Format,
+    Fp8,
+    Kivi,
+    Rotated,
+    Segment,
+    Separable,
+    Spec,
+)
 from kvfold.pages import Arena
 
 B, H, G, D, DV = 3, 2, 2, 16, 8
@@ -21,6 +35,7 @@ FORMATS: dict[str, Format] = {
     "fp8": Fp8(page_size=4),
     "kivi": Kivi(group=8, residual=8, channels=4),
     "kivi-anew": Kivi(group=8, residual=8, requantise=True),
+    "separable": Separable(4, group=8, residual=8),
     "rotated": Rotated(scale="aligned", page_size=8),
 }
 

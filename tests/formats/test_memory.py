@@ -21,7 +21,7 @@ from format_cases import (
     same,
 )
 
-from kvfold.formats import Balanced, Dense, Depth, Fp8, Kivi
+from kvfold.formats import Balanced, Dense, Depth, Fp8, Kivi, Separable
 from kvfold.pages import Arena, OutOfPages
 
 
@@ -54,6 +54,7 @@ def test_bytes_in_an_arena_are_those_of_the_pages_held(form):
     beside = sum(a.nbytes for t in tables for a in (t.table, t.lengths, t.holes, t.hole_count))
     beside += sum(x.upto.nbytes for x in (segment, fork, more)) if isinstance(form, Depth) else 0
     beside += sum(x.balancer.nbytes for x in (segment, fork, more)) if isinstance(form, Balanced) else 0
+    beside += sum(x.coded.weights.nbytes for x in (segment, fork, more)) if isinstance(form, Separable) else 0
     assert sum(parts) == room.used_nbytes + beside
 
 
@@ -65,6 +66,7 @@ BYTES = {
     "fp8": lambda d, dv, n: d + dv + 4 + 2 * 4,
     "kivi": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n * dv / 4,
     "kivi-anew": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n * dv / 8,
+    "separable": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n,
     "rotated": lambda d, dv, n: d / 2 + dv / 2 + 4 + 2 * n,
 }
 """Bytes of a token, with its position, where the model's numbers have n bytes."""

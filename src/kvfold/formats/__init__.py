@@ -9,6 +9,7 @@ from kvfold.formats.kivi import Kivi, KiviSegment
 from kvfold.formats.paged import PagedSegment
 from kvfold.formats.rotated import Rotated, RotatedSegment
 from kvfold.formats.segment import Format, Segment, Spec, Traits
+from kvfold.formats.separable import WEIGHTS, Separable, SeparableSegment
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk, join
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "KINDS",
     "LOG_MASS",
     "POSITION",
+    "WEIGHTS",
     "Balanced",
     "BalancedSegment",
     "Chunk",
@@ -33,6 +35,8 @@ __all__ = [
     "Rotated",
     "RotatedSegment",
     "Segment",
+    "Separable",
+    "SeparableSegment",
     "Spec",
     "Traits",
     "dtype_from",

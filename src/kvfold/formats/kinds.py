@@ -13,10 +13,12 @@ from kvfold.formats.fp8 import Fp8
 from kvfold.formats.kivi import Kivi
 from kvfold.formats.rotated import Rotated
 from kvfold.formats.segment import Format
+from kvfold.formats.separable import Separable
 from kvfold.options import shown
 
 KINDS: dict[str, type[Any]] = {
     "balanced": Balanced, "dense": Dense, "depth": Depth, "fp8": Fp8, "kivi": Kivi, "rotated": Rotated,
+    "separable": Separable,
 }  # fmt: skip
 """All formats, by the names that files have for them."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.tova import TOVA as TOVA
     from kvfold.methods.turboquant import TurboQuant as TurboQuant
     from kvfold.methods.windowkv import WindowKV as WindowKV
+    from kvfold.methods.zipcache import ZipCache as ZipCache
 
 __all__ = [
     "CacheView",
