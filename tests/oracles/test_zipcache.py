@@ -139,14 +139,14 @@ def test_even_weights_change_no_code():
     one, two = stored(values, Separable(4)), stored(values, Separable(4), torch.full((16,), 4.0))
     assert torch.equal(one.coded.plane("values"), two.coded.plane("values"))
     assert_close(one.dense().values, two.dense().values)
+    q = torch.randn(1, 1, 2, 1, 16)
+    assert_close(two.attend(q, 0.25)[0], one.attend(q, 0.25)[0])
     assert two.coded.weights.eq(4).all() and one.coded.weights.eq(1).all()  # which nobody may change any more
     two.tell({WEIGHTS: torch.ones(1, 1, 16)})
     assert two.coded.weights.eq(4).all()
     joined = two.select(np.array([0, 0]))
     joined.join(one)
     assert joined.coded.weights[:, 0, 0].tolist() == [4, 4, 1]
-    q = torch.randn(1, 1, 2, 1, 16)
-    assert_close(two.attend(q, 0.25)[0], one.attend(q, 0.25)[0])
 
 
 def test_weights_of_a_view():

@@ -13,6 +13,7 @@ from kvfold.formats.gaussian import Rotation, lloyd_max, middles
 from kvfold.formats.paged import check_paged, open_table, restored
 from kvfold.formats.segment import Segment, Spec, Traits
 from kvfold.formats.token_codes import CodedTokens, scale_dtype, token_planes
+from kvfold.formats.tokens import Chunk
 from kvfold.ops.codes.packing import pack
 from kvfold.ops.tokens import Coding
 from kvfold.ops.tokens.naive import KINDS
@@ -21,6 +22,8 @@ from kvfold.pages import PAGE_SIZE, PageTable, Plane
 
 BITS = (2, 3, 4)
 SCALES = ("norm", "unit", "aligned")
+BOTH = ("keys", "values"), ("key_scale", "value_scale")
+"""Planes of keys, and the same of values."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,15 @@ class RotatedSegment(CodedTokens):
         """The rotation of keys or values."""
         size = self.coding[what].size
         return Rotation(self.form.seed, self.layer, size).matrix(self.pool.device, dtype)
+
+    def append(self, chunk: Chunk, *, even: bool = False) -> None:
+        if self.coding["keys"] != self.coding["values"]:
+            super().append(chunk, even=even)
+            return
+        # Both at once: of a single token it is the number of operations that takes the time.
+        made = self.encode("keys", torch.stack([chunk.keys, chunk.values]))
+        planes = {names[which]: made[names[0]][which] for names in BOTH for which in (0, 1)}
+        self.add(planes | self.add_columns(chunk.columns), None if even else chunk.valid)
 
     def encode(self, what: str, states: Tensor) -> dict[str, Tensor]:
         # In float64: the order in which float32 is summed depends on how many tokens come at once, and codes must not.
