@@ -255,8 +255,8 @@ def formats_of(text: str) -> dict[str, Any]:
     kinds, found = {info.cls: info.kind for info in list_methods()}, {}
     for name in dict.fromkeys(split_names(text)) if text else ():
         method = parse(name)
-        if kinds.get(type(method)) != "quantize":
-            raise ValueError(f"formats={name!r} must be a method of kind quantize, as kivi(bits=4)")
+        if kinds.get(type(method)) != "quantize" or method.format is None:
+            raise ValueError(f"formats={name!r} must be a method of kind quantize, as kivi(bits=4), with one for all tokens")
         found[name] = method.format
     return found
 

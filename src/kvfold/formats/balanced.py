@@ -123,7 +123,7 @@ class BalancedSegment(CodedTokens):
         coded = chunk.valid.any(-1)[..., None]
         self.balancer = torch.where(coded, self._shares, self.balancer)
 
-    def encode(self, what: str, states: Tensor) -> dict[str, Tensor]:
+    def coded(self, what: str, states: Tensor) -> dict[str, Tensor]:
         coding, kind = self.coding[what], KINDS[what]
         wide = states.float() * self._shares[:, :, None] if what == "keys" else states.float()
         runs = wide.unflatten(-1, (coding.groups, -1))

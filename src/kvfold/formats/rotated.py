@@ -116,7 +116,7 @@ class RotatedSegment(CodedTokens):
         planes = {names[which]: made[names[0]][which] for names in BOTH for which in (0, 1)}
         self.add(planes | self.add_columns(chunk.columns), None if even else chunk.valid)
 
-    def encode(self, what: str, states: Tensor) -> dict[str, Tensor]:
+    def coded(self, what: str, states: Tensor) -> dict[str, Tensor]:
         # In float64: the order in which float32 is summed depends on how many tokens come at once, and codes must not.
         wide, coding = states.double(), self.coding[what]
         most = wide.abs().amax(-1, keepdim=True)

@@ -10,6 +10,7 @@ from kvfold import ops
 from kvfold.formats.by_token import TokenSegment
 from kvfold.formats.segment import Spec
 from kvfold.formats.tokens import LOG_MASS, POSITION
+from kvfold.ops.attend import blocked
 from kvfold.ops.attend.blocked import Block, attend_blocks
 from kvfold.ops.codes.packing import width
 from kvfold.ops.tokens import Coding
@@ -39,6 +40,15 @@ class CodedTokens(TokenSegment):
         self.coding = {"keys": keys, "values": values}
 
     @abstractmethod
+    def coded(self, what: str, states: Float[Tensor, "*N T D"]) -> dict[str, Tensor]:
+        """What planes hold of some "keys" or "values": of each token the same, whatever comes with it."""
+
+    def encode(self, what: str, states: Tensor) -> dict[str, Tensor]:
+        step = _at_once(states.shape[:-2].numel() * states.shape[-1])
+        parts = [self.coded(what, some) for some in states.split(step, -2)]
+        return parts[0] if len(parts) == 1 else {name: torch.cat([x[name] for x in parts], -2) for name in parts[0]}
+
+    @abstractmethod
     def asked(self, q: Float[Tensor, "B H G Q D"]) -> Float[Tensor, "B H G Q D"]:
         """Queries in the frame of the codes of keys, float32."""
 
@@ -54,7 +64,10 @@ class CodedTokens(TokenSegment):
 
     def states(self, what: str) -> Tensor:
         most = torch.finfo(self.compute).max  # which a sum of rounded numbers may exceed
-        return self.numbers(what).clamp(-most, most).to(self.compute)
+        step = _at_once(self.table.rows * self.coding[what].size)
+        ends = [*range(0, max(1, self.longest), step), self.longest]
+        parts = [self.numbers(what, *ends[i : i + 2]).clamp(-most, most).to(self.compute) for i in range(len(ends) - 1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def attend(
         self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None,
@@ -75,6 +88,11 @@ class CodedTokens(TokenSegment):
             q, scale, self.valid(), self.coding["values"].size, block, self.column, mass=mass, read=read,
             compact=compact, weights=weights,
         )  # fmt: skip
+
+
+def _at_once(numbers: int) -> int:
+    """Tokens of so many numbers that are worked out at once."""
+    return max(1, blocked.BLOCK_ELEMENTS // max(1, numbers))
 
 
 def scale_dtype(spec: Spec, narrow: torch.dtype) -> torch.dtype:
