@@ -256,7 +256,7 @@ def formats_of(text: str) -> dict[str, Any]:
     for name in dict.fromkeys(split_names(text)) if text else ():
         method = parse(name)
         if kinds.get(type(method)) != "quantize" or method.format is None:
-            raise ValueError(f"formats={name!r} must be a method of kind quantize, as kivi(bits=4), with one for all tokens")
+            raise ValueError(f"formats={name!r} must be a method of kind quantize with one format, as kivi(bits=4)")
         found[name] = method.format
     return found
 
