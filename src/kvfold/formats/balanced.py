@@ -13,6 +13,7 @@ from kvfold.formats.paged import check_paged, open_table, restored
 from kvfold.formats.segment import Segment, Spec, Traits
 from kvfold.formats.token_codes import CodedTokens, scale_dtype, token_planes
 from kvfold.formats.tokens import Chunk
+from kvfold.formats.told import check_told, first_told, settled
 from kvfold.ops.codes.packing import BITS, pack, quantise
 from kvfold.ops.tokens import Coding
 from kvfold.ops.tokens.naive import KINDS
@@ -64,13 +65,7 @@ class Balanced:
     def check(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
     ) -> None:
-        shape = (spec.rows, spec.heads, spec.key_size)
-        held = tensors.get(BALANCER)
-        if held is None or tuple(held.shape) != shape or held.dtype != torch.float32:
-            found = None if held is None else (tuple(held.shape), held.dtype)
-            raise ValueError(f"{BALANCER}={found} must be {(shape, torch.float32)} (shape, dtype)")
-        if not bool((held.isfinite() & (held >= 0)).all()):
-            raise ValueError(f"{BALANCER} must be finite and no less than 0")
+        check_told(BALANCER, tensors.get(BALANCER), (spec.rows, spec.heads, spec.key_size))
         tokens = {name: plane for name, plane in tensors.items() if name != BALANCER}
         check_paged(self.planes(spec), self.page_size, spec, said, tokens, seen)
 
@@ -106,16 +101,11 @@ class BalancedSegment(CodedTokens):
 
     @property
     def _shares(self) -> Float[Tensor, "B H D"]:
-        return self.balancer.masked_fill(self.balancer == 0, 1.0)
+        return settled(self.balancer)
 
     def tell(self, told: Mapping[str, Tensor]) -> None:
         """The balancer of each (row, head) that has none; NaN where nothing is told."""
-        strange = sorted(told.keys() - {BALANCER})
-        if strange:
-            raise ValueError(f"told={strange} must be {BALANCER!r}")
-        new = told[BALANCER].to(self.balancer)
-        open_for = (self.balancer == 0).all(-1, keepdim=True) & new.isfinite().all(-1, keepdim=True)
-        self.balancer = torch.where(open_for, new, self.balancer)
+        self.balancer = first_told(BALANCER, self.balancer, told)
 
     def append(self, chunk: Chunk, *, even: bool = False) -> None:
         super().append(chunk, even=even)
@@ -126,7 +116,7 @@ class BalancedSegment(CodedTokens):
     def coded(self, what: str, states: Tensor) -> dict[str, Tensor]:
         coding, kind = self.coding[what], KINDS[what]
         wide = states.float() * self._shares[:, :, None] if what == "keys" else states.float()
-        runs = wide.unflatten(-1, (coding.groups, -1))
+        runs = wide.reshape(*wide.shape[:-1], coding.groups, coding.size // coding.groups)
         codes, scale, zero = quantise(runs, -1, self.pool.specs[f"{kind}_scale"].dtype, coding.bits)
         held = {f"{kind}_scale": scale[..., 0], f"{kind}_zero": zero[..., 0]}
         return {what: pack(codes.flatten(-2), coding.bits)} | held

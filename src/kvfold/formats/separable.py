@@ -15,6 +15,7 @@ from kvfold.formats.flat import Flat
 from kvfold.formats.kivi import Kivi, KiviSegment
 from kvfold.formats.paged import open_table, refilled, said_counts
 from kvfold.formats.segment import Segment, Spec
+from kvfold.formats.told import check_told, first_told, settled
 from kvfold.ops.codes.naive import decoded_values, value_pages
 from kvfold.pages import PageTable
 from kvfold.rotation import Compact
@@ -48,12 +49,7 @@ class Separable(Kivi):
     def check(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
     ) -> None:
-        shape, held = (spec.rows, spec.heads, spec.value_size), tensors.get(HELD)
-        if held is None or tuple(held.shape) != shape or held.dtype != torch.float32:
-            found = None if held is None else (tuple(held.shape), held.dtype)
-            raise ValueError(f"{HELD}={found} must be {(shape, torch.float32)} (shape, dtype)")
-        if not bool((held.isfinite() & (held >= 0)).all()):
-            raise ValueError(f"{HELD} must be finite and no less than 0")
+        check_told(HELD, tensors.get(HELD), (spec.rows, spec.heads, spec.value_size))
         super().check(spec, said, _but_weights(tensors), seen)
 
     def restore(
@@ -88,7 +84,7 @@ class SeparablePages(CodedPages):
 
     @property
     def _shares(self) -> Float[Tensor, "B H D"]:
-        return self.weights.masked_fill(self.weights == 0, 1.0)
+        return settled(self.weights)
 
     def _of(self, rows: np.ndarray) -> Float[Tensor, "N D"]:
         """The weights of some rows of the table."""
@@ -96,12 +92,7 @@ class SeparablePages(CodedPages):
 
     def tell(self, told: Mapping[str, Tensor]) -> None:
         """The weights of each (row, head) that has none; NaN where nothing is told."""
-        strange = sorted(told.keys() - {WEIGHTS})
-        if strange:
-            raise ValueError(f"told={strange} must be {WEIGHTS!r}")
-        new = told[WEIGHTS].to(self.weights)
-        open_for = (self.weights == 0).all(-1, keepdim=True) & new.isfinite().all(-1, keepdim=True)
-        self.weights = torch.where(open_for, new, self.weights)
+        self.weights = first_told(WEIGHTS, self.weights, told)
 
     # -- writing -----------------------------------------------------------------------------------------------
 
@@ -121,7 +112,8 @@ class SeparablePages(CodedPages):
 
     def read(self, rows: np.ndarray, slots: np.ndarray) -> dict[str, Tensor]:
         planes = self.table.read(("values", "value_scale", "value_zero"), rows, slots)
-        values = decoded_values(*planes.values(), self.value_size, self.bits) * self._of(rows)
+        codes, scale, zero = (planes[name] for name in ("values", "value_scale", "value_zero"))
+        values = decoded_values(codes, scale, zero, self.value_size, self.bits) * self._of(rows)
         return super().read(rows, slots) | {"values": self._computed(values)}
 
     def _states(self, what: str, first: int, last: int) -> Float[Tensor, "B H T _"]:

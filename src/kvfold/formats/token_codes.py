@@ -45,7 +45,7 @@ class CodedTokens(TokenSegment):
 
     def encode(self, what: str, states: Tensor) -> dict[str, Tensor]:
         step = _at_once(states.shape[:-2].numel() * states.shape[-1])
-        parts = [self.coded(what, some) for some in states.split(step, -2)]
+        parts = [self.coded(what, some) for some in torch.split(states, step, -2)]
         return parts[0] if len(parts) == 1 else {name: torch.cat([x[name] for x in parts], -2) for name in parts[0]}
 
     @abstractmethod

@@ -117,7 +117,7 @@ class ZipCache(Method):
         probes = self.probed(view.queries, view.place.layer)
         sums = torch.zeros(view.valid.shape, dtype=torch.float32, device=view.valid.device)
         seen = torch.zeros_like(sums)
-        for block in torch.arange(probes.valid.shape[1], device=sums.device).split(BLOCK):
+        for block in torch.split(torch.arange(probes.valid.shape[1], device=sums.device), BLOCK):
             some = probes.pick(block)
             sums += view.attention_of(some).sum((2, 3))
             asked_at = some.positions.masked_fill(~some.valid, -1)[:, None, :, None]
@@ -145,7 +145,7 @@ class ZipCache(Method):
             mine = torch.cat([torch.arange(max(0, n - last), n), earlier])
             which[row, : len(mine)], valid[row, : len(mine)] = mine, True
         slots = torch.argsort(queries.valid.byte(), dim=1, stable=True)  # padding in front
-        front = (pad - torch.tensor(counts))[:, None]
+        front = (pad - torch.tensor(counts, dtype=torch.int64))[:, None]
         at = slots.gather(1, (which + front).clamp(max=pad - 1).to(slots.device))
         return _picked(queries, at, valid.to(slots.device))
 
