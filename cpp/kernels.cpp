@@ -8,6 +8,7 @@
 #include "paged.hpp"
 #include "prefill.hpp"
 #include "sparse.hpp"
+#include "tokens.hpp"
 
 namespace kvfold::ISA {
 namespace {
@@ -167,7 +168,8 @@ double multiply_add(const MultiplyAdd& on) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels{TEXT(ISA),  LANES,      attend, attend_codes,   attend_sparse, causal, column_sums,
-                      most_alike, linear, exponential_of, widen, read, read_pages, multiply_add};
+const Kernels kernels{TEXT(ISA),   LANES,      attend, attend_codes,   attend_sparse, attend_tokens, causal,
+                      column_sums, most_alike, linear, exponential_of, widen,         read,          read_pages,
+                      multiply_add};
 
 }  // namespace kvfold::ISA

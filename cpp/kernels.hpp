@@ -64,6 +64,20 @@ struct Sparse : Attend {
     const uint8_t *key_map, *value_map;
 };
 
+// Codes of keys or of values, each token with scales of its own: levels[c] * scale, or c * scale + zero.
+struct Vectors {
+    int bits;             // 2, 3, 4 or 8
+    const void* codes;    // (slots, code_bytes(size, bits))
+    const float* levels;  // (2^bits,) of at most 4 bits, or null
+    const void *scale, *zero;  // (slots, groups); with levels there is one group, and no zero
+    int64_t groups;
+};
+
+struct Tokens : Attend {
+    Vectors of_keys, of_values;
+    Kind scale_kind;
+};
+
 struct Causal {
     int64_t n, g, count, t, d, dv;  // `count` queries, those of the last keys of `t`
     const float *q, *k, *v;         // (n, g, count, d), (n, t, d), (n, t, dv)
@@ -126,6 +140,7 @@ struct Kernels {
     void (*attend)(const Attend&);
     void (*attend_codes)(const Codes&);
     void (*attend_sparse)(const Sparse&);
+    void (*attend_tokens)(const Tokens&);
     void (*causal)(const Causal&);
     void (*column_sums)(const ColumnSums&);
     void (*most_alike)(const Alike&);

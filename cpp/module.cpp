@@ -243,6 +243,43 @@ void attend_sparse(Array<const float, 3> q, Const2 keys, Bytes key_map, Const2 v
     set.attend_sparse(on);
 }
 
+using Floats = Array<const float, 1>;
+
+Vectors vectors_of(int bits, const Bytes& codes, const std::optional<Floats>& levels, const Const2& scale,
+                   const std::optional<Const2>& zero, size_t slots, int64_t size) {
+    const int64_t groups = scale.shape(1);
+    check(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8");
+    check(codes.shape(0) == slots && static_cast<int64_t>(codes.shape(1)) == code_bytes(size, bits),
+          "keys and values must have a vector of codes for each slot");
+    check(scale.shape(0) == slots && groups > 0 && size % groups == 0, "a slot must have a scale for each group of channels");
+    check(levels.has_value() != zero.has_value(), "codes have either levels or zeros");
+    check(!levels || (bits <= 4 && levels->shape(0) == size_t{1} << bits && groups == 1),
+          "levels must be 2^bits, of at most 4 bits, and a slot then has one scale");
+    check(!zero || (zero->shape(0) == slots && zero->shape(1) == scale.shape(1) && zero->dtype() == scale.dtype()),
+          "zeros must be as the scales are");
+    return {bits, codes.data(), levels ? levels->data() : nullptr, scale.data(), zero ? zero->data() : nullptr, groups};
+}
+
+void attend_tokens(Array<const float, 3> q, int key_bits, Bytes keys, std::optional<Floats> key_levels, Const2 key_scale,
+                   std::optional<Const2> key_zero, int value_bits, Bytes values, std::optional<Floats> value_levels,
+                   Const2 value_scale, std::optional<Const2> value_zero, std::optional<Array<const float, 2>> mass,
+                   std::optional<Array<const bool, 2>> read, Table table, Counts lengths, Table holes, Counts hole_count,
+                   int64_t page_size, float scale, int threads, Array<float, 3> out, Array<float, 2> lse,
+                   std::optional<Array<float, 3>> weights) {
+    Tokens on{};
+    on.on = rows_of(table, lengths, holes, hole_count, page_size);
+    check(page_size <= BLOCK && BLOCK % page_size == 0, "page_size must be 4, 8, 16, 32 or 64");
+    const size_t slots = values.shape(0);
+    ask(on, q, slots, out.shape(2), mass, read, table, lengths, holes, hole_count, scale, threads, out, lse, weights);
+    on.of_keys = vectors_of(key_bits, keys, key_levels, key_scale, key_zero, slots, on.d);
+    on.of_values = vectors_of(value_bits, values, value_levels, value_scale, value_zero, slots, on.dv);
+    check(value_scale.dtype() == key_scale.dtype(), "scales must be of one dtype");
+    on.scale_kind = kind_of(key_scale);
+    const Kernels& set = kernels_for({on.d, on.dv, on.d / on.of_keys.groups, on.dv / on.of_values.groups});
+    const Free free;
+    set.attend_tokens(on);
+}
+
 // Slots first[r] to stop[r] of each row become new[r, 0:]; plane (pages * page_size, W), new (R, T, W), of one dtype.
 void write(Any2 plane, nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu> fresh, Table table, Counts first,
            Counts stop, int64_t page_size) {
@@ -536,6 +573,9 @@ NB_MODULE(_cpu, m) {
     m.def("attend_sparse", attend_sparse, "q"_a.noconvert(), "keys"_a.noconvert(), "key_map"_a.noconvert(), "values"_a.noconvert(), "value_map"_a.noconvert(), "mass"_a.noconvert().none(),
           "read"_a.noconvert().none(), "table"_a.noconvert(), "lengths"_a.noconvert(), "holes"_a.noconvert(), "hole_count"_a.noconvert(), "page_size"_a, "scale"_a, "threads"_a,
           "out"_a.noconvert(), "lse"_a.noconvert(), "weights"_a.noconvert().none());
+    m.def("attend_tokens", attend_tokens, "q"_a.noconvert(), "key_bits"_a, "keys"_a.noconvert(), "key_levels"_a.noconvert().none(), "key_scale"_a.noconvert(), "key_zero"_a.noconvert().none(),
+          "value_bits"_a, "values"_a.noconvert(), "value_levels"_a.noconvert().none(), "value_scale"_a.noconvert(), "value_zero"_a.noconvert().none(), "mass"_a.noconvert().none(), "read"_a.noconvert().none(),
+          "table"_a.noconvert(), "lengths"_a.noconvert(), "holes"_a.noconvert(), "hole_count"_a.noconvert(), "page_size"_a, "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert(), "weights"_a.noconvert().none());
     m.def("write", write, "plane"_a.noconvert(), "new"_a.noconvert(), "table"_a.noconvert(), "first"_a.noconvert(), "stop"_a.noconvert(), "page_size"_a);
     m.def("close_gaps", close_gaps, "plane"_a.noconvert(), "mask"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "threads"_a);
     m.def("punch_holes", punch_holes, "mask"_a.noconvert(), "lengths"_a.noconvert(), "holes"_a.noconvert(), "hole_count"_a.noconvert());

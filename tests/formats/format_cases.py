@@ -7,13 +7,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, Depth, Format, Fp8, Kivi, Segment, Sparse, Spec, Thin
+from kvfold.formats import (
+    LOG_MASS,
+    POSITION,
+    Balanced,
+    Chunk,
+    Dense,
+    Depth,
+    Format,
+    Fp8,
+    Kivi,
+    Rotated,
+    Segment,
+    Separable,
+    Sparse,
+    Spec,
+    Thin,
+)
 from kvfold.pages import Arena
 
 B, H, G, D, DV = 3, 2, 2, 16, 8
 LENGTHS = [[41, 17], [0, 30], [9, 8]]
 """Tokens of each (row, head): an empty one, and none a multiple of any page."""
 FORMATS: dict[str, Format] = {
+    "balanced": Balanced(4, page_size=8),
     "dense": Dense(page_size=4),
     "bf16": Dense(torch.bfloat16, page_size=4),
     "depth": Depth(0, page_size=4),
@@ -22,6 +39,8 @@ FORMATS: dict[str, Format] = {
     "kivi-anew": Kivi(group=8, residual=8, requantise=True),
     "sparse": Sparse(residual=8, group=8),
     "thin": Thin(page_size=4),
+    "separable": Separable(4, group=8, residual=8),
+    "rotated": Rotated(scale="aligned", page_size=8),
 }
 
 

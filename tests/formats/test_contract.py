@@ -23,7 +23,21 @@ from format_cases import (
 )
 from torch.testing import assert_close
 
-from kvfold.formats import POSITION, Chunk, Dense, Depth, Format, Fp8, Kivi, Segment, Sparse, Spec, Thin
+from kvfold.formats import (
+    POSITION,
+    Balanced,
+    Chunk,
+    Dense,
+    Depth,
+    Format,
+    Fp8,
+    Kivi,
+    Rotated,
+    Segment,
+    Sparse,
+    Spec,
+    Thin,
+)
 from kvfold.hf.rope import find_ropes
 from kvfold.ops import dispatch
 from kvfold.ops.attend import blocked
@@ -57,8 +71,19 @@ def test_what_goes_in_comes_out_in_order(form, arena):
     assert columns.keys() == tokens.columns.keys() == given.columns.keys()
     last = torch.where(valid, torch.arange(1, segment.longest + 1), 0).amax(-1)
     assert segment.lengths().tolist() == last.tolist()
-    error = {"dense": 0.0, "bf16": 1 / 256, "depth": 1e-6, "fp8": 1 / 14, "kivi": 1 / 20, "kivi-anew": 1 / 20}
-    error |= {"sparse": 0.5, "thin": 0.5}  # what is pruned is below others
+    error = {
+        "balanced": 1 / 20,
+        "dense": 0.0,
+        "bf16": 1 / 256,
+        "depth": 1e-6,
+        "fp8": 1 / 14,
+        "kivi": 1 / 20,
+        "kivi-anew": 1 / 20,
+        "rotated": 1 / 4,
+        "separable": 1 / 20,
+        "sparse": 0.5,  # what is pruned is below others
+        "thin": 0.5,
+    }
     share = next(error[name] for name, known in FORMATS.items() if known is form)
     for mine, theirs in zip(held(segment), held(given), strict=True):
         for name, plane in theirs.items():
@@ -154,6 +179,8 @@ def test_a_step_is_an_append_and_attention(form, arena):
 BAD = [
     (Fp8, {"page_size": 0}), (Fp8, {"page_size": 2.0}), (Kivi, {"group": 7}), (Kivi, {"group": 9}),
     (Kivi, {"group": 16.0}), (Kivi, {"channels": 0}), (Kivi, {"residual": -1}), (Kivi, {"residual": True}),
+    (Balanced, {"bits": 5}), (Balanced, {"groups": 0}),
+    (Rotated, {"key_bits": 5}), (Rotated, {"value_bits": 1}), (Rotated, {"scale": 2}), (Rotated, {"seed": -1}),
     (Kivi, {"requantise": 2}), (Depth, {"side": 2}), (Dense, {"page_size": -4}),
     (Dense, {"dtype": torch.int8}), (Sparse, {"key_sparsity": 1.0}), (Sparse, {"value_sparsity": -0.1}),
     (Thin, {"ratio": 1.0}), (Sparse, {"group": 0}), (Sparse, {"residual": -1}),

@@ -21,7 +21,7 @@ from format_cases import (
     same,
 )
 
-from kvfold.formats import Dense, Depth, Fp8, Kivi, Sparse, Thin
+from kvfold.formats import Balanced, Dense, Depth, Fp8, Kivi, Separable, Sparse, Thin
 from kvfold.pages import Arena, OutOfPages
 
 
@@ -54,10 +54,13 @@ def test_bytes_in_an_arena_are_those_of_the_pages_held(form):
     beside = sum(a.nbytes for t in tables for a in (t.table, t.lengths, t.holes, t.hole_count))
     beside += sum(x.upto.nbytes for x in (segment, fork, more)) if isinstance(form, Depth) else 0
     beside += sum(x.channels.nbytes for x in (segment, fork, more)) if isinstance(form, Thin) else 0
+    beside += sum(x.balancer.nbytes for x in (segment, fork, more)) if isinstance(form, Balanced) else 0
+    beside += sum(x.coded.weights.nbytes for x in (segment, fork, more)) if isinstance(form, Separable) else 0
     assert sum(parts) == room.used_nbytes + beside
 
 
 BYTES = {
+    "balanced": lambda d, dv, n: (d + dv) / 2 + 4 + 8 * n,
     "dense": lambda d, dv, n: n * (d + dv) + 4,
     "bf16": lambda d, dv, n: 2 * (d + dv) + 4,
     "depth": lambda d, dv, n: n * (d + dv) + 4 + 2 * 4,
@@ -66,6 +69,8 @@ BYTES = {
     "kivi-anew": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n * dv / 8,
     "sparse": lambda d, dv, n: n * (d // 2 + 1 + dv // 2 + 1) + d / 8 + dv / 8 + 4,
     "thin": lambda d, dv, n: n * (3 * d / 4 + dv) + 4,
+    "separable": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n,
+    "rotated": lambda d, dv, n: d / 2 + dv / 2 + 4 + 2 * n,
 }
 """Bytes of a token, with its position, where the model's numbers have n bytes."""
 

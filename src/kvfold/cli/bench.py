@@ -256,7 +256,9 @@ def formats_of(text: str) -> dict[str, Any]:
     for name in dict.fromkeys(split_names(text)) if text else ():
         method = parse(name)
         if kinds.get(type(method)) not in ("quantize", "sparse") or method.format is None:
-            raise ValueError(f"formats={name!r} must be a method of kind quantize or sparse, as kivi(bits=4)")
+            raise ValueError(
+                f"formats={name!r} must be a method of kind quantize or sparse with one format, as kivi(bits=4)"
+            )
         found[name] = method.format
     return found
 

@@ -1,20 +1,27 @@
 """Formats: how a segment stores its tokens, and how it answers a query over them."""
 
+from kvfold.formats.balanced import BALANCER, Balanced, BalancedSegment
 from kvfold.formats.dense import Dense, DenseSegment
 from kvfold.formats.depth import Depth, DepthSegment
 from kvfold.formats.fp8 import Fp8, Fp8Segment
 from kvfold.formats.kinds import KINDS, dtype_from, format_from, format_to
 from kvfold.formats.kivi import Kivi, KiviSegment
 from kvfold.formats.paged import PagedSegment
+from kvfold.formats.rotated import Rotated, RotatedSegment
 from kvfold.formats.segment import Format, Segment, Spec, Traits
+from kvfold.formats.separable import WEIGHTS, Separable, SeparableSegment
 from kvfold.formats.sparse import Sparse, SparseSegment
 from kvfold.formats.thin import Thin, ThinSegment
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk, join
 
 __all__ = [
+    "BALANCER",
     "KINDS",
     "LOG_MASS",
     "POSITION",
+    "WEIGHTS",
+    "Balanced",
+    "BalancedSegment",
     "Chunk",
     "Dense",
     "DenseSegment",
@@ -27,9 +34,13 @@ __all__ = [
     "KiviSegment",
     "LateChunk",
     "PagedSegment",
+    "Rotated",
+    "RotatedSegment",
     "Segment",
     "Sparse",
     "SparseSegment",
+    "Separable",
+    "SeparableSegment",
     "Spec",
     "Thin",
     "ThinSegment",

@@ -6,16 +6,22 @@ from typing import Any
 
 import torch
 
+from kvfold.formats.balanced import Balanced
 from kvfold.formats.dense import Dense
 from kvfold.formats.depth import Depth
 from kvfold.formats.fp8 import Fp8
 from kvfold.formats.kivi import Kivi
+from kvfold.formats.rotated import Rotated
 from kvfold.formats.segment import Format
+from kvfold.formats.separable import Separable
 from kvfold.formats.sparse import Sparse
 from kvfold.formats.thin import Thin
 from kvfold.options import shown
 
-KINDS: dict[str, type[Any]] = {"dense": Dense, "depth": Depth, "fp8": Fp8, "kivi": Kivi, "sparse": Sparse, "thin": Thin}
+KINDS: dict[str, type[Any]] = {
+    "balanced": Balanced, "dense": Dense, "depth": Depth, "fp8": Fp8, "kivi": Kivi, "rotated": Rotated,
+    "separable": Separable, "sparse": Sparse, "thin": Thin,
+}  # fmt: skip
 """All formats, by the names that files have for them."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What models compute in."""

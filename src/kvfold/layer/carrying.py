@@ -36,10 +36,11 @@ def commit(stored: Stored, view: LayerView, new: Chunk | None, *, slack: bool = 
         stored.append(fresh)
     for number, tokens, told in fetched:
         segment = stored.segments[number][1]
-        if tokens is not None and isinstance(segment, Hearing):
+        if tokens is None:
+            continue
+        if isinstance(segment, Hearing):
             segment.hear(told, tokens.valid.any(-1))
-        if tokens is not None:
-            segment.append(tokens)
+        segment.append(tokens)
     stored.ordered = stored.ordered and promoted is None and not (held and any(t is not None for _, t, _ in fetched))
 
 

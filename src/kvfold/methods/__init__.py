@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.kvzip import KVzip as KVzip
     from kvfold.methods.lacache import LaCache as LaCache
     from kvfold.methods.look_m import LookM as LookM
+    from kvfold.methods.mikv import MiKV as MiKV
     from kvfold.methods.minicache import MiniCache as MiniCache
     from kvfold.methods.mpcache import MPCache as MPCache
     from kvfold.methods.mustafar import Mustafar as Mustafar
@@ -49,8 +50,10 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.streamingllm import StreamingLLM as StreamingLLM
     from kvfold.methods.think import ThinK as ThinK
     from kvfold.methods.tova import TOVA as TOVA
+    from kvfold.methods.turboquant import TurboQuant as TurboQuant
     from kvfold.methods.windowkv import WindowKV as WindowKV
     from kvfold.methods.windows import Windows as Windows
+    from kvfold.methods.zipcache import ZipCache as ZipCache
 
 __all__ = [
     "CacheView",

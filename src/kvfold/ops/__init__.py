@@ -9,6 +9,7 @@ from kvfold.ops.paged import append_pages, attend_pages, keep_pages, step_pages
 from kvfold.ops.prefill import causal, causal_admitted, causal_rows
 from kvfold.ops.scores import column_sums, window_attention
 from kvfold.ops.sparse import attend_sparse
+from kvfold.ops.tokens import attend_tokens
 
 __all__ = [
     "append_pages",
@@ -16,6 +17,7 @@ __all__ = [
     "attend_codes",
     "attend_pages",
     "attend_sparse",
+    "attend_tokens",
     "causal",
     "causal_admitted",
     "causal_rows",

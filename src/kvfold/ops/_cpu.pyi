@@ -85,6 +85,34 @@ def attend_sparse(
 ) -> None:
     """`attend` over the kept numbers of each vector (slots, K), and the bits of their channels (slots, (D + 7) / 8)."""
 
+def attend_tokens(
+    q: np.ndarray,
+    key_bits: int,
+    keys: np.ndarray,
+    key_levels: np.ndarray | None,
+    key_scale: np.ndarray,
+    key_zero: np.ndarray | None,
+    value_bits: int,
+    values: np.ndarray,
+    value_levels: np.ndarray | None,
+    value_scale: np.ndarray,
+    value_zero: np.ndarray | None,
+    mass: np.ndarray | None,
+    read: np.ndarray | None,
+    table: np.ndarray,
+    lengths: np.ndarray,
+    holes: np.ndarray,
+    hole_count: np.ndarray,
+    page_size: int,
+    scale: float,
+    threads: int,
+    out: np.ndarray,
+    lse: np.ndarray,
+    weights: np.ndarray | None,
+) -> None:
+    """`attend` over codes (slots, W) with scales of their own (slots, C): levels (2^bits,) times a scale (C = 1), or
+    codes times a scale and a zero (slots, C)."""
+
 def write(
     plane: np.ndarray, new: np.ndarray, table: np.ndarray, first: np.ndarray, stop: np.ndarray, page_size: int
 ) -> None:
