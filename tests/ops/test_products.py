@@ -1,5 +1,5 @@
-"""Integer products of codes: queries and weights in 16 bits. How far they are from the definition in float64, and from it
-beside how far the codes are from what was rounded to them.
+"""Integer products of codes: queries and weights in 16 bits. How far they are from the definition in float64, and
+from it beside how far the codes are from what was rounded to them.
 """
 
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ PRODUCTS = [name for name in _cpu.names() if name.endswith("vnni")]
 RAGGED = [0, 1, 16, 37, 64, 70, 300, 5]
 G = 3
 SIZES = [(64, 64, 32), (128, 128, 32), (192, 256, 32), (256, 64, 64), (64, 64, 16), (96, 96, 32), (128, 80, 80)]
-"""Key size, value size, channels that share a scale: 1 to 16 units, 1, 2 and 4 scales for a unit, 1 to 8 groups of a value,
-and some of which one side is not multiplied as bytes: no whole unit, or 3 groups."""
+"""Key size, value size, channels that share a scale: 1 to 16 units, 1, 2 and 4 scales for a unit, 1 to 8 groups of a
+value, and some of which one side is not multiplied as bytes: no whole unit, or 3 groups."""
 
 pytestmark = pytest.mark.skipif(not PRODUCTS, reason="needs a processor with AVX-512 VNNI")
 
