@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfold.codecs import CacheGen, codec_from, codec_to, coder, naive, parse_codec
-from kvfold.codecs.planes import MOST_GROWTH, Coding
+from kvfold.codecs.planes import MOST_GROWTH, PlaneCoding
 from kvfold.codecs.quantiser import dequantise, largest, maxima_of, quantise
 
 pytest.importorskip("constriction")
@@ -116,7 +116,7 @@ def by_hand(x, counts, raw, bins, joint):
 @pytest.mark.parametrize("joint", [True, False], ids=["joint", "per-head"])
 def test_a_plane_is_what_a_loop_makes_of_it_and_is_coded_so_again(dtype, joint):
     x, counts, raw = plane([[40, 40], [31, 31]], dtype)
-    coding = Coding(counts, 6, dtype, 16, joint, 0)
+    coding = PlaneCoding(counts, 6, dtype, 16, joint, 0)
     tensors = coding.encode(x, raw)
     found = coding.decode(tensors)
     assert found.dtype == dtype and torch.equal(found, by_hand(x, counts, raw, 16, joint))
@@ -137,9 +137,9 @@ def test_heads_of_different_lengths_have_maxima_of_their_own():
 def test_anchors():
     x, counts, raw = plane([[400, 400]])
     raw[:] = False
-    alone = Coding(counts, 6, torch.float32, 16, True, 1)  # every token is an anchor: 8 bits, whatever the bins
+    alone = PlaneCoding(counts, 6, torch.float32, 16, True, 1)  # every token is an anchor: 8 bits, whatever the bins
     assert torch.equal(alone.decode(alone.encode(x, raw)), by_hand(x, counts, raw, 256, True))
-    coding = Coding(counts, 6, torch.float32, 16, True, 10)
+    coding = PlaneCoding(counts, 6, torch.float32, 16, True, 10)
     found, exact = coding.decode(coding.encode(x, raw)), by_hand(x, counts, raw, 256, True)
     anchor = torch.arange(800) // 10 * 10
     deltas = x - exact[anchor]
@@ -171,9 +171,9 @@ def test_what_is_not_worth_a_code_has_none():
     assert CacheGen().encode(x[:20], np.array([[10, 10]]), raw[:20], 32) is None  # the tables alone are larger
     zeros, even = torch.zeros(4000, 512), np.array([[2000, 2000]])
     assert CacheGen().encode(zeros, even, torch.zeros(4000, dtype=torch.bool), 32) is None
-    coding = Coding(np.array([[40_000, 40_000]]) * MOST_GROWTH, 6, torch.float32, 32, True, 0)
+    coding = PlaneCoding(np.array([[40_000, 40_000]]) * MOST_GROWTH, 6, torch.float32, 32, True, 0)
     with pytest.raises(ValueError, match=r"122880000 bytes in a code of .*, of which at most 64 times are read"):
-        coding.decode(Coding(np.array([[40, 40]]), 6, torch.float32, 32, True, 0).encode(x[-80:], raw[-80:]))
+        coding.decode(PlaneCoding(np.array([[40, 40]]), 6, torch.float32, 32, True, 0).encode(x[-80:], raw[-80:]))
 
 
 # -- texts ---------------------------------------------------------------------------------------------------

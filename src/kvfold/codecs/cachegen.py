@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvfold.codecs.planes import Coding
+from kvfold.codecs.planes import PlaneCoding
 from kvfold.options import check_choice, check_int
 
 LEVELS = {1: ((16, 16, 12), (16, 12)), 2: ((32, 16, 16), (32, 16)), 3: ((32, 32, 32), (32, 32))}
@@ -57,12 +57,12 @@ class CacheGen:
 
     def encode(
         self, x: Float[Tensor, "N D"], counts: np.ndarray, raw: Bool[Tensor, "N"], bins: int
-    ) -> tuple[Coding, dict[str, Tensor]] | None:
+    ) -> tuple[PlaneCoding, dict[str, Tensor]] | None:
         """A plane of `counts` (B, H) tokens, row by row, as its code; None where it should be written as it is.
 
         Rows whose heads hold different numbers of tokens have a maximum for each head.
         """
-        coding = Coding(counts, x.shape[1], x.dtype, bins, not self.per_head, self.group)
+        coding = PlaneCoding(counts, x.shape[1], x.dtype, bins, not self.per_head, self.group)
         if coding.joint and not coding.joins(raw):
             coding = replace(coding, joint=False)
         tensors = coding.encode(x.detach().to("cpu", copy=False).contiguous(), raw)

@@ -19,7 +19,7 @@ PARTS = ("words", "tables", "maxima")
 
 
 @dataclass(frozen=True, eq=False)
-class Coding:
+class PlaneCoding:
     """How a plane of `counts[b, h]` vectors of each row and head, row by row, is coded."""
 
     counts: np.ndarray

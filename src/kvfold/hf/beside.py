@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvfold.hf.layers import WindowLayer, beside_bytes
 from kvfold.hf.saving.said import Entry
+from kvfold.hf.saving.window import check_window, window_state
 from kvfold.hf.windows import CodedWindow
 from kvfold.options import LARGEST
 
@@ -100,7 +101,7 @@ def row_nbytes(layer: Any, batch: int) -> np.ndarray:
 def state_of(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a layer holds, as JSON and tensors."""
     if isinstance(layer, CodedWindow):
-        return layer.state()
+        return window_state(layer)
     tensors = {name: getattr(layer, name) for name in ("keys", "values") if is_window(layer) and layer.is_initialized}
     if is_window(layer):
         if isinstance(layer, WindowLayer) and layer.places is not None:
@@ -120,7 +121,7 @@ def check_state(layer: Any, entry: Entry, tensors: Mapping[str, Tensor], read: t
     `read`: rows and columns that the layers on pages have read; None: there are no such layers.
     """
     if isinstance(layer, CodedWindow):
-        layer.check(entry, tensors, *((0, 0) if read is None else read))
+        check_window(layer, entry, tensors, *((0, 0) if read is None else read))
         return
     allowed = {"keys", "values"} if hasattr(layer, "keys") else set()
     if is_window(layer):

@@ -1,6 +1,5 @@
 """Sliding windows in a format: a layer holds what it has read in codes, and a step reads them as they lie."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,15 +8,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from kvfold.formats import POSITION, Chunk, Format, Segment, Spec, format_from, format_to
+from kvfold.formats import POSITION, Chunk, Format, Segment, Spec
 from kvfold.formats.oldest import drop_oldest, unit_of
 from kvfold.hf.attention import HANDLE
 from kvfold.hf.band import SOFTMAX, Band
 from kvfold.hf.eager import eager
 from kvfold.hf.gradient import without_gradient
 from kvfold.hf.layers import WindowLayer
-from kvfold.hf.saving.said import Entry
-from kvfold.options import LARGEST
 
 
 @dataclass(frozen=True)
@@ -238,49 +235,3 @@ class CodedWindow(WindowLayer):
         self.segment.join(other.segment)
         self.keys, self.values = (torch.cat(x) for x in ((self.keys, other.keys), (self.values, other.values)))
         self.cumulative_length = max(self.cumulative_length, other.cumulative_length)
-
-    # -- files -------------------------------------------------------------------------------------------------
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What it holds, as JSON and tensors."""
-        said: dict[str, Any] = {"kind": "window", "length": self.cumulative_length, "held": None}
-        if self.segment is None:
-            return said, {}
-        told, tensors = self.segment.state()
-        shape = [self.keys.shape[1], self.keys.shape[3], self.values.shape[3]]
-        dtype = str(self.keys.dtype).removeprefix("torch.")
-        return {**said, "held": {**format_to(self.form), **told, "shape": shape, "dtype": dtype}}, tensors
-
-    def spec_of(self, held: Entry, rows: int, device: torch.device) -> Spec:
-        """The spec of the segment that a file holds. Raises ValueError where it is of another format."""
-        if format_from(held.said) != self.form:
-            raise held.fail("format", str(self.form))
-        heads, size, values = held.integers("shape", 3).tolist()
-        if 0 in (heads, size, values):
-            raise held.fail("shape", "heads and the sizes of keys and values")
-        return Spec(rows, heads, size, values, held.dtype("dtype"), device, layer=self.index)
-
-    def check(self, entry: Entry, tensors: Mapping[str, Tensor], rows: int, width: int) -> None:
-        """Raise ValueError unless `state` could have given this for so many rows and columns."""
-        length = entry.integer("length", high=min(width, LARGEST))
-        if entry.null("held"):
-            if tensors:
-                raise ValueError(f"{entry.where} has a tensor {sorted(tensors)[0]!r} of nothing that is held")
-            return
-        held = entry.part("held")
-        spec = self.spec_of(held, rows, torch.device("cpu"))
-        self.form.check(spec, held.said, tensors, np.full(rows, length, dtype=np.int64))
-        counts = np.array(held.said["counts"], dtype=np.int64)
-        if counts.max(initial=0) > min(length, self.sliding_window + self.unit - 1):
-            raise held.fail("counts", f"at most {length} tokens of a window of {self.sliding_window}")
-
-    def restore(self, said: Mapping[str, Any], tensors: Mapping[str, Tensor], rows: int, device: torch.device) -> None:
-        """Fill an empty layer with what `state` gave."""
-        self.cumulative_length = said["length"]
-        if said["held"] is None:
-            return
-        held = Entry("its window", said["held"])
-        spec = self.spec_of(held, rows, device)
-        none = torch.empty(rows, spec.heads, 0, spec.key_size, dtype=spec.dtype, device=device)
-        self.lazy_initialization(none, none.new_empty(rows, spec.heads, 0, spec.value_size))
-        self.segment = self.form.restore(spec, held.said, tensors)

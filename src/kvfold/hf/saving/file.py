@@ -22,6 +22,7 @@ from kvfold.hf.saving.outside import check_outside
 from kvfold.hf.saving.packed import pack, unpack
 from kvfold.hf.saving.said import Entry, SaidGroup, SaidLayer, SaidRows, check_reading, groups_of
 from kvfold.hf.saving.sealed import read_sealed, write_sealed
+from kvfold.hf.saving.window import restore_window
 from kvfold.hf.windows import CodedWindow
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.plan import Group
@@ -277,7 +278,7 @@ def _fill(found: Contents, cache: Host, paged: Mapping[int, tuple[SaidLayer, Spe
             layer.core.stored = stores.get(index, layer.core.stored)
             layer.is_initialized = rows.width > 0
         elif isinstance(layer, CodedWindow):
-            layer.restore(entry.said, found.under(f"{index}."), len(rows.seen), _device(cache.model, index))
+            restore_window(layer, entry.said, found.under(f"{index}."), len(rows.seen), _device(cache.model, index))
         elif own := found.under(f"{index}."):
             restore(layer, entry.said, own, _device(cache.model, index))
     if not found.header.null("reading"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfold.codecs import CacheGen, codec_from, codec_to
-from kvfold.codecs.planes import Coding
+from kvfold.codecs.planes import PlaneCoding
 from kvfold.formats import POSITION, dtype_from
 from kvfold.hf.saving.said import Entry
 from kvfold.options import LARGEST
@@ -86,7 +86,7 @@ def unpack(header: Entry, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _coding(plane: Entry) -> tuple[Coding, list[int]]:
+def _coding(plane: Entry) -> tuple[PlaneCoding, list[int]]:
     """How a plane is coded, and its shape. Raises ValueError where that can't be."""
     shape, rows = plane.integers("shape").tolist(), plane.integer("rows", low=1)
     counts = plane.integers("counts")
@@ -104,4 +104,4 @@ def _coding(plane: Entry) -> tuple[Coding, list[int]]:
         raise ValueError(f"{plane.where} has {error}") from None
     per_head = counts.reshape(rows, -1)
     group = plane.integer("group", high=LARGEST)
-    return Coding(per_head, shape[-1], dtype, bins, plane.flag("joint"), group), shape
+    return PlaneCoding(per_head, shape[-1], dtype, bins, plane.flag("joint"), group), shape
