@@ -4,7 +4,7 @@
 // so that there are two products, of the high and of the low bytes:
 //     sum_i x_i c_i = step sum_i v_i c_i + sum_i rest_i c_i,  the last sum with the middle code in place of each c_i.
 // What that leaves out, sum_i rest_i (c_i - middle), is at most n middle / MOST of what half a code in each of n places
-// may come to, by which the format rounds: 1.5 % for 64 codes of 4 bits, and a hundredth of that is what is found.
+// may come to, by which the format rounds: 1.5 % for 64 codes of 4 bits. tests/ops/test_products.py has what is found.
 #pragma once
 
 #include "kernels.hpp"
