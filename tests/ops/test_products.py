@@ -1,5 +1,5 @@
-"""Integer products of codes: queries and weights in 16 bits. How far they are from the definition in float64, and from it
-beside how far the codes are from what was rounded to them.
+"""Integer products of codes: queries and weights in 16 bits. How far they are from the definition in float64, also as
+a share of what the codes themselves are off.
 """
 
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ PRODUCTS = [name for name in _cpu.names() if name.endswith("vnni")]
 RAGGED = [0, 1, 16, 37, 64, 70, 300, 5]
 G = 3
 SIZES = [(64, 64, 32), (128, 128, 32), (192, 256, 32), (256, 64, 64), (64, 64, 16), (96, 96, 32), (128, 80, 80)]
-"""Key size, value size, channels that share a scale: 1 to 16 units, 1, 2 and 4 scales for a unit, 1 to 8 groups of a value,
-and some of which one side is not multiplied as bytes: no whole unit, or 3 groups."""
+"""Key size, value size, channels that share a scale: 1 to 16 units, 1, 2 and 4 scales for a unit, 1 to 8 groups of a
+value, and some of which one side is not multiplied as bytes: no whole unit, or 3 groups."""
 
 pytestmark = pytest.mark.skipif(not PRODUCTS, reason="needs a processor with AVX-512 VNNI")
 
@@ -81,7 +81,7 @@ def test_heads_and_queries_of_a_row_are_answered_together(bits, group):
 
 
 SHARES = {(False, 1): 0.001, (False, 30): 0.004, (True, 1): 0.02, (True, 30): 0.08}
-"""Of the format's own error (at 8 bits, of outlier channels): found were 0.0006, 0.0026, 0.012 and 0.060 at the most."""
+"""Of the format's own error (at 8 bits, outlier): found were 0.0006, 0.0026, 0.012 and 0.060 at the most."""
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
