@@ -4,7 +4,7 @@
 // so that there are two products, of the high and of the low bytes:
 //     sum_i x_i c_i = step sum_i v_i c_i + sum_i rest_i c_i,  the last sum with the middle code in place of each c_i.
 // What that leaves out, sum_i rest_i (c_i - middle), is at most n middle / MOST of what half a code in each of n places
-// may come to, by which the format rounds: 1.5 % for 64 codes of 4 bits, and a hundredth of that is what is found.
+// may come to, by which the format rounds: 1.5 % for 64 codes of 4 bits. tests/ops/test_products.py has what is found.
 #pragma once
 
 #include "kernels.hpp"
@@ -318,7 +318,7 @@ inline void weigh_scales(const float* weights, const Shared& on, float middle, i
         const vec turned = load(weights + i) * turn;
 #pragma GCC unroll 8
         for (int k = 0; k < C; k++) {
-            const uvec from = lane / C + k * (LANES / C);
+            const uvec from = lane / static_cast<uint32_t>(C) + static_cast<uint32_t>(k * (LANES / C));
             const vec each = C == 1 ? turned : (vec)_mm512_permutexvar_ps((__m512i)from, (__m512)turned);
             const ivec v = rounded(each * load(on.scale + i * C + k * LANES));
             total += v;
@@ -478,8 +478,8 @@ struct Products {
 
     void ask(const float* queries) const { by_field<BITS>(queries, q, on.g * on.d); }
 
-    // Queries times a page's scales, and what they come to with its zeros and middle codes. Zeros
-    // are changed.
+    // Queries times a page's scales, and what they come to with its zeros, which are changed, and middle
+    // codes.
     void aim(const float* queries, const float* scales, float* zero, float* to) const {
         by_field<BITS>(scales, scale, on.d);
         for (int64_t i = 0; i < on.d; i += LANES) store(zero + i, load(zero + i) + load(scales + i) * MIDDLE<BITS>);

@@ -3,8 +3,8 @@ run of a token's channels. A table's planes: "keys" and "values" (N, P, W) as `p
 "key_zero" (N, D), "value_scale" and "value_zero" (N, P, C). Otherwise as `kvfold.ops.paged` has it.
 
 On a processor with AVX-512 VNNI products are of integers: queries and weights are rounded to 16 bits, which moves an
-answer by at most 1 % of what the codes are off, 2 % at 8 bits (root mean square); `KVFOLD_ISA=avx512` multiplies
-floats.
+answer by 0.06 % of what codes of 4 bits are off, 1.2 % at 8 bits (root mean square, Gaussian numbers; 0.26 % and 6 %
+beside a channel 30 times as large). `KVFOLD_ISA=avx512` multiplies floats.
 """
 
 from typing import Any
