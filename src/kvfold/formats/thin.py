@@ -114,7 +114,7 @@ class ThinSegment(TokenSegment):
     def _largest(self, chunk: Chunk) -> Bool[Tensor, "B H D"]:
         power = chunk.keys.float().masked_fill(~chunk.valid[..., None], 0.0).square().sum(2)
         kept = self.form.kept(power.shape[-1])
-        return ops.top_mask(power, torch.full(power.shape[:2], kept, device=power.device))
+        return ops.top_mask(power, torch.full(power.shape[:2], kept, dtype=torch.int64, device=power.device))
 
     def thinned(self, states: Float[Tensor, "B H *N D"]) -> Float[Tensor, "B H *N W"]:
         """The channels of each row and head in their order, and zeros."""

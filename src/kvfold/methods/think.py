@@ -52,7 +52,7 @@ class ThinK(Method):
         size, mask = scores.shape[-1], view.valid & ~view.last(self.recent)
         if form.kept(size) == size:
             return None
-        kept = torch.full(scores.shape[:2], form.kept(size), device=scores.device)
+        kept = torch.full(scores.shape[:2], form.kept(size), dtype=torch.int64, device=scores.device)
         return Store(form, mask, {CHANNELS: ops.top_mask(scores, kept)})
 
     def scores(self, view: LayerView) -> Float[Tensor, "B H D"]:
