@@ -62,7 +62,6 @@ class ThinK(Method):
         asked = asked.masked_fill(~queries.valid[:, None, :, None], 0.0).sum(2)  # B Hq D
         keys = keys.masked_fill(~view.valid[..., None], 0.0).sum(2)
         askers = queries.valid.sum(1).clamp(min=1)[:, None, None]
-        shared = asked / askers
-        grouped: Tensor = shared.view(len(shared), view.heads, -1, shared.shape[-1]).mean(2)
-        scores: Tensor = grouped * (keys / view.count.clamp(min=1)[..., None])
-        return scores
+        b, hq, d = asked.shape
+        grouped = (asked / askers).view(b, view.heads, hq // view.heads, d).mean(2)
+        return grouped * (keys / view.count.clamp(min=1)[..., None])
