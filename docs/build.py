@@ -302,6 +302,10 @@ def spelled(kind: Any) -> str:
     return kind.__name__ if type(kind) is type else str(kind).replace("kvfold.budgets.", "").replace("typing.", "")
 
 
+SHOWN_ON = {"windows": "gemma3-270m"}
+"""Models on which methods are shown that do nothing on the other one."""
+
+
 def usage(info: MethodInfo) -> Iterator[str]:
     """The command line and Python, with an option at its default."""
     given = {"budget": 0.25} if "budget" in info.options else {}
@@ -309,12 +313,14 @@ def usage(info: MethodInfo) -> Iterator[str]:
     if (name := next(own, None)) is not None:
         given[name] = info.options[name]
     words = [f"--{name} {value}" if name == "budget" else f"-o {name}={value}" for name, value in given.items()]
+    if (model := SHOWN_ON.get(info.slug, "smollm2-135m-instruct")) != "smollm2-135m-instruct":
+        words.insert(0, f"--model {model}")
     command = " ".join([f"kvfold run --file document.txt --method {info.slug}", *words])
     call = ", ".join([f'model, "{info.slug}"', *(f"{name}={value!r}" for name, value in given.items())])
     yield f'```sh\n{command} --ask "Who stole the stone?"\n```'
     yield (
         "```python\nfrom pathlib import Path\n\nimport kvfold\n\n"
-        'model, tokenizer = kvfold.load("smollm2-135m-instruct")\n'
+        f'model, tokenizer = kvfold.load("{model}")\n'
         'text = Path("document.txt").read_text(encoding="utf-8")\n'
         f'inputs = tokenizer(text, return_tensors="pt")\ncache = kvfold.Cache({call})\n'
         "output = model.generate(**inputs, past_key_values=cache, max_new_tokens=32)\n"

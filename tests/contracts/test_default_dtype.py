@@ -59,4 +59,5 @@ def test_models_in_float64(method):
     expected = said(method)
     assert logits.dtype == torch.float64
     assert torch.equal(ids, expected[0]) and kept == expected[2]
-    torch.testing.assert_close(logits.float(), expected[1], rtol=1e-3, atol=1e-3)
+    most = 1e-2 if method == "fp8" else 1e-3  # a number may lie so that it becomes the code above, or below
+    torch.testing.assert_close(logits.float(), expected[1], rtol=most, atol=most)

@@ -10,7 +10,7 @@ import kvfold
 from calibrated import SMALL
 from families import ANYWHERE, FREE, LIMITED, METHODS, each
 from kvfold import testing
-from models import VOCAB, dynamic, feed, follow, grow, reference, subject, tokens
+from models import VOCAB, dynamic, feed, follow, greedy, grow, reference, subject, tokens
 
 IN_DECODE = [slug for slug in LIMITED if kvfold.parse(slug).listens("after_decode")]
 ALL, WITH_BUDGET = each(METHODS), each(LIMITED)
@@ -328,3 +328,20 @@ def test_composition_from_text():
     for row, length in enumerate((40, 30)):
         for few, many in zip(tighter.kept(2)[row], alone.kept(2)[row], strict=True):
             assert few == many[:2] + many[len(many) - (length // 5 - 2) :]
+
+
+@each([slug for slug in METHODS if slug not in ("jrt-prompt", "specpc")], name=["llama", "gemma3"])
+def test_who_takes_all_back_begins_anew(slug, name):
+    """Nothing of a text that was taken back, a balancer or a set of channels, is left for the next one.
+
+    (What chose which tokens the model reads takes none of them back: they were read as a whole.)
+    """
+    model, cache = make(slug, name)
+    other = make(slug, name)[1]
+    text, new = tokens(7, 5), tokens(40, 32)
+    feed(model, cache, *text.values())
+    cache.crop(-text["input_ids"].shape[1])
+    for one in (cache, other):
+        one.said = greedy(model, one, *new.values(), 4)
+    torch.testing.assert_close(cache.said[1], other.said[1], rtol=1e-4, atol=1e-4)
+    assert [core.kept() for core in cache.paged] == [core.kept() for core in other.paged]

@@ -103,7 +103,7 @@ def test_a_row_has_the_first_balancer_that_it_is_told_for_good():
     joined.join(empty)
     assert joined.balancer[:, 0, 0].tolist() == [0.0, 2.0, 2.0, 2.0, 0.0]
     with pytest.raises(ValueError, match="told=\\['age'\\]"):
-        empty.hear({"age": share}, ALL)
+        empty.hear({"age": share}, ALL.expand(2, 1))
 
 
 def test_its_important_tokens_are_those_that_the_policy_keeps():

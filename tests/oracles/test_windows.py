@@ -293,3 +293,44 @@ def test_inside_inference_mode_and_out():
     logits = feed(model, cache, torch.full((1, 1), 3), torch.ones(1, 31, dtype=torch.long))
     assert logits.shape[-1] == VOCAB and logits.isfinite().all()
     assert subject("gemma3") is not model
+
+
+def test_a_call_of_the_body_is_stored_too(tmp_path):
+    """What calls the model's body alone has no hook of the whole model behind it."""
+    model = gemma(21)
+    ids = tokens(30)["input_ids"]
+    cache, other = kvfold.Cache(model, KIVI), kvfold.Cache(model, KIVI)
+    with torch.no_grad():
+        model.model(input_ids=ids, past_key_values=cache)
+    feed(model, other, ids, torch.ones_like(ids))
+    same(held(cache), held(other))
+    cache.save(tmp_path / "cache")
+    same(held(kvfold.Cache.load(tmp_path / "cache", model)), held(other))
+
+
+def test_rows_that_go_take_their_memory_along():
+    model = gemma(21)
+    one, four = kvfold.Cache(model, KIVI), kvfold.Cache(model, KIVI)
+    feed(model, one, *tokens(60).values())
+    feed(model, four, *tokens(60, 60, 60, 60).values())
+    sizes = four.row_nbytes()
+    four.retire([1, 2, 3])
+    assert four.nbytes <= 1.1 * one.nbytes
+    one.join(four)
+    assert len(sizes) == 4 and max(sizes) - min(sizes) <= 8 * len(one.layers)
+
+
+@pytest.mark.parametrize("form", ["fp8", "kivi(residual=8, group=8)", "turboquant", "mustafar(residual=8, group=8)"])
+def test_files_in_a_codec(form, tmp_path):
+    pytest.importorskip("constriction")
+    model = gemma(21)
+    cache = kvfold.Cache(model, f"windows(form={form!r})")
+    feed(model, cache, *tokens(40).values())
+    cache.save(tmp_path / "cache", codec="cachegen")
+    same(held(kvfold.Cache.load(tmp_path / "cache", model)), held(cache))
+
+
+def test_an_empty_cache_has_no_rows_to_repeat():
+    cache = kvfold.Cache(gemma(21), KIVI)
+    cache.batch_repeat_interleave(3)
+    assert cache.get_seq_length() == 0

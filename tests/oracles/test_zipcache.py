@@ -181,7 +181,7 @@ def test_bytes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ratio": 1.5}, "ratio=1.5"), ({"high": 5}, "bits=5"), ({"low": 4}, "high=4 must differ from low=4"),
+        ({"ratio": 1.5}, "ratio=1.5"), ({"high": 5}, "high=5"), ({"low": 4}, "high=4 must differ from low=4"),
         ({"probes": 0.6}, "probes=0.6"), ({"counts": "rows"}, "counts='rows'"), ({"gap": 0}, "gap=0"),
         ({"group": 9}, "group=9 must be even"), ({"seed": -1}, "seed=-1"),
     ],

@@ -105,7 +105,7 @@ class BalancedSegment(CodedTokens):
 
     def hear(self, told: Mapping[str, Tensor], which: Bool[Tensor, "B H"]) -> None:
         """The balancer of each (row, head) of `which` that has none."""
-        self.balancer = first_told(BALANCER, self.balancer, told, which)
+        self.balancer = first_told(BALANCER, self.balancer, told, which, self.counts())
 
     def append(self, chunk: Chunk, *, even: bool = False) -> None:
         super().append(chunk, even=even)

@@ -90,9 +90,9 @@ class SeparablePages(CodedPages):
         """The weights of some rows of the table."""
         return self._shares.flatten(0, 1)[self.place(rows)]
 
-    def hear(self, told: Mapping[str, Tensor], which: Bool[Tensor, "B H"]) -> None:
-        """The weights of each (row, head) of `which` that has none."""
-        self.weights = first_told(WEIGHTS, self.weights, told, which)
+    def hear(self, told: Mapping[str, Tensor], which: Bool[Tensor, "B H"], counts: np.ndarray) -> None:
+        """The weights of each (row, head) of `which` that has none; `counts` (B, H): all its tokens."""
+        self.weights = first_told(WEIGHTS, self.weights, told, which, counts)
 
     # -- writing -----------------------------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ class SeparableSegment(KiviSegment):
 
     def hear(self, told: Mapping[str, Tensor], which: Bool[Tensor, "B H"]) -> None:
         """See `SeparablePages.hear`."""
-        self.coded.hear(told, which)
+        self.coded.hear(told, which, self.counts())
 
     def same_pages(self, other: Any) -> bool:
         alike = isinstance(other, SeparableSegment) and torch.equal(self.coded.weights, other.coded.weights)

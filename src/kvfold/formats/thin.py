@@ -98,11 +98,12 @@ class ThinSegment(TokenSegment):
     def hear(self, told: Mapping[str, Tensor], which: Bool[Tensor, "B H"]) -> None:
         """Which channels stay, for the rows and heads of `which` that hold no token. ValueError for another number."""
         channels, kept = told.get(CHANNELS), self.form.kept(self.channels.shape[-1])
+        empty = torch.from_numpy(self.counts() == 0).to(which.device)
         if channels is None:
+            self.channels = self.channels & ~(which & empty)[..., None]  # who has no token begins anew
             return
         if bool((channels.sum(-1) != kept)[which].any()):
             raise ValueError(f"{CHANNELS}={channels.sum(-1).tolist()} must mark {kept} channels of each row and head")
-        empty = torch.from_numpy(self.counts() == 0).to(which.device)
         self.channels = torch.where((which & empty)[..., None], channels, self.channels)
 
     def append(self, chunk: Chunk, *, even: bool = False) -> None:

@@ -2,18 +2,24 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 
 def first_told(
-    name: str, held: Float[Tensor, "B H D"], told: Mapping[str, Tensor], which: Bool[Tensor, "B H"]
-) -> Float[Tensor, "B H D"]:
+    name: str, held: Float[Tensor, "B H D"], told: Mapping[str, Tensor], which: Bool[Tensor, "B H"],
+    counts: np.ndarray,
+) -> Float[Tensor, "B H D"]:  # fmt: skip
     """What is held, and what is `told` by `name` of the rows and heads of `which` where that is nothing yet (zeros).
+
+    A row and head without a token, `counts` (B, H), begins anew: what it was told goes with the last one.
 
     Raises ValueError where something else is told.
     """
+    empty = torch.from_numpy(counts == 0).to(held.device)
+    held = held.masked_fill((empty & which.to(held.device))[..., None], 0.0)
     if not told:
         return held
     strange = sorted(told.keys() - {name})

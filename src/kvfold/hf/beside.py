@@ -94,7 +94,9 @@ def select_rows(layer: Any, rows: np.ndarray) -> None:
 
 
 def row_nbytes(layer: Any, batch: int) -> np.ndarray:
-    """Bytes of each row, (B,): all have as much."""
+    """Bytes of each row, (B,): all have as much, but of windows in codes."""
+    if isinstance(layer, CodedWindow):
+        return layer.row_nbytes(batch)
     return np.full(batch, beside_bytes(layer) // max(1, batch), dtype=np.int64)
 
 

@@ -51,9 +51,10 @@ class Cache(Adopting):
     A long prompt goes through each layer in parts of `part_size` tokens (None: as many as were found to be fast on the
     CPU, elsewhere all at once; 0: all at once): that takes less memory, and the method and the answer are those of one
     pass.
-    With an `arena` its pages come out of that, which bounds the bytes of all caches that have it: a generated token
-    for which there is no page raises OutOfPages before any layer has read it. What a prompt keeps is known when it was
-    read, and new columns of a method when it makes them: then OutOfPages leaves this cache to be `reset()`.
+    With an `arena` its pages (those of windows in a format apart) come out of that, which bounds the bytes of all
+    caches that have it: a generated token for which there is no page raises OutOfPages before any layer has read it.
+    What a prompt keeps is known when it was read, and new columns of a method when it makes them: then OutOfPages
+    leaves this cache to be `reset()`.
 
     A wrapper around a model (a PeftModel, torch.compile's) will do: the cache belongs to the model in it.
     Raises ValueError for a model that can't work, naming what is missing, and for options that don't fit.

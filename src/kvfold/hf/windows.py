@@ -160,6 +160,12 @@ class CodedWindow(WindowLayer):
     def nbytes(self) -> int:
         return super().nbytes + (0 if self.segment is None else self.segment.nbytes)
 
+    def row_nbytes(self, batch: int) -> np.ndarray:
+        """Bytes of each row, (B,)."""
+        held = np.zeros(batch, dtype=np.int64) if self.segment is None else self.segment.row_nbytes()
+        sizes: np.ndarray = held + super().nbytes // max(1, batch)
+        return sizes
+
     @property
     def dense_nbytes(self) -> int:
         if not self.is_initialized:
@@ -203,16 +209,21 @@ class CodedWindow(WindowLayer):
             return
         index = torch.from_numpy(rows).to(self.keys.device)
         self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
-        self.segment = None if self.segment is None else self.segment.select(rows)
+        if self.segment is not None:
+            old, self.segment = self.segment, self.segment.select(rows)
+            old.clear()  # what only rows that are gone held is free
+            self.segment.compact()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.choose(beam_idx.cpu().numpy())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.choose(np.repeat(np.arange(len(self.keys)), repeats))
+        if self.is_initialized:
+            self.choose(np.repeat(np.arange(len(self.keys)), repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.choose(np.arange(len(self.keys))[indices.cpu().numpy()])
+        if self.is_initialized:
+            self.choose(np.arange(len(self.keys))[indices.cpu().numpy()])
 
     def compact(self) -> None:
         if self.segment is not None:
@@ -231,6 +242,8 @@ class CodedWindow(WindowLayer):
 
     def join(self, other: "CodedWindow") -> None:
         """Take the rows of another such layer behind ours; both have read something, and no call is going on."""
+        for layer in (self, other):
+            layer.settle()  # after a call that failed
         assert self.segment is not None and other.segment is not None
         self.segment.join(other.segment)
         self.keys, self.values = (torch.cat(x) for x in ((self.keys, other.keys), (self.values, other.values)))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvfold.formats import WEIGHTS, Separable
 from kvfold.methods.base import Method, method
+from kvfold.ops.codes.packing import BITS
 from kvfold.options import check_choice, check_int, check_number
 from kvfold.scores import keep_top
 from kvfold.views import LayerView, Queries
@@ -75,6 +76,9 @@ class ZipCache(Method):
         check_choice("counts", self.counts, ("probes", "code"))
         check_int("gap", self.gap, 1)
         check_int("seed", self.seed, 0)
+        for name, bits in (("high", self.high), ("low", self.low)):
+            check_int(name, bits, min(BITS), high=max(BITS))
+            check_choice(name, bits, BITS)
         if self.high == self.low:
             raise ValueError(f"high={self.high} must differ from low={self.low}: kivi has one width for all tokens")
         self.forms  # noqa: B018  (raises for options that can't be)

@@ -159,7 +159,8 @@ def _piece(source: Origin, part: ContextPart, blob: Blob, model: PreTrainedModel
         del content
         piece = Cache.load(path, model, arena)
     tokens = list(range(part.start, part.end))
-    held = all(row == [tokens] * len(row) for core in piece.paged for row in core.kept())
+    heads = [core.shape[0] if core.shape else 0 for core in piece.paged]
+    held = all(core.kept() == [[tokens] * each] for core, each in zip(piece.paged, heads, strict=True)) and all(heads)
     read_so_far = piece.rows.seen.tolist(), piece.rows.width, piece.method == parse("full"), piece.prefill_chunk
     if not held or read_so_far != ([part.end], part.end, True, None) or piece.reading is not None:
         raise ValueError(f"{blob.file} holds other tokens than {part.start} to {part.end} of one text, in full")

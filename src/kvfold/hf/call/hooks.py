@@ -234,6 +234,8 @@ def _after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output:
     cache.pending.uncropped = cache.pending.recording
     with cache.ending() if _outermost(cache, module) else nullcontext():
         cache.finish(plan, lambda read: greedy_of(None if chosen else output, read))
+    for window in cache.coded_windows if not cache.mode.parts else ():
+        window.settle()  # also where the caller called the model's body
 
 
 def _drafted(kwargs: dict[str, Any]) -> int:

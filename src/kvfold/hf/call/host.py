@@ -177,8 +177,6 @@ class Host(Checked):
         call, self.call = self.call, Call()
         if call.marks is not None:
             self.reading, self.given = call.after, self.given.more(call.ids)
-            for window in self.coded_windows:
-                window.settle()
         try:
             yield call
         except BaseException:

@@ -49,7 +49,7 @@ def planes_of(
     """The planes to code: name, layer, tokens of each row and head, and which of them are the first of their text."""
     seen = torch.tensor(header["rows"]["seen"], dtype=torch.int64)
     for layer, said in enumerate(header["layers"]):
-        if said["kind"] == "window" and f"{layer}.keys" in tensors:
+        if said["kind"] == "window" and "held" not in said and f"{layer}.keys" in tensors:
             b, h, t, _ = tensors[f"{layer}.keys"].shape
             counts = np.full((b, h), t)
             place = torch.arange(t) + seen[:, None] - t  # rows end at the same column

@@ -15,6 +15,7 @@ from kvfold.options import LARGEST
 
 def window_state(layer: CodedWindow) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a layer holds, as JSON and tensors."""
+    layer.settle()  # after a call that failed
     said: dict[str, Any] = {"kind": "window", "length": layer.cumulative_length, "held": None}
     if layer.segment is None:
         return said, {}
@@ -28,8 +29,8 @@ def check_window(layer: CodedWindow, entry: Entry, tensors: Mapping[str, Tensor]
     """Raise ValueError unless `window_state` could have given this for so many rows and columns."""
     length = entry.integer("length", high=min(width, LARGEST))
     if entry.null("held"):
-        if tensors:
-            raise ValueError(f"{entry.where} has a tensor {sorted(tensors)[0]!r} of nothing that is held")
+        if tensors or length:
+            raise ValueError(f"{entry.where} has held=null, and length={length} and tensors {sorted(tensors)}")
         return
     held = entry.part("held")
     spec = _spec(layer, held, rows, torch.device("cpu"))
