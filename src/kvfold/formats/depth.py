@@ -192,6 +192,9 @@ class DepthSegment(TokenSegment):
 
     def cropped(self, limit: np.ndarray) -> None:
         self.upto = np.minimum(self.upto, limit)
+        if self.remembered is not None and (limit == 0).any():  # of a row whose text is gone as a whole: NaN
+            gone = torch.from_numpy(limit == 0).to(self.remembered.device)
+            self.remembered = self.remembered.masked_fill(gone[:, None], torch.nan)
 
     def drop_tokens(self) -> None:
         """Drop the tokens, but not what is remembered of the text."""

@@ -130,9 +130,9 @@ def widened(
     known: Float[Tensor, "B 2"] | None, d: Float[Tensor, "B H T"], pair: Pair
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
     """The least and the greatest distance of each row's prompts; of all tokens there are, where no prompt told."""
-    if known is None:
-        none = d.new_full((len(d),), torch.inf)
-        known = torch.stack([none, -none], 1)
+    none = d.new_full((len(d),), torch.inf)
+    none = torch.stack([none, -none], 1)
+    known = none if known is None else torch.where(known.isnan(), none, known)
     told = pair.prompt | (known[:, :1, None] > known[:, 1:, None])
     counts = pair.valid & told & d.isfinite()
     low = torch.minimum(known[:, 0], d.masked_fill(~counts, torch.inf).amin((1, 2)))
