@@ -3,10 +3,10 @@
     python benchmarks/perplexity.py --file wikitext-2-valid.txt --context 2048 --tokens 2048 \\
         --methods "kivi(bits=4),kivi(bits=2),turboquant,zipcache,mustafar,mikv(bits=4)"
 
-The first `--context` tokens are read at once, exactly, and the next `--tokens` are fed one by one: each is scored by what
-the cache holds then. (In one pass over all nothing would be seen: a prompt attends in full.) DynamicCache comes first; it
-is what the others are held against. transformers' quantised caches are among the rows where they work; what is missing
-is named. Bytes are those at the end, everything included, over DynamicCache's in float16.
+The first `--context` tokens are read at once, exactly, and the next `--tokens` are fed one by one: each is scored by
+what the cache holds then. (In one pass over all nothing would be seen: a prompt attends in full.) DynamicCache comes
+first; it is what the others are held against. transformers' quantised caches are among the rows where they work; what
+is missing is named. Bytes are those at the end, everything included, over DynamicCache's in float16.
 """
 
 import argparse
