@@ -1,31 +1,28 @@
 """Kivi: keys in a few bits by channel, values by token, behind them a dense residual (KIVI, arXiv:2402.02750)."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvfold.formats.coded import CodedPages, coded_planes
-from kvfold.formats.dense import Dense, DenseSegment
 from kvfold.formats.flat import Flat
-from kvfold.formats.paged import check_positions, check_tensors, open_table, refilled, said_counts
-from kvfold.formats.segment import Segment, Spec, Traits
-from kvfold.formats.tailed import TailedSegment
-from kvfold.formats.tokens import POSITION, Chunk
+from kvfold.formats.paged import open_table
+from kvfold.formats.segment import Spec, Traits
+from kvfold.formats.tailed import Tailed, TailedSegment
 from kvfold.ops.codes.packing import BITS
-from kvfold.options import check_choice, check_int, shown
-from kvfold.pages import PAGE_SIZE, PagePool
+from kvfold.options import check_choice, check_int
+from kvfold.pages import Plane
 from kvfold.pages.rows import spans
 
 S = TypeVar("S", bound="KiviSegment")
 
 
 @dataclass(frozen=True)
-class Kivi:
+class Kivi(Tailed):
     """Pages of `group` tokens in codes of `bits` bits, behind them at least `residual` tokens in full precision.
 
     A channel of the keys has a scale and a zero for each page, `channels` numbers of a value have theirs for each
@@ -44,6 +41,8 @@ class Kivi:
     channels: int = 32
     residual: int = 128
     requantise: bool = False
+
+    whole = True
 
     def __post_init__(self) -> None:
         check_int("bits", self.bits, min(BITS), high=max(BITS))
@@ -66,114 +65,21 @@ class Kivi:
             raise ValueError(f"channels={self.channels} must divide the value size {spec.value_size}")
         return channels
 
-    @property
-    def newest(self) -> Dense:
-        """The format of the tail: so many tokens a page that a group is whole pages."""
-        return Dense(page_size=math.gcd(self.group, PAGE_SIZE))
+    def planes(self, spec: Spec) -> dict[str, Plane]:
+        """What a page of codes holds."""
+        return coded_planes(spec, self.bits, self.channels_of(spec))
 
     def open(self, spec: Spec) -> "KiviSegment":
-        planes, newest = coded_planes(spec, self.bits, self.channels_of(spec)), self.newest
-        codes = open_table(self, spec, planes, self.group)
-        tail = open_table(newest, spec, newest.planes(spec), newest.page_size, scattered=True)
+        codes = open_table(self, spec, self.planes(spec), self.group)
         coded = CodedPages(codes, spec.heads, spec.dtype, spec.value_size, self.bits)
-        return KiviSegment(self, coded, DenseSegment(tail, spec.heads, spec.dtype))
-
-    def check(
-        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
-    ) -> None:
-        counts, coded = self._counts(spec, said)
-        parts, newest = _parts(tensors), self.newest
-        check_tensors(parts[0], coded_planes(spec, self.bits, self.channels_of(spec)), coded, self.group)
-        check_tensors(parts[1], newest.planes(spec), counts - coded)
-        for part, some in zip(parts, (coded, counts - coded), strict=True):
-            check_positions(some, part[POSITION], seen)
-
-    def _counts(self, spec: Spec, said: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of each row, and how many of them are coded, (B, H). ValueError where that can't be."""
-        counts, coded = said_counts(spec, said), said_counts(spec, said, "coded")
-        if (coded % self.group).any() or (coded > counts).any():
-            raise ValueError(
-                f"coded={shown(said['coded'])} must be multiples of group={self.group}, counts={shown(said['counts'])}"
-            )
-        return counts, coded
-
-    def restore(
-        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
-    ) -> "KiviSegment":
-        counts, coded = self._counts(spec, said)
-        if twin is not None:
-            if isinstance(twin, KiviSegment) and np.array_equal([twin.counts(), twin.coded.counts()], [counts, coded]):
-                return twin.select(np.arange(spec.rows))
-            raise ValueError(f"counts={said['counts']} must be those of the segment that holds the same pages")
-        self.check(spec, said, tensors)
-        parts, segment = _parts(tensors), self.open(spec)
-        refilled(segment.coded, coded, parts[0])
-        refilled(segment.tail, counts - coded, parts[1])
-        return segment
-
-
-def _parts(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """What a state has of codes and of the tail. ValueError for what is of neither."""
-    strange = sorted(name for name in tensors if name.partition(".")[0] not in ("coded", "tail"))
-    if strange:
-        raise ValueError(f"tensors: {strange[0]!r} must begin with 'coded.' or 'tail.'")
-    return [{n.removeprefix(p): x for n, x in tensors.items() if n.startswith(p)} for p in ("coded.", "tail.")]
+        return KiviSegment(self, coded, self.open_tail(spec))
 
 
 class KiviSegment(TailedSegment[CodedPages]):
     """Pages of codes, then the newest tokens."""
 
-    def __init__(self, form: Kivi, coded: CodedPages, tail: DenseSegment):
-        super().__init__(coded, tail)
-        self.form = form
-
-    def like(self: S, coded: CodedPages, tail: DenseSegment) -> S:
-        return type(self)(self.form, coded, tail)
-
-    def join(self, other: Any) -> None:
-        if not isinstance(other, KiviSegment) or other.form != self.form:
-            raise ValueError(f"other={getattr(other, 'form', type(other).__name__)!r} must be of format {self.form}")
-        super().join(other)
-
-    def pages_for(self, more: np.ndarray) -> dict[PagePool, int]:
-        moved = self._moved(more)
-        beyond = np.maximum(moved - self.tail.counts(), 0)
-        # A row that is coded beyond its tail begins a page where it had a part of one.
-        tail = self.tail.table.pages_for((more - beyond).reshape(-1)) + int((beyond > 0).sum())
-        if self.tail.table.holed and self.tail.shared:  # holes are closed first, on pages of its own
-            tail += int(self.tail.table.needed.sum()) + self.tail.table.rows
-        return {self.coded.pool: int(moved.sum()) // self.form.group, self.tail.pool: tail}
-
-    def _moved(self, more: np.ndarray) -> np.ndarray:
-        """Tokens that are coded when so many more come, (B, H)."""
-        over = self.tail.counts() + more - self.form.residual
-        moved: np.ndarray = np.maximum(over // self.form.group, 0) * self.form.group
-        return moved
-
-    def _front(self, counts: np.ndarray) -> Flat:
-        """The first so many tokens of each row's tail, which then has no holes."""
-        self.tail.close()
-        rows, slots = spans(np.zeros(counts.size, dtype=np.int64), counts.reshape(-1))
-        return Flat(counts.reshape(-1), self.tail.table.read(self.tail.pool.planes, rows, slots))
-
-    def append(self, chunk: Chunk, *, even: bool = False) -> None:
-        for part in self.parts:
-            part.add_columns(chunk.columns)
-        more = np.full(self.counts().shape, chunk.valid.shape[-1]) if even else chunk.valid.sum(-1).cpu().numpy()
-        moved = self._moved(more)
-        if not moved.any():
-            self.tail.append(chunk, even=even)
-            return
-        old = self._front(np.minimum(moved, self.tail.counts()))
-        self.ask(self.pages_for(more))
-        beyond = moved - old.counts.reshape(moved.shape)
-        now = chunk.valid & (chunk.valid.cumsum(-1) <= self.coded.place(beyond)[..., None])
-        states = {"keys": chunk.keys[now].to(self.tail.compute), "values": chunk.values[now].to(self.tail.compute)}
-        new = Flat(beyond.reshape(-1), states | {name: column[now] for name, column in chunk.columns.items()})
-        self.coded.add_pages(old.then(new))
-        first = np.arange(self.tail.table.table.shape[1]) * self.tail.pool.page_size
-        self.tail.table.drop_pages(first < old.counts[:, None])
-        self.tail.append(chunk.but(chunk.valid & ~now))
+    def _leave(self, tokens: Flat) -> None:
+        self.coded.add_pages(tokens)
 
     def keep(self, mask: Tensor, columns: Mapping[str, Tensor], *, slack: bool = False) -> None:
         cut, group, table, tail = self.coded.longest, self.form.group, self.coded.table, self.tail

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvfold.formats.coded import CodedPages, coded_planes
-from kvfold.formats.dense import DenseSegment
+from kvfold.formats.coded import CodedPages
 from kvfold.formats.flat import Flat
 from kvfold.formats.kivi import Kivi, KiviSegment
-from kvfold.formats.paged import open_table, refilled, said_counts
+from kvfold.formats.paged import open_table
 from kvfold.formats.segment import Segment, Spec
+from kvfold.formats.tailed import TailedSegment
 from kvfold.formats.told import check_told, first_told, settled
 from kvfold.ops.codes.naive import decoded_values, value_pages
 from kvfold.pages import PageTable
@@ -39,37 +39,27 @@ class Separable(Kivi):
     residual: int = 0
 
     def open(self, spec: Spec) -> "SeparableSegment":
-        planes, newest = coded_planes(spec, self.bits, self.channels_of(spec)), self.newest
-        codes = open_table(self, spec, planes, self.group)
-        tail = open_table(newest, spec, newest.planes(spec), newest.page_size, scattered=True)
+        codes = open_table(self, spec, self.planes(spec), self.group)
         weights = torch.zeros(spec.rows, spec.heads, spec.value_size, dtype=torch.float32, device=spec.device)
         coded = SeparablePages(codes, spec.heads, spec.dtype, spec.value_size, self.bits, weights)
-        return SeparableSegment(self, coded, DenseSegment(tail, spec.heads, spec.dtype))
+        return SeparableSegment(self, coded, self.open_tail(spec))
+
+    def of_tokens(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {name: x for name, x in tensors.items() if name != HELD}
 
     def check(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
     ) -> None:
         check_told(HELD, tensors.get(HELD), (spec.rows, spec.heads, spec.value_size))
-        super().check(spec, said, _but_weights(tensors), seen)
+        super().check(spec, said, tensors, seen)
 
     def restore(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
-    ) -> "SeparableSegment":
-        if twin is not None:
-            found = super().restore(spec, said, tensors, twin)
-            assert isinstance(found, SeparableSegment)
-            return found
-        self.check(spec, said, tensors)
-        segment, tokens = self.open(spec), _but_weights(tensors)
-        counts, coded = said_counts(spec, said), said_counts(spec, said, "coded")
-        for part, name, some in ((segment.coded, "coded.", coded), (segment.tail, "tail.", counts - coded)):
-            refilled(part, some, {n.removeprefix(name): x for n, x in tokens.items() if n.startswith(name)})
-        segment.coded.weights = tensors[HELD].to(spec.device)
+    ) -> "TailedSegment[Any]":
+        segment = super().restore(spec, said, tensors, twin)
+        if twin is None:
+            segment.coded.weights = tensors[HELD].to(spec.device)
         return segment
-
-
-def _but_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x for name, x in tensors.items() if name != HELD}
 
 
 class SeparablePages(CodedPages):

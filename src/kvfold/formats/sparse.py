@@ -1,6 +1,5 @@
 """Sparse: of keys and values the largest numbers and a bitmap, behind them a window (Mustafar, arXiv:2505.22913)."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,14 +11,14 @@ from torch import Tensor
 
 from kvfold import ops
 from kvfold.formats.by_token import TokenSegment
-from kvfold.formats.dense import Dense, DenseSegment
-from kvfold.formats.paged import check_positions, check_tensors, open_table, refilled, said_counts
-from kvfold.formats.segment import Segment, Spec, Traits
+from kvfold.formats.paged import open_table
+from kvfold.formats.segment import Spec, Traits
+from kvfold.formats.tailed import Tailed
 from kvfold.formats.tokens import LOG_MASS, POSITION
-from kvfold.formats.windowed import WindowedSegment, parts_of
+from kvfold.formats.windowed import WindowedSegment
 from kvfold.ops.attend import blocked
 from kvfold.ops.sparse.packing import kept_of, map_bytes, marked, pack, unpack
-from kvfold.options import check_int, check_number, shown
+from kvfold.options import check_int, check_number
 from kvfold.pages import PAGE_SIZE, PageTable, Plane
 from kvfold.rotation import Compact
 
@@ -31,7 +30,7 @@ MOST = 0.99
 
 
 @dataclass(frozen=True)
-class Sparse:
+class Sparse(Tailed):
     """The numbers of the largest magnitude of each key and each value in the model's dtype, a bitmap of their channels,
     and the newest tokens as they are.
 
@@ -48,6 +47,7 @@ class Sparse:
     residual: int = 32
     group: int = PAGE_SIZE
 
+    whole = False
     traits: ClassVar[Traits] = Traits(crops="approximate")
 
     def __post_init__(self) -> None:
@@ -65,55 +65,22 @@ class Sparse:
             POSITION: Plane(None, torch.int32),
         }  # fmt: skip
 
-    @property
-    def newest(self) -> Dense:
-        """The format of the window: so many tokens a page that a group is whole pages."""
-        return Dense(page_size=math.gcd(self.group, PAGE_SIZE))
-
     def open(self, spec: Spec) -> "SparseSegment":
-        newest = self.newest
         table = open_table(self, spec, self.planes(spec), PAGE_SIZE)
-        tail = open_table(newest, spec, newest.planes(spec), newest.page_size, scattered=True)
         coded = SparsePages(table, spec.heads, spec.dtype, spec.key_size, spec.value_size)
-        return SparseSegment(self, coded, DenseSegment(tail, spec.heads, spec.dtype))
+        return SparseSegment(self, coded, self.open_tail(spec))
 
     def check(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
     ) -> None:
-        counts, coded = self._counts(spec, said)
-        parts, newest = parts_of(tensors), self.newest
-        check_tensors(parts[0], self.planes(spec), coded)
-        check_tensors(parts[1], newest.planes(spec), counts - coded)
-        for part, some in zip(parts, (coded, counts - coded), strict=True):
-            check_positions(some, part[POSITION], seen)
+        super().check(spec, said, tensors, seen)
         for name, size in (("keys", spec.key_size), ("values", spec.value_size)):
-            count, bits = parts[0][name].shape[-1], marked(parts[0][MAPS[name]], 8 * map_bytes(size))
+            count, maps = tensors[f"coded.{name}"].shape[-1], tensors[f"coded.{MAPS[name]}"]
+            bits = marked(maps, 8 * map_bytes(size))
             wrong = (bits.sum(-1) != count) | bits[:, size:].any(-1)
             if bool(wrong.any()):
                 token = int(wrong.nonzero()[0, 0])
                 raise ValueError(f"{MAPS[name]} of token {token} must mark {count} of {size} channels")
-
-    def _counts(self, spec: Spec, said: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of each row, and how many of them are pruned, (B, H). ValueError where that can't be."""
-        counts, coded = said_counts(spec, said), said_counts(spec, said, "coded")
-        if (coded > counts).any():
-            raise ValueError(f"coded={shown(said['coded'])} must be at most counts={shown(said['counts'])}")
-        return counts, coded
-
-    def restore(
-        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
-    ) -> "SparseSegment":
-        counts, coded = self._counts(spec, said)
-        if twin is not None:
-            wanted = [counts, coded]
-            if isinstance(twin, SparseSegment) and np.array_equal([twin.counts(), twin.coded.counts()], wanted):
-                return twin.select(np.arange(spec.rows))
-            raise ValueError(f"counts={said['counts']} must be those of the segment that holds the same pages")
-        self.check(spec, said, tensors)
-        parts, segment = parts_of(tensors), self.open(spec)
-        refilled(segment.coded, coded, parts[0])
-        refilled(segment.tail, counts - coded, parts[1])
-        return segment
 
 
 class SparsePages(TokenSegment):
@@ -150,23 +117,3 @@ class SparsePages(TokenSegment):
 
 class SparseSegment(WindowedSegment[SparsePages]):
     """Pruned tokens, then the newest."""
-
-    def __init__(self, form: Sparse, coded: SparsePages, tail: DenseSegment):
-        super().__init__(coded, tail)
-        self.form = form
-
-    @property
-    def residual(self) -> int:
-        return self.form.residual
-
-    @property
-    def group(self) -> int:
-        return self.form.group
-
-    def like(self, coded: SparsePages, tail: DenseSegment) -> "SparseSegment":
-        return SparseSegment(self.form, coded, tail)
-
-    def join(self, other: Any) -> None:
-        if not isinstance(other, SparseSegment) or other.form != self.form:
-            raise ValueError(f"other={getattr(other, 'form', type(other).__name__)!r} must be of format {self.form}")
-        super().join(other)

@@ -1,6 +1,5 @@
 """Segments whose tokens lie in another format as soon as they leave a window of the newest ones."""
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -11,68 +10,13 @@ from torch import Tensor
 from kvfold.formats.by_token import TokenSegment
 from kvfold.formats.flat import Flat
 from kvfold.formats.tailed import TailedSegment
-from kvfold.formats.tokens import Chunk
 from kvfold.pages import PagePool
-from kvfold.pages.rows import spans
 
 C = TypeVar("C", bound=TokenSegment)
 
 
 class WindowedSegment(TailedSegment[C]):
-    """Tokens in a format that is addressed token by token, and behind them the newest as they are.
-
-    As soon as a row has `residual + group` tokens in the window, the oldest `group` of them leave it.
-    """
-
-    @property
-    @abstractmethod
-    def residual(self) -> int:
-        """Tokens that stay in the window, at least."""
-
-    @property
-    @abstractmethod
-    def group(self) -> int:
-        """Tokens that leave it together; a multiple of the tail's tokens a page."""
-
-    def pages_for(self, more: np.ndarray) -> dict[PagePool, int]:
-        moved = self._moved(more)
-        beyond = np.maximum(moved - self.tail.counts(), 0)
-        # A row whose window is passed by begins a page where it had a part of one.
-        tail = self.tail.table.pages_for((more - beyond).reshape(-1)) + int((beyond > 0).sum())
-        if self.tail.table.holed and self.tail.shared:  # holes are closed first, on pages of its own
-            tail += int(self.tail.table.needed.sum()) + self.tail.table.rows
-        return {self.coded.pool: self.coded.table.pages_for(moved.reshape(-1)), self.tail.pool: tail}
-
-    def _moved(self, more: np.ndarray) -> np.ndarray:
-        """Tokens that leave the window when so many more come, (B, H)."""
-        over = self.tail.counts() + more - self.residual
-        moved: np.ndarray = np.maximum(over // self.group, 0) * self.group
-        return moved
-
-    def _front(self, counts: np.ndarray) -> Flat:
-        """The first so many tokens of each row's window, which then has no holes."""
-        self.tail.close()
-        rows, slots = spans(np.zeros(counts.size, dtype=np.int64), counts.reshape(-1))
-        return Flat(counts.reshape(-1), self.tail.table.read(self.tail.pool.planes, rows, slots))
-
-    def append(self, chunk: Chunk, *, even: bool = False) -> None:
-        for part in self.parts:
-            part.add_columns(chunk.columns)
-        more = np.full(self.counts().shape, chunk.valid.shape[-1]) if even else chunk.valid.sum(-1).cpu().numpy()
-        moved = self._moved(more)
-        if not moved.any():
-            self.tail.append(chunk, even=even)
-            return
-        old = self._front(np.minimum(moved, self.tail.counts()))
-        self.ask(self.pages_for(more))
-        beyond = torch.from_numpy(moved - old.counts.reshape(moved.shape)).to(chunk.valid.device)
-        now = chunk.valid & (chunk.valid.cumsum(-1) <= beyond[..., None])
-        states = {"keys": chunk.keys[now].to(self.tail.compute), "values": chunk.values[now].to(self.tail.compute)}
-        new = Flat(beyond.reshape(-1).cpu().numpy(), states | {name: x[now] for name, x in chunk.columns.items()})
-        self._leave(old.then(new))
-        first = np.arange(self.tail.table.table.shape[1]) * self.tail.pool.page_size
-        self.tail.table.drop_pages(first < old.counts[:, None])
-        self.tail.append(chunk.but(chunk.valid & ~now))
+    """Tokens in a format that is addressed token by token, and behind them the newest as they are."""
 
     def _leave(self, tokens: Flat) -> None:
         """Tokens in the model's numbers go where they lie in the other format."""
@@ -114,11 +58,3 @@ class WindowedSegment(TailedSegment[C]):
     @property
     def parts(self) -> tuple[TokenSegment, ...]:
         return self.coded, self.tail
-
-
-def parts_of(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """What a state has of the tokens that left the window, and of those in it. ValueError for what is of neither."""
-    strange = sorted(name for name in tensors if name.partition(".")[0] not in ("coded", "tail"))
-    if strange:
-        raise ValueError(f"tensors: {strange[0]!r} must begin with 'coded.' or 'tail.'")
-    return [{n.removeprefix(p): x for n, x in tensors.items() if n.startswith(p)} for p in ("coded.", "tail.")]
