@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvfold.formats.paged import check_paged, open_table, restored
+from kvfold.formats.by_token import ByToken
+from kvfold.formats.paged import open_table
 from kvfold.formats.segment import Segment, Spec, Traits
 from kvfold.formats.token_codes import CodedTokens, scale_dtype, token_planes
 from kvfold.formats.tokens import Chunk
@@ -25,7 +26,7 @@ BALANCER = "balancer"
 
 
 @dataclass(frozen=True)
-class Balanced:
+class Balanced(ByToken):
     """2^bits steps from the least to the greatest of `groups` runs of a token's channels, with their scale and zero.
 
     Keys are multiplied by a balancer, channel by channel, before they become codes, and queries divided by it: in exact
@@ -39,6 +40,7 @@ class Balanced:
     page_size: int = PAGE_SIZE
 
     traits: ClassVar[Traits] = Traits()
+    beside = BALANCER
 
     def __post_init__(self) -> None:
         check_int("bits", self.bits, min(BITS), high=max(BITS))
@@ -66,16 +68,12 @@ class Balanced:
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
     ) -> None:
         check_told(BALANCER, tensors.get(BALANCER), (spec.rows, spec.heads, spec.key_size))
-        tokens = {name: plane for name, plane in tensors.items() if name != BALANCER}
-        check_paged(self.planes(spec), self.page_size, spec, said, tokens, seen)
+        super().check(spec, said, tensors, seen)
 
     def restore(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
     ) -> "BalancedSegment":
-        if twin is None:
-            self.check(spec, said, tensors)
-        tokens = {name: plane for name, plane in tensors.items() if name != BALANCER}
-        segment = restored(lambda: self.open(spec), spec, said, tokens, twin)
+        segment: BalancedSegment = super().restore(spec, said, tensors, twin)
         held = twin.balancer if isinstance(twin, BalancedSegment) else tensors[BALANCER].to(spec.device)
         return segment.with_balancer(held)
 

@@ -1,14 +1,48 @@
 """Segments on pages whose tokens are written, dropped and written over one by one."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from kvfold import ops
-from kvfold.formats.paged import PagedSegment, one_each
+from kvfold.formats.paged import PagedSegment, check_paged, of_tokens, one_each, restored
+from kvfold.formats.segment import Segment, Spec
 from kvfold.formats.tokens import Chunk
+from kvfold.pages import Plane
+
+
+class ByToken(ABC):
+    """A format whose segments are pages of tokens, each for itself, and perhaps something beside them."""
+
+    page_size: int
+    beside: ClassVar[str | None] = None
+    """What a state calls the tensor that is of no token."""
+
+    @abstractmethod
+    def planes(self, spec: Spec) -> dict[str, Plane]:
+        """What its pages hold from the start."""
+
+    @abstractmethod
+    def open(self, spec: Spec) -> Any:
+        """See `Format.open`."""
+
+    def check(
+        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
+    ) -> None:
+        """See `Format.check`."""
+        tokens = of_tokens(tensors, self.beside)
+        check_paged(self.planes(spec), self.page_size, spec, said, tokens, seen)
+
+    def restore(
+        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
+    ) -> Any:
+        """See `Format.restore`."""
+        if twin is None:
+            self.check(spec, said, tensors)
+        return restored(lambda: self.open(spec), spec, said, of_tokens(tensors, self.beside), twin)
 
 
 class TokenSegment(PagedSegment):

@@ -1,17 +1,15 @@
 """Dense: keys and values as they are, in the model's dtype or a narrower one, on pages."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kvfold import ops
-from kvfold.formats.by_token import TokenSegment
-from kvfold.formats.paged import check_paged, open_table, restored
-from kvfold.formats.segment import Segment, Spec, Traits
+from kvfold.formats.by_token import ByToken, TokenSegment
+from kvfold.formats.paged import open_table
+from kvfold.formats.segment import Spec, Traits
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk
 from kvfold.options import check_choice, check_int
 from kvfold.pages import PAGE_SIZE, Plane
@@ -19,7 +17,7 @@ from kvfold.rotation import Compact
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(ByToken):
     """Keys and values unchanged (`dtype=None`) or rounded to `dtype`; addressable token by token, exact to crop."""
 
     dtype: torch.dtype | None = None
@@ -39,18 +37,6 @@ class Dense:
 
     def open(self, spec: Spec) -> "DenseSegment":
         return DenseSegment(open_table(self, spec, self.planes(spec), self.page_size), spec.heads, spec.dtype)
-
-    def check(
-        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
-    ) -> None:
-        check_paged(self.planes(spec), self.page_size, spec, said, tensors, seen)
-
-    def restore(
-        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
-    ) -> "DenseSegment":
-        if twin is None:
-            self.check(spec, said, tensors)
-        return restored(lambda: self.open(spec), spec, said, tensors, twin)
 
     def segment(self, chunk: Chunk) -> "DenseSegment":
         """`open` for tokens like those of `chunk`."""

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kvfold.formats.by_token import TokenSegment
-from kvfold.formats.paged import check_paged, open_table, restored
+from kvfold.formats.by_token import ByToken, TokenSegment
+from kvfold.formats.paged import open_table
 from kvfold.formats.segment import Segment, Spec, Traits
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk
 from kvfold.ops.attend.blocked import Block, attend_blocks
@@ -25,7 +25,7 @@ NORMS = {"keys": KEY_NORM, "values": VALUE_NORM}
 
 
 @dataclass(frozen=True)
-class Depth:
+class Depth(ByToken):
     """Unit vectors in the model's dtype, their lengths beside them; `side` 0 for the lower layer of a pair, 1 for the
     upper. Addressable token by token; what one layer alone drops or changes is copied first.
     """
@@ -34,6 +34,7 @@ class Depth:
     page_size: int = PAGE_SIZE
 
     traits: ClassVar[Traits] = Traits()
+    beside = "state"
 
     def __post_init__(self) -> None:
         check_choice("side", self.side, (0, 1))
@@ -53,8 +54,7 @@ class Depth:
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
     ) -> None:
         self._check_text(spec, said, tensors, seen)
-        tokens = {name: plane for name, plane in tensors.items() if name != "state"}
-        check_paged(self.planes(spec), self.page_size, spec, said, tokens, seen)
+        super().check(spec, said, tensors, seen)
 
     def _check_text(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
@@ -77,10 +77,7 @@ class Depth:
         if isinstance(twin, DepthSegment) and not planes.keys() <= twin.pool.specs.keys():
             lacking = sorted(planes.keys() - twin.pool.specs.keys())
             raise ValueError(f"{lacking[0]} is not among what the segment that holds the same pages has")
-        if twin is None:
-            self.check(spec, said, tensors)
-        tokens = {name: plane for name, plane in tensors.items() if name != "state"}
-        segment = restored(lambda: self.open(spec), spec, said, tokens, twin)
+        segment: DepthSegment = super().restore(spec, said, tensors, twin)
         segment.upto = np.array(said["upto"], dtype=np.int64)
         segment.remembered = None if state is None else state.to(spec.device)
         return segment

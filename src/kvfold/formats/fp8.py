@@ -1,16 +1,14 @@
 """Fp8: keys and values in eight bits (float8_e4m3fn), a scale for each token's key and one for its value."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.formats.by_token import TokenSegment
-from kvfold.formats.paged import check_paged, open_table, restored
-from kvfold.formats.segment import Segment, Spec, Traits
+from kvfold.formats.by_token import ByToken, TokenSegment
+from kvfold.formats.paged import open_table
+from kvfold.formats.segment import Spec, Traits
 from kvfold.formats.tokens import LOG_MASS, POSITION
 from kvfold.ops.attend.blocked import Block, attend_blocks
 from kvfold.options import check_int
@@ -25,7 +23,7 @@ LARGEST = torch.finfo(CODE).max
 
 
 @dataclass(frozen=True)
-class Fp8:
+class Fp8(ByToken):
     """Each key and each value is codes times its largest magnitude / 448: a number is off by at most 1/16 of itself.
 
     (Or, if it is that small, by the 458,752nd part of the largest.) Addressable token by token, exact to crop; what is
@@ -48,18 +46,6 @@ class Fp8:
 
     def open(self, spec: Spec) -> "Fp8Segment":
         return Fp8Segment(open_table(self, spec, self.planes(spec), self.page_size), spec.heads, spec.dtype)
-
-    def check(
-        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
-    ) -> None:
-        check_paged(self.planes(spec), self.page_size, spec, said, tensors, seen)
-
-    def restore(
-        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
-    ) -> "Fp8Segment":
-        if twin is None:
-            self.check(spec, said, tensors)
-        return restored(lambda: self.open(spec), spec, said, tensors, twin)
 
 
 class Fp8Segment(TokenSegment):

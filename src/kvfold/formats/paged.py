@@ -232,6 +232,11 @@ def check_positions(counts: np.ndarray, positions: Tensor, seen: np.ndarray | No
         raise ValueError(f"{POSITION}={int(positions[wrong][0])} of a token, which its row has not read")
 
 
+def of_tokens(tensors: Mapping[str, Tensor], beside: str | None) -> dict[str, Tensor]:
+    """What a state has of tokens: all but what it holds under the name `beside`."""
+    return {name: tensor for name, tensor in tensors.items() if name != beside}
+
+
 def check_paged(
     planes: Mapping[str, Plane], page_size: int, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor],
     seen: np.ndarray | None,

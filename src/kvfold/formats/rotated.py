@@ -1,6 +1,5 @@
 """Rotated: keys and values turned at random, their numbers as one of a few levels (TurboQuant, arXiv:2504.19874)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kvfold.formats.by_token import ByToken
 from kvfold.formats.gaussian import Rotation, lloyd_max, middles
-from kvfold.formats.paged import check_paged, open_table, restored
-from kvfold.formats.segment import Segment, Spec, Traits
+from kvfold.formats.paged import open_table
+from kvfold.formats.segment import Spec, Traits
 from kvfold.formats.token_codes import CodedTokens, scale_dtype, token_planes
 from kvfold.formats.tokens import Chunk
 from kvfold.ops.codes.packing import pack
@@ -27,7 +27,7 @@ BOTH = ("keys", "values"), ("key_scale", "value_scale")
 
 
 @dataclass(frozen=True)
-class Rotated:
+class Rotated(ByToken):
     """Each key and each value is a rotation's transpose times levels times one scale of its own.
 
     A random rotation, one for each layer, makes the numbers of any vector look normally distributed; each becomes the
@@ -68,18 +68,6 @@ class Rotated:
     def open(self, spec: Spec) -> "RotatedSegment":
         table = open_table(self, spec, self.planes(spec), self.page_size)
         return RotatedSegment(self, table, spec.heads, spec.dtype, spec.layer, self.codings(spec))
-
-    def check(
-        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
-    ) -> None:
-        check_paged(self.planes(spec), self.page_size, spec, said, tensors, seen)
-
-    def restore(
-        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
-    ) -> "RotatedSegment":
-        if twin is None:
-            self.check(spec, said, tensors)
-        return restored(lambda: self.open(spec), spec, said, tensors, twin)
 
 
 class RotatedSegment(CodedTokens):

@@ -38,14 +38,13 @@ class Separable(Kivi):
     channels: int = 1 << 16
     residual: int = 0
 
+    beside = HELD
+
     def open(self, spec: Spec) -> "SeparableSegment":
         codes = open_table(self, spec, self.planes(spec), self.group)
         weights = torch.zeros(spec.rows, spec.heads, spec.value_size, dtype=torch.float32, device=spec.device)
         coded = SeparablePages(codes, spec.heads, spec.dtype, spec.value_size, self.bits, weights)
         return SeparableSegment(self, coded, self.open_tail(spec))
-
-    def of_tokens(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return {name: x for name, x in tensors.items() if name != HELD}
 
     def check(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from kvfold.formats.paged import (
     PagedSegment,
     check_positions,
     check_tensors,
+    of_tokens,
     one_each,
     open_table,
     refilled,
@@ -42,6 +43,8 @@ class Tailed(ABC):
     """Tokens that leave the tail together."""
     residual: int
     """Tokens that stay in it, at least."""
+    beside: ClassVar[str | None] = None
+    """What a state calls the tensor that is of no token."""
     whole: bool
     """Whether tokens are coded a page of `group` at a time, and so lie."""
 
@@ -64,16 +67,12 @@ class Tailed(ABC):
         table = open_table(newest, spec, newest.planes(spec), newest.page_size, scattered=True)
         return DenseSegment(table, spec.heads, spec.dtype)
 
-    def of_tokens(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What a state has of tokens; a format may have more in it."""
-        return tensors
-
     def check(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
     ) -> None:
         """See `Format.check`."""
         counts, coded = self._counts(spec, said)
-        parts = _parts(self.of_tokens(tensors))
+        parts = _parts(of_tokens(tensors, self.beside))
         check_tensors(parts[0], self.planes(spec), coded, self.group if self.whole else 1)
         check_tensors(parts[1], self.newest.planes(spec), counts - coded)
         for part, some in zip(parts, (coded, counts - coded), strict=True):
@@ -98,7 +97,7 @@ class Tailed(ABC):
                 return twin.select(np.arange(spec.rows))
             raise ValueError(f"counts={said['counts']} must be those of the segment that holds the same pages")
         self.check(spec, said, tensors)
-        parts, segment = _parts(self.of_tokens(tensors)), self.open(spec)
+        parts, segment = _parts(of_tokens(tensors, self.beside)), self.open(spec)
         refilled(segment.coded, coded, parts[0])
         refilled(segment.tail, counts - coded, parts[1])
         return segment

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvfold import ops
-from kvfold.formats.by_token import TokenSegment
-from kvfold.formats.paged import check_paged, open_table, restored, said_counts
+from kvfold.formats.by_token import ByToken, TokenSegment
+from kvfold.formats.paged import open_table, said_counts
 from kvfold.formats.segment import Segment, Spec, Traits
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk
 from kvfold.ops.attend.blocked import Block, attend_blocks
@@ -26,7 +26,7 @@ STEP = 4
 
 
 @dataclass(frozen=True)
-class Thin:
+class Thin(ByToken):
     """Keys without int(ratio * D) of their D channels, which are the same for all tokens of a (row, KV head).
 
     `Store` says which stay (`CHANNELS`), and that holds for as long as the row and head have a token here; where nobody
@@ -39,6 +39,7 @@ class Thin:
     page_size: int = PAGE_SIZE
 
     traits: ClassVar[Traits] = Traits()
+    beside = CHANNELS
 
     def __post_init__(self) -> None:
         check_number("ratio", self.ratio, 0.0, 0.99)
@@ -62,8 +63,7 @@ class Thin:
     def check(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
     ) -> None:
-        tokens = {name: plane for name, plane in tensors.items() if name != CHANNELS}
-        check_paged(self.planes(spec), self.page_size, spec, said, tokens, seen)
+        super().check(spec, said, tensors, seen)
         channels, shape = tensors.get(CHANNELS), (spec.rows, spec.heads, spec.key_size)
         if channels is None or tuple(channels.shape) != shape or channels.dtype != torch.bool:
             raise ValueError(f"{CHANNELS} must be flags {shape} (B, H, D)")
@@ -74,10 +74,7 @@ class Thin:
     def restore(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
     ) -> "ThinSegment":
-        if twin is None:
-            self.check(spec, said, tensors)
-        tokens = {name: plane for name, plane in tensors.items() if name != CHANNELS}
-        segment = restored(lambda: self.open(spec), spec, said, tokens, twin)
+        segment: ThinSegment = super().restore(spec, said, tensors, twin)
         segment.channels = (twin.channels if isinstance(twin, ThinSegment) else tensors[CHANNELS]).to(spec.device)
         return segment
 

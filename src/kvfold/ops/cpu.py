@@ -22,6 +22,8 @@ BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 """As what the kernels read floats that NumPy does not know, or not well."""
 ROWS = 64
 """Queries of a row (heads of its group times queries) up to which kernels read pages faster than a dense product."""
+PAGE_SIZES = (4, 8, 16, 32, 64)
+"""Whole pages make a block of 64 tokens, and a product takes four tokens at once."""
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -55,6 +57,12 @@ def holds(x: Tensor) -> bool:
 def widths_fit(*widths: int) -> bool:
     """Whether rows of these many numbers can be read in whole vectors."""
     return not any([width % 4 for width in widths])
+
+
+def answers(pool: Any, queries: int, mass: str | None, d: int, *widths: int) -> bool:
+    """Whether a kernel can answer so many queries of a row over pages of this pool, of `d` numbers, and of others."""
+    masses = mass is None or pool.specs[mass].dtype == torch.float32
+    return masses and 0 < queries <= ROWS and d > 0 and widths_fit(d, *widths)
 
 
 def threads() -> int:

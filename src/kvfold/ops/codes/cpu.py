@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kvfold.ops.codes import naive
-from kvfold.ops.cpu import ROWS, attend_rows, fits, widths_fit
+from kvfold.ops.cpu import answers, attend_rows, fits
 from kvfold.ops.dispatch import register
 
 PLANES = ("keys", "key_scale", "key_zero", "values", "value_scale", "value_zero")
@@ -32,7 +31,5 @@ def attend_codes(
 def _readable(pool: Any, queries: int, d: int, dv: int, mass: str | None) -> bool:
     """Whether the kernel can answer so many queries of a row over the pages of this pool."""
     scales = [pool.planes[name] for name in ("key_scale", "key_zero", "value_scale", "value_zero")]
-    masses = mass is None or pool.planes[mass].dtype == torch.float32
-    channels = dv // scales[2].shape[-1]
-    sizes = 0 < queries <= ROWS and d > 0 and pool.page_size % 4 == 0 and widths_fit(d, dv, channels)
-    return masses and sizes and all(fits(x) and x.dtype == scales[0].dtype for x in scales)
+    sizes = pool.page_size % 4 == 0 and answers(pool, queries, mass, d, dv, dv // scales[2].shape[-1])
+    return sizes and all(fits(x) and x.dtype == scales[0].dtype for x in scales)

@@ -7,12 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.ops.cpu import BITS, FLOATS, ROWS, attend_rows, fits, holds, library, threads
+from kvfold.ops.cpu import BITS, FLOATS, PAGE_SIZES, ROWS, attend_rows, fits, holds, library, threads
 from kvfold.ops.dispatch import register
 from kvfold.ops.paged import naive
-
-PAGE_SIZES = (4, 8, 16, 32, 64)
-"""Whole pages make a block of 64 tokens, and a product takes four tokens at once."""
 
 
 @register("attend_pages", "cpu", rank=10, fits=fits)
@@ -109,6 +106,7 @@ def _readable(pool: Any, queries: int, d: int, mass: str | None) -> bool:
     kinds = (
         keys.dtype in FLOATS and values.dtype in FLOATS and (mass is None or pool.specs[mass].dtype == torch.float32)
     )
+    # As `answers` says, but in place: each layer asks at every step.
     sizes = 0 < queries <= ROWS and d > 0 and pool.page_size in PAGE_SIZES and not (d % 4 or values.width % 4)
     return kinds and sizes and pool.device.type == "cpu" and library() is not None
 

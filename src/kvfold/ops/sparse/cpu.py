@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from kvfold.ops.cpu import ROWS, attend_rows, fits, widths_fit
+from kvfold.ops.cpu import PAGE_SIZES, answers, attend_rows, fits
 from kvfold.ops.dispatch import register
-from kvfold.ops.paged.cpu import PAGE_SIZES
 from kvfold.ops.sparse import naive
 
 PLANES = ("keys", "key_map", "values", "value_map")
@@ -35,5 +33,4 @@ def attend_sparse(
 def _readable(pool: Any, queries: int, d: int, dv: int, mass: str | None) -> bool:
     """Whether the kernel can answer so many queries of a row over the pages of this pool."""
     numbers = fits(pool.planes["keys"]) and fits(pool.planes["values"])
-    masses = mass is None or pool.planes[mass].dtype == torch.float32
-    return numbers and masses and 0 < queries <= ROWS and d > 0 and pool.page_size in PAGE_SIZES and widths_fit(d, dv)
+    return numbers and pool.page_size in PAGE_SIZES and answers(pool, queries, mass, d, dv)

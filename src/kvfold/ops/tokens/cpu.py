@@ -4,16 +4,12 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from kvfold.ops.cpu import ROWS, attend_rows, fits, widths_fit
+from kvfold.ops.cpu import PAGE_SIZES, answers, attend_rows, fits
 from kvfold.ops.dispatch import register
 from kvfold.ops.tokens import naive
 from kvfold.ops.tokens.coding import Coding
-
-PAGE_SIZES = (4, 8, 16, 32, 64)
-"""Whole pages make a block of 64 tokens, and a product takes four tokens at once."""
 
 
 @register("attend_tokens", "cpu", rank=10, fits=fits)
@@ -46,7 +42,6 @@ def _levels(coding: Coding) -> np.ndarray | None:
 def _readable(pool: Any, queries: int, keys: Coding, values: Coding, mass: str | None) -> bool:
     """Whether the kernel can answer so many queries of a row over the pages of this pool."""
     scales = [pool.planes[f"{kind}_scale"] for kind in naive.KINDS.values()]
-    masses = mass is None or pool.planes[mass].dtype == torch.float32
     widths = [width for x in (keys, values) for width in (x.size, x.size // x.groups)]
-    sizes = 0 < queries <= ROWS and pool.page_size in PAGE_SIZES and widths_fit(*widths)
-    return masses and sizes and all(fits(x) and x.dtype == scales[0].dtype for x in scales)
+    sizes = pool.page_size in PAGE_SIZES and answers(pool, queries, mass, *widths)
+    return sizes and all(fits(x) and x.dtype == scales[0].dtype for x in scales)
