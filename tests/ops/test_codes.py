@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from coded_pages import softmax, table_of
+from coded_pages import RAGGED, refused, softmax, table_of, with_extra
 from kvfold import ops
 from kvfold.ops import _cpu, dispatch
 from kvfold.ops.codes import cpu, naive
@@ -19,7 +19,6 @@ WIDEST = _cpu.names()[0]
 FLOATS = [name for name in _cpu.names() if not name.endswith("vnni")]
 """Sets that multiply codes as floats; the others: test_products.py."""
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-RAGGED = [0, 1, 16, 37, 64, 70, 300, 5]
 G = 3
 SIZES = [(64, 64, 32), (16, 8, 4), (80, 96, 16), (128, 48, 48), (12, 20, 20), (192, 256, 64)]
 """Key size, value size, channels of a value that share a scale: units that are full, short and of several lengths."""
@@ -36,11 +35,7 @@ def instructions(request) -> Iterator[None]:
 @pytest.fixture
 def kernel_only(monkeypatch) -> None:
     """The CPU version must not hand its work on."""
-
-    def refuse(*args, **options):
-        raise AssertionError("the kernel does not fit")
-
-    monkeypatch.setattr(naive, "attend_codes", refuse)
+    monkeypatch.setattr(naive, "attend_codes", refused)
 
 
 @given(st.sampled_from(BITS), st.integers(1, 200), st.integers(0, 2**32 - 1))
@@ -91,15 +86,7 @@ def test_the_kernel_against_the_definition(bits, sizes, kind, extra):
     page, (d, dv, _) = {"": 32, "mass": 8, "read": 128, "holes": 12}[extra], sizes
     table = table_of(RAGGED, bits, sizes, kind, page)
     q = torch.randn(len(RAGGED), 1, G, 1, d)
-    read = None
-    if extra == "read":
-        read = torch.rand(len(RAGGED), 1, table.longest) < 0.3
-        read[3], read[6, 0, 64:192] = False, False
-    if extra == "holes":
-        holes, count = np.zeros((len(RAGGED), page), dtype=np.int32), np.zeros(len(RAGGED), dtype=np.int32)
-        for row, gone in ((1, [0]), (3, [0, 5, 36]), (6, [1, 64, 65, 299])):
-            holes[row, : len(gone)], count[row] = gone, len(gone)
-        table.holes, table.hole_count = holes, count
+    read = with_extra(table, extra)
     mass = "log_mass" if extra == "mass" else None
     got = ops.attend_codes(q, table, d**-0.5, bits=bits, value_size=dv, mass=mass, read=read, weights=True)
     want = softmax(q, table, d**-0.5, bits, dv, mass is not None, read)

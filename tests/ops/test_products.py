@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from coded_pages import softmax, table_of
+from coded_pages import RAGGED, refused, softmax, table_of, with_extra
 from kvfold import ops
 from kvfold.formats import POSITION, Chunk, Kivi, Spec
 from kvfold.ops import _cpu
@@ -19,7 +19,6 @@ from kvfold.ops.codes.packing import BITS
 
 WIDEST = _cpu.names()[0]
 PRODUCTS = [name for name in _cpu.names() if name.endswith("vnni")]
-RAGGED = [0, 1, 16, 37, 64, 70, 300, 5]
 G = 3
 SIZES = [(64, 64, 32), (128, 128, 32), (192, 256, 32), (256, 64, 64), (64, 64, 16), (96, 96, 32), (128, 80, 80)]
 """Key size, value size, channels that share a scale: 1 to 16 units, 1, 2 and 4 scales for a unit, 1 to 8 groups of a
@@ -31,11 +30,7 @@ pytestmark = pytest.mark.skipif(not PRODUCTS, reason="needs a processor with AVX
 @pytest.fixture(autouse=True, params=PRODUCTS)
 def instructions(request, monkeypatch) -> Iterator[None]:
     """On every set that has integer products; the CPU version must not hand its work on."""
-
-    def refuse(*args, **options):
-        raise AssertionError("the kernel does not fit")
-
-    monkeypatch.setattr(naive, "attend_codes", refuse)
+    monkeypatch.setattr(naive, "attend_codes", refused)
     _cpu.use(request.param)
     yield
     _cpu.use(WIDEST)
@@ -50,15 +45,7 @@ def test_products_against_the_definition(bits, sizes, extra):
     kind = torch.float32 if extra == "mass" else torch.float16
     table = table_of(RAGGED, bits, sizes, kind, page)
     q = torch.randn(len(RAGGED), 1, G, 1, d)
-    read = None
-    if extra == "read":
-        read = torch.rand(len(RAGGED), 1, table.longest) < 0.3
-        read[3], read[6, 0, 64:192] = False, False
-    if extra == "holes":
-        holes, count = np.zeros((len(RAGGED), page), dtype=np.int32), np.zeros(len(RAGGED), dtype=np.int32)
-        for row, gone in ((1, [0]), (3, [0, 5, 36]), (6, [1, 64, 65, 299])):
-            holes[row, : len(gone)], count[row] = gone, len(gone)
-        table.holes, table.hole_count = holes, count
+    read = with_extra(table, extra)
     mass = "log_mass" if extra == "mass" else None
     got = ops.attend_codes(q, table, d**-0.5, bits=bits, value_size=dv, mass=mass, read=read, weights=True)
     want = softmax(q, table, d**-0.5, bits, dv, mass is not None, read)

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from coded_pages import RAGGED, refused, scattered, softmax_over, with_extra
 from kvfold import ops
 from kvfold.ops import _cpu, dispatch
 from kvfold.ops.sparse import cpu, naive
 from kvfold.ops.sparse.packing import map_bytes, pack, unpack
-from kvfold.pages import PagePool, PageTable, Plane
+from kvfold.pages import PageTable, Plane
 
 SETS = _cpu.names()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-RAGGED = [0, 1, 16, 37, 64, 70, 300, 5]
 G = 3
 SIZES = [(64, 64, 21, 33), (16, 8, 2, 8), (80, 96, 80, 1), (12, 20, 5, 7), (192, 256, 100, 17)]
 """Key size, value size, and how many of each are kept."""
@@ -33,11 +33,7 @@ def instructions(request) -> Iterator[None]:
 @pytest.fixture
 def kernel_only(monkeypatch) -> None:
     """The CPU version must not hand its work on."""
-
-    def refuse(*args, **options):
-        raise AssertionError("the kernel does not fit")
-
-    monkeypatch.setattr(naive, "attend_sparse", refuse)
+    monkeypatch.setattr(naive, "attend_sparse", refused)
 
 
 def table_of(lengths: list[int], sizes: tuple[int, int, int, int], kind: torch.dtype, page: int) -> PageTable:
@@ -46,42 +42,24 @@ def table_of(lengths: list[int], sizes: tuple[int, int, int, int], kind: torch.d
     planes = {
         "keys": Plane(some, kind), "key_map": Plane(map_bytes(d), torch.uint8),
         "values": Plane(few, kind), "value_map": Plane(map_bytes(dv), torch.uint8),
-        "position": Plane(None, torch.int32), "log_mass": Plane(None, torch.float32),
     }  # fmt: skip
-    table = PageTable(PagePool(planes, torch.device("cpu"), page), len(lengths), scattered=True)
-    ids = table.pool.allocate(sum(-(-length // page) for length in lengths) + 3)
-    for i in torch.randperm(len(ids)).tolist():
-        table.pool.release(ids[i : i + 1])
-    total = sum(lengths)
-    keys, key_map = pack(torch.randn(total, d).to(kind), some)
-    values, value_map = pack(torch.randn(total, dv).to(kind), few)
-    for name, spec in planes.items():
-        table.pool.planes[name].fill_(torch.nan if spec.dtype.is_floating_point else 255)
+    keys, key_map = pack(torch.randn(sum(lengths), d).to(kind), some)
+    values, value_map = pack(torch.randn(sum(lengths), dv).to(kind), few)
     states = {"keys": keys, "key_map": key_map, "values": values, "value_map": value_map}
-    table.add(np.array(lengths), {**states, "log_mass": torch.rand(total) * 3})
-    return table
+    return scattered(planes, lengths, page, states)
 
 
 def softmax(
     q: Tensor, table: PageTable, scale: float, dv: int, mass: bool, read: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, weights) with torch.softmax in float64, row by row, over whole vectors."""
-    outs, lses, lefts = [], [], []
-    for row, length in enumerate(table.lengths.tolist()):
-        slots = np.arange(length)
-        seen = np.isin(slots, table.holes[row, : table.hole_count[row]], invert=True)
-        seen &= np.ones(length, dtype=bool) if read is None else read.flatten(0, 1)[row, :length].numpy()
-        at = slots[seen]
-        planes = table.read(("keys", "key_map", "values", "value_map", "log_mass"), np.full(len(at), row), at)
-        keys = unpack(planes["keys"], planes["key_map"], q.shape[-1]).double()
-        values = unpack(planes["values"], planes["value_map"], dv).double()
-        logits = q.flatten(0, 1)[row, :, 0].double() @ keys.mT * scale + (planes["log_mass"].double() if mass else 0)
-        left = torch.zeros(q.shape[2], table.longest, dtype=torch.float64)
-        left[:, torch.from_numpy(at)] = logits.softmax(-1)
-        outs.append(logits.softmax(-1) @ values)
-        lses.append(logits.logsumexp(-1))
-        lefts.append(left)
-    return torch.stack(outs), torch.stack(lses), torch.stack(lefts)
+    """`softmax_over` whole vectors."""
+
+    def numbers(row: int, at: np.ndarray) -> tuple[Tensor, Tensor]:
+        planes = table.read(("keys", "key_map", "values", "value_map"), np.full(len(at), row), at)
+        keys = unpack(planes["keys"], planes["key_map"], q.shape[-1])
+        return keys, unpack(planes["values"], planes["value_map"], dv)
+
+    return softmax_over(q, table, scale, numbers, mass, read)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -93,15 +71,7 @@ def test_the_kernel_against_the_definition(sizes, kind, extra):
     page, (d, dv, *_) = {"": 16, "mass": 4, "read": 64, "holes": 8}[extra], sizes
     table = table_of(RAGGED, sizes, kind, page)
     q = torch.randn(len(RAGGED), 1, G, 1, d)
-    read = None
-    if extra == "read":
-        read = torch.rand(len(RAGGED), 1, table.longest) < 0.3
-        read[3], read[6, 0, 64:192] = False, False
-    if extra == "holes":
-        holes, count = np.zeros((len(RAGGED), page), dtype=np.int32), np.zeros(len(RAGGED), dtype=np.int32)
-        for row, gone in ((1, [0]), (3, [0, 5, 36]), (6, [1, 64, 65, 299])):
-            holes[row, : len(gone)], count[row] = gone, len(gone)
-        table.holes, table.hole_count = holes, count
+    read = with_extra(table, extra)
     mass = "log_mass" if extra == "mass" else None
     got = ops.attend_sparse(q, table, d**-0.5, value_size=dv, mass=mass, read=read, weights=True)
     want = softmax(q, table, d**-0.5, dv, mass is not None, read)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from coded_pages import RAGGED, refused, scattered, softmax_over
 from kvfold import ops
 from kvfold.ops import _cpu, dispatch
 from kvfold.ops.codes.packing import pack, unpack, width
 from kvfold.ops.tokens import Coding, naive
-from kvfold.pages import PagePool, PageTable, Plane
+from kvfold.pages import PageTable, Plane
 
 SETS = _cpu.names()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-RAGGED = [0, 1, 16, 37, 64, 70, 300, 5]
 G = 3
 LEVELS = {bits: tuple((torch.arange(1 << bits) - 1.7).pow(3).div(4**bits).tolist()) for bits in (2, 3, 4)}
 
@@ -50,11 +50,7 @@ def instructions(request) -> Iterator[None]:
 @pytest.fixture
 def kernel_only(monkeypatch) -> None:
     """The CPU version must not hand its work on."""
-
-    def refuse(*args, **options):
-        raise AssertionError("the kernel does not fit")
-
-    monkeypatch.setattr(naive, "attend_tokens", refuse)
+    monkeypatch.setattr(naive, "attend_tokens", refused)
 
 
 def planes_of(coding: Coding, what: str, kind: torch.dtype) -> dict[str, Plane]:
@@ -66,13 +62,8 @@ def planes_of(coding: Coding, what: str, kind: torch.dtype) -> dict[str, Plane]:
 def table_of(keys: Coding, values: Coding, kind: torch.dtype, page: int, poison: bool = True) -> PageTable:
     """Random codes on scattered pages; what is behind a row's tokens has NaN for scales and zeros, where `poison`."""
     planes = planes_of(keys, "keys", kind) | planes_of(values, "values", kind)
-    planes |= {"position": Plane(None, torch.int32), "log_mass": Plane(None, torch.float32)}
-    table = PageTable(PagePool(planes, torch.device("cpu"), page), len(RAGGED), scattered=True)
-    ids = table.pool.allocate(sum(-(-length // page) for length in RAGGED) + 3)
-    for i in torch.randperm(len(ids)).tolist():
-        table.pool.release(ids[i : i + 1])
     total = sum(RAGGED)
-    states = {"log_mass": torch.rand(total) * 3}
+    states: dict[str, Tensor] = {}
     for what, coding in (("keys", keys), ("values", values)):
         name = naive.KINDS[what]
         codes = torch.randint(0, 1 << coding.bits, (total, coding.size), dtype=torch.uint8)
@@ -80,10 +71,7 @@ def table_of(keys: Coding, values: Coding, kind: torch.dtype, page: int, poison:
         states |= {what: pack(codes, coding.bits), f"{name}_scale": (torch.rand(total, coding.groups) + 0.1) * step}
         if coding.levels is None:
             states[f"{name}_zero"] = torch.randn(total, coding.groups)
-    for name, spec in planes.items() if poison else ():  # plain torch multiplies it by zero
-        table.pool.planes[name].fill_(torch.nan if spec.dtype.is_floating_point else 255)
-    table.add(np.array(RAGGED), states)
-    return table
+    return scattered(planes, RAGGED, page, states, poison=poison)  # plain torch multiplies what is there by zero
 
 
 def numbers(coding: Coding, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
@@ -98,25 +86,17 @@ def numbers(coding: Coding, codes: Tensor, scale: Tensor, zero: Tensor | None = 
 def softmax(
     q: Tensor, table: PageTable, scale: float, keys: Coding, values: Coding, mass: bool, read: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, weights) with torch.softmax in float64, row by row, over the numbers that codes stand for."""
-    outs, lses, lefts = [], [], []
-    for row, length in enumerate(table.lengths.tolist()):
-        slots = np.arange(length)
-        seen = np.isin(slots, table.holes[row, : table.hole_count[row]], invert=True)
-        seen &= np.ones(length, dtype=bool) if read is None else read.flatten(0, 1)[row, :length].numpy()
-        at = slots[seen]
+    """`softmax_over` the numbers that codes stand for."""
+
+    def both(row: int, at: np.ndarray) -> tuple[Tensor, Tensor]:
         planes = table.read(table.pool.specs, np.full(len(at), row), at)
-        k, v = (
+        found = [
             numbers(coding, *(planes[n] for n in (what, f"{what[:-1]}_scale", f"{what[:-1]}_zero") if n in planes))
             for what, coding in (("keys", keys), ("values", values))
-        )
-        logits = q.flatten(0, 1)[row, :, 0].double() @ k.mT * scale + (planes["log_mass"].double() if mass else 0)
-        left = torch.zeros(q.shape[2], table.longest, dtype=torch.float64)
-        left[:, torch.from_numpy(at)] = logits.softmax(-1)
-        outs.append(logits.softmax(-1) @ v)
-        lses.append(logits.logsumexp(-1))
-        lefts.append(left)
-    return torch.stack(outs), torch.stack(lses), torch.stack(lefts)
+        ]
+        return found[0], found[1]
+
+    return softmax_over(q, table, scale, both, mass, read)
 
 
 @pytest.mark.parametrize("coding", CASES, ids=named)
