@@ -104,6 +104,23 @@ inline void weigh_all(const float* weights, const Page<T>* pages, int64_t count,
     for (; i < dv; i += LANES) weigh<H, 1>(weights, pages, count, i, dv, sums);
 }
 
+// out[h] += weights[h] . values over the pages of a block, for all heads of a group.
+template <class T>
+inline void weigh_pages(const float* weights, const Page<T>* pages, int64_t count, int64_t g, int64_t dv, float* out) {
+    for (int64_t h = 0; h < g;) {
+        const int64_t now = rows_of_four(g - h);
+        const float* from = weights + h * BLOCK;
+        float* to = out + h * dv;
+        switch (now) {
+            case 4: weigh_all<4>(from, pages, count, dv, to); break;
+            case 3: weigh_all<3>(from, pages, count, dv, to); break;
+            case 2: weigh_all<2>(from, pages, count, dv, to); break;
+            default: weigh_all<1>(from, pages, count, dv, to);
+        }
+        h += now;
+    }
+}
+
 // One part of a row, whatever its tokens lie in: `A` is what was asked.
 template <class A>
 struct Part {
@@ -114,6 +131,8 @@ struct Part {
         : on(static_cast<const A&>(all)), row(row), start(start), stop(stop) {}
 
     const int32_t* pages() const { return on.on.table + row * on.on.width; }
+    // Where a slot's page begins, among all slots of the pool.
+    int64_t place(int64_t slot) const { return int64_t{pages()[slot / on.on.page_size]} * on.on.page_size; }
     bool seen(int64_t slot) const { return !on.read || on.read[row * on.read_width + slot]; }
     bool any(int64_t first, int64_t end) const {
         if (!on.read) return true;
@@ -145,6 +164,22 @@ struct Part {
             float* line = on.weights + (row * on.g + h) * on.weights_width + block;
             for (int64_t i = 0; i < count; i++) line[i] = some ? logits[h * BLOCK + i] : NEVER;
         }
+    }
+
+    // Whether some token of the page at `at` of a block is to be seen; else its logits are NEVER.
+    bool shows(int64_t block, int64_t at, int64_t count, float* logits) const {
+        const int64_t size = on.on.page_size;
+        if (any(block + at, block + smaller(count, at + size))) return true;
+        for (int64_t h = 0; h < on.g; h++)
+            for (int64_t i = 0; i < size; i++) logits[h * BLOCK + at + i] = NEVER;
+        return false;
+    }
+
+    // Logits of a page plus the masses of its tokens, if those count.
+    void add_masses(int64_t place, float* logits) const {
+        if (!on.mass) return;
+        for (int64_t h = 0; h < on.g; h++)
+            for (int64_t i = 0; i < on.on.page_size; i++) logits[h * BLOCK + i] += on.mass[place + i];
     }
 
     // A head's logits become weights; what it has summed (dv,) fades as its maximum rises.
@@ -204,23 +239,15 @@ struct Reader : Part<Attend> {
         const K* keys = static_cast<const K*>(on.keys);
         bool some = false;
         for (int64_t at = 0; at < count; at += size) {
-            const bool here = live[at / size] = any(block + at, block + smaller(count, at + size));
-            if (!here) {
-                for (int64_t h = 0; h < g; h++)
-                    for (int64_t i = 0; i < size; i++) logits[h * BLOCK + at + i] = NEVER;
-                continue;
-            }
+            if (!(live[at / size] = shows(block, at, count, logits))) continue;
             some = true;
             const int64_t index = (block + at) / size, place = int64_t{pages()[index]} * size;
             const Soon soon = at + size < count ? of_keys(index + 1) : of_values(block / size);
             look_at_all(q, keys + place * d, soon, size, g, d, logits + at);
-            if (on.mass)
-                for (int64_t h = 0; h < g; h++)
-                    for (int64_t i = 0; i < size; i++) logits[h * BLOCK + at + i] += on.mass[place + i];
+            add_masses(place, logits + at);
         }
-        if (!some) return false;
-        hide(block, count, logits);
-        return true;
+        if (some) hide(block, count, logits);
+        return some;
     }
 
     // One row's slots from `start` to `stop` by online softmax.
@@ -259,18 +286,7 @@ struct Reader : Part<Attend> {
                                                          : of_values(index);
                 held[used++] = {values + int64_t{pages()[index]} * size * dv, smaller(size, count - at), at, soon};
             }
-            for (int64_t h = 0; h < g;) {
-                const int64_t now = rows_of_four(g - h);
-                const float* from = logits + h * BLOCK;
-                float* to = out + h * dv;
-                switch (now) {
-                    case 4: weigh_all<4>(from, held, used, dv, to); break;
-                    case 3: weigh_all<3>(from, held, used, dv, to); break;
-                    case 2: weigh_all<2>(from, held, used, dv, to); break;
-                    default: weigh_all<1>(from, held, used, dv, to);
-                }
-                h += now;
-            }
+            weigh_pages(logits, held, used, g, dv, out);
         }
         for (int64_t h = 0; h < g; h++) together<V>(out + h * dv, dv / STRETCH * STRETCH);
         finish(top, total, out, lse);

@@ -86,28 +86,19 @@ struct SparseReader : Part<Sparse> {
         for (int64_t byte = 0; byte < count * bytes; byte += 64) __builtin_prefetch(map + slot * bytes + byte);
     }
 
-    int64_t place(int64_t slot) const { return int64_t{pages()[slot / on.on.page_size]} * on.on.page_size; }
-
     // Logits (g, BLOCK) of the slots from `block`, NEVER where no token is to be seen; false where that is so of all.
     bool look(const float* q, int64_t block, int64_t count, float* wide, float* tile, float* logits, bool* live) const {
         const int64_t size = on.on.page_size, d = on.d, g = on.g;
         bool some = false;
         for (int64_t at = 0; at < count; at += size) {
-            const bool here = live[at / size] = any(block + at, block + smaller(count, at + size));
-            if (!here) {
-                for (int64_t h = 0; h < g; h++)
-                    for (int64_t i = 0; i < size; i++) logits[h * BLOCK + at + i] = NEVER;
-                continue;
-            }
+            if (!(live[at / size] = shows(block, at, count, logits))) continue;
             some = true;
             const int64_t slot = place(block + at);
             if (at + size < count) soon<K>(on.keys, on.key_map, place(block + at + size), size, d, on.kept_keys);
             soon<V>(on.values, on.value_map, slot, size, on.dv, on.kept_values);
             whole<K>(on.keys, on.key_map, slot, size, d, on.kept_keys, wide, tile);
             look_at_all(q, tile, Soon{reinterpret_cast<const char*>(tile), 0}, size, g, d, logits + at);
-            if (on.mass)
-                for (int64_t h = 0; h < g; h++)
-                    for (int64_t i = 0; i < size; i++) logits[h * BLOCK + at + i] += on.mass[slot + i];
+            add_masses(slot, logits + at);
         }
         if (some) hide(block, count, logits);
         return some;
@@ -125,18 +116,7 @@ struct SparseReader : Part<Sparse> {
             whole<V>(on.values, on.value_map, place(block + at), some, dv, on.kept_values, wide, tile + at * dv);
             held[used++] = {tile + at * dv, some, at, Soon{reinterpret_cast<const char*>(tile), 0}};
         }
-        for (int64_t h = 0; h < on.g;) {
-            const int64_t now = rows_of_four(on.g - h);
-            const float* from = weights + h * BLOCK;
-            float* to = out + h * dv;
-            switch (now) {
-                case 4: weigh_all<4>(from, held, used, dv, to); break;
-                case 3: weigh_all<3>(from, held, used, dv, to); break;
-                case 2: weigh_all<2>(from, held, used, dv, to); break;
-                default: weigh_all<1>(from, held, used, dv, to);
-            }
-            h += now;
-        }
+        weigh_pages(weights, held, used, on.g, dv, out);
     }
 
     // One row's slots from `start` to `stop` by online softmax.

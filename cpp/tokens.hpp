@@ -102,49 +102,6 @@ inline Decode decode_for(int bits, bool table) {
     }
 }
 
-// logits[h * BLOCK + t] = q[h] . keys[t], four at a time.
-template <int H>
-__attribute__((noinline)) void dots_of(const float* q, const float* keys, int64_t size, int64_t d, float* logits) {
-    for (int64_t first = 0; first < size; first += 4) {
-        quad found[H];
-        dots<H>(q, d, keys + first * d, d, d, found, [](int64_t) {});
-#pragma GCC unroll 4
-        for (int h = 0; h < H; h++) *reinterpret_cast<loose_quad*>(logits + h * BLOCK + first) = found[h];
-    }
-}
-
-// sums[h] += weights[h] . values, W vectors from column `first` on.
-template <int H, int W>
-__attribute__((noinline)) void weigh_floats(const float* weights, const float* values, int64_t held, int64_t dv, float* sums) {
-    vec acc[H][W];
-#pragma GCC unroll 4
-    for (int h = 0; h < H; h++)
-#pragma GCC unroll 4
-        for (int n = 0; n < W; n++) acc[h][n] = load(sums + h * dv + n * LANES);
-    for (int64_t i = 0; i < held; i++, values += dv) {
-        vec weight[H];
-#pragma GCC unroll 4
-        for (int h = 0; h < H; h++) weight[h] = everywhere(weights[h * BLOCK + i]);
-#pragma GCC unroll 4
-        for (int n = 0; n < W; n++) {
-            const vec x = load(values + n * LANES);
-#pragma GCC unroll 4
-            for (int h = 0; h < H; h++) acc[h][n] += weight[h] * x;
-        }
-    }
-#pragma GCC unroll 4
-    for (int h = 0; h < H; h++)
-#pragma GCC unroll 4
-        for (int n = 0; n < W; n++) store(sums + h * dv + n * LANES, acc[h][n]);
-}
-
-template <int H>
-inline void weigh_floats(const float* weights, const float* values, int64_t held, int64_t dv, float* sums) {
-    int64_t i = 0;
-    for (; i + STRETCH <= dv; i += STRETCH) weigh_floats<H, 4>(weights, values + i, held, dv, sums + i);
-    for (; i < dv; i += LANES) weigh_floats<H, 1>(weights, values + i, held, dv, sums + i);
-}
-
 // How the vectors of one kind lie: codes, what multiplies them, and how they are read.
 struct Side {
     const uint8_t* codes;
@@ -188,42 +145,25 @@ struct TokenReader : Part<Tokens> {
             for (const float* end = x + channels; x < end; x += LANES) store(x, load(x) * scales[r] + zeros[r]);
     }
 
-    int64_t place_of(int64_t slot) const { return int64_t{pages()[slot / on.on.page_size]} * on.on.page_size; }
+    // The same address, of what is there already: nothing is asked for.
+    Soon nothing() const { return {reinterpret_cast<const char*>(numbers), 0}; }
 
     // Logits (g, BLOCK) of a block, NEVER where no token is to be seen; false where that is so of all.
     bool look(int64_t block, int64_t count, bool* live) const {
         const int64_t size = on.on.page_size, g = on.g, d = on.d;
         bool some = false;
         for (int64_t at = 0; at < count; at += size) {
-            live[at / size] = any(block + at, block + smaller(count, at + size));
-            float* line = logits + at;
-            if (!live[at / size]) {
-                for (int64_t h = 0; h < g; h++)
-                    for (int64_t i = 0; i < size; i++) line[h * BLOCK + i] = NEVER;
-                continue;
-            }
+            if (!(live[at / size] = shows(block, at, count, logits))) continue;
             some = true;
-            const int64_t place = place_of(block + at);
-            if (block + at + size < stop) keys.soon(place_of(block + at + size), size);
+            const int64_t place = this->place(block + at);
+            float* line = logits + at;
+            if (block + at + size < stop) keys.soon(this->place(block + at + size), size);
             values.soon(place, size);
             fetch(keys, place, size);
-            for (int64_t h = 0; h < g;) {
-                const int64_t now = rows_of_four(g - h);
-                const float* from = q + h * d;
-                float* to = line + h * BLOCK;
-                switch (now) {
-                    case 4: dots_of<4>(from, numbers, size, d, to); break;
-                    case 3: dots_of<3>(from, numbers, size, d, to); break;
-                    case 2: dots_of<2>(from, numbers, size, d, to); break;
-                    default: dots_of<1>(from, numbers, size, d, to);
-                }
-                h += now;
-            }
-            for (int64_t h = 0; h < g; h++)
-                for (int64_t i = 0; i < size; i++) {
-                    if (!keys.zero) line[h * BLOCK + i] *= scales[i];
-                    if (on.mass) line[h * BLOCK + i] += on.mass[place + i];
-                }
+            look_at_all(q, numbers, nothing(), size, g, d, line);
+            for (int64_t h = 0; h < g && !keys.zero; h++)
+                for (int64_t i = 0; i < size; i++) line[h * BLOCK + i] *= scales[i];
+            add_masses(place, line);
         }
         if (some) hide(block, count, logits);
         return some;
@@ -235,21 +175,11 @@ struct TokenReader : Part<Tokens> {
         for (int64_t at = 0; at < count; at += size) {
             if (!live[at / size]) continue;
             const int64_t held = smaller(size, count - at);
-            fetch(values, place_of(block + at), held);
+            fetch(values, place(block + at), held);
             for (int64_t h = 0; h < g && !values.zero; h++)
                 for (int64_t i = 0; i < held; i++) logits[h * BLOCK + at + i] *= scales[i];
-            for (int64_t h = 0; h < g;) {
-                const int64_t now = rows_of_four(g - h);
-                const float* weights = logits + h * BLOCK + at;
-                float* to = out + h * dv;
-                switch (now) {
-                    case 4: weigh_floats<4>(weights, numbers, held, dv, to); break;
-                    case 3: weigh_floats<3>(weights, numbers, held, dv, to); break;
-                    case 2: weigh_floats<2>(weights, numbers, held, dv, to); break;
-                    default: weigh_floats<1>(weights, numbers, held, dv, to);
-                }
-                h += now;
-            }
+            const Page<float> page{numbers, held, at, nothing()};
+            weigh_pages(logits, &page, 1, g, dv, out);
         }
     }
 
