@@ -30,6 +30,11 @@ class Traits:
     graphs: bool = False
     """Whether a decode step may be captured as a CUDA graph (`Segment.reserve`)."""
 
+    @property
+    def drops(self) -> bool:
+        """Whether single stored tokens can be dropped."""
+        return self.addressed == "token" or self.requantises
+
 
 @dataclass(frozen=True)
 class Spec:

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvfold.formats import POSITION, Chunk, join
 from kvfold.layer.carrying import commit
 from kvfold.layer.plan import Part, Plan, narrowed
+from kvfold.layer.recent import EVENT, Recent, ahead
 from kvfold.layer.rows import Rows
 from kvfold.layer.stored import Stored, as_stored
 from kvfold.methods.base import decided
@@ -29,10 +30,14 @@ class Moment:
     plan: Plan
     scale: float
     module: Any
+    turn: bool = False
+    """Whether generated tokens are what is decided about now, as if they were a further turn of the prompt."""
 
     def place(self, group: int = 0, rows: np.ndarray | None = None, event: str = "") -> Place:
         """Where a group's view stands; `rows`: None for all. `event`: which, where its rows differ in that."""
         prompt, seen, images, ids = self.rows.prompt, self.rows.seen, self.plan.images, self.plan.token_ids
+        if self.turn:
+            prompt, images, ids = seen, None, None  # the pass brought but the last of them
         if rows is not None:
             chosen = torch.from_numpy(rows)
             prompt, seen = prompt[rows], seen[rows]
@@ -129,16 +134,39 @@ class Moment:
         flags = None if flags is None else flags & everyone
         return None if flags is None or torch.equal(flags, everyone) else flags
 
+    def remember(self, queries: Queries) -> None:
+        """Keep what generated tokens asked, all of them stored; methods whose interval is over decide."""
+        if not self.plan.recalls:
+            return
+        stored, seen, plan = self.stored, self.rows.seen, self.plan
+        if stored.recent is None:
+            stored.recent = Recent.empty(self.rows.batch, plan.recalls, queries.states)
+        recent = stored.recent = stored.recent.resized(max(stored.recent.size, plan.recalls))
+        valid = None if plan.ones else queries.valid.cpu().numpy()
+        recent.put(queries, seen, valid)
+        share = self.site.ordinal / len(self.site.paged)
+        if plan.step and plan.generated is not None and (plan.generated + ahead(self.rows.method, share)) % plan.recalls:
+            return  # as at most steps
+        for count, part in recent.due(self.rows.groups, seen, self.rows.prompt, share):
+            steps = {(part.group, EVENT): {}} if part.method.spread else plan.steps
+            moment = replace(self, turn=True, plan=replace(plan, parts=(part,), steps=steps))
+            view = moment.view(recent.asked(count, seen, stored.lengths()))
+            commit(stored, moment.decide(view), None, slack=True)
+            recent.seen_to(part, seen)
+
     # -- what comes late -------------------------------------------------------------------------------------
 
     def settle(self, queries: Queries, drop: int) -> None:
         """Run the events that waited for a crop, which took `drop` of the pass's last queries back."""
         left = queries.states.shape[2] - drop
-        if left < 1 or not self.plan.parts:
+        if left < 1 or not (self.plan.parts or self.plan.recalls):
             return
         start = torch.from_numpy(self.stored.lengths() - left)
         kept = replace(queries.pick(torch.arange(left, device=queries.states.device)), start=start)
-        commit(self.stored, self.decide(self.view(kept)), None)
+        if self.plan.parts:
+            commit(self.stored, self.decide(self.view(kept)), None)
+        if not self.plan.prefill:
+            self.remember(kept)
 
     def carry_out(self, decisions: Sequence[Decision], group: int) -> None:
         """Carry out what came when the layer was stored (after_layer, after_forward, after_prompt)."""

@@ -117,6 +117,8 @@ class KVLayer(Held):
                 commit(self.stored, moment.decide(view), chunk, slack=chunk is None)
         if not decides and chunk is not None:
             self.stored.append(chunk, even=even and bool(chunk.valid.all()))
+        if plan.recalls and not waits and (not plan.prefill or plan.prompts is not None):
+            moment.remember(queries)
         if waits:
             # By then the new tokens are stored without padding, behind those of their row and head.
             mask = queries.valid
@@ -137,6 +139,9 @@ class KVLayer(Held):
             queries, moment = Queries(q, everyone, lse.reshape(b, hq, 1), positions), self.moment(plan)
             view = moment.view(queries, memo={} if left is None else {ATTENTION: left})
             commit(self.stored, moment.decide(view), None, slack=True)
+        if plan.recalls:
+            everyone = torch.ones(b, 1, dtype=torch.bool, device=q.device)
+            self.moment(plan).remember(Queries(q, everyone, lse.reshape(b, hq, 1), positions))
         return out.reshape(b, hq, 1, -1)
 
     def moment(self, plan: Plan) -> Moment:

@@ -12,7 +12,7 @@ from kvfold.methods.base import Method
 from kvfold.views import Images, Queries
 from kvfold.views.decisions import Propagate
 
-DEFERRED = ("after_prefill", "after_decode", "after_layer", "after_forward")
+DEFERRED = ("after_prefill", "after_decode", "after_interval", "after_layer", "after_forward")
 """Events that wait while assisted decoding may still take tokens back."""
 
 
@@ -98,6 +98,10 @@ class Plan:
     """What the attention kernels should leave for them."""
     late: bool = False
     """Whether events come when layers are stored (`after_layer`, `after_forward`)."""
+    recalls: int = 0
+    """How many generated tokens' queries each row remembers, for methods that act at intervals."""
+    generated: int | None = None
+    """How many each row has read since its last prompt, where one method acts at intervals; None: rows differ."""
 
     def shared(self, group: int) -> dict[str, Any]:
         """The context that the layers of the pass share, of one group's method."""

@@ -96,6 +96,10 @@ class Rows:
         plan.parts = tuple(heard) if plan.listen else ()
         asking = parts if plan.observe is not None else plan.parts
         plan.asks = frozenset().union(*(part.method.asks for part in asking))
+        plan.recalls = max(group.method.period for group in self.groups) if plan.listen else 0
+        if plan.recalls and len(self.groups) == 1:
+            since = self.seen - self.prompt
+            plan.generated = int(since[0]) if bool((since == since[0]).all()) else None
         plan.late = plan.listen and (self.listens("after_layer") or self.listens("after_forward"))
         moved = any(group.method.compact for group in self.groups)
         busy = plan.prefill or plan.defer or plan.observe is not None or moved

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvfold.formats import POSITION, Chunk, Format, Segment, Spec, join
 from kvfold.formats.parts import Answer, attend_parts, merged
+from kvfold.layer.recent import Recent
 from kvfold.rotation import Compact
 
 
@@ -18,11 +19,12 @@ class Stored:
 
     def __init__(
         self, spec: Spec, segments: Sequence[tuple[Format, Segment]] = (), opened: np.ndarray | None = None,
-        ordered: bool = True,
+        ordered: bool = True, recent: Recent | None = None,
     ):  # fmt: skip
         self.spec, self.segments = spec, list(segments)
         self.opened = np.zeros(spec.rows, dtype=np.int64) if opened is None else opened
         self.ordered = ordered  # whether each segment holds its tokens in the order of the text
+        self.recent = recent  # what generated tokens asked, where a method acts at intervals
 
     def number(self, form: Format) -> int:
         """The place of the segment of this format among ours; an empty one is opened where there is none."""
@@ -49,11 +51,13 @@ class Stored:
 
     def bytes_beside(self, counted: set[int]) -> int:
         """Bytes of all segments, without the pools that are `counted` (by id) already; ours are then, too."""
-        return sum(segment.bytes_beside(counted) for _, segment in self.segments) + self.opened.nbytes
+        beside = self.opened.nbytes + (0 if self.recent is None else self.recent.nbytes)
+        return sum(segment.bytes_beside(counted) for _, segment in self.segments) + beside
 
     def row_nbytes(self) -> np.ndarray:
         """Bytes that each sequence's tokens take, (B,)."""
-        total: np.ndarray = sum((segment.row_nbytes() for _, segment in self.segments), np.zeros(len(self.opened)))
+        none = np.zeros(len(self.opened)) if self.recent is None else self.recent.row_nbytes()
+        total: np.ndarray = sum((segment.row_nbytes() for _, segment in self.segments), none)
         return total.astype(np.int64)
 
     @property
@@ -149,6 +153,8 @@ class Stored:
 
     def drop_from(self, limit: np.ndarray) -> None:
         """Drop the tokens whose text position is `limit` (B,) or later."""
+        if self.recent is not None:
+            self.recent.drop_from(limit)
         for _, segment in self.segments:
             segment.cropped(limit)
             if segment.longest:
@@ -169,11 +175,13 @@ class Stored:
             old.clear()
             new.compact()
         self.segments, self.opened = chosen, self.opened[rows]
+        self.recent = None if self.recent is None else self.recent.select(rows)
         self.spec = replace(self.spec, rows=len(rows))
 
     def join(self, other: "Stored") -> None:
         """Take the rows of another batch behind ours; `other` is used up. Formats that one of us lacks are opened."""
         mine, theirs = len(self.opened), len(other.opened)
+        self.recent = Recent.joined(self.recent, other.recent, (mine, theirs))
         places = [self.number(form) for form, _ in other.segments]
         for form, _ in self.segments:
             other.number(form)
@@ -186,13 +194,14 @@ class Stored:
         """The same over the same pages."""
         everyone = np.arange(len(self.opened))
         segments = [(form, segment.select(everyone)) for form, segment in self.segments]
-        return Stored(self.spec, segments, self.opened, self.ordered)
+        recent = None if self.recent is None else self.recent.select(everyone)
+        return Stored(self.spec, segments, self.opened, self.ordered, recent)
 
     def clear(self) -> None:
         """Drop everything."""
         for _, segment in self.segments:
             segment.clear()
-        self.ordered = True
+        self.ordered, self.recent = True, None
 
 
 def as_stored(slots: Tensor, order: Tensor | None) -> Tensor:

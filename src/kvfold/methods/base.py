@@ -1,7 +1,7 @@
 """What a method is: a frozen dataclass of options, with events that return decisions."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from inspect import cleandoc
@@ -33,6 +33,10 @@ class Method:
     "column_sums" of a prompt (`view.column_sums()`), "attention" of a generated token (`view.attention(1)`). "images":
     it must know which tokens stand for images (`view.images`), so that a prompt without ids is refused."""
 
+    period: int = 0
+    """Generated tokens of a row from one `after_interval` to the next; 0: it never comes."""
+    spread: bool = False
+    """Whether the layers have their `after_interval` at different tokens, so that no step does the work of all."""
     narrows: bool = False
     """Whether `after_prefill` may return `Propagate`."""
     shares_layers: bool = False
@@ -44,6 +48,8 @@ class Method:
     """The format that all tokens of the layer go to; None: dense, in the model's dtype."""
     windows: Format | None = None
     """The format that sliding-window layers hold their tokens in; None: as transformers does."""
+    firm: tuple[Format, ...] = ()
+    """Formats that its `Store` moves tokens to and that can't drop single ones."""
 
     @property
     def own_prefill(self) -> bool:
@@ -55,6 +61,10 @@ class Method:
 
         Most need none and return themselves. Raises ValueError where there are none, with the command that measures.
         """
+        return self
+
+    def behind(self, form: Format) -> "Method":
+        """This method where its tokens go to a format; another one if it could not do there what it does by itself."""
         return self
 
     def read_order(self, prompt: RawPrompt) -> Int[Tensor, "B N"] | None:
@@ -76,6 +86,12 @@ class Method:
 
     def after_decode(self, view: LayerView) -> Decisions:
         """After a forward pass over one generated token, layer by layer."""
+
+    def after_interval(self, view: LayerView) -> Decisions:
+        """After every `period` generated tokens, layer by layer; the view's queries are those of the interval.
+
+        To the view those tokens are what a further turn of a prompt would be: `place.prompt` counts them, too.
+        """
 
     def before_attend(self, view: LayerView) -> Read | None:
         """Before a generated token attends: which of the stored tokens it reads. The view ends with its own token."""
@@ -239,6 +255,8 @@ class Pipeline(Compound):
     stages: tuple[Method, ...]
 
     def __post_init__(self) -> None:
+        for form in _formats(self.stages):
+            object.__setattr__(self, "stages", tuple(stage.behind(form) for stage in self.stages))
         for name, event in EVENTS.items():
             self._at_most_one(event.alone, [stage for stage in self.stages if stage.listens(name)])
         for name, trait in TRAITS.items():
@@ -257,7 +275,7 @@ class Pipeline(Compound):
 
     def drops_stored(self) -> Method | None:
         """A stage that may drop, whatever is read, single stored tokens of a format that can't; None: there is none."""
-        if self.format is None or self.format.traits.addressed == "token" or self.format.traits.requantises:
+        if self.format is None or self.format.traits.drops:
             return None
         events = [name for name, event in EVENTS.items() if event.stored]
         return next((stage for stage in self.stages if any(map(stage.listens, events))), None)
@@ -276,6 +294,13 @@ class Pipeline(Compound):
 
     def __str__(self) -> str:
         return " | ".join(str(stage) for stage in self.stages)
+
+
+def _formats(stages: tuple[Method, ...]) -> Iterator[Format]:
+    """What tokens are held in, besides as they are."""
+    for stage in stages:
+        yield from (() if stage.format is None else (stage.format,))
+        yield from stage.firm
 
 
 def _stages(method: Method) -> tuple[Method, ...]:

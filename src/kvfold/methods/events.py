@@ -93,6 +93,7 @@ EVENTS: dict[str, Event] = {
     "admit": Event("before a prompt's new tokens attend, layer by layer", _let_in_by_all, wrapped=True),
     "after_prefill": Event("after a forward pass over more than one token, layer by layer", _in_turn),
     "after_decode": Event("after a forward pass over one generated token, layer by layer", _in_turn, stored=True),
+    "after_interval": Event("after a number of generated tokens, layer by layer", _in_turn, stored=True),
     "before_attend": Event("before a generated token attends, layer by layer", _read_for_all),
     "after_layer": Event("after a layer is stored", _of_one_layer, stored=True),
     "after_forward": Event("after the last layer is stored", _of_all_layers, stored=True),
@@ -122,9 +123,12 @@ class Trait:
 TRAITS: dict[str, Trait] = {
     "compact": Trait(any, alone="with compact positions"),
     "asks": Trait(_union),
+    "period": Trait(max, alone="that act at intervals"),
+    "spread": Trait(any),
     "narrows": Trait(any),
     "shares_layers": Trait(any),
     "format": Trait(_only, alone="with a format for all tokens"),
+    "firm": Trait(lambda said: tuple(form for forms in said for form in forms)),
     "windows": Trait(_only, alone="with a format for sliding windows"),
 }
 """All traits, attributes of `Method`."""

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from kvfold.artefacts.probed import probe
 from kvfold.budgets import Budget, check_budget, is_all
+from kvfold.budgets.intervals import check_interval, interval_of, left_for
+from kvfold.formats import Format
 from kvfold.merges import fold_by_attention, refit
 from kvfold.methods._calibrated import Table, check_table, measured, query_heads, table_of
 from kvfold.methods._repeated import repeated
@@ -66,6 +68,10 @@ REPEATED, QUOTED = 2000, 8
         ),
         "refit": "last queries whose outputs the values are fitted to once tokens went; 0: none",
         "quality": '"best" reads the prompt a second time, and counts what is looked at meanwhile',
+        "interval": (
+            "generated tokens that gather before they are folded, too; None: an eighth of a budget in tokens, 64 at most "
+            "and of a fraction; 0: they stay"
+        ),
     },
 )  # fmt: skip
 @dataclass(frozen=True)
@@ -102,6 +108,9 @@ class KVFold(Method):
     heads: Table | str = "probed"
     refit: int = 64
     quality: str = "fast"
+    interval: int | None = None
+
+    spread = True
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
@@ -120,6 +129,7 @@ class KVFold(Method):
             check_table("heads", self.heads or ())
         check_int("refit", self.refit, 0)
         check_choice("quality", self.quality, ("fast", "best"))
+        check_interval("interval", self.interval, self.budget)
 
     def bind(self, model: Any) -> "KVFold":
         if is_all(self.budget):
@@ -138,7 +148,20 @@ class KVFold(Method):
         """`fade` as a number."""
         return math.inf if self.fade is None else float(self.fade)
 
+    @property
+    def period(self) -> int:  # type: ignore[override]
+        """`interval` as a number."""
+        if is_all(self.budget):
+            return 0
+        return interval_of(self.budget) if self.interval is None else self.interval
+
+    def behind(self, form: Format) -> "KVFold":
+        """What is generated can't be folded where single tokens don't go: then only the prompt is, as before it."""
+        return replace(self, interval=0) if self.interval is None and not form.traits.drops else self
+
     def listens(self, event: str) -> bool:
+        if event == "after_interval":
+            return self.period > 0
         return super().listens(event) and (event != "after_prompt" or self.quality == "best")
 
     def after_prefill(self, view: LayerView) -> Decisions:
@@ -150,6 +173,16 @@ class KVFold(Method):
         if self.quality == "best":  # nothing goes before it was read again
             view.place.step.setdefault(LAST, {})[view.place.ordinal] = asked, read
             return Keep(view.valid, {SCORE: attention, QUERIES: queries, WORTH: worth})
+        return self.folded(view, attention, queries, worth, asked, read)
+
+    def after_interval(self, view: LayerView) -> Decisions:
+        attention, queries = self.attention(view)
+        most, asked, read = self.last(view)
+        worth = self.worth(view, attention, most)
+        if AGAIN in view.columns:  # generated tokens were not there when the prompt was read again
+            again, told = view.columns[AGAIN], view.valid & (view.columns[AGAIN] > 0)
+            part = told.sum(-1, keepdim=True) / view.count.clamp(min=1)[..., None]
+            worth = worth + part * share(again * self.weight(view), told & ~self.always(view))
         return self.folded(view, attention, queries, worth, asked, read)
 
     def after_prompt(self, prompt: PromptView) -> Requests[Mapping[int, Decisions]]:
@@ -221,10 +254,11 @@ class KVFold(Method):
 
     def counts(self, view: LayerView) -> Int[Tensor, "B H"]:
         """How many tokens of each (row, head) stay."""
+        room = left_for(self.budget, self.period)
         if isinstance(self.heads, str):
-            return torch.minimum(view.budget(self.budget), view.count)
+            return torch.minimum(view.budget(room), view.count)
         table = table_of(self, view, "heads", query_heads(view) if view.new else len(self.heads[0]))
-        return torch.minimum(by_heads(view, self.budget, Shares(table, view.heads, 0, POOL)), view.count)
+        return torch.minimum(by_heads(view, room, Shares(table, view.heads, 0, POOL)), view.count)
 
     def always(self, view: LayerView) -> Bool[Tensor, "B H T"]:
         """The sinks and the newest tokens, as far as the budget goes."""

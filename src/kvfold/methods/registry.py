@@ -157,17 +157,32 @@ def _stage(text: str) -> tuple[str, dict[str, Any]]:
     if found is None:
         raise ValueError(f"method={shown(text.strip())} is not of the form slug or slug(option=value, ...)")
     slug, arguments = found[1], found[2] or "()"
+    _scan()
     try:
         call = ast.parse(f"f{arguments}", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             raise ValueError("one pair of parentheses, and | between methods")
         words = [word.arg for word in call.keywords]
-        if call.args or None in words:
+        given = _over(slug, call.args, f"f{arguments}")
+        if len(call.args) > len(given) or None in words:
             raise ValueError("options are given by name")
+        words += list(given)
         if twice := [word for word in words if words.count(word) > 1]:
             raise ValueError(f"{twice[0]} is given twice")
-        given = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+        given |= {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # the last two: nested too deep to be read
         why = str(error) or "nested too deep"
         raise ValueError(f"method={shown(text.strip())}: can't read the options {arguments[:200]} ({why})") from None
     return slug, given
+
+
+def _over(slug: str, arguments: list[ast.expr], source: str) -> dict[str, Any]:
+    """The option `score` of a method over another one, which may stand first and without its name.
+
+    As in `decoding(snapkv(window=16), interval=64)`: a text in quotes, or the other method as it is.
+    """
+    if not arguments or slug not in registry or "score" not in registry[slug].options:
+        return {}
+    if isinstance(arguments[0], ast.Constant):
+        return {"score": arguments[0].value}
+    return {"score": ast.get_source_segment(source, arguments[0])}

@@ -113,7 +113,12 @@ class Over(Compound, Generic[M]):
             raise ValueError(f"score={self.score!r} must leave the budget to {type(self).__name__}")
         if own := [event for event in EVENTS if self.loses(made, event)]:
             raise ValueError(f"score={self.score!r} {self.lost.format(', '.join(own))}")
-        return replace(made, budget=self.budget)  # type: ignore[type-var]
+        return replace(made, budget=self.room)  # type: ignore[type-var]
+
+    @property
+    def room(self) -> Budget:
+        """The other's budget."""
+        return self.budget
 
     def choosing(self, made: Method) -> M:
         """The method that was made. Raises ValueError for one that does not choose tokens as it must here."""

@@ -1,0 +1,32 @@
+"""Budgets that hold while a text is generated: tokens gather, and every interval of them the rest is cut to make room."""
+
+from kvfold.budgets.allocate import Budget
+from kvfold.options import check_int
+
+LONGEST = 64
+"""The longest interval that is chosen unasked."""
+
+
+def interval_of(budget: Budget) -> int:
+    """The interval of a budget: an eighth of it if it is a number of tokens, `LONGEST` at most."""
+    return max(1, min(LONGEST, budget // 8)) if isinstance(budget, int) else LONGEST
+
+
+def left_for(budget: Budget, interval: int) -> Budget:
+    """What a cut may leave of a budget. In tokens: so few that the tokens until the next cut still fit.
+
+    A fraction is one of all tokens that were read; those since the last cut come on top.
+    """
+    return max(1, budget - max(0, interval - 1)) if isinstance(budget, int) else budget
+
+
+def check_interval(name: str, interval: object, budget: Budget) -> None:
+    """Raise ValueError unless `interval` is None, or an int from 0 on that leaves half of a budget in tokens."""
+    if interval is None:
+        return
+    check_int(name, interval, 0)
+    assert isinstance(interval, int)
+    if isinstance(budget, int) and interval > 1 and interval > (budget + 1) // 2:
+        raise ValueError(
+            f"{name}={interval!r} must be at most half of budget={budget!r}: the tokens of an interval count, too"
+        )
