@@ -183,6 +183,20 @@ def the_budget_holds(method: Method | str, model: PreTrainedModel | None = None)
                 break
             mask = grow(mask)
             feed(model, cache, step[:, None], mask)
+        if made.period:
+            _an_interval_holds(model, cache, made, mask)
+
+
+def _an_interval_holds(model: PreTrainedModel, cache: Cache, made: Method, mask: Tensor) -> None:
+    """Budgets in tokens hold at every generated token; of a fraction of all that was read the interval is on top."""
+    heads = sum(core.shape[0] for core in cache.paged if core.shape is not None)
+    for step in steps(2, 2 * made.period + 2).T:
+        mask = grow(mask)
+        feed(model, cache, step[:, None], mask)
+        for row, length in enumerate(cache.rows.seen.tolist()):
+            most = allowed(cache, made.budget, length)  # type: ignore[attr-defined]
+            most += 0 if isinstance(made.budget, int) else heads * made.period  # type: ignore[attr-defined]
+            assert held(cache, row) <= most + 1e-6, f"{made} holds {held(cache, row)} of {most} at {length} tokens"
 
 
 def the_newest_token_stays(method: Method | str, model: PreTrainedModel | None = None) -> None:

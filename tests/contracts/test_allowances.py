@@ -8,6 +8,7 @@ import kvfold
 from families import FREE, LIMITED, each
 from kvfold.budgets import allocate
 from kvfold.budgets.allocate import exempt_layers
+from kvfold.budgets.intervals import left_for
 from models import feed, subject, tokens
 
 BUDGETS = st.one_of(st.floats(0.02, 1.0), st.integers(1, 70))
@@ -15,6 +16,7 @@ BUDGETS = st.one_of(st.floats(0.02, 1.0), st.integers(1, 70))
 
 def allowed(method, cache, budget, length: int) -> int:
     """What a row of `length` tokens may hold, summed over heads and layers, by the method's own rule."""
+    budget = left_for(budget, method.period)  # the next tokens have room until they are cut
     layers, heads = len(cache.paged), cache.paged[0].shape[0]
     if budget == 1.0 and isinstance(budget, float):
         return length * layers * heads

@@ -97,7 +97,7 @@ def test_twins_fold_without_loss():
             return torch.isin(view.positions, torch.tensor(first)).float()
 
     def error(threshold):
-        method = Firsts(budget=40, recent=0.0, sinks=0, threshold=threshold, refit=0)
+        method = Firsts(budget=40, recent=0.0, sinks=0, threshold=threshold, refit=0, interval=0)
         return float((answers(view, method.after_prefill(view), later) - truth).norm())
 
     assert error(0.99) < 0.2 * error(2.0)
@@ -189,7 +189,7 @@ def test_the_best_quality_reads_the_prompt_again():
 
 def test_a_second_prompt_competes_with_what_was_read_twice_before():
     model, prompt = subject("llama"), tokens(60)
-    cache = kvfold.Cache(model, KVFold(budget=20, quality="best", heads="even"))
+    cache = kvfold.Cache(model, KVFold(budget=20, quality="best", heads="even", interval=0))
     for stop in (40, 60):
         feed(model, cache, prompt["input_ids"][:, 0 if stop == 40 else 40 : stop], torch.ones(1, stop).long())
     again = by_position(cache, AGAIN)
@@ -201,7 +201,7 @@ def test_heads_share_the_budget_by_their_scores():
     model, prompt = subject("llama"), tokens(60, 50)
     layers, group = model.config.num_hidden_layers, model.config.num_attention_heads // 2
     table = ((3.0,) * group + (1.0,) * group,) * layers
-    cache = kvfold.Cache(model, KVFold(budget=20, heads=table))
+    cache = kvfold.Cache(model, KVFold(budget=20, heads=table, interval=0))
     feed(model, cache, *prompt.values())
     for core in cache.paged:
         assert core.counts().tolist() == [[28, 12], [28, 12]]

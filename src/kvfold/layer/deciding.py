@@ -148,10 +148,10 @@ class Moment:
         if plan.step and plan.generated is not None and (plan.generated + ahead(self.rows.method, share)) % plan.recalls:
             return  # as at most steps
         for count, part in recent.due(self.rows.groups, seen, self.rows.prompt, share):
-            steps = {(part.group, EVENT): {}} if part.method.spread else plan.steps
+            steps = {(part.group, EVENT): {}} if part.method.staggered else plan.steps
             moment = replace(self, turn=True, plan=replace(plan, parts=(part,), steps=steps))
             view = moment.view(recent.asked(count, seen, stored.lengths()))
-            commit(stored, moment.decide(view), None, slack=True)
+            commit(stored, moment.decide(view), None, slack=False)
             recent.seen_to(part, seen)
 
     # -- what comes late -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ EVENT = "after_interval"
 
 def ahead(method: Method, share: float) -> int:
     """How many tokens earlier than others a layer's intervals end, where a method spreads its work over the steps."""
-    return int(share * method.period) if method.spread else 0
+    return int(share * method.period) if method.staggered else 0
 
 
 class Recent:

@@ -35,7 +35,7 @@ class Method:
 
     period: int = 0
     """Generated tokens of a row from one `after_interval` to the next; 0: it never comes."""
-    spread: bool = False
+    staggered: bool = False
     """Whether the layers have their `after_interval` at different tokens, so that no step does the work of all."""
     narrows: bool = False
     """Whether `after_prefill` may return `Propagate`."""

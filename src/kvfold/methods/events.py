@@ -124,7 +124,7 @@ TRAITS: dict[str, Trait] = {
     "compact": Trait(any, alone="with compact positions"),
     "asks": Trait(_union),
     "period": Trait(max, alone="that act at intervals"),
-    "spread": Trait(any),
+    "staggered": Trait(any),
     "narrows": Trait(any),
     "shares_layers": Trait(any),
     "format": Trait(_only, alone="with a format for all tokens"),

@@ -110,7 +110,7 @@ class KVFold(Method):
     quality: str = "fast"
     interval: int | None = None
 
-    spread = True
+    staggered = True
 
     def __post_init__(self) -> None:
         check_budget(self.budget)

@@ -26,6 +26,7 @@ from kvfold.hf.saving.window import restore_window
 from kvfold.hf.windows import CodedWindow
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.plan import Group
+from kvfold.layer.recent import Recent
 from kvfold.layer.stored import Stored
 from kvfold.methods.base import Method
 from kvfold.methods.registry import parse
@@ -33,6 +34,8 @@ from kvfold.options import shown
 
 READING = ("valid", "places", "given")
 """Tensors of a `Reading`."""
+RECENT = ("states", "lse")
+"""Tensors of a `Recent`."""
 
 
 def _device(model: PreTrainedModel, index: int) -> torch.device:
@@ -97,8 +100,12 @@ def _save_paged(core: KVLayer, prefix: str, tensors: dict[str, Tensor], written:
         tensors |= {f"{name}.{plane}": tensor.contiguous() for plane, tensor in planes.items()}
         written[name] = segment
         formats.append({**format_to(form), **said, "of": twin})
+    recent = core.stored.recent
+    if recent is not None:
+        tensors |= {f"{prefix}.recent.{name}": getattr(recent, name).contiguous() for name in RECENT}
     return {
         "kind": "paged",
+        "recent": None if recent is None else {"at": recent.at.tolist(), "since": recent.since.tolist()},
         "shape": core.shape,
         "dtype": str(core.stored.spec.dtype).removeprefix("torch."),
         "opened": core.stored.opened.tolist(),
@@ -214,7 +221,7 @@ def _checked(found: Contents, cache: Host) -> Iterator[tuple[int, tuple[SaidLaye
             check_state(layer, entry, own, (len(rows.seen), rows.width) if cache.paged else None)
             continue
         said = SaidLayer.of(entry, len(rows.seen))
-        places = [str(number) for number in range(len(said.formats))]
+        places = [str(number) for number in range(len(said.formats))] + ([] if said.recent is None else ["recent"])
         if strange := [name for name in own if name.partition(".")[0] not in places]:
             raise ValueError(f"{entry.where} has a tensor {strange[0]!r} of no format")
         if said.shape is None:
@@ -232,6 +239,8 @@ def _checked(found: Contents, cache: Host) -> Iterator[tuple[int, tuple[SaidLaye
                 raise ValueError(f"{entry.where} has {error}") from error
             known[f"{index}.{number}"] = spec, form, each, tokens
             total += np.array(each["counts"], dtype=np.int64).reshape(total.shape)
+        if said.recent is not None:
+            said.recent.check(found.under(f"{index}.recent."), spec, rows.seen)
         if (total > rows.seen[:, None]).any():
             raise ValueError(f"{entry.where} has more tokens of a row than the {rows.seen.tolist()} that were read")
         yield index, (said, spec)
@@ -270,7 +279,12 @@ def _fill(found: Contents, cache: Host, paged: Mapping[int, tuple[SaidLayer, Spe
             twin = None if each.get("of") is None else made[each["of"]]
             made[f"{index}.{number}"] = form.restore(spec, each, found.under(f"{index}.{number}."), twin)
         segments = [(form, made[f"{index}.{number}"]) for number, (form, _) in enumerate(said.formats)]
-        stores[index] = Stored(spec, segments, said.opened, said.ordered)
+        recent = None
+        if said.recent is not None:
+            own = found.under(f"{index}.recent.")
+            held = [own[name].to(spec.device, copy=True) for name in RECENT]
+            recent = Recent(*held, said.recent.at, said.recent.since)
+        stores[index] = Stored(spec, segments, said.opened, said.ordered, recent)
     rows = cache.rows
     rows.seen, rows.prompt, rows.width, rows.width_before = found.rows.seen, found.rows.prompt, *[found.rows.width] * 2
     for index, (layer, entry) in enumerate(zip(cache.layers, found.layers, strict=True)):

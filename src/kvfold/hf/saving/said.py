@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.formats import Format, dtype_from, format_from
+from kvfold.formats import Format, Spec, dtype_from, format_from
 from kvfold.options import LARGEST, shown
 
 
@@ -126,6 +126,41 @@ def groups_of(header: Entry, batch: int) -> list[SaidGroup]:
 
 
 @dataclass(frozen=True, eq=False)
+class SaidRecent:
+    """What a layer remembers of generated tokens' queries, see `Recent`."""
+
+    entry: Entry
+    at: np.ndarray
+    since: np.ndarray
+
+    @classmethod
+    def of(cls, entry: Entry, batch: int) -> "SaidRecent":
+        """A layer's entry of that name."""
+        rows = entry.items("at", batch)
+        sizes = {len(row) if isinstance(row, list) else 0 for row in rows}
+        whole = all(type(place) is int and -1 <= place <= LARGEST for row in rows if isinstance(row, list) for place in row)
+        if len(sizes) != 1 or 0 in sizes or not whole:
+            raise entry.fail("at", f"{batch} lists of as many text positions, or -1")
+        at = np.array(rows, dtype=np.int64)
+        if (at % at.shape[1] != np.arange(at.shape[1]))[at >= 0].any():
+            raise entry.fail("at", "position p at place p % size of its list")
+        return cls(entry, at, entry.integers("since", batch))
+
+    def check(self, tensors: Mapping[str, Tensor], spec: Spec, seen: np.ndarray) -> None:
+        """Raise ValueError unless the tensors are of that size, and nothing is of a text that was not read."""
+        states, lse, batch, size = tensors.get("states"), tensors.get("lse"), *self.at.shape
+        heads = 0 if states is None or states.dim() != 4 else states.shape[1]
+        want = {
+            "states": ((batch, heads, size, spec.key_size), spec.dtype), "lse": ((batch, heads, size), torch.float32)
+        }  # fmt: skip
+        found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        if not heads or heads % spec.heads or found != want or lse is None:
+            raise ValueError(f"{self.entry.where} has tensors {found}, which must be (shape, dtype) {want}")
+        if (self.at >= seen[:, None]).any() or (self.since > seen).any():
+            raise self.entry.fail("since", f"no more than seen={seen.tolist()}, as must all of at")
+
+
+@dataclass(frozen=True, eq=False)
 class SaidLayer:
     """A layer on pages: heads and sizes (None: it has attended nothing), its formats, and which of them are open."""
 
@@ -135,6 +170,7 @@ class SaidLayer:
     ordered: bool
     formats: tuple[tuple[Format, Mapping[str, Any]], ...]
     """Each with its whole entry, which `Format.check` and `Format.restore` look at."""
+    recent: SaidRecent | None = None
 
     @classmethod
     def of(cls, entry: Entry, batch: int) -> "SaidLayer":
@@ -158,7 +194,8 @@ class SaidLayer:
         if (shape is None) != (not formats):
             raise entry.fail("shape", "null where there are no formats, and only there")
         opened = entry.integers("opened", batch if formats else None, high=max(0, len(formats) - 1))
-        return cls(shape, entry.dtype("dtype"), opened, entry.flag("ordered"), tuple(formats))
+        recent = None if entry.null("recent") or shape is None else SaidRecent.of(entry.part("recent"), batch)
+        return cls(shape, entry.dtype("dtype"), opened, entry.flag("ordered"), tuple(formats), recent)
 
 
 def check_reading(entry: Entry, tensors: Mapping[str, Tensor], rows: SaidRows) -> None:
