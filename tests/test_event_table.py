@@ -50,7 +50,9 @@ def lost(outer: Method, inner: Method) -> list[str]:
     """Events that the inner method listens to and the outer does not, and traits of which the outer says less."""
     events = [name for name in EVENTS if inner.listens(name) and not outer.listens(name)]
     less = [
-        name for name in TRAITS if name != "asks" and getattr(inner, name) not in (False, None, getattr(outer, name))
+        name
+        for name in TRAITS
+        if name != "asks" and getattr(inner, name) not in (False, None, (), getattr(outer, name))
     ]
     return events + less + ["asks"] * (not inner.asks <= outer.asks)
 

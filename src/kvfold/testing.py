@@ -194,8 +194,8 @@ def _an_interval_holds(model: PreTrainedModel, cache: Cache, made: Method, mask:
         mask = grow(mask)
         feed(model, cache, step[:, None], mask)
         for row, length in enumerate(cache.rows.seen.tolist()):
-            most = allowed(cache, made.budget, length)  # type: ignore[attr-defined]
-            most += 0 if isinstance(made.budget, int) else heads * made.period  # type: ignore[attr-defined]
+            tail = 0 if isinstance(made.budget, int) else heads * made.period  # type: ignore[attr-defined]
+            most = allowed(cache, made.budget, length) + tail  # type: ignore[attr-defined]
             assert held(cache, row) <= most + 1e-6, f"{made} holds {held(cache, row)} of {most} at {length} tokens"
 
 

@@ -8,7 +8,7 @@ import kvfold
 from families import FREE, LIMITED, each
 from kvfold.budgets import allocate
 from kvfold.budgets.allocate import exempt_layers
-from kvfold.budgets.intervals import left_for
+from kvfold.methods._intervals import left_for
 from models import feed, subject, tokens
 
 BUDGETS = st.one_of(st.floats(0.02, 1.0), st.integers(1, 70))

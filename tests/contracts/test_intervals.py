@@ -10,79 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvfold
-from kvfold.budgets.intervals import interval_of, left_for
 from kvfold.layer.recent import Recent
+from kvfold.methods._intervals import interval_of, left_for
 from kvfold.methods.base import Pipeline
 from kvfold.methods.decoding import Decoding
-from kvfold.methods.kvfold import KVFold
 from kvfold.views import Queries
 from models import feed, subject, tokens
+from saying import kept, read, say
 
-INNER = [
-    "adakv", "cam", "chelsea", "ems", "expected-attention", "h2o", "keepkv", "keyformer", "kvcrush", "kvmerger",
-    "lacache", "pyramidkv", "scissorhands", "snapkv", "streamingllm", "tova", "windowkv",
-]  # fmt: skip
 FEW = ["kvfold(budget=20, interval=6)", "decoding(snapkv, budget=24)", "decoding(kvmerger, budget=13, interval=4)"]
 
 
-def read(model, cache, ids):
-    """Logits (B, N, V) of tokens (B, N) without padding, behind what the cache has read."""
-    return feed(model, cache, ids, torch.ones(len(ids), cache.get_seq_length() + ids.shape[1], dtype=torch.int64))
-
-
-def say(model, cache, steps, mask=None):
-    """Feed tokens (B, N) one by one; all logits (B, N, V). `mask`: of what was read before, None: no padding."""
-    found = []
-    for step in steps.T:
-        if mask is None:
-            found.append(read(model, cache, step[:, None]))
-        else:
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            found.append(feed(model, cache, step[:, None], mask))
-    return torch.cat(found, 1)
-
-
-def kept(cache):
-    return [cache.kept(core.layer) for core in cache.paged]
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-@pytest.mark.parametrize("slug", INNER)
-def test_an_interval_is_a_turn(slug, name):
-    """One token at a time under decoding(...): the tokens and answers of a method that reads turns of an interval."""
-    model, period, budget = subject(name), 5, 20
-    steps = tokens(33, 33)["input_ids"]
-    prompt = tokens(40, 40)["input_ids"]
-    cache = kvfold.Cache(model, f"decoding({slug}, budget={budget}, interval={period})")
-    turns = kvfold.Cache(model, slug, budget=left_for(budget, period))
-    read(model, cache, prompt)
-    read(model, turns, prompt)
-    for start in range(0, 30, period):
-        one = say(model, cache, steps[:, start : start + period])
-        with turns.prefilling():
-            whole = read(model, turns, steps[:, start : start + period])
-        torch.testing.assert_close(one, whole, atol=2e-4, rtol=0)
-        assert kept(cache) == kept(turns), f"after {start + period} tokens"
-
-
-def test_folding_at_an_interval_is_folding_a_turn():
-    """kvfold, all of whose layers act after the same token, against turns; values that were fitted included."""
-    model, steps, prompt = subject("llama"), tokens(24, 24)["input_ids"], tokens(40, 40)["input_ids"]
-    together = type("Together", (KVFold,), {"staggered": False})
-    cache = kvfold.Cache(model, together(budget=17, interval=6))
-    turns = kvfold.Cache(model, KVFold(budget=12, interval=0))
-    read(model, cache, prompt)
-    read(model, turns, prompt)
-    for start in range(0, 24, 6):
-        one = say(model, cache, steps[:, start : start + 6])
-        with turns.prefilling():
-            whole = read(model, turns, steps[:, start : start + 6])
-        torch.testing.assert_close(one, whole, atol=2e-4, rtol=0)
-        assert kept(cache) == kept(turns)
-        assert sum(core.counts() for core in cache.paged).sum(1).tolist() == [12 * 2 * len(cache.paged)] * 2
-
-
-@pytest.mark.parametrize("text", [*FEW, "kvfold(budget=1)", "kvfold(budget=9, interval=0)", "decoding(h2o, budget=0.3)"])
+@pytest.mark.parametrize(
+    "text", [*FEW, "kvfold(budget=1)", "kvfold(budget=9, interval=0)", "decoding(h2o, budget=0.3)"]
+)
 @settings(max_examples=6)
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=3), extra=st.integers(1, 40))
 def test_the_budget_holds_at_every_step(text, lengths, extra):
@@ -208,7 +149,9 @@ def test_a_conversation_stays_under_its_limit():
     for text in FEW:
         cache = kvfold.Cache(model, text)
         for turn in range(50):
-            read(model, cache, tokens(1 + turn % 7)["input_ids"]) if turn % 7 else say(model, cache, tokens(1)["input_ids"])
+            read(model, cache, tokens(1 + turn % 7)["input_ids"]) if turn % 7 else say(
+                model, cache, tokens(1)["input_ids"]
+            )
             for step in tokens(1 + turn % 5)["input_ids"].T:
                 read(model, cache, step[:, None])
                 each = [core.counts().mean() for core in cache.paged]
@@ -296,7 +239,8 @@ def test_where_single_tokens_do_not_go_only_the_prompt_is_folded():
         ("decoding(snapkv, budget=10, interval=6)", "at most half"), ("kvfold(budget=10, interval=6)", "at most half"),
         ("decoding(kvzip)", "kvzip"), ("decoding(kvfold)", "after_interval"), ("decoding(d2o)", "after_forward"),
         ("decoding(full)", "full"), ("decoding(look-m)", "look-m"), ("decoding(snapkv(budget=3))", "leave the budget"),
-        ("decoding(nobody)", "nobody"), ("decoding(snapkv, h2o)", "by name"), ("decoding(snapkv, score='h2o')", "twice"),
+        ("decoding(nobody)", "nobody"), ("decoding(snapkv, h2o)", "by name"),
+        ("decoding(snapkv, score='h2o')", "twice"),
         ("snapkv(h2o)", "by name"), ("decoding(3)", "3"),
     ],
 )  # fmt: skip
@@ -308,6 +252,8 @@ def test_what_can_not_be_is_refused(text, said):
 def test_intervals_of_budgets():
     assert [interval_of(b) for b in (1, 7, 8, 128, 256, 512, 5000, 0.5)] == [1, 1, 1, 16, 32, 64, 64, 64]
     assert [left_for(b, n) for b, n in ((128, 16), (1, 1), (12, 4), (0.5, 64), (9, 0))] == [113, 1, 9, 0.5, 9]
-    assert str(kvfold.parse("decoding(snapkv(window=4), interval=5)")) == str(Decoding(score="snapkv(window=4)", interval=5))
+    assert str(kvfold.parse("decoding(snapkv(window=4), interval=5)")) == str(
+        Decoding(score="snapkv(window=4)", interval=5)
+    )
     assert kvfold.parse(str(Decoding(score="expected-attention"))) == kvfold.parse("decoding(expected-attention)")
     assert replace(Decoding(), budget=1.0).period == 0

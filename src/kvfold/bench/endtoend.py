@@ -24,7 +24,7 @@ PROFILED = 3
 
 
 @dataclass(frozen=True)
-class Decoding:
+class DecodeTimes:
     """Decode steps of a batch. Bytes and kept tokens are those right after the prompt, before the first step.
 
     `bound_seconds` is the least time of a step: weights and KV bytes read once at the measured bandwidth. `speedup`
@@ -80,7 +80,7 @@ class RunRow:
     library: str
     budget: float | int | None
     separate_process: bool = False
-    decode: Decoding | None = None
+    decode: DecodeTimes | None = None
     prefill: Prefill | None = None
     memory: dict[str, Any] | None = None
     peer: dict[str, Any] | None = None
@@ -94,7 +94,7 @@ def measure_decode(
     model: PreTrainedModel, entrants: Sequence[c.BenchContender], ids: Tensor, *, steps: int, rounds: int,
     rate: ReadRate, peers: Sequence[PeerLane] = (), loops: BusyLoops | None = None,
     tick: Callable[[str], None] = lambda _: None,
-) -> dict[str, Decoding]:  # fmt: skip
+) -> dict[str, DecodeTimes]:  # fmt: skip
     """Greedy steps of every contender after one shared prefill of `ids` (B, T), by name; DynamicCache must be in.
 
     In a round each takes `steps` steps, one cache after the other, peers and empty caches too, and as many while
@@ -130,7 +130,7 @@ def measure_decode(
     for lane in everyone:
         step, least = played.steps(lane), (weights + lane.kv_bytes) / bandwidth
         own = lane if isinstance(lane, CacheLane) else None
-        found[lane.name] = Decoding(
+        found[lane.name] = DecodeTimes(
             batch=b, context=t, step_seconds=step, round_seconds=tuple(played.medians(lane)),
             tokens_per_second=b / step.median, kv_bytes=lane.kv_bytes, kv_ratio=lane.kv_bytes / dense.kv_bytes,
             kept_tokens=None if own is None else own.kept, bound_seconds=least, bound_tokens_per_second=b / least,

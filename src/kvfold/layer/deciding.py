@@ -145,7 +145,11 @@ class Moment:
         valid = None if plan.ones else queries.valid.cpu().numpy()
         recent.put(queries, seen, valid)
         share = self.site.ordinal / len(self.site.paged)
-        if plan.step and plan.generated is not None and (plan.generated + ahead(self.rows.method, share)) % plan.recalls:
+        if (
+            plan.step
+            and plan.generated is not None
+            and (plan.generated + ahead(self.rows.method, share)) % plan.recalls
+        ):
             return  # as at most steps
         for count, part in recent.due(self.rows.groups, seen, self.rows.prompt, share):
             steps = {(part.group, EVENT): {}} if part.method.staggered else plan.steps

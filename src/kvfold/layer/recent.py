@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from kvfold.layer.plan import Group, Part
@@ -75,9 +74,9 @@ class Recent:
         places = seen[:, None] - real.sum(1, keepdims=True) + real.cumsum(1) - 1
         rows, columns = np.nonzero(real & (places >= seen[:, None] - self.size))
         slots = places[rows, columns] % self.size
-        row, column, slot = (torch.from_numpy(x).to(states.device) for x in (rows, columns, slots))
-        self.states[row, :, slot] = states[row, :, column]
-        self.lse[row, :, slot] = lse[row, :, column]
+        row, column, place = (torch.from_numpy(x).to(states.device) for x in (rows, columns, slots))
+        self.states[row, :, place] = states[row, :, column]
+        self.lse[row, :, place] = lse[row, :, column]
         self.at[rows, slots] = places[rows, columns]
 
     def due(
@@ -108,7 +107,9 @@ class Recent:
         What the rows get that have fewer means nothing.
         """
         places = seen[:, None] - count + np.arange(count)
-        where = torch.from_numpy(places % self.size).to(self.states.device)[:, None].expand(-1, self.states.shape[1], -1)
+        where = (
+            torch.from_numpy(places % self.size).to(self.states.device)[:, None].expand(-1, self.states.shape[1], -1)
+        )
         real = torch.ones(places.shape, dtype=torch.bool, device=self.states.device)
         positions = torch.from_numpy(places.astype(np.int32)).to(self.states.device)
         states, lse = self.states.gather(2, wide(where, self.states)), self.lse.gather(2, where)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.chelsea import Chelsea as Chelsea
     from kvfold.methods.compresskv import CompressKV as CompressKV
     from kvfold.methods.d2o import D2O as D2O
+    from kvfold.methods.decoding import Decoding as Decoding
     from kvfold.methods.duoattention import DuoAttention as DuoAttention
     from kvfold.methods.dynamickv import DynamicKV as DynamicKV
     from kvfold.methods.elastic_cache_vlm import ElasticCache as ElasticCache

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from kvfold.budgets import Budget, check_budget, is_all
-from kvfold.budgets.intervals import check_interval, interval_of, left_for
+from kvfold.methods._intervals import check_interval, interval_of, left_for
 from kvfold.methods.base import Decisions, Method, Pipeline, method
 from kvfold.methods.scored import Over
 from kvfold.views import LayerView
@@ -64,7 +64,9 @@ class Decoding(Over[Method]):
     def choosing(self, made: Method) -> Method:
         fits = not isinstance(made, Pipeline) and "budget" in made.info.options and made.listens("after_prefill")
         if not fits or "images" in made.asks:
-            raise ValueError(f"score={self.score!r} must be one method that cuts a prompt to a budget, such as 'snapkv'")
+            raise ValueError(
+                f"score={self.score!r} must be one method that cuts a prompt to a budget, such as 'snapkv'"
+            )
         return made
 
     def loses(self, made: Method, event: str) -> bool:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from kvfold.artefacts.probed import probe
 from kvfold.budgets import Budget, check_budget, is_all
-from kvfold.budgets.intervals import check_interval, interval_of, left_for
 from kvfold.formats import Format
 from kvfold.merges import fold_by_attention, refit
 from kvfold.methods._calibrated import Table, check_table, measured, query_heads, table_of
+from kvfold.methods._intervals import check_interval, interval_of, left_for
 from kvfold.methods._repeated import repeated
 from kvfold.methods.base import Decisions, Method, method
 from kvfold.methods.headkv import Shares, by_heads
@@ -69,8 +69,8 @@ REPEATED, QUOTED = 2000, 8
         "refit": "last queries whose outputs the values are fitted to once tokens went; 0: none",
         "quality": '"best" reads the prompt a second time, and counts what is looked at meanwhile',
         "interval": (
-            "generated tokens that gather before they are folded, too; None: an eighth of a budget in tokens, 64 at most "
-            "and of a fraction; 0: they stay"
+            "generated tokens that gather before they are folded, too; None: an eighth of a budget in tokens, at most "
+            "64, which it is for a fraction; 0: they stay"
         ),
     },
 )  # fmt: skip

@@ -282,8 +282,8 @@ def _fill(found: Contents, cache: Host, paged: Mapping[int, tuple[SaidLayer, Spe
         recent = None
         if said.recent is not None:
             own = found.under(f"{index}.recent.")
-            held = [own[name].to(spec.device, copy=True) for name in RECENT]
-            recent = Recent(*held, said.recent.at, said.recent.since)
+            states, lse = (own[name].to(spec.device, copy=True) for name in RECENT)
+            recent = Recent(states, lse, said.recent.at, said.recent.since)
         stores[index] = Stored(spec, segments, said.opened, said.ordered, recent)
     rows = cache.rows
     rows.seen, rows.prompt, rows.width, rows.width_before = found.rows.seen, found.rows.prompt, *[found.rows.width] * 2

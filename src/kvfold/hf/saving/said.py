@@ -138,7 +138,9 @@ class SaidRecent:
         """A layer's entry of that name."""
         rows = entry.items("at", batch)
         sizes = {len(row) if isinstance(row, list) else 0 for row in rows}
-        whole = all(type(place) is int and -1 <= place <= LARGEST for row in rows if isinstance(row, list) for place in row)
+        whole = all(
+            type(place) is int and -1 <= place <= LARGEST for row in rows if isinstance(row, list) for place in row
+        )
         if len(sizes) != 1 or 0 in sizes or not whole:
             raise entry.fail("at", f"{batch} lists of as many text positions, or -1")
         at = np.array(rows, dtype=np.int64)
