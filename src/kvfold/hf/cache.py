@@ -19,6 +19,7 @@ from kvfold.hf.call.hooks import hook, use_kvfold, watch
 from kvfold.hf.call.host import Host
 from kvfold.hf.latent import is_latent
 from kvfold.hf.layers import PagedLayer, WindowLayer, dense_bytes, held_bytes
+from kvfold.hf.memory import within
 from kvfold.hf.report import Report, layer_report
 from kvfold.hf.rope import find_ropes
 from kvfold.hf.saving.file import load, save
@@ -56,15 +57,22 @@ class Cache(Adopting):
     What a prompt keeps is known when it was read, and new columns of a method when it makes them: then OutOfPages
     leaves this cache to be `reset()`.
 
+    With `memory` (bytes, "512MiB", or a share of what float16 without a method would hold for `context` tokens) the
+    budget is the largest with which a cache of `batch` rows never holds more, prompt, generation and all else
+    included (hf/memory.py).
+
     A wrapper around a model (a PeftModel, torch.compile's) will do: the cache belongs to the model in it.
     Raises ValueError for a model that can't work, naming what is missing, and for options that don't fit.
     """
 
     def __init__(
         self, model: nn.Module, method: str | Method = "full", *, prefill_chunk: int | None = None,
-        part_size: int | None = None, arena: Arena | None = None, **options: Any,
+        part_size: int | None = None, arena: Arena | None = None, memory: int | float | str | None = None,
+        context: int | None = None, batch: int = 1, **options: Any,
     ):  # fmt: skip
         chosen, model = parse(method, **options), unwrapped(model)
+        if memory is not None:
+            chosen = within(model, chosen, memory, context, batch, lambda made: type(self)(model, made))
         if not isinstance(arena, Arena | None):
             raise ValueError(f"arena={shown(arena)} must be a kvfold.Arena")
         if prefill_chunk is not None:

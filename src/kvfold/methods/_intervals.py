@@ -1,4 +1,4 @@
-"""Budgets that hold while a text is generated: tokens gather, and every interval of them others are cut to make room."""
+"""Budgets that hold while a text is generated: tokens gather, and at intervals others are cut to make room."""
 
 from kvfold.budgets.allocate import Budget
 from kvfold.options import check_int

@@ -58,7 +58,7 @@ class Moving(Planes):
         if not spare.any() and not (exclusive and self.pool.used < self.pool.pages):
             return
         longest = int(needed.max()) if self.rows else 0
-        if slack and int(spare.sum()) <= self.rows * (1 + 2 * max(1, longest // 32)):
+        if slack and int(spare.sum()) <= self.rows + 2 * max(self.rows, int(needed.sum()) // 32):
             return
         if not exclusive:
             self.pool.release(self.table[spare])
