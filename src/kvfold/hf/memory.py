@@ -101,8 +101,8 @@ def within(
         limit = int(limit * dense * batch)
     if (least := batch * costs.of(method, low)) > limit:
         raise ValueError(
-            f"memory={shown(memory)} ({limit} bytes) is too little for batch={batch} of {type(model).__name__} under {stage.info.slug}: {least} bytes is the least ({costs.fixed * batch} of them "
-            "whatever is kept)"
+            f"memory={shown(memory)} ({limit} bytes) is too little for batch={batch} of {type(model).__name__} under "
+            f"{stage.info.slug}: {least} bytes is the least ({costs.fixed * batch} of them whatever is kept)"
         )
     high = 2 * low
     while high < 2**31 - 1 and batch * costs.of(method, high) <= limit:
