@@ -197,7 +197,7 @@ def test_a_peer_takes_turns(folder: Path, peer: tuple[Path, str]) -> None:
 @pytest.mark.slow
 def test_peaks_come_from_processes_of_their_own(folder: Path) -> None:
     words = ["run", "--model", folder, "--methods", "full", "--context", "30", "--batch", "1", "--steps", "1"]
-    found = got(*words, "--rounds", "1", "--prefill-batch", "0", "--no-quantized", "--memory")
+    found = got(*words, "--rounds", "1", "--prefill-batch", "0", "--no-quantized", "--peak")
     for row in found["rows"]:
         assert row["memory"]["kv_bytes"] >= row["decode"]["kv_bytes"]
         if row["memory"]["peak_resident_bytes"] is not None:

@@ -57,6 +57,20 @@ def test_run_equals_the_library(folder: Path, document: Path) -> None:
     assert [layer["tokens"] for layer in got["layers"]] == [40.0] * 3
 
 
+def test_run_keeps_to_a_memory(folder: Path, document: Path) -> None:
+    """Bytes, or a share of a dense float16 cache of the prompt and the answer; not beside a budget."""
+    words = ["run", "--model", str(folder), "--file", str(document), "--max-new-tokens", "40", "--json"]
+    got = json.loads(runner.invoke(app, [*words, "--memory", "120KiB"]).stdout)
+    assert got["nbytes"] <= got["nbytes_at_end"] <= 120 * 1024 and got["memory"] == "120KiB"
+    share = json.loads(runner.invoke(app, [*words, "--memory", "0.9", "--method", "h2o"]).stdout)
+    assert share["method"].startswith("h2o(budget=") and share["nbytes_at_end"] <= 0.9 * got["dense_nbytes"]
+    for wrong, said in (("12 parsecs", "parsecs"), ("1.5", "memory=1.5"), ("9", "too little")):
+        result = runner.invoke(app, [*words, "--memory", wrong])
+        assert result.exit_code and said in str(result.exception)
+    result = runner.invoke(app, [*words, "--memory", "1MB", "--budget", "9"])
+    assert result.exit_code and "budget=9 is given, too" in str(result.exception)
+
+
 def test_run_reads_in_chunks(folder: Path, document: Path) -> None:
     words = ["run", "--model", str(folder), "--file", str(document), "--method", "h2o", "--budget", "32", "--json"]
     got = json.loads(runner.invoke(app, [*words, "--prefill-chunk", "50"]).stdout)

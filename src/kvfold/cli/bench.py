@@ -90,7 +90,7 @@ def run_command(
     fast_linears: common.FastLinears = False,
     beside: Beside = 0,
     quantized: Quantized = True,
-    memory: Annotated[bool, typer.Option("--memory", help="Also each cache's peak, in a process of its own.")] = False,
+    peak: Annotated[bool, typer.Option("--peak", help="Also each cache's peak, in a process of its own.")] = False,
     peer_python: Annotated[list[str], typer.Option("--peer-python", help="A Python that has kvpress or vLLM.")] = [],  # noqa: B006
     json: common.Json = False,
     out: Out = None,
@@ -139,7 +139,7 @@ def run_command(
         weights = c.weight_bytes(lm)
         skipped = [*skipped, *without]
         skipped += [{"contender": lane.name, "reason": lane.failed} for lane in lanes if lane.failed is not None]
-        if memory:
+        if peak:
             rows, left_out = with_peaks(
                 rows, tick, model=model, context=context, batch=max(1, prefill_batch), steps=steps, dtype=kind,
                 device=str(on), threads=threads,

@@ -13,6 +13,9 @@ def run(
     model: common.Model = "smollm2-135m-instruct",
     method: Annotated[str, typer.Option("--method", help="A slug, or a composition such as 'a(x=1) | b'.")] = "kvfold",
     budget: Annotated[str | None, typer.Option("--budget", help="Fraction of the prompt, or tokens per head.")] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="What the cache may hold: 512MiB, or 0.1 of a dense float16 cache's.")
+    ] = None,
     option: Annotated[list[str], typer.Option("--option", "-o", help="Method option name=value.")] = [],  # noqa: B006
     ask: common.Ask = None,
     max_new_tokens: common.NewTokens = 64,
@@ -38,6 +41,9 @@ def run(
     from kvfold.methods import parse
 
     chosen = parse(method, **given)
+    limit = None if memory is None else common.memory(memory)
+    if limit is not None and "budget" in given:
+        raise ValueError(f"memory={memory!r} sets the budget; budget={given['budget']!r} is given, too")
     document = common.read_document(file)
 
     import torch
@@ -53,7 +59,8 @@ def run(
     ids, cut = common.read_prompt(
         lm, tokenizer, document, ask, chat=chat, context=context, new=max_new_tokens
     )  # fmt: skip
-    cache = Cache(lm, chosen)
+    cache = Cache(lm, chosen, memory=limit, context=None if limit is None else ids.shape[1] + max_new_tokens)
+    chosen = cache.method if limit is not None else chosen
     before = resident_bytes()
     written = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
     with common.with_fast_linears(lm, fast_linears):
@@ -68,6 +75,7 @@ def run(
     result = {
         "model": model,
         "method": str(chosen),
+        "memory": memory,
         "answer": tokenizer.decode(answer.tokens, skip_special_tokens=True).strip(),
         "prompt_tokens": ids.shape[1],
         "cut_tokens": cut,
