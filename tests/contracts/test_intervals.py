@@ -63,7 +63,7 @@ def test_rows_are_alone(text):
 def test_rows_with_other_intervals_join(text):
     """Rows whose intervals differ in length and in where they stand: each goes on as it would alone."""
     model, more = subject("llama"), tokens(17, 17)["input_ids"]
-    texts, prompts, said = (text, "decoding(h2o, budget=9, interval=3)"), (tokens(30), tokens(21)), (7, 2)
+    texts, prompts, said = (text, "decoding(h2o, budget=9, interval=3)"), (tokens(30), tokens(21)), (7, 1)
     caches, alone = [], []
     for method, prompt, count in zip(texts, prompts, said, strict=True):
         for into in (caches, alone):
@@ -132,15 +132,25 @@ def test_a_crop_within_an_interval_never_was(text):
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)
 
 
-def test_a_crop_behind_a_cut_begins_the_interval_anew():
+def test_a_crop_behind_cuts_begins_the_interval_anew():
     """What was cut does not come back; the tokens that come instead are cut when they are as many again."""
     model, cache = subject("llama"), kvfold.Cache(subject("llama"), "decoding(snapkv, budget=12, interval=4)")
     read(model, cache, tokens(30)["input_ids"])
-    say(model, cache, tokens(5)["input_ids"])
+    say(model, cache, tokens(9)["input_ids"])
     cache.crop(31)
-    for step in tokens(12)["input_ids"].T:
+    for step in tokens(14)["input_ids"].T:
         read(model, cache, step[:, None])
         assert all(bool((core.counts() <= 12).all()) for core in cache.paged)
+
+
+def test_an_interval_begins_behind_a_prompt():
+    """Tokens that waited when a further prompt came are cut with it, and four more are waited for."""
+    model, cache = subject("llama"), kvfold.Cache(subject("llama"), "decoding(snapkv, budget=12, interval=4)")
+    held = []
+    for length in (30, 1, 1, 9, 1, 1, 1, 1, 1):
+        read(model, cache, tokens(length)["input_ids"])
+        held.append(cache.kept_tokens)
+    assert held == [9, 10, 11, 9, 10, 11, 12, 9, 10]
 
 
 def test_a_conversation_stays_under_its_limit():

@@ -54,6 +54,26 @@ def test_full_says_what_it_says_without_a_draft(name):
     assert torch.equal(said, turns(kvfold.Cache(subject(name), "full"), PLAIN)[1])
 
 
+@pytest.mark.parametrize("method", ["snapkv(window=4)", "kvfold", "decoding(snapkv)"])
+def test_several_tokens_behind_which_no_crop_comes_are_a_prompt(method):
+    """Recording, a pass over several tokens looks like a draft until the next pass comes instead of a crop."""
+    model, more, kept = subject("llama"), tokens(21)["input_ids"], []
+    for recording in (False, True):
+        cache = kvfold.Cache(model, method, budget=12)
+        read(model, cache, tokens(40)["input_ids"])
+        if recording:
+            cache.activate_past_recording()
+            read(model, cache, more[:, :1])
+            cache.crop(41)
+        else:
+            read(model, cache, more[:, :1])
+        read(model, cache, more[:, 1:])
+        cache.settle_pending()
+        assert cache.rows.prompt.tolist() == [61]
+        kept.append([cache.kept(core.layer) for core in cache.paged])
+    assert kept[0] == kept[1]
+
+
 def test_going_on_without_more_text_is_no_prompt():
     cache = kvfold.Cache(subject("llama"), "snapkv", budget=12)
     _, text = turns(cache, LOOKUP)

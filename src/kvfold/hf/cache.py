@@ -57,9 +57,8 @@ class Cache(Adopting):
     What a prompt keeps is known when it was read, and new columns of a method when it makes them: then OutOfPages
     leaves this cache to be `reset()`.
 
-    With `memory` (bytes, "512MiB", or a share of what float16 without a method would hold for `context` tokens) the
-    budget is the largest with which a cache of `batch` rows never holds more, prompt, generation and all else
-    included (hf/memory.py).
+    With `memory` (bytes, "512MiB", or a share of a dense float16 cache of `context` tokens) the budget is the largest
+    with which `batch` rows never hold more, prompt, generation and all else included (hf/memory.py).
 
     A wrapper around a model (a PeftModel, torch.compile's) will do: the cache belongs to the model in it.
     Raises ValueError for a model that can't work, naming what is missing, and for options that don't fit.
