@@ -18,7 +18,11 @@ from kvfold.views import Queries
 from models import feed, subject, tokens
 from saying import kept, read, say
 
-FEW = ["kvfold(budget=20, interval=6)", "decoding(snapkv, budget=24)", "decoding(kvmerger, budget=13, interval=4)"]
+FEW = [
+    "kvfold(budget=20, interval=6)",
+    "decoding(snapkv, budget=24, interval=3)",
+    "decoding(kvmerger, budget=13, interval=4)",
+]
 
 
 @pytest.mark.parametrize(
@@ -234,9 +238,9 @@ def test_where_single_tokens_do_not_go_only_the_prompt_is_folded():
     """In pages of codes kvfold leaves what is generated, and says so; asked for an interval, it refuses."""
     made = kvfold.parse("kvfold(budget=16) | kivi(bits=4)")
     assert isinstance(made, Pipeline) and made.period == 0 and "interval=0" in str(made)
-    assert kvfold.parse("kvfold(budget=16) | kivi(bits=4, requantise=True)").period == 2
+    assert kvfold.parse("kvfold(budget=32) | kivi(bits=4, requantise=True)").period == 2
     assert kvfold.parse("kvfold(budget=16) | zipcache").period == 0
-    assert kvfold.parse("kvfold(budget=16) | turboquant").period == 2
+    assert kvfold.parse("kvfold(budget=32) | turboquant").period == 2
     for text in ("kvfold(budget=16, interval=4) | kivi", "decoding(snapkv, budget=16) | kivi"):
         with pytest.raises(ValueError, match="requantise"):
             kvfold.parse(text)
@@ -260,7 +264,7 @@ def test_what_can_not_be_is_refused(text, said):
 
 
 def test_intervals_of_budgets():
-    assert [interval_of(b) for b in (1, 7, 8, 128, 256, 512, 5000, 0.5)] == [1, 1, 1, 16, 32, 64, 64, 64]
+    assert [interval_of(b) for b in (1, 7, 8, 128, 256, 512, 5000, 0.5)] == [1, 1, 1, 8, 16, 32, 64, 64]
     assert [left_for(b, n) for b, n in ((128, 16), (1, 1), (12, 4), (0.5, 64), (9, 0))] == [113, 1, 9, 0.5, 9]
     assert str(kvfold.parse("decoding(snapkv(window=4), interval=5)")) == str(
         Decoding(score="snapkv(window=4)", interval=5)

@@ -8,8 +8,8 @@ LONGEST = 64
 
 
 def interval_of(budget: Budget) -> int:
-    """The interval of a budget: an eighth of it if it is a number of tokens, `LONGEST` at most."""
-    return max(1, min(LONGEST, budget // 8)) if isinstance(budget, int) else LONGEST
+    """The interval of a budget: a sixteenth of it if it is a number of tokens, `LONGEST` at most."""
+    return max(1, min(LONGEST, budget // 16)) if isinstance(budget, int) else LONGEST
 
 
 def left_for(budget: Budget, interval: int) -> Budget:

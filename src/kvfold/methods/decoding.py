@@ -16,7 +16,7 @@ from kvfold.views import LayerView
     """,
     options={
         "score": "the method that compresses, which may stand first and unnamed: decoding(snapkv, interval=64)",
-        "interval": "generated tokens from one cut to the next (n); None: an eighth of a budget in tokens, 64 at most",
+        "interval": "generated tokens from one cut to the next (n); None: a sixteenth of a budget in tokens, 64 at most",
     },
 )  # fmt: skip
 @dataclass(frozen=True)

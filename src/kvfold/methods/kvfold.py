@@ -69,7 +69,7 @@ REPEATED, QUOTED = 2000, 8
         "refit": "last queries whose outputs the values are fitted to once tokens went; 0: none",
         "quality": '"best" reads the prompt a second time, and counts what is looked at meanwhile',
         "interval": (
-            "generated tokens that gather before they are folded, too; None: an eighth of a budget in tokens, at most "
+            "generated tokens that gather before they are folded, too; None: a sixteenth of a budget in tokens, at most "
             "64, which it is for a fraction; 0: they stay"
         ),
     },
@@ -89,10 +89,11 @@ class KVFold(Method):
     copy get more of the budget (as retrieval heads do in HeadKV, arXiv:2410.19258, or RazorAttention,
     arXiv:2407.15891): the first cache of a model has it read a random text that repeats, and remembers an estimate of
     what each layer would lose without the copies that a head reads (on disk, under a sample of the weights). Acts at
-    the end of a prompt (of every chunk, if it is read in chunks); generated tokens are appended, and their queries
-    don't count. On a further turn earlier sums fade and new ones are added. Query heads of a group add up their
-    attention. `quality="best"` also asks the model to repeat the prompt (as KVzip does, arXiv:2505.23416), and adds the
+    the end of a prompt (of every chunk, if it is read in chunks). On a further turn earlier sums fade and new ones are
+    added. Query heads of a group add up their attention. `quality="best"` also asks the model to repeat the prompt (as KVzip does, arXiv:2505.23416), and adds the
     attention of that reading as a third share: about twice the prefill, and two columns more.
+    What is generated is folded by the same rules, every `interval` tokens and a few layers at a time, but for the fit:
+    the queries of an interval are too few for it (docs/LOG.md).
     This is the library's own method; docs/methods/kvfold.md has the ablations.
     """
 
@@ -183,7 +184,7 @@ class KVFold(Method):
             again, told = view.columns[AGAIN], view.valid & (view.columns[AGAIN] > 0)
             part = told.sum(-1, keepdim=True) / view.count.clamp(min=1)[..., None]
             worth = worth + part * share(again * self.weight(view), told & ~self.always(view))
-        return self.folded(view, attention, queries, worth, asked, read)
+        return self.folded(view, attention, queries, worth, asked, read, refits=False)
 
     def after_prompt(self, prompt: PromptView) -> Requests[Mapping[int, Decisions]]:
         if is_all(self.budget):
@@ -208,13 +209,14 @@ class KVFold(Method):
         worth: Float[Tensor, "B H T"],
         asked: Queries,
         read: Float[Tensor, "B H N Dv"],
+        refits: bool = True,
     ) -> tuple[*tuple[Amend, ...], Keep]:
         """What is written and kept when `worth` ranks the tokens; `read` is what the last queries, `asked`, read."""
         always = self.always(view)
         kept = keep_top(view, worth, self.counts(view), always).mask
         amend, total, mass = fold_by_attention(view, kept, attention, queries, self.threshold)
         keep = Keep(kept, {SCORE: total, QUERIES: queries, **mass})
-        if not self.refit:
+        if not (self.refit and refits):
             return amend, keep
         return amend, refit(view, view.apply(amend).apply(keep), asked, read, kept & ~always), keep
 
