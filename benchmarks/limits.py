@@ -23,7 +23,6 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-import psutil
 import torch
 from long_runs import names_in
 from torch import Tensor
@@ -34,6 +33,7 @@ from kvfold.evaluation.compare import with_budget
 from kvfold.evaluation.decoding import prefill
 from kvfold.evaluation.escaping import code_cell
 from kvfold.evaluation.forced import fed, held_at_most
+from kvfold.evaluation.memory import resident_bytes
 from kvfold.files import write_json
 
 THOUSAND, FLAT, VOCAB = 1000, 1.1, 97
@@ -85,14 +85,14 @@ def thousands(
     """Read a prompt of ids (B, T), feed the rest, and look at every step; one line for each `size` of them."""
     prefill(model, ids[:, :prompt], cache)
     limits.look(-1, held_at_most(cache), cache.nbytes)
-    process, steps, tokens, nbytes, started = psutil.Process(), list[float](), 0, 0, time.process_time()
+    steps, tokens, nbytes, started = list[float](), 0, 0, time.process_time()
     for step in fed(model, cache, ids[:, prompt:]):
         held, taken = held_at_most(cache), cache.nbytes
         limits.look(step.number, held, taken)
         tokens, nbytes = max(tokens, held), max(nbytes, taken)
         steps.append(1e3 * step.seconds)
         if len(steps) == size or step.number == ids.shape[1] - prompt - 1:
-            spent, resident = 1e3 * (time.process_time() - started) / len(steps), process.memory_info().rss
+            spent, resident = 1e3 * (time.process_time() - started) / len(steps), resident_bytes() or 0
             yield Thousand(step.number + 1, tokens, nbytes, resident, median(steps), mean(steps), spent)
             steps, tokens, nbytes, started = [], 0, 0, time.process_time()
 

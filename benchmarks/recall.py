@@ -132,7 +132,8 @@ def answers(model: Any, tokenizer: Any, cache: kvfold.Cache, ids: Tensor, prompt
             logits = step.logits
         said = [logits.argmax(-1, keepdim=True)]
         while len(said) < ANSWER:
-            said.append(next(iter(fed(model, cache, said[-1]))).logits.argmax(-1, keepdim=True))
+            (step,) = fed(model, cache, said[-1])
+            said.append(step.logits.argmax(-1, keepdim=True))
     found: list[str] = tokenizer.batch_decode(torch.cat(said, 1))
     return found
 
@@ -190,7 +191,9 @@ def main() -> None:
     parser.set_defaults(batch=8)
     args = parser.parse_args()
     model, tokenizer = load(args)
-    docs = [ids for _, ids in long_documents(tokenizer, args.data, args.prompt + args.tokens + ROOM, min(args.facts, 40))]
+    docs = [
+        ids for _, ids in long_documents(tokenizer, args.data, args.prompt + args.tokens + ROOM, min(args.facts, 40))
+    ]
     facts = stated(
         tokenizer, docs, args.facts, prompt=args.prompt, before=args.before, tokens=args.tokens, seed=args.seed
     )

@@ -22,10 +22,9 @@ class KNorm(Scored):
     """The norm of a key, the lowest first: such keys tend to get the most attention. No attention is looked at.
 
     Nothing always stays: the newest token competes like the others. Acts at the end of a prompt; generated tokens are
-    appended.
-    Differs from the paper: every layer is cut. Its authors leave the first two as they are in some experiments, where
-    norm and attention go together the least (an option of their code), and so hold more than the budget. On models
-    that normalise keys (Qwen 3, Gemma 3) norms differ little, and say little.
+    appended. Models that normalise keys (Qwen 3, Gemma 3) leave little for norms to say.
+    Differs from the paper: every layer is cut. The authors' code can leave the first two as they are, where norm and
+    attention go together the least, and then holds more than the budget.
     """
 
     def scores(self, view: LayerView) -> Float[Tensor, "B H T"]:
