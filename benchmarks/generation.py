@@ -95,8 +95,8 @@ def report(kept: RunFolder, ran: Sequence[Contender], docs: Sequence[str], again
     summary: dict[str, Any] = {}
     head = f"KL, `{against}`'s share of it" if against else "share"
     lines = [
-        f"| budget | method | documents | KL [95 %] | {head} [95 %] | equal tokens | ms a step, median / mean / 99 % | rows "
-        "| MB at most | at the end | of dense | tokens a head at most |",
+        f"| budget | method | documents | KL [95 %] | {head} [95 %] | equal tokens "
+        "| ms a step, median / mean / 99 % | rows | MB at most | at the end | of dense | tokens a head at most |",
         "| ---: | --- | ---: | --- | --- | ---: | --- | --- | ---: | ---: | ---: | ---: |",
     ]
     baseline = {one.budget: kept.of(one, docs) for one in ran if one.name == against}

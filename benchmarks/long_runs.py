@@ -22,7 +22,7 @@ from kvfold.methods import Method
 
 @dataclass(frozen=True)
 class Contender:
-    """A method by the text that it was asked for with, at a budget (None: it takes none, or several are in the text)."""
+    """A method by the text that asks for it, at a budget (None: it takes none, or its stages have several)."""
 
     name: str
     method: Method

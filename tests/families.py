@@ -20,7 +20,7 @@ LIMITED = [
 that, and `look-m` leaves a text without images as it is (tests/hf/test_vision.py)."""
 CORE = {"adakv", "cake", "full", "h2o", "kvmerger", "kvzip", "mpcache", "snapkv", "streamingllm", "tova"}
 """One for each mechanism; the fast tests run for these, all tests for all."""
-FREE = {"tova", "expected-attention", "epicache"}
+FREE = {"tova", "expected-attention", "epicache", "keydiff", "knorm"}
 """By their papers the newest token competes like the others."""
 ANYWHERE = {"kvzip", "epicache"}
 """One threshold for all heads of a layer, or of all layers: a rounding may move a token from one to another."""

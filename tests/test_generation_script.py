@@ -65,7 +65,7 @@ def test_full_has_no_kl_and_others_do(run, capsys):
 
 def test_what_is_there_is_not_run_again(run):
     first, _, _ = run(f"--methods h2o --budgets 8 {SHORT}", count=2)
-    lines, table, summary = run(f"--methods h2o;tova --budgets 8 {SHORT}", count=3)
+    lines, _, summary = run(f"--methods h2o;tova --budgets 8 {SHORT}", count=3)
     assert lines[:2] == first and [line["doc"] for line in lines] == ["d0", "d1", "d2", "d0", "d1", "d2"]
     assert summary["h2o@8"]["documents"] == summary["tova@8"]["documents"] == 3
     again, _, summary = run(f"--methods h2o;tova --budgets 8 {SHORT} --again tova", count=1)

@@ -13,7 +13,7 @@ from kvfold.methods import get_method
 from kvfold.options import LARGEST
 from models import feed, follow, grow, subject, tokens
 
-RANKED = {"tova", "mpcache", "epicache", "kvmerger"}
+RANKED = {"tova", "mpcache", "epicache", "kvmerger", "keydiff", "knorm"}
 """By their papers nothing at the beginning of a text is exempt."""
 TABLES = [
     (info.slug, option)

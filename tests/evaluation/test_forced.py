@@ -104,5 +104,5 @@ def test_a_model_with_logits_of_another_kind_is_refused(monkeypatch):
 
     scaled.__signature__ = inspect.signature(forward)
     monkeypatch.setattr(type(model), "forward", scaled)
-    with pytest.raises(AssertionError, match="makes its logits in a way of its own"):
+    with pytest.raises(ValueError, match="makes its logits of more than its output layer"):
         full_states(model, tokens(1, 12), 4)

@@ -29,8 +29,10 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.headkv import HeadKV as HeadKV
     from kvfold.methods.jrt_prompt import JRTPrompt as JRTPrompt
     from kvfold.methods.keepkv import KeepKV as KeepKV
+    from kvfold.methods.keydiff import KeyDiff as KeyDiff
     from kvfold.methods.keyformer import Keyformer as Keyformer
     from kvfold.methods.kivi import KIVI as KIVI
+    from kvfold.methods.knorm import KNorm as KNorm
     from kvfold.methods.kvcrush import KVCrush as KVCrush
     from kvfold.methods.kvfold import KVFold as KVFold
     from kvfold.methods.kvmerger import KVMerger as KVMerger
@@ -43,6 +45,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.mustafar import Mustafar as Mustafar
     from kvfold.methods.prefixkv import PrefixKV as PrefixKV
     from kvfold.methods.pyramidkv import PyramidKV as PyramidKV
+    from kvfold.methods.r_kv import RKV as RKV
     from kvfold.methods.razorattention import RazorAttention as RazorAttention
     from kvfold.methods.scissorhands import Scissorhands as Scissorhands
     from kvfold.methods.snapkv import SnapKV as SnapKV
