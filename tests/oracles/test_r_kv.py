@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import kvfold
 from kvfold.methods.r_kv import RKV
 from kvfold.scores.redundant import BLOCK, redundancy
 from kvfold.views import LayerView
+from models import subject, tokens
+from saying import read
 from views import asked_view, full_probabilities, kept, plant, prompt_view, random_view, row_of, top
 
 
@@ -36,7 +39,7 @@ def test_oracle_2_likeness_below_the_threshold_is_counted_in_full():
 
 def test_oracle_3_by_redundancy_alone_the_odd_and_the_newest_stay():
     view = keyed(*TWINS, [0.0, -1.0])
-    assert kept(RKV(budget=3, window=1, mix=0.0), view) == [[[1, 3, 4]]]
+    assert kept(RKV(budget=3, interval=0, window=1, mix=0.0), view) == [[[1, 3, 4]]]
 
 
 def test_oracle_4_importance_is_the_highest_share_nearby():
@@ -98,7 +101,7 @@ def slow_rkv(view: LayerView, head: int, method: RKV, budget: int) -> list[int]:
 def test_against_a_loop(budget, window, kernel, mix, threshold, seed):
     """Longer than a block of keys, so that blocks meet."""
     view = random_view(B=2, H=2, G=3, T=BLOCK + 9, D=6, left_pad=(0, 11), seed=seed)
-    method = RKV(budget=budget, window=window, kernel=kernel, mix=mix, threshold=threshold)
+    method = RKV(budget=budget, interval=0, window=window, kernel=kernel, mix=mix, threshold=threshold)
     left = kept(method, view)
     for row in range(2):
         for head in range(2):
@@ -118,14 +121,14 @@ def test_redundancy_against_a_loop_with_holes():
 
 def test_keeps_the_planted_key_and_the_window():
     view = plant(random_view(B=2, H=2, G=4, T=64, D=16, left_pad=(0, 10)), at=20, asked_by=slice(-8, None))
-    for row, pad in zip(kept(RKV(budget=16), view), (0, 10), strict=True):
+    for row, pad in zip(kept(RKV(budget=16, interval=0), view), (0, 10), strict=True):
         for head in row:
             assert 20 - pad in head and set(range(56 - pad, 64 - pad)) <= set(head) and len(head) == 16
 
 
 def test_a_small_budget_keeps_both_ends():
     view = random_view(T=40)
-    assert kept(RKV(budget=8), view) == [[[0, 1, 2, 3, 36, 37, 38, 39]]]
+    assert kept(RKV(budget=8, interval=0), view) == [[[0, 1, 2, 3, 36, 37, 38, 39]]]
 
 
 @pytest.mark.parametrize(
@@ -138,3 +141,15 @@ def test_a_small_budget_keeps_both_ends():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         RKV(**options)
+
+
+def test_it_cuts_what_is_generated_at_intervals():
+    """As the code does while decoding, but for the budget, which has the interval's tokens in it."""
+    model, cache = subject("llama"), kvfold.Cache(subject("llama"), "r-kv(budget=40, interval=10, window=4)")
+    read(model, cache, tokens(60)["input_ids"])
+    held = []
+    for step in tokens(30)["input_ids"].T:
+        read(model, cache, step[:, None])
+        held.append(cache.kept_tokens)
+    assert held == ([*range(32, 41), 31] * 3)
+    assert [kvfold.parse("r-kv", budget=b).period for b in (1, 100, 256, 5000, 0.5, 1.0)] == [1, 50, 128, 128, 128, 0]

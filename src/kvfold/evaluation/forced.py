@@ -134,7 +134,7 @@ def drift(
 ) -> Drift:  # fmt: skip
     """Read `context` tokens, feed the others one by one, and compare the last N of those with the full cache.
 
-    `states` are `full_states`' for these tokens. Rows have no padding. Raises ValueError where N is more than is fed.
+    `states` are `full_states`' for these tokens. No padding. Raises ValueError where N is more than is fed.
     """
     check_lengths(ids, context, states.shape[1])
     kl, top1, found = list[Tensor](), list[Tensor](), Drift([], [])

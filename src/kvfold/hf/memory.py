@@ -121,7 +121,7 @@ def taker(method: Method) -> Method:
         named = "none" if not taking else " and ".join(stage.info.slug for stage in taking)
         raise ValueError(f"memory= sets the budget of one stage of {method}, and {named} has one")
     stage = taking[0]
-    if (given := stage.budget) != stage.info.options["budget"]:  # type: ignore[attr-defined]
+    if (given := stage.budget) != stage.info.options["budget"]:
         raise ValueError(f"memory= sets the budget of {stage.info.slug}, and budget={given!r} is given, too")
     if not (stage.listens("after_decode") or stage.period):
         hint = f"decoding({stage.info.slug})" if stage.info.slug != "kvfold" else "a format that drops single tokens"

@@ -1,6 +1,10 @@
 """Budgets that hold while a text is generated: tokens gather, and at intervals others are cut to make room."""
 
-from kvfold.budgets.allocate import Budget
+from dataclasses import replace
+
+from kvfold.budgets import Budget, is_all
+from kvfold.formats import Format
+from kvfold.methods.base import Method
 from kvfold.options import check_int
 
 LONGEST = 64
@@ -30,3 +34,34 @@ def check_interval(name: str, interval: object, budget: Budget) -> None:
         raise ValueError(
             f"{name}={interval!r} must be at most half of budget={budget!r}: the tokens of an interval count, too"
         )
+
+
+class AtIntervals(Method):
+    """A method with a `budget` that acts on what is generated every `interval` tokens; None: as `usual` has it."""
+
+    budget: Budget
+    interval: int | None
+
+    @property
+    def usual(self) -> int:
+        """The interval that is taken unasked."""
+        return interval_of(self.budget)
+
+    @property
+    def period(self) -> int:  # type: ignore[override]
+        """`interval` as a number; 0 where nothing ever goes."""
+        if is_all(self.budget):
+            return 0
+        return self.usual if self.interval is None else self.interval
+
+    @property
+    def room(self) -> Budget:
+        """What a cut leaves."""
+        return left_for(self.budget, self.period)
+
+    def behind(self, form: Format) -> Method:
+        """Where single tokens don't go, what is generated can't be cut unasked: then only prompts are."""
+        return replace(self, interval=0) if self.interval is None and not form.traits.drops else self  # type: ignore[type-var]
+
+    def listens(self, event: str) -> bool:
+        return self.period > 0 if event == "after_interval" else super().listens(event)

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from kvfold.budgets import Budget, check_budget, is_all
-from kvfold.methods._intervals import check_interval, interval_of, left_for
+from kvfold.budgets import Budget, check_budget
+from kvfold.formats import Format
+from kvfold.methods._intervals import AtIntervals, check_interval
 from kvfold.methods.base import Decisions, Method, Pipeline, method
 from kvfold.methods.scored import Over
 from kvfold.views import LayerView
@@ -16,11 +17,11 @@ from kvfold.views import LayerView
     """,
     options={
         "score": "the method that compresses, which may stand first and unnamed: decoding(snapkv, interval=64)",
-        "interval": "generated tokens from one cut to the next (n); None: a sixteenth of a budget in tokens, 64 at most",
+        "interval": "generated tokens from one cut to the next (n); None: a sixteenth of a budget of tokens, or 64",
     },
 )  # fmt: skip
 @dataclass(frozen=True)
-class Decoding(Over[Method]):
+class Decoding(AtIntervals, Over[Method]):
     """Every `interval` generated tokens `score` does what it would do if those were a further turn of the prompt.
 
     Its queries are those of the interval, remembered until then; they count in the cache's bytes. A budget in tokens
@@ -45,18 +46,6 @@ class Decoding(Over[Method]):
         self.inner  # noqa: B018  (raises for a score that can't be)
 
     @property
-    def period(self) -> int:  # type: ignore[override]
-        """`interval` as a number."""
-        if is_all(self.budget):
-            return 0
-        return interval_of(self.budget) if self.interval is None else self.interval
-
-    @property
-    def room(self) -> Budget:
-        """What a cut leaves."""
-        return left_for(self.budget, self.period)
-
-    @property
     def asks(self) -> frozenset[str]:  # type: ignore[override]
         """What the other asks of a prompt's kernels; of a generated token nothing is asked."""
         return self.inner.asks - {"attention"}
@@ -73,9 +62,10 @@ class Decoding(Over[Method]):
         return event not in ("after_prefill", "after_decode") and super().loses(made, event)
 
     def listens(self, event: str) -> bool:
-        if event == "after_interval":
-            return self.period > 0
         return event != "after_decode" and super().listens(event)
+
+    def behind(self, form: Format) -> Method:
+        return self  # it is there for what is generated
 
     def after_interval(self, view: LayerView) -> Decisions:
         return self.inner.after_prefill(view)

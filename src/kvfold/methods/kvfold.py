@@ -11,12 +11,11 @@ from torch import Tensor
 
 from kvfold.artefacts.probed import probe
 from kvfold.budgets import Budget, check_budget, is_all
-from kvfold.formats import Format
 from kvfold.merges import fold_by_attention, refit
 from kvfold.methods._calibrated import Table, check_table, measured, query_heads, table_of
-from kvfold.methods._intervals import check_interval, interval_of, left_for
+from kvfold.methods._intervals import AtIntervals, check_interval
 from kvfold.methods._repeated import repeated
-from kvfold.methods.base import Decisions, Method, method
+from kvfold.methods.base import Decisions, method
 from kvfold.methods.headkv import Shares, by_heads
 from kvfold.methods.scored import recent
 from kvfold.options import check_choice, check_int, check_number
@@ -69,13 +68,13 @@ REPEATED, QUOTED = 2000, 8
         "refit": "last queries whose outputs the values are fitted to once tokens went; 0: none",
         "quality": '"best" reads the prompt a second time, and counts what is looked at meanwhile',
         "interval": (
-            "generated tokens that gather before they are folded, too; None: a sixteenth of a budget in tokens, at most "
-            "64, which it is for a fraction; 0: they stay"
+            "generated tokens that gather before they are folded, too; None: a sixteenth of a budget in tokens, 64 at "
+            "most and of a fraction; 0: they stay"
         ),
     },
 )  # fmt: skip
 @dataclass(frozen=True)
-class KVFold(Method):
+class KVFold(AtIntervals):
     """Keeps the tokens whose loss would change the answers most, and folds each of the others into its likest.
 
     Two scores of a token are added, each as a share of its head: the attention that it got, queries near the end of the
@@ -90,8 +89,9 @@ class KVFold(Method):
     arXiv:2407.15891): the first cache of a model has it read a random text that repeats, and remembers an estimate of
     what each layer would lose without the copies that a head reads (on disk, under a sample of the weights). Acts at
     the end of a prompt (of every chunk, if it is read in chunks). On a further turn earlier sums fade and new ones are
-    added. Query heads of a group add up their attention. `quality="best"` also asks the model to repeat the prompt (as KVzip does, arXiv:2505.23416), and adds the
-    attention of that reading as a third share: about twice the prefill, and two columns more.
+    added. Query heads of a group add up their attention. `quality="best"` also asks the model to repeat the prompt (as
+    KVzip does, arXiv:2505.23416), and adds the attention of that reading as a third share: about twice the prefill, and
+    two columns more.
     What is generated is folded by the same rules, every `interval` tokens and a few layers at a time, but for the fit:
     the queries of an interval are too few for it (docs/LOG.md).
     This is the library's own method; docs/methods/kvfold.md has the ablations.
@@ -149,20 +149,7 @@ class KVFold(Method):
         """`fade` as a number."""
         return math.inf if self.fade is None else float(self.fade)
 
-    @property
-    def period(self) -> int:  # type: ignore[override]
-        """`interval` as a number."""
-        if is_all(self.budget):
-            return 0
-        return interval_of(self.budget) if self.interval is None else self.interval
-
-    def behind(self, form: Format) -> "KVFold":
-        """What is generated can't be folded where single tokens don't go: then only the prompt is, as before it."""
-        return replace(self, interval=0) if self.interval is None and not form.traits.drops else self
-
     def listens(self, event: str) -> bool:
-        if event == "after_interval":
-            return self.period > 0
         return super().listens(event) and (event != "after_prompt" or self.quality == "best")
 
     def after_prefill(self, view: LayerView) -> Decisions:
@@ -256,7 +243,7 @@ class KVFold(Method):
 
     def counts(self, view: LayerView) -> Int[Tensor, "B H"]:
         """How many tokens of each (row, head) stay."""
-        room = left_for(self.budget, self.period)
+        room = self.room
         if isinstance(self.heads, str):
             return torch.minimum(view.budget(room), view.count)
         table = table_of(self, view, "heads", query_heads(view) if view.new else len(self.heads[0]))
