@@ -59,7 +59,7 @@ def slow_keydiff(view: LayerView, head: int) -> list[float]:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_against_a_loop(seed):
-    view = random_view(B=3, H=2, G=2, T=33, D=8, left_pad=(0, 6, 31), seed=seed)
+    view = random_view(B=3, H=2, G=2, T=33, D=8, left_pad=(0, 6, 29), seed=seed)  # two tokens always tie
     found, left = KeyDiff().scores(view), kept(KeyDiff(budget=0.4), view)
     for row in range(3):
         alone = row_of(view, row)
