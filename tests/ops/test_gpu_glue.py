@@ -9,11 +9,14 @@ from torch.testing import assert_close
 
 pytest.importorskip("triton", reason="Triton is not installed (the extra `gpu`)")
 
-from test_triton_kernels import DEVICE, _interpreted  # noqa: F401  (a fixture that every test here needs)
+from interpreted import DEVICE, interpreted  # noqa: F401  (a fixture that every test here needs)
 
 from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, Spec
 from kvfold.ops import dispatch
 from kvfold.ops.paged import triton_kernels
+
+
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 @pytest.fixture(autouse=True)
