@@ -13,9 +13,9 @@ from kvfold.ops.scores import naive
 
 pytest.importorskip("triton", reason="Triton is not installed (the extra `gpu`)")
 
-from kvfold.ops import triton_rows  # noqa: E402
-from kvfold.ops.paged import triton_kernels as paged  # noqa: E402
-from kvfold.ops.scores import triton_kernels as scores  # noqa: E402
+from kvfold.ops import triton_rows
+from kvfold.ops.paged import triton_kernels as paged
+from kvfold.ops.scores import triton_kernels as scores
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -86,8 +86,8 @@ def check_attend(
     planes = [scatter(x, table, lengths, total) for x in (keys, values, bias)]
     out, lse, got = paged.attend(
         q.to(DEVICE), planes[0], planes[1], table, ints(lengths), d**-0.5,
-        mass=planes[2] if mass else None, holes=ints(dropped) if holes else None,
-        hole_count=ints(count) if holes else None, splits=splits, probabilities=probabilities,
+        mass=planes[2] if mass else None, splits=splits, probabilities=probabilities,
+        dropped=triton_rows.left_out(table.shape[1] * PAGE, ints(dropped), ints(count)) if holes else None,
     )  # fmt: skip
     assert out.dtype == dtype and lse.dtype == torch.float32
     close(out.cpu(), want, dtype)

@@ -51,9 +51,10 @@ def attend_rows(
 ) -> tuple[Float[Tensor, "R G Dv"], Float32[Tensor, "R G"], Float32[Tensor, "R G S"] | None]:
     """(out, lse, probabilities or None): each row's G queries over its tokens, by a `kernel` over `planes`.
 
-    `mass` is added to the logits; slots with a 1 in `dropped` do not count. Slots past a row's length, and pages that
-    no row holds, may hold anything. A row without tokens gives 0 and -inf. Probabilities are (R, G, M * P), 0 where no
-    token is. `splits` programs share each row evenly. `constants` are the kernel's own, and Triton's options.
+    `mass` is added to the logits; slots with a 1 in `dropped` (see `left_out`) do not count. What those hold, and slots
+    past a row's length, and pages that no row holds, may be anything. A row without tokens gives 0 and -inf.
+    Probabilities are (R, G, M * P), 0 where no token is. `splits` programs share each row evenly. `constants` are the
+    kernel's own, and Triton's options.
     """
     (rows, groups, d), capacity = q.shape, table.shape[1] * page
     assert all(x is None or x.is_contiguous() for x in (*planes, table, lengths, mass, dropped))
@@ -166,7 +167,7 @@ def walk(table, row, width, start, last, PAGE: tl.constexpr, ROOM: tl.constexpr,
 @triton.jit
 @no_type_check
 def counted(dropped, row, dropped_width, slot, here):
-    """Those of the slots that are here which are not left out."""
+    """Those of the slots that are here which are not left out: of the others nothing is read."""
     if dropped is not None:
         here = here & (tl.load(dropped + row * dropped_width + slot, mask=here, other=1) == 0)
     return here
@@ -175,7 +176,7 @@ def counted(dropped, row, dropped_width, slot, here):
 @triton.jit
 @no_type_check
 def scored(product, scale, mass, logits, row, groups, g, capacity, slot, token, here, seen):
-    """Logits of products (BLOCK_G, BLOCK_T) with keys, -inf where a slot is not seen; left in `logits` too, if asked."""
+    """Logits of products (BLOCK_G, BLOCK_T) with keys, -inf where a slot is not seen; left in `logits` too if asked."""
     logit = product * (scale * LOG2E)
     if mass is not None:
         logit += (tl.load(mass + token, mask=here, other=0.0) * LOG2E)[None, :]

@@ -15,11 +15,20 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Float32, Int32, Shaped
+from jaxtyping import Float, Float32, Int8, Int32, Shaped
 from torch import Tensor
 
 from kvfold.ops.triton_rows import (
-    OPTIONS, added, attend_rows, block_of, counted, left, left_out, queries, scored, share, walk,
+    OPTIONS,
+    added,
+    attend_rows,
+    block_of,
+    counted,
+    left,
+    queries,
+    scored,
+    share,
+    walk,
 )  # fmt: skip
 
 STAGE_BYTES = 1 << 15
@@ -35,27 +44,20 @@ def attend(
     scale: float,
     *,
     mass: Float32[Tensor, "N P"] | None = None,
-    holes: Int32[Tensor, "R K"] | None = None,
-    hole_count: Int32[Tensor, " R"] | None = None,
+    dropped: Int8[Tensor, "R _"] | None = None,
     splits: int | None = None,
     probabilities: bool = False,
 ) -> tuple[Float[Tensor, "R G Dv"], Float32[Tensor, "R G"], Float32[Tensor, "R G S"] | None]:
-    """(out, lse, probabilities or None): each row's G queries over its tokens, which are read once for all of them.
-
-    `mass` is added to the logits. `holes[r, :hole_count[r]]` are slots that do not count; what they hold must be
-    finite. Slots past a row's length, and pages that no row holds, may hold anything. A row without tokens gives 0 and
-    -inf. Probabilities are (R, G, M * P), 0 where no token is. `splits` programs share each row evenly.
-    """
-    (page, dv), d, block_d, block_dv = values.shape[1:], q.shape[2], block_of(q.shape[2]), block_of(values.shape[2])
-    assert max(d, dv) <= 256, f"D={d} and Dv={dv} must be at most 256"
-    assert all(x is None or x.is_contiguous() for x in (holes, hole_count))
+    """(out, lse, probabilities or None) over `keys` and `values`; see `kvfold.ops.triton_rows.attend_rows`."""
+    (page, dv), block_d, block_dv = values.shape[1:], block_of(q.shape[2]), block_of(values.shape[2])
+    assert max(q.shape[2], dv) <= 256, f"D={q.shape[2]} and Dv={dv} must be at most 256"
     # float32 has no matrix unit: its products live in registers, and a tile of full size would spill.
     block_t = STAGE_BYTES // (block_d + block_dv) // (8 if q.dtype == torch.float32 else 2)
     block_t = min(64, max(16, 1 << block_t.bit_length() - 1))
     constants = {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "num_warps": 4, "num_stages": 5}
     return attend_rows(
         _attend_split, q, (keys, values), table, lengths, scale, page=page, dv=dv, mass=mass, splits=splits,
-        dropped=left_out(table.shape[1] * page, holes, hole_count), probabilities=probabilities, constants=constants,
+        dropped=dropped, probabilities=probabilities, constants=constants,
     )  # fmt: skip
 
 
@@ -138,13 +140,12 @@ def _attend_split(
     acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
     for start in range(first, last, BLOCK_T):
         slot, token, here = walk(table, row, width, start, last, PAGE, PAGE, BLOCK_T)
-        key = tl.load(planes[0] + token[:, None] * D + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0)
+        seen = counted(dropped, row, dropped_width, slot, here)
+        key = tl.load(planes[0] + token[:, None] * D + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
         value = tl.load(
-            planes[1] + token[:, None] * DV + dv[None, :], mask=here[:, None] & (dv < DV)[None, :], other=0.0
+            planes[1] + token[:, None] * DV + dv[None, :], mask=seen[:, None] & (dv < DV)[None, :], other=0.0
         )
         product = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee")
-        # What is left out is not part of the masks above: keys and values would wait for one more load.
-        seen = counted(dropped, row, dropped_width, slot, here)
         logit = scored(product, scale, mass, logits, row, groups, g, width * PAGE, slot, token, here, seen)
         best, total, acc = added(logit, value.to(query.dtype), best, total, acc, True)
     left(out, lse, row, groups, g, best, total, acc, DV, BLOCK_DV)
