@@ -1,10 +1,11 @@
-"""What has to be seen on a GPU, in at most ten minutes: the CUDA tests, then two benchmarks, and dated results.
+"""What has to be seen on a GPU, in at most ten minutes: the CUDA tests, then benchmarks, and dated results.
 
     make gpu-check                          # or: python benchmarks/gpu_check.py --minutes 10 --out benchmarks/results
 
-Runs the tests that need a CUDA device, `kvfold bench kernels --device cuda` and `kvfold bench run --device cuda`, each
-in a process of its own that is stopped when its share of the time is over. The results are named by the GPU and the
-day: `gpu-NAME-DAY-kernels.json`, `-run.json`, `-tests.txt`, and `gpu-NAME-DAY.md`, a short table of them.
+Runs the tests that need a CUDA device, `kvfold bench kernels --device cuda`, the same over formats whose codes kernels
+read, and `kvfold bench run --device cuda`, each in a process of its own that is stopped when its share of the time is
+over. The results are named by the GPU and the day: `gpu-NAME-DAY-kernels.json`, `-formats.json`, `-run.json`,
+`-tests.txt`, and `gpu-NAME-DAY.md`, a short table of them.
 
 Ends with 0 where all went well, 1 where a test failed or a part did not come to its end (its results are written all
 the same), 2 for wrong usage, and 3, at once and with nothing written, where there is no GPU.
@@ -30,9 +31,15 @@ TESTS = (
     "tests/hf/test_cuda.py",
     "tests/hf/test_graph.py",
     "tests/ops/test_gpu_glue.py",
+    "tests/ops/test_triton_codes.py",
+    "tests/ops/test_triton_formats.py",
+    "tests/ops/test_triton_fp8.py",
     "tests/ops/test_triton_kernels.py",
+    "tests/ops/test_triton_sparse.py",
+    "tests/ops/test_triton_tokens.py",
 )
-SHARES = {"tests": 0.5, "kernels": 0.2, "run": 0.3}
+FORMATS = "kivi(bits=8),kivi(bits=4),kivi(bits=2),fp8,turboquant,mustafar"
+SHARES = {"tests": 0.5, "kernels": 0.2, "formats": 0.1, "run": 0.2}
 """Of the minutes; what a part does not use is there for those that follow."""
 LAST = 4000
 """Characters that are kept of what a part that failed said."""
@@ -65,12 +72,16 @@ def commands(model: str, dtype: str, out: Path, start: str) -> dict[str, list[st
     """The programs, in their order."""
     bench = [sys.executable, "-m", "kvfold", "bench"]
     tests = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--strict-markers --strict-config", *TESTS]
-    kernels = ["--context", "1024,8192,32768", "--batch", "1,8", "--kv-heads", "8", "--group", "4", "--head-dim", "128"]
+    shape = ["--kv-heads", "8", "--group", "4", "--head-dim", "128"]
+    kernels = ["--context", "1024,8192,32768", "--batch", "1,8", *shape, "--ragged"]
+    coded = ["--context", "8192", "--batch", "8", *shape, "--no-scattered", "--rounds", "5", "--formats", FORMATS]
     whole = ["--methods", "full,kvfold,snapkv,h2o", "--budget", "0.2", "--context", "4096", "--batch", "8"]
     return {
         "tests": tests,
-        "kernels": [*bench, "kernels", "--device", "cuda", "--dtype", "bfloat16,float16,float32", *kernels, "--ragged",
+        "kernels": [*bench, "kernels", "--device", "cuda", "--dtype", "bfloat16,float16,float32", *kernels,
                     "--out", str(out / f"{start}-kernels.json")],
+        "formats": [*bench, "kernels", "--device", "cuda", "--dtype", "bfloat16", *coded,
+                    "--out", str(out / f"{start}-formats.json")],
         "run": [*bench, "run", "--device", "cuda", "--model", model, "--dtype", dtype, *whole, "--rounds", "3",
                 "--out", str(out / f"{start}-run.json")],
     }  # fmt: skip
@@ -111,8 +122,10 @@ def page(name: str, day: datetime.date, parts: Sequence[Part], out: Path, start:
     if tests is not None and tests.output.strip():
         lines += ["", f"Tests: {tests.output.strip().splitlines()[-1]}"]
     passed = {part.name for part in parts if part.outcome == "passed"}
-    if "kernels" in passed and (rows := read_rows(out / f"{start}-kernels.json")):
-        lines += ["", f"Decode attention on {name} (`{start}-kernels.json`):", ""]
+    for part in ("kernels", "formats"):
+        if part not in passed or not (rows := read_rows(out / f"{start}-{part}.json")):
+            continue
+        lines += ["", f"Decode attention on {name} (`{start}-{part}.json`):", ""]
         lines += ["| dtype | tokens x rows | kernel | µs | bound, µs | of a plain read | times SDPA |"]
         lines += ["| --- | ---: | --- | ---: | ---: | ---: | ---: |"]
         lines += [

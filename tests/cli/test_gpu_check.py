@@ -63,10 +63,10 @@ def test_files_are_named_by_gpu_and_day(tmp_path: Path):
     start = SCRIPT["stem"](NAME, DAY)
     assert start == "gpu-nvidia-h200-80gb-pcie-2030-01-02"
     made = SCRIPT["commands"]("m", "bfloat16", tmp_path, start)
-    assert list(made) == list(SCRIPT["SHARES"]) == ["tests", "kernels", "run"]
+    assert list(made) == list(SCRIPT["SHARES"]) == ["tests", "kernels", "formats", "run"]
     assert made["kernels"][-1] == str(tmp_path / f"{start}-kernels.json")
     assert made["run"][-1] == str(tmp_path / f"{start}-run.json")
-    assert all(made[name][made[name].index("--device") + 1] == "cuda" for name in ("kernels", "run"))
+    assert all(made[name][made[name].index("--device") + 1] == "cuda" for name in ("kernels", "formats", "run"))
     assert all((ROOT / test).is_file() for test in SCRIPT["TESTS"])
 
 

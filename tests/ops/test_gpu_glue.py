@@ -1,7 +1,5 @@
 """The Triton versions behind the dispatch: the same decode steps as the definition, in the interpreter or on a GPU."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -9,21 +7,12 @@ from torch.testing import assert_close
 
 pytest.importorskip("triton", reason="Triton is not installed (the extra `gpu`)")
 
-from test_triton_kernels import DEVICE, _interpreted  # noqa: F401  (a fixture that every test here needs)
-
+from interpreted import DEVICE, interpreted, triton_fits  # noqa: F401  (fixtures that every test here needs)
 from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, Spec
 from kvfold.ops import dispatch
 from kvfold.ops.paged import triton_kernels
 
-
-@pytest.fixture(autouse=True)
-def _triton_fits(monkeypatch):
-    """Let the dispatch take the Triton versions on the CPU too."""
-    wanted = {
-        op: [dataclasses.replace(k, fits=lambda _: True) if k.name == "triton" else k for k in kernels]
-        for op, kernels in dispatch._kernels.items()
-    }
-    monkeypatch.setattr(dispatch, "_kernels", wanted)
+pytestmark = pytest.mark.usefixtures("interpreted", "triton_fits")
 
 
 def segment(lengths: list[int], dtype: torch.dtype, mass: bool):

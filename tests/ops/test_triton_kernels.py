@@ -8,41 +8,21 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from interpreted import DEVICE, ON_GPU, interpreted  # noqa: F401  (a fixture that every test here needs)
 from kvfold.ops.scores import naive
 
-triton = pytest.importorskip("triton", reason="Triton is not installed (the extra `gpu`)")
+pytest.importorskip("triton", reason="Triton is not installed (the extra `gpu`)")
 
-from kvfold.ops.paged import triton_kernels as paged  # noqa: E402
-from kvfold.ops.scores import triton_kernels as scores  # noqa: E402
+from kvfold.ops import triton_rows
+from kvfold.ops.paged import triton_kernels as paged
+from kvfold.ops.scores import triton_kernels as scores
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = pytest.mark.usefixtures("interpreted")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 RAGGED = [0, 1, 16, 37, 64, 70]
 PAGE = 16
-
-
-@pytest.fixture(autouse=True)
-def _interpreted(monkeypatch):
-    if ON_GPU:
-        return
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, tl
-
-    # The variable alone decides at import, and another test may have imported Triton (transformers does).
-    for module in (tl, tl.standard, paged, scores):
-        for name, kernel in list(vars(module).items()):
-            if isinstance(kernel, triton.JITFunction):
-                monkeypatch.setattr(module, name, InterpretedFunction(kernel.fn))
-
-    def create_dot(self, a, b, *rest):
-        # The interpreter multiplies the bits of bfloat16 as integers (3.9), so they become float32 first.
-        wide = [self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)]
-        return dot(self, *wide, *rest)
-
-    dot = InterpreterBuilder.create_dot
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
 def close(got: Tensor, want: Tensor, dtype: torch.dtype, name: str = "out") -> None:
@@ -106,8 +86,8 @@ def check_attend(
     planes = [scatter(x, table, lengths, total) for x in (keys, values, bias)]
     out, lse, got = paged.attend(
         q.to(DEVICE), planes[0], planes[1], table, ints(lengths), d**-0.5,
-        mass=planes[2] if mass else None, holes=ints(dropped) if holes else None,
-        hole_count=ints(count) if holes else None, splits=splits, probabilities=probabilities,
+        mass=planes[2] if mass else None, splits=splits, probabilities=probabilities,
+        dropped=triton_rows.left_out(table.shape[1] * PAGE, ints(dropped), ints(count)) if holes else None,
     )  # fmt: skip
     assert out.dtype == dtype and lse.dtype == torch.float32
     close(out.cpu(), want, dtype)
@@ -170,7 +150,7 @@ def test_attend_skips_places_without_a_page():
     [(64, 32768, 9, 20), (8, 32768, 60, 128), (4096, 32768, 1, 2), (1, 16, 1, 1)],
 )
 def test_splits_come_from_shapes(programs, capacity, least, most):
-    assert least <= paged.choose_splits(programs, capacity, 132) <= most
+    assert least <= triton_rows.choose_splits(programs, capacity, 132) <= most
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

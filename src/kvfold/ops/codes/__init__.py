@@ -12,7 +12,7 @@ from typing import Any
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvfold.ops.codes import cpu, naive  # noqa: F401  (each registers itself)
+from kvfold.ops.codes import cpu, gpu, naive  # noqa: F401  (each registers itself)
 from kvfold.ops.dispatch import select
 
 __all__ = ["attend_codes"]

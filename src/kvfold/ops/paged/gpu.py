@@ -5,24 +5,15 @@ alone a step waits for nothing. Methods that drop tokens while decoding do, and 
 """
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.ops.cpu import FLOATS
 from kvfold.ops.dispatch import register
+from kvfold.ops.gpu import answers, attend_rows, fits
 from kvfold.ops.paged import naive
-
-WIDEST = 256
-"""The largest head size whose tiles fit."""
-
-
-def fits(x: Tensor) -> bool:
-    """Whether the kernels can take it: on CUDA, with Triton installed, no gradient wanted."""
-    return x.device.type == "cuda" and x.dtype in FLOATS and not x.requires_grad and find_spec("triton") is not None
 
 
 @register("attend_pages", "triton", rank=20, fits=fits)
@@ -30,23 +21,18 @@ def attend_pages(
     q: Tensor, table: Any, scale: float, *,
     mass: str | None, read: Tensor | None, compact: Any, position: str, weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    (b, h, g, n, d), planes = q.shape, table.pool.planes
+    planes = table.pool.planes
     dv = planes["values"].shape[-1]
-    if read is not None or compact is not None or g * n > 64 or max(d, dv) > WIDEST or not table.longest:
+    if compact is not None or not answers(q, table, mass, q.shape[4], dv):
         return naive.attend_pages(
             q, table, scale, mass=mass, read=read, compact=compact, position=position, weights=weights
         )
     from kvfold.ops.paged import triton_kernels
 
-    pages, lengths, holes, hole_count = table.on_device()
-    holed = {"holes": holes, "hole_count": hole_count} if table.holed else {}
-    out, lse, probabilities = triton_kernels.attend(
-        q.reshape(b * h, g * n, d), planes["keys"], planes["values"], pages, lengths, scale,
-        mass=None if mass is None else planes[mass], probabilities=weights, **holed,
+    return attend_rows(
+        triton_kernels.attend, q, table, scale, dv=dv, mass=mass, read=read, weights=weights, keys=planes["keys"],
+        values=planes["values"],
     )  # fmt: skip
-    if probabilities is not None:
-        probabilities = probabilities[..., : table.longest].reshape(b, h, g, n, table.longest)
-    return out.view(b, h, g, n, dv), lse.view(b, h, g, n), probabilities
 
 
 @register("step_pages", "triton", rank=20, fits=fits)

@@ -10,26 +10,29 @@ CUDA graph can replay a step while rows grow. Triton is optional: nothing import
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import no_type_check
 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Float32, Int32, Shaped
+from jaxtyping import Float, Float32, Int8, Int32, Shaped
 from torch import Tensor
+
+from kvfold.ops.triton_rows import (
+    OPTIONS,
+    added,
+    attend_rows,
+    block_of,
+    counted,
+    left,
+    queries,
+    scored,
+    share,
+    walk,
+)  # fmt: skip
 
 STAGE_BYTES = 1 << 15
 """Keys and values that one step of the loop loads; two steps are under way, and three programs fit in an H200's SM."""
-
-SPLIT_TOKENS = 256
-"""A split shorter than this spends its time on filling its pipeline."""
-
-OPTIONS = {"enable_fp_fusion": True}
-"""Triton's default is about to change, and says so with a warning."""
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 def attend(
@@ -41,58 +44,21 @@ def attend(
     scale: float,
     *,
     mass: Float32[Tensor, "N P"] | None = None,
-    holes: Int32[Tensor, "R K"] | None = None,
-    hole_count: Int32[Tensor, " R"] | None = None,
+    dropped: Int8[Tensor, "R _"] | None = None,
     splits: int | None = None,
     probabilities: bool = False,
 ) -> tuple[Float[Tensor, "R G Dv"], Float32[Tensor, "R G"], Float32[Tensor, "R G S"] | None]:
-    """(out, lse, probabilities or None): each row's G queries over its tokens, which are read once for all of them.
-
-    `mass` is added to the logits. `holes[r, :hole_count[r]]` are slots that do not count; what they hold must be
-    finite. Slots past a row's length, and pages that no row holds, may hold anything. A row without tokens gives 0 and
-    -inf. Probabilities are (R, G, M * P), 0 where no token is. `splits` programs share each row evenly.
-    """
-    (rows, groups, d), (page, dv), width = q.shape, values.shape[1:], table.shape[1]
-    assert max(d, dv) <= 256, f"D={d} and Dv={dv} must be at most 256"
-    assert (holes is None) == (hole_count is None), "holes and hole_count go together"
-    assert all(x is None or x.is_contiguous() for x in (keys, values, table, lengths, mass, holes, hole_count))
-    capacity = width * page
-    block_g = min(64, max(16, triton.next_power_of_2(groups)))  # a matrix unit's tile has 16 rows
-    tiles = triton.cdiv(groups, block_g)
-    splits = splits or choose_splits(rows * tiles, capacity, _cores(q.device))
-    block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (d, dv))
+    """(out, lse, probabilities or None) over `keys` and `values`; see `kvfold.ops.triton_rows.attend_rows`."""
+    (page, dv), block_d, block_dv = values.shape[1:], block_of(q.shape[2]), block_of(values.shape[2])
+    assert max(q.shape[2], dv) <= 256, f"D={q.shape[2]} and Dv={dv} must be at most 256"
     # float32 has no matrix unit: its products live in registers, and a tile of full size would spill.
     block_t = STAGE_BYTES // (block_d + block_dv) // (8 if q.dtype == torch.float32 else 2)
     block_t = min(64, max(16, 1 << block_t.bit_length() - 1))
-
-    out = q.new_empty(rows, groups, dv)
-    lse = q.new_empty(rows, groups, dtype=torch.float32)
-    parts, part_lse = out, lse
-    if splits > 1:
-        parts = q.new_empty(rows, splits, groups, dv, dtype=torch.float32)
-        part_lse = q.new_empty(rows, splits, groups, dtype=torch.float32)
-    logits = q.new_empty(rows, groups, capacity, dtype=torch.float32) if probabilities else None
-    with torch.cuda.device(q.get_device()):
-        dropped = None
-        if holes is not None and holes.shape[1]:
-            dropped = torch.zeros(rows, capacity, dtype=torch.int8, device=q.device)
-            grid = (rows, triton.cdiv(holes.shape[1], 128))
-            _mark_holes[grid](holes, hole_count, dropped, holes.shape[1], capacity, BLOCK=128, **OPTIONS)
-        _attend_split[rows, splits, tiles](
-            q.contiguous(), keys, values, table, lengths, mass, dropped, parts, part_lse, logits, scale, groups, width,
-            D=d, DV=dv, PAGE=page, BLOCK_G=block_g, BLOCK_T=block_t,
-            BLOCK_D=block_d, BLOCK_DV=block_dv, num_warps=4, num_stages=5, **OPTIONS,
-        )  # fmt: skip
-        if splits > 1:
-            _combine[rows, groups](
-                parts, part_lse, out, lse, splits, groups,
-                DV=dv, BLOCK_DV=block_dv, BLOCK_S=triton.next_power_of_2(splits), CHUNK=16, num_warps=4, **OPTIONS,
-            )  # fmt: skip
-        if logits is not None:
-            _normalise[rows * groups, triton.cdiv(capacity, 1024)](
-                logits, lse, lengths, groups, capacity, BLOCK=1024, **OPTIONS
-            )
-    return out, lse, logits
+    constants = {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "num_warps": 4, "num_stages": 5}
+    return attend_rows(
+        _attend_split, q, (keys, values), table, lengths, scale, page=page, dv=dv, mass=mass, splits=splits,
+        dropped=dropped, probabilities=probabilities, constants=constants,
+    )  # fmt: skip
 
 
 def append(
@@ -146,22 +112,6 @@ def gather(
         )  # fmt: skip
 
 
-@lru_cache(maxsize=256)
-def choose_splits(programs: int, capacity: int, cores: int) -> int:
-    """How many programs share a row: at least two rounds over all cores where `capacity` tokens allow it, then the
-    fewest that leave nearly no core idle in the last round (as FlashAttention chooses, without looking at lengths).
-    """
-    limit, slots = max(1, min(128, triton.cdiv(capacity, SPLIT_TOKENS))), 2 * cores
-    first = min(limit, max(1, triton.cdiv(2 * slots, max(1, programs))))
-    busy = {n: n * programs / (triton.cdiv(max(1, n * programs), slots) * slots) for n in range(first, limit + 1)}
-    return next(n for n, share in busy.items() if share >= 0.95 * max(busy.values()))
-
-
-def _cores(device: torch.device) -> int:
-    # Only the interpreter runs elsewhere than on CUDA: one program at a time.
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
-
-
 def _width(plane: Tensor) -> int:
     return math.prod(plane.shape[2:])
 
@@ -175,111 +125,30 @@ def _page(planes: Mapping[str, Tensor]) -> int:
     return size
 
 
-@triton.jit(do_not_specialize=["hole_width", "capacity"])
-@no_type_check
-def _mark_holes(holes, hole_count, dropped, hole_width, capacity, BLOCK: tl.constexpr):
-    # A byte for each slot, written once: a loop over the holes inside the loop over tokens would end its pipelining.
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    slot = tl.load(holes + row * hole_width + i, mask=i < tl.load(hole_count + row), other=-1)
-    tl.store(dropped + row * capacity + slot, 1, mask=(slot >= 0) & (slot < capacity))
-
-
-@triton.jit(do_not_specialize=["groups", "width"])
+@triton.jit(do_not_specialize=["groups", "width", "dropped_width"])
 @no_type_check
 def _attend_split(
-    q, keys, values, table, lengths, mass, dropped, out, lse, logits, scale, groups, width,
+    q, planes, table, lengths, mass, dropped, out, lse, logits, scale, groups, width, dropped_width,
     D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    row, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    g = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
-    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    query = tl.load(
-        q + (row * groups + g)[:, None] * D + d[None, :], mask=(g < groups)[:, None] & (d < D)[None, :], other=0.0
-    )
-    # The row's length, read here, sets the share: splits are even however much wider the table is.
-    length = tl.load(lengths + row)
-    share = tl.cdiv(tl.cdiv(length, splits), BLOCK_T) * BLOCK_T
-    first = split * share
-    last = tl.minimum(first + share, length)
-
-    best = tl.full([BLOCK_G], float("-inf"), tl.float32)  # in units of log 2, as all logits here
+    row, d, dv = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    g, query = queries(q, row, groups, D, BLOCK_G, BLOCK_D)
+    first, last = share(lengths, row, PAGE, PAGE, BLOCK_T)
+    best = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
     for start in range(first, last, BLOCK_T):
-        slot = start + tl.arange(0, BLOCK_T)
-        page = tl.load(table + row * width + slot // PAGE, mask=slot < last, other=-1)
-        here = page >= 0
-        token = page.to(tl.int64) * PAGE + slot % PAGE
-        key = tl.load(keys + token[:, None] * D + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0)
-        value = tl.load(values + token[:, None] * DV + dv[None, :], mask=here[:, None] & (dv < DV)[None, :], other=0.0)
-        logit = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee") * (scale * LOG2E)
-        if mass is not None:
-            logit += (tl.load(mass + token, mask=here, other=0.0) * LOG2E)[None, :]
-        seen = here
-        if dropped is not None:
-            # Not part of the masks above: keys and values would wait for one more load.
-            gone = tl.load(dropped + row * width * PAGE + slot, mask=slot < last, other=1)
-            seen = here & (gone == 0)
-        logit = tl.where(seen[None, :], logit, float("-inf"))
-        if logits is not None:
-            place = (row * groups + g)[:, None] * (width * PAGE) + slot[None, :]
-            tl.store(logits + place, logit, mask=(g < groups)[:, None] & (slot < last)[None, :])
-        top = tl.maximum(best, tl.max(logit, 1))
-        shift = tl.where(top == float("-inf"), 0.0, top)
-        weight = tl.exp2(logit - shift[:, None])
-        old = tl.exp2(best - shift)
-        total = total * old + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(query.dtype), value.to(query.dtype), acc * old[:, None], input_precision="ieee")
-        best = top
-
-    safe = tl.where(total > 0.0, total, 1.0)  # nothing seen: acc is 0 and best is -inf
-    place = (row * splits + split) * groups + g
-    tl.store(lse + place, (best + tl.log2(safe)) * LN2, mask=g < groups)
-    tl.store(
-        out + place[:, None] * DV + dv[None, :],
-        (acc / safe[:, None]).to(out.dtype.element_ty),
-        mask=(g < groups)[:, None] & (dv < DV)[None, :],
-    )
-
-
-@triton.jit(do_not_specialize=["splits", "groups"])
-@no_type_check
-def _combine(
-    parts, part_lse, out, lse, splits, groups,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    row, g, dv = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_DV)
-    s = tl.arange(0, BLOCK_S)
-    each = tl.load(part_lse + (row * splits + s) * groups + g, mask=s < splits, other=float("-inf"))
-    best = tl.max(each, 0)
-    shift = tl.where(best == float("-inf"), 0.0, best)
-    total = tl.sum(tl.exp(each - shift), 0)
-    acc = tl.zeros([BLOCK_DV], tl.float32)
-    for start in range(0, splits, CHUNK):  # 128 splits of 256 numbers would not fit in registers
-        s = start + tl.arange(0, CHUNK)
-        place = (row * splits + s) * groups + g
-        weight = tl.exp(tl.load(part_lse + place, mask=s < splits, other=float("-inf")) - shift)
-        part = tl.load(
-            parts + place[:, None] * DV + dv[None, :], mask=(s < splits)[:, None] & (dv < DV)[None, :], other=0.0
+        slot, token, here = walk(table, row, width, start, last, PAGE, PAGE, BLOCK_T)
+        seen = counted(dropped, row, dropped_width, slot, here)
+        key = tl.load(planes[0] + token[:, None] * D + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
+        value = tl.load(
+            planes[1] + token[:, None] * DV + dv[None, :], mask=seen[:, None] & (dv < DV)[None, :], other=0.0
         )
-        acc += tl.sum(part * weight[:, None], 0)
-    safe = tl.where(total > 0.0, total, 1.0)
-    tl.store(lse + row * groups + g, best + tl.log(safe))
-    tl.store(out + (row * groups + g) * DV + dv, (acc / safe).to(out.dtype.element_ty), mask=dv < DV)
-
-
-@triton.jit(do_not_specialize=["groups", "capacity"])
-@no_type_check
-def _normalise(logits, lse, lengths, groups, capacity, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)  # one for each query
-    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    shift = tl.load(lse + row) * LOG2E
-    shift = tl.where(shift == float("-inf"), 0.0, shift)
-    # Past the length nothing was written.
-    logit = tl.load(logits + row * capacity + slot, mask=slot < tl.load(lengths + row // groups), other=float("-inf"))
-    tl.store(logits + row * capacity + slot, tl.exp2(logit - shift), mask=slot < capacity)
+        product = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee")
+        logit = scored(product, scale, mass, logits, row, groups, g, width * PAGE, slot, token, here, seen)
+        best, total, acc = added(logit, value.to(query.dtype), best, total, acc, True)
+    left(out, lse, row, groups, g, best, total, acc, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=["width"])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kvfold.ops.dispatch import register
-from kvfold.ops.paged.gpu import fits
+from kvfold.ops.gpu import fits
 
 
 @register("column_sums", "triton", rank=20, fits=lambda q: fits(q) and q.dtype != torch.float32)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvfold.ops.dispatch import select
-from kvfold.ops.sparse import cpu, naive  # noqa: F401  (each registers itself)
+from kvfold.ops.sparse import cpu, gpu, naive  # noqa: F401  (each registers itself)
 
 __all__ = ["attend_sparse"]
 

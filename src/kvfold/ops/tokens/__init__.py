@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvfold.ops.dispatch import select
-from kvfold.ops.tokens import cpu, naive  # noqa: F401  (each registers itself)
+from kvfold.ops.tokens import cpu, gpu, naive  # noqa: F401  (each registers itself)
 from kvfold.ops.tokens.coding import Coding
 
 __all__ = ["Coding", "attend_tokens"]
