@@ -13,10 +13,12 @@ from kvfold.formats.separable import WEIGHTS, Separable, SeparableSegment
 from kvfold.formats.sparse import Sparse, SparseSegment
 from kvfold.formats.thin import Thin, ThinSegment
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk, join
+from kvfold.formats.uneven import LEVELS, Uneven, UnevenSegment
 
 __all__ = [
     "BALANCER",
     "KINDS",
+    "LEVELS",
     "LOG_MASS",
     "POSITION",
     "WEIGHTS",
@@ -44,6 +46,8 @@ __all__ = [
     "Spec",
     "Thin",
     "ThinSegment",
+    "Uneven",
+    "UnevenSegment",
     "Traits",
     "dtype_from",
     "format_from",
