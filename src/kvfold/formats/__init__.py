@@ -6,6 +6,7 @@ from kvfold.formats.depth import Depth, DepthSegment
 from kvfold.formats.fp8 import Fp8, Fp8Segment
 from kvfold.formats.kinds import KINDS, dtype_from, format_from, format_to
 from kvfold.formats.kivi import Kivi, KiviSegment
+from kvfold.formats.levels import Levels
 from kvfold.formats.paged import PagedSegment
 from kvfold.formats.rotated import Rotated, RotatedSegment
 from kvfold.formats.segment import Format, Segment, Spec, Traits
@@ -35,6 +36,7 @@ __all__ = [
     "Kivi",
     "KiviSegment",
     "LateChunk",
+    "Levels",
     "PagedSegment",
     "Rotated",
     "RotatedSegment",

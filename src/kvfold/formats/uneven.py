@@ -149,10 +149,10 @@ class UnevenSegment(TokenSegment):
 
     def encode(self, what: str, states: Tensor) -> dict[str, Tensor]:
         """What planes hold of keys at position 0, or of values: of each token the same, whatever comes with it."""
-        step = max(1, blocked.BLOCK_ELEMENTS // max(1, states.shape[:-2].numel() * states.shape[-1]))
+        step = max(1, blocked.BLOCK_ELEMENTS // max(1, self.table.rows * states.shape[-1]))
         made = self._coded_keys if what == "keys" else self._coded_values
-        parts = [made(some.float()) for some in torch.split(states, step, -2)]
-        return parts[0] if len(parts) == 1 else {name: torch.cat([x[name] for x in parts], -2) for name in parts[0]}
+        parts = [made(some.float()) for some in torch.split(states, step, 2)]
+        return parts[0] if len(parts) == 1 else {name: torch.cat([x[name] for x in parts], 2) for name in parts[0]}
 
     def _coded_keys(self, states: Float[Tensor, "B H T D"]) -> dict[str, Tensor]:
         known = self.known
@@ -221,7 +221,9 @@ class UnevenSegment(TokenSegment):
     # -- what is remembered beside the tokens ------------------------------------------------------------------
 
     def bytes_beside(self, counted: set[int]) -> int:
-        return super().bytes_beside(counted) + self.levels.nbytes
+        fresh = id(self.levels) not in counted  # a twin has the same
+        counted.add(id(self.levels))
+        return super().bytes_beside(counted) + fresh * self.levels.nbytes
 
     def join(self, other: Any) -> None:
         if not isinstance(other, UnevenSegment) or other.form != self.form:

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvfold import artefacts
-from kvfold.formats import LEVELS, Uneven
-from kvfold.formats.levels import BITS, Levels
+from kvfold.formats import LEVELS, Levels, Uneven
+from kvfold.formats.levels import BITS
 from kvfold.methods.base import Method, method
 from kvfold.options import check_choice, check_int
 from kvfold.views import LayerView
