@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import kvfold
 from kvfold import artefacts
-from kvfold.calibration.levels import fitted, layer_levels, quantile, weighted_means
+from kvfold.calibration.levels import SINKS, fitted, layer_levels, quantile, still, weighted_means
 from kvfold.formats import LEVELS, POSITION, Chunk, Levels, Spec, Uneven
 from kvfold.formats.uneven import UnevenSegment
 from kvfold.hf.rope import find_ropes
@@ -164,9 +164,9 @@ def test_a_value_of_zeros_and_a_spike():
 
 def test_keys_are_coded_at_position_0_and_read_at_their_own():
     """Oracle 4: what is read is the rotation of what was coded before RoPE."""
-    rope, told, still = find_ropes(subject("llama"))[0], some_levels(3), numbers(T, D)
-    segment = stored(turned(rope, still, start=900), numbers(T, D, seed=2), Uneven(3, 2), told, rope, start=900)
-    coded = stored(still, numbers(T, D, seed=2), Uneven(3, 2), told)
+    rope, told, before = find_ropes(subject("llama"))[0], some_levels(3), numbers(T, D)
+    segment = stored(turned(rope, before, start=900), numbers(T, D, seed=2), Uneven(3, 2), told, rope, start=900)
+    coded = stored(before, numbers(T, D, seed=2), Uneven(3, 2), told)
     want = turned(rope, coded.dense().keys[0, 0], start=900)
     assert_close(segment.dense().keys[0, 0], want, atol=2e-3, rtol=0)  # of a number between two levels
     apart = (segment.dense().keys[0, 0] - want).abs().amax(-1) > 1e-4
@@ -179,10 +179,10 @@ def test_keys_are_coded_at_position_0_and_read_at_their_own():
 
 def test_a_channel_that_stands_out_costs_more_behind_rope():
     """Oracle 4: rotation spreads it over both channels of its pair."""
-    rope, still = find_ropes(subject("llama"))[0], numbers(600, D)
-    still[:, 1] += 30.0
-    keys, errors = turned(rope, still), []
-    for frame, states in ((rope, still), (None, keys)):
+    rope, before = find_ropes(subject("llama"))[0], numbers(600, D)
+    before[:, 1] += 30.0
+    keys, errors = turned(rope, before), []
+    for frame, states in ((rope, before), (None, keys)):
         ones = torch.ones(1, *keys.shape)
         told = told_by(layer_levels(states[None], ones, states[None], ones), 3)
         found = stored(keys, keys, Uneven(3), told, frame).dense().keys[0, 0]
@@ -264,6 +264,16 @@ def test_q_norm_gives_back_mean_and_spread(bits):
     assert_close(coded.mean(), x.mean(), atol=1e-4, rtol=0)
     assert_close(coded.std(), x.std(), atol=1e-4, rtol=0)
     assert fitted(torch.full((9,), 0.25), torch.ones(9), bits)[-2:].tolist() == [1.0, 0.0]
+
+
+def test_gradients_are_turned_back_as_keys_are():
+    rope, wanted = find_ropes(subject("llama"))[0], numbers(T, D, seed=9)
+    before = numbers(T, D).requires_grad_()
+    keys = turned(rope, before)
+    loss = (keys * wanted).sin().sum()
+    of_keys, of_before = torch.autograd.grad(loss, [keys, before])
+    assert_close(still(of_keys[None, None], rope)[0], of_before[SINKS:], atol=1e-5, rtol=0)
+    assert torch.equal(still(of_keys[None, None], None)[0], of_keys[SINKS:])
 
 
 def test_ranges_leave_one_per_cent_outside():
@@ -363,10 +373,15 @@ def test_without_a_calibration_it_is_refused(monkeypatch, tmp_path):
         kvfold.parse("kvquant", norm="yes")
 
 
-@pytest.mark.parametrize("text", ["snapkv(budget=0.5) | kvquant", "h2o(budget=0.5) | kvquant", "kvquant | tova(budget=12)"])
+@pytest.mark.parametrize(
+    "text", ["snapkv(budget=0.5) | kvquant", "h2o(budget=0.5) | kvquant", "kvquant | tova(budget=12)"]
+)
 def test_it_says_how_the_rest_is_held(text):
     model, prompt = subject("llama"), tokens(40, 31)
-    cache, plain = kvfold.Cache(model, text), kvfold.Cache(model, text.replace(" | kvquant", "").replace("kvquant | ", ""))
+    cache, plain = (
+        kvfold.Cache(model, text),
+        kvfold.Cache(model, text.replace(" | kvquant", "").replace("kvquant | ", "")),
+    )
     for each in (cache, plain):
         feed(model, each, *prompt.values())
     assert cache.kept(0) == plain.kept(0)

@@ -15,8 +15,9 @@ BITS = (2, 3, 4)
 
 @dataclass(frozen=True)
 class Levels:
-    """Of keys: where each channel's range begins and ends, and 2^bits levels, -1 its beginning and 1 its end. Of values:
-    2^bits levels in the range of a token. A code stands for its level times the gain plus the shift of the `fit`.
+    """Of keys: where each channel's range begins and ends, and 2^bits levels, -1 its beginning and 1 its end.
+
+    Of values: 2^bits levels in the range of a token. A code stands for its level times the gain plus the shift of `fit`.
     """
 
     low: Float[Tensor, "*N D"]

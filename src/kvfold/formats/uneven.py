@@ -19,7 +19,7 @@ from kvfold.formats.told import first_told
 from kvfold.ops.attend import blocked
 from kvfold.ops.attend.blocked import Block, attend_blocks
 from kvfold.ops.codes.packing import pack, unpack, width
-from kvfold.options import check_choice, check_int
+from kvfold.options import check_int
 from kvfold.pages import PAGE_SIZE, PageTable, Plane
 from kvfold.rotation import Compact, Rope
 
@@ -207,7 +207,7 @@ class UnevenSegment(TokenSegment):
         self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None,
         weights: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """Over the codes as they are stored, a block at a time: to turn a query for each key would cost G times that."""
+        """Over the codes as they are stored, a block at a time: a query turned for each key would cost G times that."""
 
         def block(start: int, stop: int) -> Block:
             return Block(*(self.numbers(what, start, stop) for what in ("keys", "values")))
@@ -250,5 +250,5 @@ class UnevenSegment(TokenSegment):
 
 def _held(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Numbers in a narrower dtype: what it can't hold is its largest number, what is not finite stays so."""
-    most = torch.finfo(dtype).max
+    most = min(torch.finfo(dtype).max, torch.finfo(x.dtype).max)
     return torch.where(x.isfinite(), x.clamp(-most, most), x).to(dtype)

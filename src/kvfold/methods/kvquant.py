@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from kvfold import artefacts
@@ -114,7 +114,9 @@ class KVQuant(Method):
         count = 1 << self.bits
         sizes = low.shape == high.shape and keys.shape == values.shape == (count + 2,)
         ordered = sizes and all(bool((x[1:count] >= x[: count - 1]).all()) for x in (keys, values))
-        if not (ordered and bool((high >= low).all()) and all(bool(x.isfinite().all()) for x in (low, high, keys, values))):
+        if not (
+            ordered and bool((high >= low).all()) and all(bool(x.isfinite().all()) for x in (low, high, keys, values))
+        ):
             raise ValueError(f"the calibration of kvquant has parts of layer {ordinal} that are no levels")
         norm = self.bits == min(BITS) if self.norm is None else self.norm
         fits = [x[count:] if norm else x.new_tensor([1.0, 0.0]) for x in (keys, values)]
