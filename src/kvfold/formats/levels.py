@@ -17,7 +17,8 @@ BITS = (2, 3, 4)
 class Levels:
     """Of keys: where each channel's range begins and ends, and 2^bits levels, -1 its beginning and 1 its end.
 
-    Of values: 2^bits levels in the range of a token. A code stands for its level times the gain plus the shift of `fit`.
+    Of values: 2^bits levels in the range of a token. A code stands for its level times the gain plus the shift of a
+    fit.
     """
 
     low: Float[Tensor, "*N D"]

@@ -113,10 +113,9 @@ class KVQuant(Method):
         low, high, keys, values = (data[name][ordinal].float() for name in names)
         count = 1 << self.bits
         sizes = low.shape == high.shape and keys.shape == values.shape == (count + 2,)
-        ordered = sizes and all(bool((x[1:count] >= x[: count - 1]).all()) for x in (keys, values))
-        if not (
-            ordered and bool((high >= low).all()) and all(bool(x.isfinite().all()) for x in (low, high, keys, values))
-        ):
+        finite = all(bool(x.isfinite().all()) for x in (low, high, keys, values))
+        ordered = all(bool((x[1:count] >= x[: count - 1]).all()) for x in (keys, values))
+        if not (sizes and finite and ordered and bool((high >= low).all())):
             raise ValueError(f"the calibration of kvquant has parts of layer {ordinal} that are no levels")
         norm = self.bits == min(BITS) if self.norm is None else self.norm
         fits = [x[count:] if norm else x.new_tensor([1.0, 0.0]) for x in (keys, values)]
