@@ -1,7 +1,7 @@
 """Perplexity of a text whose beginning a cache holds in a format: what its rounding costs, token by token.
 
     python benchmarks/perplexity.py --file wikitext-2-valid.txt --context 2048 --tokens 2048 \\
-        --methods "kivi(bits=4),kivi(bits=2),turboquant,zipcache,mustafar,mikv(bits=4)"
+        --methods "kivi(bits=4),kivi(bits=2),turboquant,kvquant,zipcache,mustafar,mikv(bits=4)"
 
 The first `--context` tokens are read at once, exactly, and the next `--tokens` are fed one by one: each is scored by
 what the cache holds then. (In one pass over all nothing would be seen: a prompt attends in full.) DynamicCache comes
@@ -25,7 +25,7 @@ from kvfold.evaluation.escaping import code_cell
 from kvfold.hf.argument import with_cache
 from kvfold.methods.registry import parse
 
-METHODS = "full,kivi(bits=4),kivi(bits=2),turboquant,zipcache,mustafar,mikv(bits=4)"
+METHODS = "full,kivi(bits=4),kivi(bits=2),turboquant,kvquant,zipcache,mustafar,mikv(bits=4)"
 
 
 @torch.no_grad()

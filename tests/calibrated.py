@@ -40,6 +40,16 @@ def gates(layers: int, width: int, heads: int, seed: int = 0) -> dict[str, Tenso
     return {"wq": 3.0 * look, "wk": 3.0 * look, "wv": value, "wg": flags, "bg": bias}
 
 
+def levels(layers: int, heads: int, size: int) -> dict[str, Tensor]:
+    """KVQuant's tables: even levels, in the range that the tiny models' keys have."""
+    high = torch.full((layers, heads, size), 6.0)
+    made = {"low": -high, "high": high}
+    for bits in (2, 3, 4):
+        made[f"keys.{bits}"] = torch.tensor([*torch.linspace(-1, 1, 1 << bits).tolist(), 1.0, 0.0]).expand(layers, -1)
+        made[f"values.{bits}"] = made[f"keys.{bits}"]
+    return {name: table.contiguous() for name, table in made.items()}
+
+
 def calibrate(model, name: str) -> None:
     """Give every calibrated method an artefact for `model`, in the user's folder."""
     config = artefacts.text_config(model)
@@ -58,5 +68,7 @@ def calibrate(model, name: str) -> None:
     }
     if layers:
         data["attention-gate"] = gates(layers, config.hidden_size, kv)
+        size = getattr(config, "head_dim", None) or config.hidden_size // queries
+        data["kvquant"] = levels(layers, kv, size)
     for slug, found in data.items():
         artefacts.save(artefacts.Artefact(slug, about, found, {"command": "made up"}))

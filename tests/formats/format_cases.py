@@ -23,6 +23,7 @@ from kvfold.formats import (
     Sparse,
     Spec,
     Thin,
+    Uneven,
 )
 from kvfold.pages import Arena
 
@@ -41,6 +42,7 @@ FORMATS: dict[str, Format] = {
     "thin": Thin(page_size=4),
     "separable": Separable(4, group=8, residual=8),
     "rotated": Rotated(scale="aligned", page_size=8),
+    "uneven": Uneven(exact=2, page_size=8),
 }
 
 

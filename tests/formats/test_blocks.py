@@ -24,7 +24,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", ["balanced", "depth", "fp8", "kivi", "rotated", "sparse"])
+@pytest.mark.parametrize("name", ["balanced", "depth", "fp8", "kivi", "rotated", "sparse", "uneven"])
 def test_attention_works_out_a_few_tokens_at_a_time(name, monkeypatch):
     segment = opened(FORMATS[name], chunk(700))
     q = torch.randn(B, H, G, 1, D)

@@ -23,7 +23,7 @@ from format_cases import (
 )
 from torch.testing import assert_close
 
-from kvfold.formats import LOG_MASS, POSITION, Rotated, Thin
+from kvfold.formats import LOG_MASS, POSITION, Rotated, Thin, Uneven
 
 PAGED = [name for name in FORMATS if name.startswith("kivi")]
 
@@ -110,7 +110,9 @@ def test_what_is_amended_is_read(form):
     keys, values = (torch.randn(*slots.shape, d, generator=rng) for d in (D, DV))
     segment.amend(slots, keys, None)
     segment.amend(slots, None, values)
-    tokens, most = segment.dense(), 0.3 if isinstance(form, Rotated) else 0.15  # which errs by a vector's length
+    tokens = segment.dense()
+    # Rotated errs by a vector's length; Uneven, where nobody has measured, has levels far apart at the ends.
+    most = 0.3 if isinstance(form, Rotated) else 0.5 if isinstance(form, Uneven) else 0.15
     for i in np.ndindex(B, H):
         some = slots[i] >= 0
         at = slots[i][some]

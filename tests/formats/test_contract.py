@@ -37,6 +37,7 @@ from kvfold.formats import (
     Sparse,
     Spec,
     Thin,
+    Uneven,
 )
 from kvfold.hf.rope import find_ropes
 from kvfold.ops import dispatch
@@ -83,6 +84,7 @@ def test_what_goes_in_comes_out_in_order(form, arena):
         "separable": 1 / 20,
         "sparse": 0.5,  # what is pruned is below others
         "thin": 0.5,
+        "uneven": 1 / 10,
     }
     share = next(error[name] for name, known in FORMATS.items() if known is form)
     for mine, theirs in zip(held(segment), held(given), strict=True):
@@ -184,6 +186,7 @@ BAD = [
     (Kivi, {"requantise": 2}), (Depth, {"side": 2}), (Dense, {"page_size": -4}),
     (Dense, {"dtype": torch.int8}), (Sparse, {"key_sparsity": 1.0}), (Sparse, {"value_sparsity": -0.1}),
     (Thin, {"ratio": 1.0}), (Sparse, {"group": 0}), (Sparse, {"residual": -1}),
+    (Uneven, {"bits": 5}), (Uneven, {"exact": 0}), (Uneven, {"page_size": 0}),
 ]  # fmt: skip
 
 

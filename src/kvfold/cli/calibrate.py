@@ -10,7 +10,8 @@ from kvfold.cli import common
 
 def calibrate_command(
     method: Annotated[
-        str, typer.Argument(help="attention-gate, compresskv, duoattention, epicache, headkv or razorattention.")
+        str,
+        typer.Argument(help="attention-gate, compresskv, duoattention, epicache, headkv, kvquant or razorattention."),
     ],
     model: common.Model = "smollm2-135m-instruct",
     out: Annotated[Path | None, typer.Option("--out", help="The file; else where kvfold looks for it.")] = None,
@@ -22,7 +23,7 @@ def calibrate_command(
     device: common.Device = "cpu",
     json: common.Json = False,
 ) -> None:
-    """Measure head roles, scores or layer errors of a model, and keep them where kvfold.Cache finds them."""
+    """Measure head roles, scores, layer errors or levels of a model, and keep them where kvfold.Cache finds them."""
     from dataclasses import asdict, replace
 
     from kvfold.artefacts import TABLES, TENSORS, save

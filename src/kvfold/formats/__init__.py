@@ -6,6 +6,7 @@ from kvfold.formats.depth import Depth, DepthSegment
 from kvfold.formats.fp8 import Fp8, Fp8Segment
 from kvfold.formats.kinds import KINDS, dtype_from, format_from, format_to
 from kvfold.formats.kivi import Kivi, KiviSegment
+from kvfold.formats.levels import Levels
 from kvfold.formats.paged import PagedSegment
 from kvfold.formats.rotated import Rotated, RotatedSegment
 from kvfold.formats.segment import Format, Segment, Spec, Traits
@@ -13,10 +14,12 @@ from kvfold.formats.separable import WEIGHTS, Separable, SeparableSegment
 from kvfold.formats.sparse import Sparse, SparseSegment
 from kvfold.formats.thin import Thin, ThinSegment
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk, join
+from kvfold.formats.uneven import LEVELS, Uneven, UnevenSegment
 
 __all__ = [
     "BALANCER",
     "KINDS",
+    "LEVELS",
     "LOG_MASS",
     "POSITION",
     "WEIGHTS",
@@ -33,6 +36,7 @@ __all__ = [
     "Kivi",
     "KiviSegment",
     "LateChunk",
+    "Levels",
     "PagedSegment",
     "Rotated",
     "RotatedSegment",
@@ -45,6 +49,8 @@ __all__ = [
     "Thin",
     "ThinSegment",
     "Traits",
+    "Uneven",
+    "UnevenSegment",
     "dtype_from",
     "format_from",
     "format_to",

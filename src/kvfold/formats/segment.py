@@ -21,8 +21,8 @@ class Traits:
     addressed: Literal["token", "page", "whole"] = "token"
     """What can be dropped or written over by itself: a token, a page of them, or nothing."""
     frame: Literal["rotated", "unrotated"] = "rotated"
-    """Whether keys are held as the model rotated them. A key that is held un-rotated can be put anywhere. (So far all
-    are rotated.)"""
+    """Whether keys are held as the model rotated them. One that is held un-rotated could be put anywhere; all the same
+    `dense` gives it, and `append` takes it, as the model rotated it for its position."""
     crops: Literal["exact", "approximate", "never"] = "exact"
     """What is left after a crop: what would be there had the tokens never come; that but for rounding; no crop."""
     requantises: bool = False

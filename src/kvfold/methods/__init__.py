@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.kvcrush import KVCrush as KVCrush
     from kvfold.methods.kvfold import KVFold as KVFold
     from kvfold.methods.kvmerger import KVMerger as KVMerger
+    from kvfold.methods.kvquant import KVQuant as KVQuant
     from kvfold.methods.kvzip import KVzip as KVzip
     from kvfold.methods.lacache import LaCache as LaCache
     from kvfold.methods.look_m import LookM as LookM
