@@ -29,6 +29,7 @@ class KeyDiff(Scored):
     """
 
     def scores(self, view: LayerView) -> Float[Tensor, "B H T"]:
-        keys = F.normalize(view.keys.float(), dim=-1).masked_fill(~view.valid[..., None], 0.0)
+        # In float64: two tokens are equally like their mean, and rounding must not say which stays.
+        keys = F.normalize(view.keys.double(), dim=-1).masked_fill(~view.valid[..., None], 0.0)
         mean = keys.sum(2, keepdim=True)  # its length does not matter
-        return -(keys * F.normalize(mean, dim=-1)).sum(-1)
+        return -(keys * F.normalize(mean, dim=-1)).sum(-1).float()
