@@ -37,7 +37,7 @@ def attend_rows(
     pages, lengths, holes, hole_count = table.on_device()
     holed = (holes, hole_count) if table.holed else (None, None)
     capacity = pages.shape[1] * table.pool.page_size
-    dropped = left_out(capacity, *holed, None if read is None else read.reshape(b * h, -1))
+    dropped = left_out(capacity, holed[0], holed[1], None if read is None else read.reshape(b * h, -1))
     out, lse, left = kernel(
         q.reshape(b * h, g * n, d), **planes, table=pages, lengths=lengths, scale=scale,
         mass=None if mass is None else table.pool.planes[mass], dropped=dropped, probabilities=weights,
