@@ -88,6 +88,8 @@ class ZipCache(Method):
         """What salient tokens and the others are held in."""
         return Separable(self.high, self.group), Separable(self.low, self.group)
 
+    own_steps = True
+
     def after_prefill(self, view: LayerView) -> Sequence[Decision]:
         own = self.own(view)
         return self._coded(own, self.saliency(view), own.valid, {WEIGHTS: channel_weights(own)})
