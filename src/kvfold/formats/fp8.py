@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvfold import ops
 from kvfold.formats.by_token import ByToken, TokenSegment
 from kvfold.formats.paged import open_table
 from kvfold.formats.segment import Spec, Traits
 from kvfold.formats.tokens import LOG_MASS, POSITION
-from kvfold.ops.attend.blocked import Block, attend_blocks
 from kvfold.options import check_int
 from kvfold.pages import PAGE_SIZE, Plane
 from kvfold.rotation import Compact
@@ -27,8 +27,7 @@ class Fp8(ByToken):
     """Each key and each value is codes times its largest magnitude / 448: a number is off by at most 1/16 of itself.
 
     (Or, if it is that small, by the 458,752nd part of the largest.) Addressable token by token, exact to crop; what is
-    amended is rounded. Attention reads the codes, a block of tokens at a time. A number that is not finite makes its
-    vector NaN.
+    amended is rounded. A number that is not finite makes its vector NaN.
     """
 
     page_size: int = PAGE_SIZE
@@ -62,21 +61,13 @@ class Fp8Segment(TokenSegment):
         return {what: codes.view(torch.uint8), SCALES[what]: scale}
 
     def states(self, what: str) -> Tensor:
-        return (self._codes(what) * self.plane(SCALES[what])[..., None]).to(self.compute)
-
-    def _codes(self, what: str, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.plane(what, start, stop).view(CODE).float()
+        return (self.plane(what).view(CODE).float() * self.plane(SCALES[what])[..., None]).to(self.compute)
 
     def attend(
         self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None,
         weights: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        def block(start: int, stop: int) -> Block:
-            codes = (self._codes(what, start, stop) for what in ("keys", "values"))
-            return Block(*codes, *(self.plane(name, start, stop) for name in SCALES.values()))
-
-        width = self.pool.planes["values"].shape[-1]
-        return attend_blocks(
-            q, scale, self.valid(), width, block, self.column, mass=LOG_MASS if self.weighed else None, read=read,
-            compact=compact, weights=weights,
+        return ops.attend_float8(
+            q, self.table, scale, kind=CODE, mass=LOG_MASS if self.weighed else None, read=read, compact=compact,
+            position=POSITION, weights=weights,
         )  # fmt: skip

@@ -4,6 +4,7 @@ from kvfold.ops.alike import most_alike
 from kvfold.ops.attend import attend, merge
 from kvfold.ops.choose import top_mask
 from kvfold.ops.codes import attend_codes
+from kvfold.ops.float8 import attend_float8
 from kvfold.ops.linear import linear
 from kvfold.ops.paged import append_pages, attend_pages, keep_pages, step_pages
 from kvfold.ops.prefill import causal, causal_admitted, causal_rows
@@ -15,6 +16,7 @@ __all__ = [
     "append_pages",
     "attend",
     "attend_codes",
+    "attend_float8",
     "attend_pages",
     "attend_sparse",
     "attend_tokens",
