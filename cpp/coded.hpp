@@ -267,6 +267,7 @@ inline void widen_any(const void* from, Kind kind, int64_t first, float* to, int
         case Kind::f32: return widen_any(static_cast<const float*>(from) + first, to, count);
         case Kind::bf16: return widen_any(static_cast<const bf16*>(from) + first, to, count);
         case Kind::f16: return widen_any(static_cast<const f16*>(from) + first, to, count);
+        default: return;
     }
 }
 

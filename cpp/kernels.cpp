@@ -30,6 +30,7 @@ void widen(const void* x, Kind kind, float* out, int64_t count) {
         case Kind::f32: return widen_all(static_cast<const float*>(x), out, count);
         case Kind::bf16: return widen_all(static_cast<const bf16*>(x), out, count);
         case Kind::f16: return widen_all(static_cast<const f16*>(x), out, count);
+        default: return;
     }
 }
 
@@ -153,6 +154,7 @@ void multiply_some(const void* context, int64_t index) {
         case Kind::f32: all.sums[index] = multiply_group<float>(all.on); break;
         case Kind::bf16: all.sums[index] = multiply_group<bf16>(all.on); break;
         case Kind::f16: all.sums[index] = multiply_group<f16>(all.on); break;
+        default: break;
     }
 }
 

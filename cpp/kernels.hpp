@@ -12,7 +12,7 @@ constexpr int64_t FEW = 1920;   // numbers that stay in a core's first cache, in
 constexpr int64_t GROUP = 8;    // query heads that one pass over them multiplies for at most
 constexpr int64_t SHARES = 16;  // of a row's queries, each with column sums of its own: fixed for the same reason
 
-enum class Kind { f32, bf16, f16 };
+enum class Kind { f32, bf16, f16, e4m3, e5m2 };  // those of 8 bits for attention alone
 
 // Rows of tokens on pages.
 struct Rows {
@@ -31,6 +31,7 @@ struct Attend {
     const float* q;  // (rows, g, d)
     const void *keys, *values;
     Kind key_kind, value_kind;
+    const float *key_factor, *value_factor;  // (pages * page_size,) what 8-bit vectors are multiplied by, else null
     const float* mass;  // (pages * page_size,) added to the logits, or null
     const bool* read;   // (rows, read_width) or null
     int64_t read_width;

@@ -33,7 +33,10 @@ typedef float quad __attribute__((vector_size(16)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float loose_quad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint32_t pairs __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+typedef uint16_t words __attribute__((vector_size(2 * LANES)));
+typedef int16_t int_words __attribute__((vector_size(2 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint8_t few_bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 // Memory that goes back at the end of its block.
 template <class T>
@@ -50,6 +53,12 @@ struct bf16 {
 struct f16 {
     uint16_t bits;
 };
+struct e4m3 {  // no infinity, and a NaN where all bits but the sign are set
+    uint8_t bits;
+};
+struct e5m2 {  // the upper half of a float16
+    uint8_t bits;
+};
 
 inline vec load(const float* p) { return *reinterpret_cast<const loose*>(p); }
 
@@ -64,20 +73,58 @@ inline vec load(const bf16* p) {  // the upper half of a float
     return (vec)(wide << 16);
 }
 
-inline vec load(const f16* p) {
+// Float16 as floats.
+inline vec widened(words x) {
 #if defined(__AVX512F__)
-    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return (vec)_mm512_cvtph_ps((__m256i)x);
 #elif defined(__AVX2__)
-    return (vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return (vec)_mm256_cvtph_ps((__m128i)x);
 #elif defined(__aarch64__)
-    return (vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
+    return (vec)vcvt_f32_f16((float16x4_t)x);
 #else
-    const uvec bits = __builtin_convertvector(*reinterpret_cast<const halves*>(p), uvec);
+    const uvec bits = __builtin_convertvector(x, uvec);
     const vec size = (vec)((bits & 0x7fffu) << 13) * 0x1p112f;  // denormal numbers come out right too
     const uvec endless = (uvec)((bits & 0x7c00u) == 0x7c00u) & 0x7f800000u;
     return (vec)((uvec)size | endless | (bits & 0x8000u) << 16);
 #endif
 }
+
+inline vec load(const f16* p) { return widened(*reinterpret_cast<const halves*>(p)); }
+
+// Bytes in the upper or the lower halves of words; below, the sign is in all bits of the upper half.
+inline words raised(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return (words)_mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 8);
+#elif defined(__AVX2__)
+    return (words)_mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+    return __builtin_convertvector(*reinterpret_cast<const few_bytes*>(p), words) << 8;
+#endif
+}
+
+inline words signed_words(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return (words)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+    return (words)_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+    return (words)((int_words)raised(p) >> 8);
+#endif
+}
+
+inline vec load(const e5m2* p) { return widened(raised(&p->bits)); }
+
+// The 256th part of what they are (UNIT): as float16, whose exponents are 8 more below zero, denormal numbers too.
+inline vec load(const e4m3* p) {
+    const words x = signed_words(&p->bits), bits = x << 7 & 0xbf80;
+    return widened(bits | ((words)((x | 0xff80) == 0xffff) & 0x7e00));
+}
+
+// What `load` leaves to be multiplied by.
+template <class T>
+constexpr float UNIT = 1;
+template <>
+inline constexpr float UNIT<e4m3> = 256;
 
 // One of two vectors that lie side by side. In bfloat16 it is the numbers at even or at odd places, which a shift or a
 // mask takes out of the two: INTERLEAVED tells whether `apart` and `together` have anything to do.

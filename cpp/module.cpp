@@ -190,6 +190,27 @@ void attend(Array<const float, 3> q, Const2 keys, Const2 values, std::optional<A
 
 using Bytes = Array<const uint8_t, 2>;
 
+// Keys and values in 8 bits, e5m2 or e4m3, of which each has a number that it is multiplied by.
+void attend_float8(Array<const float, 3> q, bool e5m2, Bytes keys, Bytes values, Array<const float, 2> key_factor,
+                   Array<const float, 2> value_factor, std::optional<Array<const float, 2>> mass,
+                   std::optional<Array<const bool, 2>> read, Table table, Counts lengths, Table holes, Counts hole_count,
+                   int64_t page_size, float scale, int threads, Array<float, 3> out, Array<float, 2> lse,
+                   std::optional<Array<float, 3>> weights) {
+    Attend on{};
+    on.on = rows_of(table, lengths, holes, hole_count, page_size);
+    check(page_size <= BLOCK && BLOCK % page_size == 0, "page_size must be 4, 8, 16, 32 or 64");
+    const size_t slots = values.shape(0);
+    check(keys.shape(1) == q.shape(2) && keys.shape(0) == slots, "shapes of q, keys, values, out and lse don't fit");
+    for (const Array<const float, 2>* each : {&key_factor, &value_factor})
+        check(each->shape(0) == slots && each->shape(1) == 1, "key_factor and value_factor must have one number a slot");
+    ask(on, q, slots, values.shape(1), mass, read, table, lengths, holes, hole_count, scale, threads, out, lse, weights);
+    on.keys = keys.data(), on.values = values.data(), on.key_factor = key_factor.data(), on.value_factor = value_factor.data();
+    on.key_kind = on.value_kind = e5m2 ? Kind::e5m2 : Kind::e4m3;
+    const Kernels& set = kernels_for({on.d, on.dv});
+    const Free free;
+    set.attend(on);
+}
+
 void attend_codes(Array<const float, 3> q, int bits, Bytes keys, Const2 key_scale, Const2 key_zero, Bytes values,
                   Const2 value_scale, Const2 value_zero, std::optional<Array<const float, 2>> mass,
                   std::optional<Array<const bool, 2>> read, Table table, Counts lengths, Table holes, Counts hole_count,
@@ -567,6 +588,9 @@ NB_MODULE(_cpu, m) {
     m.def("workers", workers, "Threads that were started in this process, beside its own.");
     m.def("attend", attend, "q"_a.noconvert(), "keys"_a.noconvert(), "values"_a.noconvert(), "mass"_a.noconvert().none(), "read"_a.noconvert().none(), "table"_a.noconvert(), "lengths"_a.noconvert(),
           "holes"_a.noconvert(), "hole_count"_a.noconvert(), "page_size"_a, "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert(), "weights"_a.noconvert().none());
+    m.def("attend_float8", attend_float8, "q"_a.noconvert(), "e5m2"_a, "keys"_a.noconvert(), "values"_a.noconvert(), "key_factor"_a.noconvert(), "value_factor"_a.noconvert(), "mass"_a.noconvert().none(),
+          "read"_a.noconvert().none(), "table"_a.noconvert(), "lengths"_a.noconvert(), "holes"_a.noconvert(), "hole_count"_a.noconvert(), "page_size"_a, "scale"_a, "threads"_a,
+          "out"_a.noconvert(), "lse"_a.noconvert(), "weights"_a.noconvert().none());
     m.def("attend_codes", attend_codes, "q"_a.noconvert(), "bits"_a, "keys"_a.noconvert(), "key_scale"_a.noconvert(), "key_zero"_a.noconvert(), "values"_a.noconvert(),
           "value_scale"_a.noconvert(), "value_zero"_a.noconvert(), "mass"_a.noconvert().none(), "read"_a.noconvert().none(), "table"_a.noconvert(), "lengths"_a.noconvert(),
           "holes"_a.noconvert(), "hole_count"_a.noconvert(), "page_size"_a, "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert(), "weights"_a.noconvert().none());

@@ -233,6 +233,12 @@ struct Reader : Part<Attend> {
         return {static_cast<const char*>(on.values) + pages()[index] * on.on.page_size * token, token};
     }
 
+    // What a page's vectors are multiplied by, on their logits or weights.
+    void multiply_by(const float* factors, float unit, int64_t count, float* line) const {
+        for (int64_t h = 0; h < on.g; h++)
+            for (int64_t i = 0; i < count; i++) line[h * BLOCK + i] *= factors[i] * unit;
+    }
+
     // Logits (g, BLOCK) of the slots from `block`, NEVER where no token is to be seen; false where that is so of all.
     bool look(const float* q, int64_t block, int64_t count, float* logits, bool* live) const {
         const int64_t size = on.on.page_size, d = on.d, g = on.g;
@@ -244,6 +250,7 @@ struct Reader : Part<Attend> {
             const int64_t index = (block + at) / size, place = int64_t{pages()[index]} * size;
             const Soon soon = at + size < count ? of_keys(index + 1) : of_values(block / size);
             look_at_all(q, keys + place * d, soon, size, g, d, logits + at);
+            if (on.key_factor) multiply_by(on.key_factor + place, UNIT<K>, size, logits + at);
             add_masses(place, logits + at);
         }
         if (some) hide(block, count, logits);
@@ -284,6 +291,8 @@ struct Reader : Part<Attend> {
                 const Soon soon = at + 2 * size < count ? of_values(index + 2)
                                   : block + BLOCK < stop ? of_keys((block + BLOCK) / size)
                                                          : of_values(index);
+                if (on.value_factor)
+                    multiply_by(on.value_factor + int64_t{pages()[index]} * size, UNIT<V>, smaller(size, count - at), logits + at);
                 held[used++] = {values + int64_t{pages()[index]} * size * dv, smaller(size, count - at), at, soon};
             }
             weigh_pages(logits, held, used, g, dv, out);
@@ -399,7 +408,9 @@ void attend_in_parts(const Attend& on, Task task) {
 void attend(const Attend& on) {
     attend_in_parts(on, on.key_kind == Kind::f32    ? task_of<float>(on.value_kind)
                         : on.key_kind == Kind::bf16 ? task_of<bf16>(on.value_kind)
-                                                    : task_of<f16>(on.value_kind));
+                        : on.key_kind == Kind::f16  ? task_of<f16>(on.value_kind)
+                        : on.key_kind == Kind::e4m3 ? attend_part<Reader<e4m3, e4m3>>
+                                                    : attend_part<Reader<e5m2, e5m2>>);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from functools import lru_cache
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,13 +14,11 @@ from transformers.models.auto import CONFIG_MAPPING
 
 from kvfold.bench import DEVICES, Device, MemoryPlan, ModelShape, find_device, make_plan, shape_of
 from kvfold.bench.devices import quantity
-from kvfold.bench.plan import stored
+from kvfold.bench.held import Held, stored, window_tokens
 from kvfold.evaluation.compare import with_budget
-from kvfold.formats import Dense
+from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, Spec
 from kvfold.hf.cache import Cache
-from kvfold.methods import Method, parse
-from kvfold.views import LayerView
-from kvfold.views.decisions import Store
+from kvfold.methods import parse
 from models import COMMON, FAMILIES, build, feed, subject, tokens
 
 METHODS = ["full", "snapkv", "streamingllm", "h2o", "tova", "kvmerger"]
@@ -188,26 +187,85 @@ def test_kvmerger_says_itself_which_layers_stay_whole() -> None:
     """Layers 0, 1 and 29 of 30 keep all and have no column of masses; the sum is the budget's."""
     paged = tuple(range(30))
     answers = [stored(parse("kvmerger(budget=0.5)"), 1000, i, paged, 30, 2) for i in paged]
-    assert [i for i, (kept, _) in enumerate(answers) if kept == (1000, 1000)] == [0, 1, 29]
-    assert {columns for _, columns in answers} == {4, 8}
-    assert sum(sum(kept) for kept, _ in answers) == 30 * 2 * 500
+    assert [i for i, held in enumerate(answers) if held.tokens == (1000, 1000)] == [0, 1, 29]
+    assert {held.columns for held in answers} == {(), ((LOG_MASS, torch.float32),)}
+    assert sum(sum(held.tokens) for held in answers) == 30 * 2 * 500
 
 
 def test_compositions_keep_the_smaller_and_add_their_columns() -> None:
-    kept, columns = stored(parse("h2o(budget=0.5) | streamingllm(budget=100)"), 1000, 0, (0, 1), 2, 3)
-    assert (kept, columns) == ((100, 100, 100), 8)
+    held = stored(parse("h2o(budget=0.5) | streamingllm(budget=100)"), 1000, 0, (0, 1), 2, 3)
+    assert held == Held(((Dense(), (100, 100, 100)),), (("h2o_score", torch.float32),))
 
 
-def test_formats_are_refused(scratch_methods: object) -> None:
-    class Half(Method):
-        def after_prefill(self, view: LayerView) -> Store:
-            return Store(Dense(torch.float16), view.valid)
+FORMATS = [
+    "fp8", "kivi", "kivi(bits=2, residual=32)", "turboquant", "turboquant(bits=2)", "mustafar", "think", "mikv",
+    "mikv(ratio=0.5, bits=4)", "mikv | fp8", "zipcache", "zipcache(ratio=0.3, group=32)",
+    "snapkv(budget=0.4) | kivi", "snapkv(budget=0.4) | think",
+    "h2o(budget=64) | fp8", "snapkv(budget=0.5) | mikv", "kvmerger(budget=0.4) | fp8",
+]  # fmt: skip
 
-        def __str__(self) -> str:
-            return "half"
 
-    with pytest.raises(ValueError, match="method=half stores tokens in a format of its own"):
-        stored(Half(), 100, 0, (0,), 1, 2)
+@pytest.mark.parametrize("method", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_of_formats_are_those_of_a_real_cache(method: str, dtype: torch.dtype) -> None:
+    """Within 3 %: tokens by two short prompts, and pages given for rows to lie side by side."""
+    sizes = {"head_dim": 64, "num_hidden_layers": 2}
+    model = build("qwen3", dtype=dtype, **sizes)
+    shaped = shape_of(model)
+    for context, batch in ((203, 1), (481, 3)):
+        cache = Cache(model, method)
+        prompt = tokens(*[context] * batch)
+        feed(model, cache, prompt["input_ids"], prompt["attention_mask"])
+        name = str(dtype).removeprefix("torch.")
+        device = Device("small", 10**9, 1e11, {name: 1e13})
+        plan = make_plan(shaped, device, parse(method), dtype=name, context=context, batch=batch)
+        assert plan.kv_bytes == pytest.approx(cache.nbytes, rel=0.03), (context, batch)
+        assert plan.kept_tokens == pytest.approx(cache.kept_tokens, abs=1)
+        assert plan.gain <= plan.gain_bound * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("form", ["kivi(bits=4, residual=0)", "kivi(bits=2, residual=32)", "fp8"])
+def test_windows_in_a_format_are_those_of_a_real_cache(form: str) -> None:
+    model, method = build("gemma3", sliding_window=96), f"windows(form='{form}')"
+    cache = Cache(model, method)
+    prompt = tokens(400)
+    feed(model, cache, prompt["input_ids"], prompt["attention_mask"])
+    plan = make_plan(shape_of(model), GPU, parse(method), dtype="float32", context=400)
+    assert plan.kv_bytes == pytest.approx(cache.nbytes, rel=0.03)
+    made = parse(method).windows
+    assert made is not None
+    assert [window_tokens(made, 96, n) for n in (1, 96, 97)] == [1, 96, 97]
+    assert 96 <= window_tokens(made, 96, 400) < 96 + 32
+
+
+def test_a_format_is_a_part_of_the_plan_at_any_length() -> None:
+    """What moves grows evenly, with what a stage before leaves: all but 32 tokens, or four fifths."""
+    for text, moved in (("think", 100_000 - 32), ("mikv", 80_000), ("snapkv(budget=0.5) | think", 50_000 - 32)):
+        held = stored(parse(text), 100_000, 0, (0,), 1, 2)
+        assert held.parts[1][1] == pytest.approx((moved, moved), rel=2e-3), text
+    high, low = stored(parse("zipcache(ratio=0.6)"), 100_000, 0, (0,), 1, 2).parts[1:]
+    assert high[1] == pytest.approx((60_000, 60_000), rel=2e-3) and low[1] == pytest.approx((40_000, 40_000), rel=2e-3)
+
+
+def test_a_composition_that_a_format_refuses_is_refused() -> None:
+    with pytest.raises(ValueError, match="channels=12 must divide the value size 16"):
+        make_plan(shape("llama"), GPU, parse("kivi(channels=12)"), dtype="float32", context=100)
+    with pytest.raises(ValueError, match="lets layers share tokens, which a plan can't size yet"):
+        make_plan(shape("llama"), GPU, parse("minicache"), dtype="float32", context=100)
+
+
+def test_a_segment_says_what_more_tokens_would_take() -> None:
+    """As it is, and with tokens already there: what it holds afterwards, without slack."""
+    for text in ("full", "fp8", "kivi(residual=16)", "turboquant", "mustafar"):
+        form = parse(text).format or Dense()
+        for first, more in ((0, 1), (0, 300), (64, 1), (64, 17)):
+            segment = form.open(Spec(2, 2, 64, 64, torch.float32, torch.device("cpu")))
+            for count in (first, more):
+                want = segment.nbytes_with(np.full((2, 2), count, dtype=np.int64))
+                states = torch.randn(2, 2, count, 64)
+                places = torch.arange(count, dtype=torch.int32).expand(2, 2, count)
+                segment.append(Chunk(states, states, torch.ones(2, 2, count, dtype=torch.bool), {POSITION: places}))
+                assert want == pytest.approx(segment.nbytes, rel=0.04), (text, first, more)
 
 
 @pytest.mark.parametrize(

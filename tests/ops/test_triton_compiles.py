@@ -18,8 +18,8 @@ from compiled import Compiler
 from kvfold.formats import Fp8
 from kvfold.ops.codes import gpu as codes
 from kvfold.ops.codes import triton_kernels as _codes
-from kvfold.ops.fp8 import gpu as fp8
-from kvfold.ops.fp8 import triton_kernels as _fp8
+from kvfold.ops.float8 import gpu as fp8
+from kvfold.ops.float8 import triton_kernels as _fp8
 from kvfold.ops.paged import gpu as paged
 from kvfold.ops.paged import triton_kernels as _paged
 from kvfold.ops.sparse import gpu as sparse
@@ -93,7 +93,9 @@ def test_fp8(compiled, capability):
     scale = Plane(None, torch.float32)
     planes = {"keys": size, "values": size, "key_scale": scale, "value_scale": scale}
     table = scattered(planes, RAGGED, Fp8().page_size, {})
-    compiled(capability, "_attend_fp8", lambda: fp8.attend_fp8(query(64), table, 0.1, **more))
+    compiled(
+        capability, "_attend_float8", lambda: fp8.attend_float8(query(64), table, 0.1, kind=torch.float8_e4m3fn, **more)
+    )
 
 
 @pytest.mark.parametrize("capability", [80, 90])

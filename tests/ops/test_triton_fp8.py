@@ -11,11 +11,11 @@ from coded_pages import RAGGED, refused, scattered, softmax_over, with_extra
 from interpreted import DEVICE, TOLERANCE, agree, interpreted, on_device  # noqa: F401  (a fixture)
 from kvfold import ops
 from kvfold.ops import dispatch
-from kvfold.ops.fp8 import gpu, naive, triton_kernels  # noqa: F401  (the fixture finds it)
+from kvfold.ops.float8 import gpu, naive, triton_kernels  # noqa: F401  (the fixture finds it)
 from kvfold.pages import PageTable, Plane
 
 pytestmark = pytest.mark.usefixtures("interpreted")
-REST = {"compact": None, "position": "position"}
+REST = {"kind": torch.float8_e4m3fn, "compact": None, "position": "position"}
 
 
 def table_of(lengths: list[int], d: int, dv: int, page: int) -> PageTable:
@@ -57,14 +57,14 @@ def check(run, d: int, dv: int, page: int, extra: str = "", q_dtype=torch.float3
     [(64, 64, 16, ""), (16, 100, 12, "mass"), (20, 256, 64, "read"), (63, 8, 8, "holes"), (256, 12, 10, "")],
 )
 def test_the_kernel_against_the_definition(d, dv, page, extra, monkeypatch):
-    monkeypatch.setattr(naive, "attend_fp8", refused)
-    check(gpu.attend_fp8, d, dv, page, extra)
+    monkeypatch.setattr(naive, "attend_float8", refused)
+    check(gpu.attend_float8, d, dv, page, extra)
 
 
 @pytest.mark.parametrize("q_dtype", TOLERANCE, ids=str)
 def test_awkward_lengths_and_narrow_queries(q_dtype, monkeypatch):
-    monkeypatch.setattr(naive, "attend_fp8", refused)
-    check(gpu.attend_fp8, 64, 32, 16, "", q_dtype, [63, 100, 1000], (2, 3))
+    monkeypatch.setattr(naive, "attend_float8", refused)
+    check(gpu.attend_float8, 64, 32, 16, "", q_dtype, [63, 100, 1000], (2, 3))
 
 
 def test_the_definition_itself():
@@ -74,7 +74,11 @@ def test_the_definition_itself():
     q = torch.randn(2, 1, 3, 1, 16)
     want = softmax(q, table, 0.5, True, None)
     with dispatch.use("naive"):
-        agree(ops.attend_fp8(q, table, 0.5, mass="log_mass", weights=True), want, torch.float32)
+        agree(
+            ops.attend_float8(q, table, 0.5, kind=torch.float8_e4m3fn, mass="log_mass", weights=True),
+            want,
+            torch.float32,
+        )
 
 
 def test_all_bytes_are_what_torch_says():
@@ -92,13 +96,15 @@ def test_all_bytes_are_what_torch_says():
         },
     )  # fmt: skip
     q = torch.zeros(1, 1, 1, 1, 16, device=DEVICE)
-    out, _, _ = gpu.attend_fp8(q, on_device(table), 1.0, mass=None, read=None, weights=False, **REST)
+    out, _, _ = gpu.attend_float8(q, on_device(table), 1.0, mass=None, read=None, weights=False, **REST)
     want = codes.view(torch.float8_e4m3fn).float()
     assert torch.equal(out.flatten().cpu().nan_to_num(999.0), want.nan_to_num(999.0))
 
 
 def test_keys_that_are_to_be_turned_are_handed_on(monkeypatch):
-    monkeypatch.setattr(naive, "attend_fp8", lambda *args, **more: "handed on")
+    monkeypatch.setattr(naive, "attend_float8", lambda *args, **more: "handed on")
     table, q = table_of([20], 16, 16, 16), torch.zeros(1, 1, 1, 1, 16)
-    rest = {"mass": None, "read": None, "weights": False, "position": "position"}
-    assert gpu.attend_fp8(q, table, 0.1, compact=object(), **rest) == "handed on"
+    rest = {"kind": torch.float8_e4m3fn, "mass": None, "read": None, "weights": False, "position": "position"}
+    assert gpu.attend_float8(q, table, 0.1, compact=object(), **rest) == "handed on"
+    rest["kind"] = torch.float8_e5m2  # the kernel reads e4m3 alone
+    assert gpu.attend_float8(q, table, 0.1, compact=None, **rest) == "handed on"

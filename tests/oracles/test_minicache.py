@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import kvfold
-from kvfold.bench.plan import stored as sized
+from kvfold.bench.held import stored as sized
 from kvfold.formats import POSITION, Chunk, DepthSegment
 from kvfold.hf.rope import find_ropes
 from kvfold.layer.late import Done, carry_out
@@ -356,7 +356,7 @@ def test_a_crop_beams_and_a_fork():
 
 def test_a_plan_of_it_is_refused():
     """It would not know what two layers hold in common."""
-    with pytest.raises(ValueError, match="a format of its own"):
+    with pytest.raises(ValueError, match="lets layers share tokens"):
         sized(kvfold.parse("snapkv | minicache"), 100, 0, (0,), 1, 2)
 
 

@@ -1,14 +1,12 @@
 """Plan: the bytes of a KV cache and the roofline of prefill and decode, from a model's shape alone.
 
 Which layers there are, and what each stores for a token, the model itself says: a copy of it on torch's meta device,
-which holds no numbers, reads one token. How many tokens a method keeps, the method itself says: it gets a view
-of a few tokens that claims to be the whole prompt, and asks it for its budget.
+which holds no numbers, reads one token. How many tokens a method keeps, and in which formats, the method itself says,
+and what those take the formats: see `held`.
 """
 
 import copy
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from math import ceil
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,24 +15,17 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvfold.bench.devices import Device
-from kvfold.budgets import Budget, allocate, is_all
+from kvfold.bench.held import segment_bytes, stored, window_tokens
+from kvfold.budgets import Budget
 from kvfold.evaluation.compare import budget_of
-from kvfold.formats import POSITION, Chunk
+from kvfold.formats import Spec
 from kvfold.hf.anatomy import attention_modules
 from kvfold.hf.latent import is_latent
 from kvfold.hf.layers import tensors
 from kvfold.hf.support import check_model
 from kvfold.methods import Method
-from kvfold.methods.base import decided
-from kvfold.ops.dispatch import use
-from kvfold.pages import PAGE_SIZE
-from kvfold.views import LayerView, Place, Queries
 
-INT32 = 4
-"""Bytes of a position, of a page's reference count, of an entry of a page table and of a row's length."""
-
-SAMPLE = 16
-"""Tokens of the view that a method is asked with."""
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -89,6 +80,11 @@ class ModelShape:
     experts: int = 0
     experts_used: int = 0
     weight_bits: float | None = None
+
+    def kind(self, dtype: str) -> torch.dtype:
+        """What the cache holds numbers in: `dtype`, where that is as wide as the model's."""
+        found: torch.dtype = getattr(torch, dtype)
+        return found if found.itemsize == self.itemsize else {2: torch.bfloat16, 8: torch.float64}[self.itemsize]
 
     @property
     def active_parameters(self) -> int:
@@ -223,66 +219,6 @@ def _without_numbers(model: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class _AskedView(LayerView):
-    """A view of a few tokens that stands for a whole prompt: it answers with the prompt's budget, scaled down.
-
-    `asked`: what each answer is for the whole prompt. The views that decisions make of this one add to the same list.
-    """
-
-    asked: list[Tensor] = field(default_factory=list, repr=False, compare=False)
-
-    def budget(self, budget: Budget, weights: Any = None) -> Tensor:
-        prompt = int(self.place.prompt[0])
-        everything = is_all(budget)
-        real = torch.full_like(self.count, prompt) if everything else super().budget(budget, weights)
-        self.asked.append(real)
-        return torch.where(
-            real >= prompt, self.count, torch.minimum((real * SAMPLE / prompt).ceil().long(), self.count - 1)
-        )
-
-
-@lru_cache(maxsize=16384)
-def stored(
-    method: Method, context: int, ordinal: int, paged: tuple[int, ...], depth: int, heads: int
-) -> tuple[tuple[int, ...], int]:
-    """Tokens that a method keeps in each head of a paged layer after a prompt of `context` tokens, and the bytes of
-    its columns for each of them.
-
-    Raises ValueError for a method that stores tokens in another format, whose bytes nobody has told us.
-    """
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(1, heads, SAMPLE, 8, generator=generator, dtype=torch.float32)
-    positions = torch.arange(SAMPLE, dtype=torch.int32)[None]
-    valid = torch.ones(1, heads, SAMPLE, dtype=torch.bool)
-    queries = Queries(states, valid[:, 0], torch.zeros(1, heads, SAMPLE, dtype=torch.float32), positions)
-    read = torch.tensor([context], dtype=torch.int64)
-    place = Place(paged[ordinal], ordinal, paged, depth, 1.0, prompt=read, seen=read)
-    columns = {POSITION: positions[:, None].expand(1, heads, SAMPLE)}
-    asked: list[Tensor] = []
-    view: LayerView = _AskedView(Chunk(states, states, valid, columns), queries, place, asked=asked)
-    tokens = torch.full((heads,), context, dtype=torch.int64)
-    if method.listens("after_prefill"):
-        with use("naive"):  # the fast kernels take longer to start than these few tokens take
-            for decision in decided(method.after_prefill(view)):
-                view = view.apply(decision)
-        for real in asked:
-            tokens = torch.minimum(tokens, real[0])
-    if view.formats or method.shares_layers:
-        raise ValueError(f"method={method} stores tokens in a format of its own, which a plan can't size yet")
-    if not asked and (budget := budget_of(method)) is not None:
-        # A method that decides when all layers are done: its split is its own, the sum is the budget's.
-        tokens = torch.tensor(allocate(budget, context, context, len(paged), heads)[ordinal], dtype=torch.int64)
-    return tuple(tokens.tolist()), sum(column.element_size() for column in view.columns.values())
-
-
-def _paged_bytes(layer: LayerShape, tokens: tuple[int, ...], columns: int, itemsize: int) -> int:
-    """Bytes of one row's pages, their reference counts, its page table and lengths, as `kvfold.pages` holds them."""
-    pages = [ceil(n / PAGE_SIZE) for n in tokens]
-    slot = layer.size * itemsize + columns
-    return sum(pages) * (PAGE_SIZE * slot + INT32) + len(pages) * (max(pages) + 1) * INT32 + 2 * 8
-
-
-@dataclass(frozen=True)
 class MemoryPlan:
     """One method on one device: bytes, batches, and bounds on speed. `dense_*` is a full cache without kvfold.
 
@@ -339,16 +275,21 @@ def make_plan(
         raise ValueError(f"reserve={reserve} must be a share of the device's memory, in [0, 1)")
     peak = device.peak(dtype)
     depth, paged = len(shape.layers), tuple(i for i, layer in enumerate(shape.layers) if layer.paged)
-    kv, nominal, kept = 0, 0, []
+    kv, nominal, kept = 0, 0.0, []
     for index, layer in enumerate(shape.layers):
-        width = layer.size * shape.itemsize
+        spec = Spec(1, layer.heads, layer.key_size, layer.value_size, shape.kind(dtype), CPU)
         if layer.paged:
-            tokens, columns = stored(method, context, paged.index(index), paged, depth, layer.heads)
-            kv += _paged_bytes(layer, tokens, columns, shape.itemsize)
+            held_here = stored(method, context, paged.index(index), paged, depth, layer.heads)
+            tokens, most, least = held_here.tokens, held_here.nbytes(spec), held_here.least(spec)
+        elif layer.window is not None and method.windows is not None:
+            tokens = (window_tokens(method.windows, layer.window, context),) * layer.heads
+            most = segment_bytes(method.windows, spec, tokens)
+            least = min(most, sum(tokens) * layer.size * shape.itemsize)
         else:
             tokens = (layer.tokens(context),) * layer.heads
-            kv += layer.state_bytes + sum(tokens) * width
-        nominal += layer.state_bytes + sum(tokens) * width
+            most = least = sum(tokens) * layer.size * shape.itemsize
+        kv += layer.state_bytes + most
+        nominal += layer.state_bytes + least
         kept.append(sum(tokens) / max(1, len(tokens)))
     dense = shape.dense_bytes(context)
     whole = tuple(float(layer.tokens(context)) for layer in shape.layers)

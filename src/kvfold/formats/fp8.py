@@ -27,8 +27,7 @@ class Fp8(ByToken):
     """Each key and each value is codes times its largest magnitude / 448: a number is off by at most 1/16 of itself.
 
     (Or, if it is that small, by the 458,752nd part of the largest.) Addressable token by token, exact to crop; what is
-    amended is rounded. Attention reads the codes, a block of tokens at a time. A number that is not finite makes its
-    vector NaN.
+    amended is rounded. A number that is not finite makes its vector NaN.
     """
 
     page_size: int = PAGE_SIZE
@@ -68,7 +67,7 @@ class Fp8Segment(TokenSegment):
         self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None,
         weights: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        return ops.attend_fp8(
-            q, self.table, scale, mass=LOG_MASS if self.weighed else None, read=read, compact=compact,
+        return ops.attend_float8(
+            q, self.table, scale, kind=CODE, mass=LOG_MASS if self.weighed else None, read=read, compact=compact,
             position=POSITION, weights=weights,
         )  # fmt: skip

@@ -64,6 +64,13 @@ class PagedSegment(ABC):
     def bytes_beside(self, counted: set[int]) -> int:
         return self.table.bytes_beside(counted)
 
+    def nbytes_with(self, more: np.ndarray) -> int:
+        """See `Segment.nbytes_with`."""
+        rows, width = self.table.table.shape
+        wider = max(0, int((-(-(self.table.lengths + more.reshape(-1)) // self.pool.page_size)).max(initial=0)) - width)
+        fresh = self.table.pages_for(more.reshape(-1))
+        return self.nbytes + fresh * self.pool.page_nbytes + wider * rows * self.table.table.itemsize
+
     def row_nbytes(self) -> np.ndarray:
         pages: np.ndarray = (self.table.table >= 0).reshape(self.batch, -1).sum(1)
         return pages * self.pool.page_nbytes

@@ -45,13 +45,17 @@ def attend_parts(
     return merged(found, weights=weights)
 
 
-def merged(parts: Sequence[Answer], *, weights: bool) -> Answer:
-    """Partial answers over slots that follow each other as one; weights of all of them, None where one has none."""
+def merged(parts: Sequence[Answer], *, weights: bool, first: bool = False) -> Answer:
+    """Partial answers over slots that follow each other as one; weights of all of them, None where one has none.
+
+    `first`: weights of the first part's slots alone, in the softmax over all.
+    """
     if len(parts) == 1:
         return parts[0]
     out, lse = ops.merge([part[:2] for part in parts])
-    lefts = [part[2] for part in parts if part[2] is not None]
-    if not weights or len(lefts) < len(parts):
+    asked = parts[:1] if first else parts
+    lefts = [part[2] for part in asked if part[2] is not None]
+    if not weights or len(lefts) < len(asked):
         return out, lse, None
-    shares = [torch.exp(own - lse).nan_to_num(0.0)[..., None] for _, own, _ in parts]
+    shares = [torch.exp(own - lse).nan_to_num(0.0)[..., None] for _, own, _ in asked]
     return out, lse, torch.cat([left * share for left, share in zip(lefts, shares, strict=True)], -1)

@@ -82,6 +82,10 @@ class Segment(Protocol):
         """`nbytes` without what is `counted` (ids of pools that two layers share); what counts here then is, too."""
         ...
 
+    def nbytes_with(self, more: np.ndarray) -> int:
+        """`nbytes` with `more[b, h]` more tokens, which nobody has to have: pages up to the last, no room beyond."""
+        ...
+
     def row_nbytes(self) -> np.ndarray:
         """Bytes that each sequence's tokens take, (B,); what all have in common is not in it."""
         ...

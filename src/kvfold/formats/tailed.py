@@ -150,6 +150,11 @@ class TailedSegment(ABC, Generic[C]):
     def bytes_beside(self, counted: set[int]) -> int:
         return sum(part.bytes_beside(counted) for part in self.parts)
 
+    def nbytes_with(self, more: np.ndarray) -> int:
+        """See `Segment.nbytes_with`; what is in the tail stays there, but for what it would give away anyhow."""
+        moved = self._moved(more)
+        return self.coded.nbytes_with(moved) + self.tail.nbytes_with(np.maximum(more - moved, 0))
+
     def row_nbytes(self) -> np.ndarray:
         sizes: np.ndarray = self.coded.row_nbytes() + self.tail.row_nbytes()
         return sizes

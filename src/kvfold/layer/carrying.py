@@ -34,6 +34,8 @@ def commit(stored: Stored, view: LayerView, new: Chunk | None, *, slack: bool = 
     _keep(stored, view, staying if promoted is None else staying & ~promoted, held, slack)
     if fresh is not None:
         stored.append(fresh)
+    if promoted is not None or any(number == 0 and tokens is not None for number, tokens, _ in fetched):
+        stored.first_ordered = None
     for number, tokens, told in fetched:
         segment = stored.segments[number][1]
         if tokens is None:

@@ -60,6 +60,12 @@ class Moment:
             stored = join([stored, new]) if stored.valid.shape[2] else new
         return LayerView(stored, queries, self.place(), order=order, bounds=bounds, held=held, memo=memo)
 
+    def own_view(self, queries: Queries, memo: dict[str, Tensor]) -> LayerView:
+        """What `view` gives, without the tokens that are held in other formats than the one that is open."""
+        tokens, elsewhere = self.stored.own()
+        bounds, held = (tokens.valid.shape[2],), (self.stored.segments[0][0],)
+        return LayerView(tokens, queries, self.place(), bounds=bounds, held=held, memo=memo, elsewhere=elsewhere)
+
     def without_queries(self) -> LayerView:
         """What is stored now."""
         spec, batch = self.stored.spec, self.rows.batch

@@ -96,6 +96,8 @@ class Plan:
     """Whose events come when a layer has attended."""
     asks: frozenset[str] = frozenset()
     """What the attention kernels should leave for them."""
+    own: bool = False
+    """Whether a step's events need no tokens but those in the format that new ones go to (`Method.own_steps`)."""
     late: bool = False
     """Whether events come when layers are stored (`after_layer`, `after_forward`)."""
     recalls: int = 0

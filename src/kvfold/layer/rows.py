@@ -94,6 +94,7 @@ class Rows:
         parts = [part for i, group in enumerate(self.groups) for part in _parts(i, group, plan)]
         heard = [part for part in parts if part.method.listens(part.event)]
         plan.parts = tuple(heard) if plan.listen else ()
+        plan.own = bool(plan.parts) and all(part.method.own_steps for part in plan.parts)
         asking = parts if plan.observe is not None else plan.parts
         plan.asks = frozenset().union(*(part.method.asks for part in asking))
         plan.recalls = max(group.method.period for group in self.groups) if plan.listen else 0

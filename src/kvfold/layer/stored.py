@@ -1,6 +1,6 @@
 """What a layer stores: its segments, read as one row of tokens. Knows no method."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +25,7 @@ class Stored:
         self.opened = np.zeros(spec.rows, dtype=np.int64) if opened is None else opened
         self.ordered = ordered  # whether each segment holds its tokens in the order of the text
         self.recent = recent  # what generated tokens asked, where a method acts at intervals
+        self.first_ordered: bool | None = None  # whether the first does; None: nobody has looked since it may not
 
     def number(self, form: Format) -> int:
         """The place of the segment of this format among ours; an empty one is opened where there is none."""
@@ -96,6 +97,19 @@ class Stored:
         order = torch.argsort(tokens.positions.masked_fill(~tokens.valid, last), dim=-1, stable=True)
         return tokens.take(order), order
 
+    @property
+    def shows_own(self) -> bool:
+        """Whether all rows' new tokens go to the first segment, whose tokens lie in the order of the text."""
+        first = self.segments[0][1]
+        if not self.ordered and self.first_ordered is None:
+            self.first_ordered = in_order(*first.columns())
+        return self.lone_open is first and (self.ordered or bool(self.first_ordered))
+
+    def own(self) -> tuple[Chunk, Int[Tensor, "B H"]]:
+        """Where it `shows_own`: the first segment's tokens, and how many lie elsewhere."""
+        first = self.segments[0][1]
+        return first.dense(), torch.from_numpy(self.counts() - first.counts()).to(self.spec.device)
+
     def positions(self) -> list[list[list[int]]]:
         """Text positions of the tokens of each row and head, ascending."""
         tokens, _ = self.tokens()
@@ -117,20 +131,23 @@ class Stored:
 
     def step(
         self, q: Float[Tensor, "B H G 1 D"], k: Tensor, v: Tensor, positions: Int[Tensor, "B 1"], scale: float,
-        weights: bool,
+        weights: bool, own: bool = False,
     ) -> Answer:  # fmt: skip
-        """One generated token a row: stored, and all that is stored attended over."""
+        """One generated token a row: stored, and all that is stored attended over.
+
+        `own`: it `shows_own`, and weights are wanted of the first segment's slots alone.
+        """
         if len(self.segments) == 1:
             return self.segments[0][1].step(q, k, v, positions, scale, weights=weights)
-        own, parts = self.lone_open, list[Answer]()
-        if own is None:
+        opened, parts = self.lone_open, list[Answer]()
+        if opened is None:
             self.append(new_tokens(k, v, None, positions), even=True)
         for _, segment in self.segments:
-            if segment is own:
+            if segment is opened:
                 parts.append(segment.step(q, k, v, positions, scale, weights=weights))
             elif segment.longest:
-                parts.append(segment.attend(q, scale, weights=weights))
-        return merged(parts, weights=weights)
+                parts.append(segment.attend(q, scale, weights=weights and not own))
+        return merged(parts, weights=weights, first=own)
 
     def append(self, chunk: Chunk, *, even: bool = False) -> None:
         """Add the chunk's valid tokens to the segments that are open for their rows; `even`: all are valid."""
@@ -189,6 +206,7 @@ class Stored:
             segment.join(other.of(form))
         self.opened = np.concatenate([self.opened, np.array(places, dtype=np.int64)[other.opened]])
         self.spec, self.ordered = replace(self.spec, rows=mine + theirs), self.ordered and other.ordered
+        self.first_ordered = None
 
     def fork(self) -> "Stored":
         """The same over the same pages."""
@@ -202,6 +220,12 @@ class Stored:
         for _, segment in self.segments:
             segment.clear()
         self.ordered, self.recent = True, None
+
+
+def in_order(valid: Bool[Tensor, "B H T"], columns: Mapping[str, Tensor]) -> bool:
+    """Whether tokens lie in the order of the text."""
+    places = columns[POSITION].masked_fill(~valid, -1)
+    return bool(((places == places.cummax(-1).values) | ~valid).all())
 
 
 def as_stored(slots: Tensor, order: Tensor | None) -> Tensor:

@@ -56,6 +56,12 @@ class Method:
         """Whether the prompt's forward pass is not the full cache's, so that no other cache's can stand in for it."""
         return self.narrows or self.listens("read_order") or self.listens("admit")
 
+    @property
+    def own_steps(self) -> bool:
+        """Whether `after_decode` needs no tokens but those in the format that new ones go to: its view may have no
+        others, and says how many those are (`view.elsewhere`)."""
+        return not self.listens("after_decode")
+
     def bind(self, model: Any) -> "Method":
         """This method for a cache of `model`: a copy with the numbers in it that were measured on the model.
 
@@ -217,6 +223,10 @@ class Compound(Method):
     def parts(self) -> tuple[Method, ...]:
         """The others, in their order."""
         raise NotImplementedError
+
+    @property
+    def own_steps(self) -> bool:
+        return all(part.own_steps for part in self.parts)
 
     @cached_property
     def _heard(self) -> dict[str, list[Callable[..., Any]]]:

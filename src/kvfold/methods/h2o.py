@@ -37,6 +37,7 @@ class H2O(Scored):
     recent: float = 0.5
 
     asks = frozenset({"column_sums", "attention"})
+    lone = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

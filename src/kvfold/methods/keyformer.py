@@ -51,6 +51,7 @@ class Keyformer(H2O):
     seed: int = 0
 
     asks = frozenset({"attention"})
+    lone = False  # its softmax has noise in it, and is its own
 
     def __post_init__(self) -> None:
         super().__post_init__()

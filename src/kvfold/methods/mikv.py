@@ -82,6 +82,10 @@ class MiKV(Compound):
     def parts(self) -> tuple[Method, ...]:
         return (self.inner,)
 
+    @property
+    def own_steps(self) -> bool:
+        return self.inner.lone
+
     def listens(self, event: str) -> bool:
         return self.inner.listens(event) if event == "after_decode" else super().listens(event)
 
@@ -94,7 +98,7 @@ class MiKV(Compound):
     def _demoted(self, view: LayerView, told: dict[str, Tensor]) -> Sequence[Decision]:
         scores, whole = self.inner.scores(view), self.whole(view)
         noted = Keep(view.valid, self.inner.carried(view, scores))
-        counts = (view.count.double() * self.ratio + 1e-9).floor().long()
+        counts = (view.total.double() * self.ratio + 1e-9).floor().long()
         kept = keep_top(whole, scores, counts, self.inner.always(whole, counts)).mask
         goes = whole.valid & ~kept
         return (noted, Store(self.low, goes, told)) if bool(goes.any()) else (noted,)

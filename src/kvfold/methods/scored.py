@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,6 +29,9 @@ class Scored(Method):
     """
 
     budget: Budget = 0.25
+    lone: ClassVar[bool] = False
+    """Whether at a step a token's score depends on no other token: on what the step's softmax gave it, which all share,
+    and on its own columns."""
 
     def __post_init__(self) -> None:
         check_budget(self.budget)

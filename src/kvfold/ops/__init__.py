@@ -4,7 +4,7 @@ from kvfold.ops.alike import most_alike
 from kvfold.ops.attend import attend, merge
 from kvfold.ops.choose import top_mask
 from kvfold.ops.codes import attend_codes
-from kvfold.ops.fp8 import attend_fp8
+from kvfold.ops.float8 import attend_float8
 from kvfold.ops.linear import linear
 from kvfold.ops.paged import append_pages, attend_pages, keep_pages, step_pages
 from kvfold.ops.prefill import causal, causal_admitted, causal_rows
@@ -16,7 +16,7 @@ __all__ = [
     "append_pages",
     "attend",
     "attend_codes",
-    "attend_fp8",
+    "attend_float8",
     "attend_pages",
     "attend_sparse",
     "attend_tokens",

@@ -40,6 +40,28 @@ def attend(
 ) -> None:
     """q (R, G, D) over each row's tokens: out (R, G, Dv), lse (R, G), weights (R, G, T)."""
 
+def attend_float8(
+    q: np.ndarray,
+    e5m2: bool,
+    keys: np.ndarray,
+    values: np.ndarray,
+    key_factor: np.ndarray,
+    value_factor: np.ndarray,
+    mass: np.ndarray | None,
+    read: np.ndarray | None,
+    table: np.ndarray,
+    lengths: np.ndarray,
+    holes: np.ndarray,
+    hole_count: np.ndarray,
+    page_size: int,
+    scale: float,
+    threads: int,
+    out: np.ndarray,
+    lse: np.ndarray,
+    weights: np.ndarray | None,
+) -> None:
+    """`attend` over bytes (slots, D) that are e5m2 or e4m3, each token's times a factor (slots, 1)."""
+
 def attend_codes(
     q: np.ndarray,
     bits: int,

@@ -62,7 +62,8 @@ class LayerView(TokenView):
         asked_at = queries.positions.masked_fill(~queries.valid, -1)
         seen = (self.positions[:, :, None] <= asked_at[:, None, :, None]) & self.valid[:, :, None]
         grouped = queries.states.view(b, h, hq // h, w, d)
-        return ops.window_attention(grouped, self.keys, self.place.scale, seen, self.columns.get(LOG_MASS))
+        lse = None if self.elsewhere is None else queries.lse.view(b, h, hq // h, w)
+        return ops.window_attention(grouped, self.keys, self.place.scale, seen, self.columns.get(LOG_MASS), lse)
 
     def read_by(self, queries: Queries) -> Float[Tensor, "B H G W Dv"]:
         """What these queries read, float32; zeros if not valid.
@@ -124,6 +125,7 @@ class LayerView(TokenView):
             order=None if self.order is None else self.order[rows],
             bounds=self.bounds,
             held=self.held,
+            elsewhere=None if self.elsewhere is None else self.elsewhere[rows],
             memo={name: found[rows] for name, found in self.memo.items()},
         )
 

@@ -41,6 +41,9 @@ class TokenView:
     """Where each segment's slots end, counted so."""
     held: tuple[Format, ...] = ()
     """The segments' formats."""
+    elsewhere: Int[Tensor, "B H"] | None = None
+    """How many tokens of each (row, head) it does not show: those in other formats than the one that new ones go to,
+    at a step of a method that needs none of them (`Method.own_steps`). None: it shows all."""
     memo: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     """Attention worked out so far, by the kernels of the pass or when first asked for: `COLUMN_SUMS` (B, H, T) and
     `ATTENTION` (B, H, G, Q, T) of all queries."""
@@ -100,6 +103,11 @@ class TokenView:
     def count(self) -> Int[Tensor, "B H"]:
         """Tokens of each (row, head)."""
         return self.valid.sum(-1)
+
+    @property
+    def total(self) -> Int[Tensor, "B H"]:
+        """`count`, with those that it does not show."""
+        return self.count if self.elsewhere is None else self.count + self.elsewhere
 
     @cached_property
     def rank(self) -> Int[Tensor, "B H T"]:

@@ -15,12 +15,14 @@ def window_attention(
     scale: float,
     seen: Bool[Tensor, "B H W T"],
     bias: Float[Tensor, "B H T"] | None = None,
+    lse: Float[Tensor, "B H G W"] | None = None,
 ) -> Float[Tensor, "B H G W T"]:
     """Attention probabilities of chosen queries over all keys, float32.
 
-    `seen` says which keys a query sees, `bias` is added to the logits; a query that sees nothing gives zeros.
+    `seen` says which keys a query sees, `bias` is added to the logits; a query that sees nothing gives zeros. `lse`:
+    the log-sum-exp of all that each query saw, where these keys are a part of it.
     """
-    out: Tensor = select("window_attention", q)(q, k, scale, seen, bias)
+    out: Tensor = select("window_attention", q)(q, k, scale, seen, bias, lse)
     return out
 
 

@@ -7,12 +7,15 @@ from kvfold.ops.dispatch import register
 
 
 @register("window_attention", "naive", rank=0)
-def window_attention(q: Tensor, k: Tensor, scale: float, seen: Tensor, bias: Tensor | None = None) -> Tensor:
+def window_attention(
+    q: Tensor, k: Tensor, scale: float, seen: Tensor, bias: Tensor | None = None, lse: Tensor | None = None
+) -> Tensor:
     logits = torch.einsum("bhgwd,bhtd->bhgwt", q.float(), k.float()) * scale
     if bias is not None:
         logits = logits + bias[:, :, None, None]
     logits = logits.masked_fill(~seen[:, :, None], -torch.inf)
-    return torch.softmax(logits, -1).nan_to_num(0.0)
+    shares = torch.softmax(logits, -1) if lse is None else torch.exp(logits - lse[..., None])
+    return shares.nan_to_num(0.0)
 
 
 @register("column_sums", "naive", rank=0)

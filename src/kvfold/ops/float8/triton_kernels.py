@@ -34,7 +34,7 @@ def attend(
     (page, dv), blocks = values[0].shape[1:], [block_of(x[0].shape[2]) for x in (keys, values)]
     constants = {"BLOCK_T": TILE, "BLOCK_D": blocks[0], "BLOCK_DV": blocks[1], "num_warps": 4, "num_stages": 3}
     return attend_rows(
-        _attend_fp8, q, (*keys, *values), table, lengths, scale, page=page, dv=dv, mass=mass, dropped=dropped,
+        _attend_float8, q, (*keys, *values), table, lengths, scale, page=page, dv=dv, mass=mass, dropped=dropped,
         splits=splits, probabilities=probabilities, constants=constants,
     )  # fmt: skip
 
@@ -55,7 +55,7 @@ def widened(plane, scale, token, here, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["groups", "width", "dropped_width"])
 @no_type_check
-def _attend_fp8(
+def _attend_float8(
     q, planes, table, lengths, mass, dropped, out, lse, logits, scale, groups, width, dropped_width,
     D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
