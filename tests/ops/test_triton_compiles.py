@@ -93,9 +93,8 @@ def test_fp8(compiled, capability):
     scale = Plane(None, torch.float32)
     planes = {"keys": size, "values": size, "key_scale": scale, "value_scale": scale}
     table = scattered(planes, RAGGED, Fp8().page_size, {})
-    compiled(
-        capability, "_attend_float8", lambda: fp8.attend_float8(query(64), table, 0.1, kind=torch.float8_e4m3fn, **more)
-    )
+    kind = {"kind": torch.float8_e4m3fn}
+    compiled(capability, "_attend_float8", lambda: fp8.attend_float8(query(64), table, 0.1, **kind, **more))
 
 
 @pytest.mark.parametrize("capability", [80, 90])

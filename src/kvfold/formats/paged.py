@@ -69,7 +69,8 @@ class PagedSegment(ABC):
         rows, width = self.table.table.shape
         wider = max(0, int((-(-(self.table.lengths + more.reshape(-1)) // self.pool.page_size)).max(initial=0)) - width)
         fresh = self.table.pages_for(more.reshape(-1))
-        return self.nbytes + fresh * self.pool.page_nbytes + wider * rows * self.table.table.itemsize
+        total: int = self.nbytes + fresh * self.pool.page_nbytes + wider * rows * self.table.table.itemsize
+        return total
 
     def row_nbytes(self) -> np.ndarray:
         pages: np.ndarray = (self.table.table >= 0).reshape(self.batch, -1).sum(1)

@@ -232,6 +232,10 @@ class Hearing(Protocol):
 class Format(Protocol):
     """A recipe for segments; a method names it in `Store`, or as the one that all its tokens go to."""
 
+    def __hash__(self) -> int:
+        """Equal formats are one: their options are all that they are."""
+        ...
+
     @property
     def traits(self) -> Traits:
         """What it can do."""

@@ -17,7 +17,7 @@ def attend_float8(
     b, h = q.shape[:2]
 
     def column(name: str, start: int, stop: int) -> Tensor:
-        plane = table.dense(name, start, stop)
+        plane: Tensor = table.dense(name, start, stop)
         return plane.reshape(b, h, *plane.shape[1:])
 
     def block(start: int, stop: int) -> Block:
