@@ -3,6 +3,7 @@
 from kvfold.formats.balanced import BALANCER, Balanced, BalancedSegment
 from kvfold.formats.dense import Dense, DenseSegment
 from kvfold.formats.depth import Depth, DepthSegment
+from kvfold.formats.folded import Folded, FoldedSegment
 from kvfold.formats.fp8 import Fp8, Fp8Segment
 from kvfold.formats.kinds import KINDS, dtype_from, format_from, format_to
 from kvfold.formats.kivi import Kivi, KiviSegment
@@ -27,6 +28,8 @@ __all__ = [
     "DenseSegment",
     "Depth",
     "DepthSegment",
+    "Folded",
+    "FoldedSegment",
     "Format",
     "Fp8",
     "Fp8Segment",

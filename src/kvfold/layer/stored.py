@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.formats import POSITION, Chunk, Format, Segment, Spec, join
-from kvfold.formats.parts import Answer, attend_parts, merged
+from kvfold.formats.parts import Answer, answers, attend_parts, merged
+from kvfold.formats.segment import Folding
 from kvfold.rotation import Compact
 
 
@@ -58,8 +59,8 @@ class Stored:
 
     @property
     def empty(self) -> bool:
-        """No segment holds a token."""
-        return all(segment.longest == 0 for _, segment in self.segments)
+        """No segment holds a token, or what became of one."""
+        return not any(answers(segment) for _, segment in self.segments)
 
     def counts(self) -> np.ndarray:
         """Tokens of each (row, head), (B, H)."""
@@ -124,7 +125,7 @@ class Stored:
         for _, segment in self.segments:
             if segment is own:
                 parts.append(segment.step(q, k, v, positions, scale, weights=weights))
-            elif segment.longest:
+            elif answers(segment):
                 parts.append(segment.attend(q, scale, weights=weights))
         return merged(parts, weights=weights)
 
@@ -146,6 +147,14 @@ class Stored:
             segment.drop_tokens()
         self.append(tokens)
         self.ordered = True
+
+    def check_cropped(self, limit: np.ndarray) -> None:
+        """Raise ValueError where tokens whose text position is `limit` (B,) or later can't be dropped."""
+        for form, segment in self.segments:
+            if form.traits.crops == "never":
+                raise ValueError(f"{form} can't take tokens back")
+            if isinstance(segment, Folding):
+                segment.check_cropped(limit)
 
     def drop_from(self, limit: np.ndarray) -> None:
         """Drop the tokens whose text position is `limit` (B,) or later."""
