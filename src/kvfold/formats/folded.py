@@ -85,7 +85,7 @@ class Folded:
         if twin is not None:
             raise ValueError("of: a state is held by one layer alone")
         self.check(spec, said, tensors)
-        sums, mass = (tensors[name].to(spec.device) for name in ("sums", "mass"))
+        sums, mass = (tensors[name].to(spec.device, copy=True) for name in ("sums", "mass"))
         return FoldedSegment(self, spec.key_size, spec.dtype, sums, mass, said_counts(spec, said, "upto"))
 
 

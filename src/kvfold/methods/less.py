@@ -17,11 +17,11 @@ from kvfold.views.decisions import Decisions, Keep, Store
 @method(
     "less", title="LESS", paper="2402.09398", kind="low-rank",
     formula=r"""
-        o = \frac{\phi(q) H + \sum_{i \in K} \exp(q^\top k_i / \sqrt D) v_i}
+        o = \frac{\phi(q) S + \sum_{i \in K} \exp(q^\top k_i / \sqrt D) v_i}
           {\phi(q) z + \sum_{i \in K} \exp(q^\top k_i / \sqrt D)}
-        H \leftarrow H + \psi(k_e)^\top v_e, \quad z \leftarrow z + \psi(k_e)
-        \phi(q) = |g(g(q W_1) W_2)|, \quad \psi(k) = |u + (u U_3) \odot s_2|, \quad
-          u = |s_1| \odot g(g(k U_1) U_2), \quad g = \mathrm{gelu}
+        S \leftarrow S + \psi(k_e)^\top v_e, \quad z \leftarrow z + \psi(k_e)
+        \phi(q) = |a(a(q W_1) W_2)|, \quad \psi(k) = |u + (u U_3) \odot s_2|, \quad
+          u = |s_1| \odot a(a(k U_1) U_2), \quad a = \mathrm{gelu}
     """,
 )  # fmt: skip
 @dataclass(frozen=True)
