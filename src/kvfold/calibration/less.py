@@ -1,5 +1,6 @@
 """LESS's training: feature maps by which a small state answers for what an eviction drops (arXiv:2402.09398)."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -219,5 +220,5 @@ def judged(trainer: Trainer, run: Run, held: list[list[int]], length: int, first
 
 def ratio(found: list[tuple[float, float]]) -> float:
     """The geometric mean of errors with a state to errors without, of cases where there is one."""
-    logs = [torch.tensor(a / b).log() for a, b in found if b > 0 and a > 0]
-    return float(torch.stack(logs).mean().exp()) if logs else 1.0
+    logs = [math.log(with_it / alone) for with_it, alone in found if with_it > 0 and alone > 0]
+    return math.exp(sum(logs) / len(logs)) if logs else 1.0
