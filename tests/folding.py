@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from calibrated import feature_maps
-from kvfold.formats import POSITION, Chunk, Folded, FoldedSegment, Spec
+from kvfold.formats import POSITION, Chunk, Spec, Summed, SummedSegment
 from kvfold.formats.feature_maps import FeatureMaps, bring
 
 B, H, G, D, DV = 2, 2, 2, 16, 16
@@ -16,8 +16,8 @@ def maps_by_name(weight: float = 0.3, seed: int = 0, layers: int = 1, **changed:
     return bring({**feature_maps(layers, H * G, H, D, seed, weight), **changed})
 
 
-def segment_of(name: str, rows: int = B) -> FoldedSegment:
-    return Folded(name, 0).open(Spec(rows, H, D, DV, torch.float32, torch.device("cpu")))
+def segment_of(name: str, rows: int = B) -> SummedSegment:
+    return Summed(name, 0).open(Spec(rows, H, D, DV, torch.float32, torch.device("cpu")))
 
 
 def random_chunk(count: int, seed: int = 0, start: int = 0, share: float = 1.0) -> Chunk:

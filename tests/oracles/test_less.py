@@ -14,7 +14,7 @@ from calibrated import feature_maps
 from folding import DV, B, D, G, H, maps_by_name, random_chunk, segment_of, slow_psi, slow_read
 from kvfold import artefacts, ops
 from kvfold.artefacts import Artefact
-from kvfold.formats import POSITION, Chunk, Dense, Folded
+from kvfold.formats import POSITION, Chunk, Dense, Summed
 from kvfold.formats import feature_maps as known
 from kvfold.formats.feature_maps import bring, maps_of
 from kvfold.methods.h2o import H2O
@@ -270,7 +270,7 @@ def test_a_crop_takes_back_what_came_later_or_all_and_is_else_refused(make):
     assert_close(feed(model, cache, STEPS[:, :1], mask), first, atol=1e-5, rtol=0)
     before = [(core.kept(), core.segments[1][1].mass.clone()) for core in cache.paged], cache.get_seq_length()
     with pytest.raises(
-        ValueError, match=r"crop\(-20\): Folded\(.*\) can't take tokens back: row 0 has tokens up to 3\d"
+        ValueError, match=r"crop\(-20\): Summed\(.*\) can't take tokens back: row 0 has tokens up to 3\d"
     ):
         cache.crop(-20)
     after = [(core.kept(), core.segments[1][1].mass) for core in cache.paged], cache.get_seq_length()
@@ -323,7 +323,7 @@ def test_a_later_stage_changes_nothing_of_what_was_folded_in():
     name = maps_by_name()
     view = random_view(B=1, H=2, G=2, T=20, D=16)
     gone = view.valid & (view.rank < 6)
-    left = view.apply(Store(Folded(name, 0), gone))
+    left = view.apply(Store(Summed(name, 0), gone))
     assert torch.equal(left.valid, view.valid & ~gone) and left.count.tolist() == [[14, 14]]
     for decision in (
         Keep(left.rank >= 3),
@@ -331,7 +331,7 @@ def test_a_later_stage_changes_nothing_of_what_was_folded_in():
         Rewrite(Chunk(torch.full_like(view.keys, 7.0), view.values, left.valid, dict(view.columns))),
     ):
         after = left.apply(decision)
-        assert [bool(torch.equal(mask, gone)) for form, mask, _ in after.formats if isinstance(form, Folded)] == [True]
+        assert [bool(torch.equal(mask, gone)) for form, mask, _ in after.formats if isinstance(form, Summed)] == [True]
         assert torch.equal(after.keys[gone], view.keys[gone])
 
 

@@ -32,7 +32,7 @@ cut into, the queries of each, and the least weight of a state."""
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class CutPrompt:
     """A layer after a prompt of which some tokens stayed, and later queries that the rest is gone for."""
 
     q: Float[Tensor, "1 Hq N D"]
@@ -47,7 +47,9 @@ class Case:
     """What it reads of all."""
 
 
-def cases_of(view: LayerView, prompt: int, methods: Sequence[Scored], queries: Int[Tensor, " N"]) -> Iterator[Case]:
+def cases_of(
+    view: LayerView, prompt: int, methods: Sequence[Scored], queries: Int[Tensor, " N"]
+) -> Iterator[CutPrompt]:
     """Of a view of one text, for each of the methods: it cuts the first `prompt` tokens, and `queries` come later."""
     place, tokens, device = view.place, view.tokens, view.valid.device
     length = torch.tensor([prompt], dtype=torch.int64)
@@ -71,10 +73,10 @@ def cases_of(view: LayerView, prompt: int, methods: Sequence[Scored], queries: I
         gone = ~method.after_prefill(before).mask
         kept = logits.clone()
         kept[..., :prompt].masked_fill_(gone[:, :, None, None], -torch.inf)
-        yield Case(q, cut.keys, cut.values, gone, read(kept.softmax(-1)), kept.logsumexp(-1).view(b, hq, n), full)
+        yield CutPrompt(q, cut.keys, cut.values, gone, read(kept.softmax(-1)), kept.logsumexp(-1).view(b, hq, n), full)
 
 
-def answer(maps: FeatureMaps, case: Case) -> Float[Tensor, "1 Hq N Dv"]:
+def answer(maps: FeatureMaps, case: CutPrompt) -> Float[Tensor, "1 Hq N Dv"]:
     """What the queries read of kept tokens and of the state together, under one denominator."""
     (b, hq, n, _), h = case.q.shape, case.k.shape[1]
     psi = maps.psi(case.k) * case.gone[..., None]
@@ -85,7 +87,7 @@ def answer(maps: FeatureMaps, case: Case) -> Float[Tensor, "1 Hq N Dv"]:
     return (1.0 - share) * case.kept + share * (phi @ sums).view(b, hq, n, -1) / total[..., None]
 
 
-def errors(module: Any, case: Case, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def errors(module: Any, case: CutPrompt, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Behind the layer's output projection: mean square errors of what was found, and of the kept tokens alone; and the
     mean square of what all tokens give.
     """
@@ -131,7 +133,7 @@ class Trainer:
             for group in adam.param_groups:
                 group["lr"] = self.rate * min(1.0, max(0.1, 3.0 * (1.0 - done)))
 
-    def learn(self, view: LayerView, case: Case) -> tuple[float, float]:
+    def learn(self, view: LayerView, case: CutPrompt) -> tuple[float, float]:
         """A step of one layer; its errors before the step."""
         ordinal, module = view.place.ordinal, view.place.module
         with torch.enable_grad():
@@ -142,7 +144,7 @@ class Trainer:
         return float(error.detach()), float(alone.detach())
 
     @torch.no_grad()
-    def judge(self, view: LayerView, case: Case) -> tuple[float, float]:
+    def judge(self, view: LayerView, case: CutPrompt) -> tuple[float, float]:
         """The errors of one layer."""
         found = errors(view.place.module, case, answer(self.maps(view.place.ordinal), case))
         return float(found[0]), float(found[1])
@@ -190,7 +192,7 @@ def train_feature_maps(run: Run) -> dict[str, Any]:
     return data
 
 
-def cases(run: Run, ids: Tensor, rng: random.Random, draws: int = 1) -> Iterator[tuple[LayerView, Case]]:
+def cases(run: Run, ids: Tensor, rng: random.Random, draws: int = 1) -> Iterator[tuple[LayerView, CutPrompt]]:
     """Each layer's view of a text, for each of `BUDGETS` and so many prompts, each with its queries, for all layers."""
     total, drawn = ids.shape[1], list[tuple[int, Tensor]]()
     for _ in range(draws):

@@ -3,7 +3,6 @@
 from kvfold.formats.balanced import BALANCER, Balanced, BalancedSegment
 from kvfold.formats.dense import Dense, DenseSegment
 from kvfold.formats.depth import Depth, DepthSegment
-from kvfold.formats.folded import Folded, FoldedSegment
 from kvfold.formats.fp8 import Fp8, Fp8Segment
 from kvfold.formats.kinds import KINDS, dtype_from, format_from, format_to
 from kvfold.formats.kivi import Kivi, KiviSegment
@@ -12,6 +11,7 @@ from kvfold.formats.rotated import Rotated, RotatedSegment
 from kvfold.formats.segment import Format, Segment, Spec, Traits
 from kvfold.formats.separable import WEIGHTS, Separable, SeparableSegment
 from kvfold.formats.sparse import Sparse, SparseSegment
+from kvfold.formats.summed import Summed, SummedSegment
 from kvfold.formats.thin import Thin, ThinSegment
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk, join
 
@@ -28,8 +28,6 @@ __all__ = [
     "DenseSegment",
     "Depth",
     "DepthSegment",
-    "Folded",
-    "FoldedSegment",
     "Format",
     "Fp8",
     "Fp8Segment",
@@ -45,6 +43,8 @@ __all__ = [
     "Sparse",
     "SparseSegment",
     "Spec",
+    "Summed",
+    "SummedSegment",
     "Thin",
     "ThinSegment",
     "Traits",

@@ -9,18 +9,18 @@ import torch
 from kvfold.formats.balanced import Balanced
 from kvfold.formats.dense import Dense
 from kvfold.formats.depth import Depth
-from kvfold.formats.folded import Folded
 from kvfold.formats.fp8 import Fp8
 from kvfold.formats.kivi import Kivi
 from kvfold.formats.rotated import Rotated
 from kvfold.formats.segment import Format
 from kvfold.formats.separable import Separable
 from kvfold.formats.sparse import Sparse
+from kvfold.formats.summed import Summed
 from kvfold.formats.thin import Thin
 from kvfold.options import shown
 
 KINDS: dict[str, type[Any]] = {
-    "balanced": Balanced, "dense": Dense, "depth": Depth, "folded": Folded, "fp8": Fp8, "kivi": Kivi,
+    "balanced": Balanced, "dense": Dense, "depth": Depth, "summed": Summed, "fp8": Fp8, "kivi": Kivi,
     "rotated": Rotated, "separable": Separable, "sparse": Sparse, "thin": Thin,
 }  # fmt: skip
 """All formats, by the names that files have for them."""

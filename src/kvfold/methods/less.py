@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from kvfold import artefacts
-from kvfold.formats import Folded
+from kvfold.formats import Summed
 from kvfold.formats.feature_maps import bring
 from kvfold.methods._merging import Merging
 from kvfold.methods.base import Method, method
@@ -73,7 +73,7 @@ class LESS(Merging):
             return keep
         if view.place.compact:
             raise ValueError(f"method={self} beside compact positions: what it folds in can't move")
-        return [Store(Folded(self.maps, view.place.ordinal), gone), keep]
+        return [Store(Summed(self.maps, view.place.ordinal), gone), keep]
 
     def after_decode(self, view: LayerView) -> Decisions:
         return self.merged(view, self.selected(among_tokens(view), "after_decode"))

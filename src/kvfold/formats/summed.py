@@ -1,4 +1,4 @@
-"""Folded: tokens that are gone, summed up in a state that answers as linear attention (LESS, arXiv:2402.09398)."""
+"""Summed: tokens that are gone, summed up in a state that answers as linear attention (LESS, arXiv:2402.09398)."""
 
 import re
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ BLOCK = 1024
 
 
 @dataclass(frozen=True)
-class Folded:
+class Summed:
     """R (D + 1) numbers in float32 for each (row, KV head), however many tokens went there: their sum psi(k)^T v and
     their sum psi(k). What goes there is gone as a token: it counts in no budget, and no column of it is left.
 
@@ -51,11 +51,11 @@ class Folded:
             )
         return maps
 
-    def open(self, spec: Spec) -> "FoldedSegment":
+    def open(self, spec: Spec) -> "SummedSegment":
         rank = self.of(spec).k3.shape[-1]
         sums = torch.zeros(spec.rows, spec.heads, rank, spec.value_size, dtype=torch.float32, device=spec.device)
         upto = np.zeros((spec.rows, spec.heads), dtype=np.int64)
-        return FoldedSegment(self, spec.key_size, spec.dtype, sums, sums.new_zeros(sums.shape[:3]), upto)
+        return SummedSegment(self, spec.key_size, spec.dtype, sums, sums.new_zeros(sums.shape[:3]), upto)
 
     def check(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
@@ -80,20 +80,20 @@ class Folded:
 
     def restore(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
-    ) -> "FoldedSegment":
+    ) -> "SummedSegment":
         """See `Format.restore`."""
         if twin is not None:
             raise ValueError("of: a state is held by one layer alone")
         self.check(spec, said, tensors)
         sums, mass = (tensors[name].to(spec.device, copy=True) for name in ("sums", "mass"))
-        return FoldedSegment(self, spec.key_size, spec.dtype, sums, mass, said_counts(spec, said, "upto"))
+        return SummedSegment(self, spec.key_size, spec.dtype, sums, mass, said_counts(spec, said, "upto"))
 
 
-class FoldedSegment:
+class SummedSegment:
     """`sums` and `mass` of the tokens that were folded in, and `upto`: the place behind the last of them, 0: none."""
 
     def __init__(
-        self, form: Folded, key_size: int, compute: torch.dtype, sums: Float[Tensor, "B H R Dv"],
+        self, form: Summed, key_size: int, compute: torch.dtype, sums: Float[Tensor, "B H R Dv"],
         mass: Float[Tensor, "B H R"], upto: np.ndarray,
     ):  # fmt: skip
         self.form, self.key_size, self.compute = form, key_size, compute
@@ -232,14 +232,14 @@ class FoldedSegment:
 
     # -- rows --------------------------------------------------------------------------------------------------
 
-    def select(self, rows: np.ndarray) -> "FoldedSegment":
+    def select(self, rows: np.ndarray) -> "SummedSegment":
         chosen = torch.from_numpy(np.asarray(rows)).to(self.sums.device)
         state = self.sums[chosen], self.mass[chosen], self.upto[np.asarray(rows)]
-        return FoldedSegment(self.form, self.key_size, self.compute, *state)
+        return SummedSegment(self.form, self.key_size, self.compute, *state)
 
     def join(self, other: Any) -> None:
         """Raises ValueError where it is no segment of the same format."""
-        if not isinstance(other, FoldedSegment) or other.form != self.form:
+        if not isinstance(other, SummedSegment) or other.form != self.form:
             raise ValueError(f"other={getattr(other, 'form', type(other).__name__)!r} must be of format {self.form}")
         self.sums, self.mass = torch.cat([self.sums, other.sums]), torch.cat([self.mass, other.mass])
         self.upto = np.concatenate([self.upto, other.upto])

@@ -1,11 +1,11 @@
-"""Folded: what a file says of a state is checked, and whose states can lie side by side."""
+"""Summed: what a file says of a state is checked, and whose states can lie side by side."""
 
 import numpy as np
 import pytest
 import torch
 
 from folding import DV, B, D, H, maps_by_name, random_chunk, segment_of
-from kvfold.formats import Folded, Spec
+from kvfold.formats import Spec, Summed
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -14,7 +14,7 @@ from kvfold.formats import Folded, Spec
 ])  # fmt: skip
 def test_bad_options_of_the_format_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        Folded(**options)
+        Summed(**options)
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -42,12 +42,12 @@ def test_what_a_file_says_is_checked(change, message):
 
 def test_segments_of_other_maps_do_not_join_and_layers_of_others_are_refused():
     one, other = segment_of(maps_by_name()), segment_of(maps_by_name(seed=1))
-    with pytest.raises(ValueError, match="must be of format Folded"):
+    with pytest.raises(ValueError, match="must be of format Summed"):
         one.join(other)
     with pytest.raises(ValueError, match=r"are of 2 KV heads with keys of 16; layer 0 has 1 with keys of 16"):
         one.form.open(Spec(1, 1, D, DV, torch.float32, torch.device("cpu")))
     with pytest.raises(ValueError, match=r"layer=4 must be one of the 1 that maps="):
-        Folded(one.form.maps, 4).open(Spec(1, H, D, DV, torch.float32, torch.device("cpu")))
+        Summed(one.form.maps, 4).open(Spec(1, H, D, DV, torch.float32, torch.device("cpu")))
     with pytest.raises(NotImplementedError, match="graphs=False"):
         one.reserve()
     with pytest.raises(ValueError, match=r"slots=.* must be -1"):
