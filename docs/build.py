@@ -327,7 +327,10 @@ def usage(info: MethodInfo) -> Iterator[str]:
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))\n```'
     )
     if "calibration" in info.options:
-        yield "It needs numbers that are measured on the model once. Those of the bundled models ship; for another:"
+        ships = sorted(path.stem for path in artefacts.shipped() if path.parent.name == info.slug)
+        for_whom = "the bundled models" if len(ships) > 1 else "".join(ships)
+        some = f"Those of {for_whom} ship; for another" if ships else "None ship"
+        yield f"It needs numbers that are measured on the model once. {some}:"
         yield f"```sh\n{artefacts.command(info.slug, 'MODEL')}\n```"
 
 

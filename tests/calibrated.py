@@ -50,6 +50,17 @@ def levels(layers: int, heads: int, size: int) -> dict[str, Tensor]:
     return {name: table.contiguous() for name, table in made.items()}
 
 
+def feature_maps(
+    layers: int, queries: int, heads: int, size: int, seed: int = 0, weight: float = 0.02
+) -> dict[str, Tensor]:
+    """Four features of eight hidden numbers for each head; `weight`: how much a state weighs."""
+    rng = torch.Generator().manual_seed(seed)
+    shapes = {"q1": (queries, size, 8), "q2": (queries, 8, 4), "k1": (heads, size, 8), "k2": (heads, 8, 4)}
+    shapes["k3"] = (heads, 4, 4)
+    data = {n: torch.randn(layers, *shape, generator=rng) / shape[1] ** 0.5 for n, shape in shapes.items()}
+    return data | {name: torch.full((layers, heads, 4), weight) for name in ("s1", "s2")}
+
+
 def calibrate(model, name: str) -> None:
     """Give every calibrated method an artefact for `model`, in the user's folder."""
     config = artefacts.text_config(model)
@@ -70,5 +81,6 @@ def calibrate(model, name: str) -> None:
         data["attention-gate"] = gates(layers, config.hidden_size, kv)
         size = getattr(config, "head_dim", None) or config.hidden_size // queries
         data["kvquant"] = levels(layers, kv, size)
+        data["less"] = feature_maps(layers, queries, kv, size)
     for slug, found in data.items():
         artefacts.save(artefacts.Artefact(slug, about, found, {"command": "made up"}))

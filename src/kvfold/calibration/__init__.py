@@ -15,6 +15,7 @@ from kvfold.calibration.duo import train_gates
 from kvfold.calibration.errors import compresskv_tables
 from kvfold.calibration.gate import train_attention_gates
 from kvfold.calibration.heads import headkv_tables
+from kvfold.calibration.less import train_feature_maps
 from kvfold.calibration.levels import kvquant_levels
 from kvfold.calibration.razor import razor_tables
 from kvfold.calibration.run import Run
@@ -28,10 +29,11 @@ CALIBRATIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "epicache": epicache_tables,
     "headkv": headkv_tables,
     "kvquant": kvquant_levels,
+    "less": train_feature_maps,
     "razorattention": razor_tables,
 }
 """What measures, by the slug of the method that needs it."""
-TRAINED = {"attention-gate", "kvquant"}
+TRAINED = {"attention-gate", "kvquant", "less"}
 """Those that give tensors, which lie in safetensors files."""
 
 

@@ -11,7 +11,9 @@ from kvfold.cli import common
 def calibrate_command(
     method: Annotated[
         str,
-        typer.Argument(help="attention-gate, compresskv, duoattention, epicache, headkv, kvquant or razorattention."),
+        typer.Argument(
+            help="attention-gate, compresskv, duoattention, epicache, headkv, kvquant, less, razorattention."
+        ),
     ],
     model: common.Model = "smollm2-135m-instruct",
     out: Annotated[Path | None, typer.Option("--out", help="The file; else where kvfold looks for it.")] = None,

@@ -12,6 +12,7 @@ from kvfold.formats.rotated import Rotated, RotatedSegment
 from kvfold.formats.segment import Format, Segment, Spec, Traits
 from kvfold.formats.separable import WEIGHTS, Separable, SeparableSegment
 from kvfold.formats.sparse import Sparse, SparseSegment
+from kvfold.formats.summed import Summed, SummedSegment
 from kvfold.formats.thin import Thin, ThinSegment
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk, join
 from kvfold.formats.uneven import LEVELS, Uneven, UnevenSegment
@@ -46,6 +47,8 @@ __all__ = [
     "Sparse",
     "SparseSegment",
     "Spec",
+    "Summed",
+    "SummedSegment",
     "Thin",
     "ThinSegment",
     "Traits",

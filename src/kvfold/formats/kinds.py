@@ -15,13 +15,14 @@ from kvfold.formats.rotated import Rotated
 from kvfold.formats.segment import Format
 from kvfold.formats.separable import Separable
 from kvfold.formats.sparse import Sparse
+from kvfold.formats.summed import Summed
 from kvfold.formats.thin import Thin
 from kvfold.formats.uneven import Uneven
 from kvfold.options import shown
 
 KINDS: dict[str, type[Any]] = {
     "balanced": Balanced, "dense": Dense, "depth": Depth, "fp8": Fp8, "kivi": Kivi, "rotated": Rotated,
-    "separable": Separable, "sparse": Sparse, "thin": Thin, "uneven": Uneven,
+    "separable": Separable, "sparse": Sparse, "summed": Summed, "thin": Thin, "uneven": Uneven,
 }  # fmt: skip
 """All formats, by the names that files have for them."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvfold import ops
+from kvfold.formats.segment import Folding
 from kvfold.ops.attend.blocked import Answer as Answer
 from kvfold.rotation import Compact
 
@@ -29,6 +30,11 @@ class Answering(Protocol):
         ...
 
 
+def answers(part: Answering) -> bool:
+    """Whether a query gets anything of it."""
+    return part.longest > 0 or (isinstance(part, Folding) and part.filled)
+
+
 def attend_parts(
     parts: Sequence[Answering], q: Float[Tensor, "B H G Q D"], scale: float, read: Bool[Tensor, "B H T"] | None,
     compact: Compact | None, *, weights: bool,
@@ -37,7 +43,7 @@ def attend_parts(
     found, start = list[Answer](), 0
     for part in parts:
         stop = start + part.longest
-        if stop > start or (part is parts[-1] and not found):
+        if answers(part) or (part is parts[-1] and not found):
             here = None if read is None else read[..., start:stop]
             turn = None if compact is None else compact.of(start, stop)
             found.append(part.attend(q, scale, read=here, compact=turn, weights=weights))

@@ -27,6 +27,9 @@ class Traits:
     """What is left after a crop: what would be there had the tokens never come; that but for rounding; no crop."""
     requantises: bool = False
     """Whether what is not addressed token by token drops tokens all the same, by writing their page anew."""
+    holds: bool = True
+    """Whether what goes there stays a token. Else it is gone as after a `Keep`, but for its part in the answers of the
+    segment (`Folding`)."""
     graphs: bool = False
     """Whether a decode step may be captured as a CUDA graph (`Segment.reserve`)."""
 
@@ -225,6 +228,20 @@ class Hearing(Protocol):
 
     def hear(self, told: Mapping[str, Tensor], which: Bool[Tensor, "B H"]) -> None:
         """`told`: tensors (B, H, ...) by name; it concerns the rows and heads of `which`, which get tokens next."""
+        ...
+
+
+@runtime_checkable
+class Folding(Protocol):
+    """A segment that holds no tokens, only what became of those that went there: it has no slots, and answers."""
+
+    @property
+    def filled(self) -> bool:
+        """Whether anything went there."""
+        ...
+
+    def check_cropped(self, limit: np.ndarray) -> None:
+        """Raise ValueError, and change nothing, where text from position `limit` (B,) on can't be taken back."""
         ...
 
 

@@ -32,10 +32,11 @@ class Batch(Host):
                 f"tokens_to_remove={shown(tokens_to_remove)} must be an int: minus the tokens to take back"
             ) from None
         drop = -count if count <= 0 else max(0, self.get_seq_length() - count)
-        for core in self.paged:
-            never = [str(form) for form, _ in core.segments if drop and form.traits.crops == "never"]
-            if never:
-                raise ValueError(f"crop({count}): {never[0]} can't take tokens back")
+        for core in self.paged if drop else ():
+            try:
+                core.stored.check_cropped(self.rows.before(drop))
+            except ValueError as error:
+                raise ValueError(f"crop({count}): {error}") from None
         reading = None if self.reading is None else self.reading.drop(drop)
         for layer in self.layers:  # those first that may refuse, when nothing has changed yet
             if not isinstance(layer, PagedLayer):

@@ -23,7 +23,11 @@ def commit(stored: Stored, view: LayerView, new: Chunk | None, *, slack: bool = 
         _stay(stored, view, new, held, slack)
         return
     moves = [(stored.number(form), mask, told) for form, mask, told in view.formats]
-    moves = [(number, mask & view.valid & (view.home != number), told) for number, mask, told in moves]
+    holds = [form.traits.holds for form, _ in stored.segments]
+    moves = [
+        (number, (mask & view.valid if holds[number] else mask) & (view.home != number), told)
+        for number, mask, told in moves
+    ]
     staying = view.valid
     for _, mask, _ in moves:
         staying = staying & ~mask
@@ -43,7 +47,8 @@ def commit(stored: Stored, view: LayerView, new: Chunk | None, *, slack: bool = 
         if isinstance(segment, Hearing):
             segment.hear(told, tokens.valid.any(-1))
         segment.append(tokens)
-    stored.ordered = stored.ordered and promoted is None and not (held and any(t is not None for _, t, _ in fetched))
+    moved_here = held and any(tokens is not None and holds[number] for number, tokens, _ in fetched)
+    stored.ordered = stored.ordered and promoted is None and not moved_here
 
 
 def _stay(stored: Stored, view: LayerView, new: Chunk | None, held: int, slack: bool) -> None:

@@ -140,10 +140,14 @@ class Rows:
 
     # -- the cache operations --------------------------------------------------------------------------------
 
+    def before(self, columns: int) -> np.ndarray:
+        """Text tokens that each row would have read, (B,), without the last `columns`."""
+        return np.maximum(self.seen - min(columns, self.width), 0)
+
     def drop(self, columns: int) -> None:
         """Take back the last `columns` tokens of every row."""
         columns = min(columns, self.width)
-        self.seen = np.maximum(self.seen - columns, 0)
+        self.seen = self.before(columns)
         self.prompt = np.minimum(self.prompt, self.seen)
         self.width -= columns
         self.width_before, self._on_time = self.width, False

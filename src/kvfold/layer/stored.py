@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.formats import POSITION, Chunk, Format, Segment, Spec, join
-from kvfold.formats.parts import Answer, attend_parts, merged
+from kvfold.formats.parts import Answer, answers, attend_parts, merged
+from kvfold.formats.segment import Folding
 from kvfold.layer.recent import Recent
 from kvfold.rotation import Compact
 
@@ -63,8 +64,8 @@ class Stored:
 
     @property
     def empty(self) -> bool:
-        """No segment holds a token."""
-        return all(segment.longest == 0 for _, segment in self.segments)
+        """No segment holds a token, or what became of one."""
+        return not any(answers(segment) for _, segment in self.segments)
 
     def counts(self) -> np.ndarray:
         """Tokens of each (row, head), (B, H)."""
@@ -145,7 +146,7 @@ class Stored:
         for _, segment in self.segments:
             if segment is opened:
                 parts.append(segment.step(q, k, v, positions, scale, weights=weights))
-            elif segment.longest:
+            elif answers(segment):
                 parts.append(segment.attend(q, scale, weights=weights and not own))
         return merged(parts, weights=weights, first=own)
 
@@ -167,6 +168,14 @@ class Stored:
             segment.drop_tokens()
         self.append(tokens)
         self.ordered = True
+
+    def check_cropped(self, limit: np.ndarray) -> None:
+        """Raise ValueError where tokens whose text position is `limit` (B,) or later can't be dropped."""
+        for form, segment in self.segments:
+            if form.traits.crops == "never":
+                raise ValueError(f"{form} can't take tokens back")
+            if isinstance(segment, Folding):
+                segment.check_cropped(limit)
 
     def drop_from(self, limit: np.ndarray) -> None:
         """Drop the tokens whose text position is `limit` (B,) or later."""

@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.kvquant import KVQuant as KVQuant
     from kvfold.methods.kvzip import KVzip as KVzip
     from kvfold.methods.lacache import LaCache as LaCache
+    from kvfold.methods.less import LESS as LESS
     from kvfold.methods.look_m import LookM as LookM
     from kvfold.methods.mikv import MiKV as MiKV
     from kvfold.methods.minicache import MiniCache as MiniCache

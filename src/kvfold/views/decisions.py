@@ -66,7 +66,7 @@ class Amend:
 
 @dataclass(frozen=True)
 class Store:
-    """Move the tokens that `mask` marks to a segment of another format.
+    """Move the tokens that `mask` marks to a segment of another format, or into one that holds none (`Traits.holds`).
 
     `told`: what it must know of each (row, KV head) beside the tokens, tensors (B, H, ...) by the format's own names.
     """

@@ -1,7 +1,7 @@
 """What a method sees of one layer: its tokens, who asked for what, and lazily the attention between them."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvfold import ops
-from kvfold.formats import LOG_MASS, LateChunk
+from kvfold.formats import LOG_MASS, Chunk, Format, LateChunk
 from kvfold.views.decisions import Amend, Decision, Drop, Keep, Propagate, Rewrite, Store
 from kvfold.views.place import Place
 from kvfold.views.queries import Queries, wide
@@ -137,13 +137,21 @@ class LayerView(TokenView):
                     f"Rewrite.tokens has slots {tuple(decision.tokens.keys.shape[:3])} (B, H, T); "
                     f"it must have those of the view, {tuple(self.valid.shape)}"
                 )
-            return replace(self, tokens=decision.tokens, rewritten=True, amended=(), formats=(), memo={})
+            tokens, lost = decision.tokens, self._folded()
+            for _, mask, _ in lost:  # whose slots a rewriting may fill with anything
+                keys, values = (
+                    torch.where(mask[..., None], old, new)
+                    for old, new in ((self.keys, tokens.keys), (self.values, tokens.values))
+                )
+                tokens = Chunk(keys, values, tokens.valid, tokens.columns)
+            return replace(self, tokens=tokens, rewritten=True, amended=(), formats=lost, memo={})
         if isinstance(decision, Amend):
             return self._amend(decision)
         if isinstance(decision, Store):
             mask = decision.mask & self.valid
             earlier = tuple((form, others & ~mask, told) for form, others, told in self.formats)
-            return replace(self, formats=(*earlier, (decision.format, mask, decision.told)))
+            made = replace(self, formats=(*earlier, (decision.format, mask, decision.told)))
+            return made if decision.format.traits.holds else made.apply(Keep(~mask))
         if isinstance(decision, (Keep, Drop)):
             tokens = self.tokens.but(decision.staying(self.valid), {**self.columns, **decision.columns})
             memo = dict(self.memo)
@@ -152,6 +160,10 @@ class LayerView(TokenView):
         if isinstance(decision, Propagate):
             return self  # about the layers that follow
         raise TypeError(f"decision={decision!r} is not one of Keep, Drop, Rewrite, Amend, Store, Propagate")
+
+    def _folded(self) -> tuple[tuple[Format, Tensor, Mapping[str, Tensor]], ...]:
+        """What `Store` said of tokens that are gone, which no decision about the others changes."""
+        return tuple(each for each in self.formats if not each[0].traits.holds)
 
     def _amend(self, decision: Amend) -> "LayerView":
         if not decision.slots.shape[-1]:
@@ -169,5 +181,6 @@ class LayerView(TokenView):
             lambda: over(old.keys, decision.keys), lambda: over(old.values, decision.values), old.valid, old.columns
         )
         return replace(
-            self, tokens=tokens, amended=() if self.rewritten else (*self.amended, decision), formats=(), memo={}
-        )
+            self, tokens=tokens, amended=() if self.rewritten else (*self.amended, decision),
+            formats=self._folded(), memo={},
+        )  # fmt: skip
