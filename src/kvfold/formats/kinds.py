@@ -9,6 +9,7 @@ import torch
 from kvfold.formats.balanced import Balanced
 from kvfold.formats.dense import Dense
 from kvfold.formats.depth import Depth
+from kvfold.formats.elite import Elite
 from kvfold.formats.fp8 import Fp8
 from kvfold.formats.kivi import Kivi
 from kvfold.formats.rotated import Rotated
@@ -19,8 +20,8 @@ from kvfold.formats.thin import Thin
 from kvfold.options import shown
 
 KINDS: dict[str, type[Any]] = {
-    "balanced": Balanced, "dense": Dense, "depth": Depth, "fp8": Fp8, "kivi": Kivi, "rotated": Rotated,
-    "separable": Separable, "sparse": Sparse, "thin": Thin,
+    "balanced": Balanced, "dense": Dense, "depth": Depth, "elite": Elite, "fp8": Fp8, "kivi": Kivi,
+    "rotated": Rotated, "separable": Separable, "sparse": Sparse, "thin": Thin,
 }  # fmt: skip
 """All formats, by the names that files have for them."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -174,6 +174,8 @@ class Stored:
     def join(self, other: "Stored") -> None:
         """Take the rows of another batch behind ours; `other` is used up. Formats that one of us lacks are opened."""
         mine, theirs = len(self.opened), len(other.opened)
+        known = {**other.spec.artefact, **self.spec.artefact}
+        self.spec, other.spec = (replace(spec, artefact=known) for spec in (self.spec, other.spec))
         places = [self.number(form) for form, _ in other.segments]
         for form, _ in self.segments:
             other.number(form)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvfold.formats import Format
 from kvfold.methods.events import EVENTS, TRAITS, Event
+from kvfold.rotation import Frame
 from kvfold.views import CacheView, HiddenView, LayerView, PromptView, RawPrompt, Requests
 from kvfold.views.decisions import Decisions, Read, decided
 
@@ -42,13 +43,16 @@ class Method:
     only."""
     format: Format | None = None
     """The format that all tokens of the layer go to; None: dense, in the model's dtype."""
+    frame: Frame | None = None
+    """What brings queries and keys to where they attend; None: they attend as the model has rotated them."""
     windows: Format | None = None
     """The format that sliding-window layers hold their tokens in; None: as transformers does."""
 
     @property
     def own_prefill(self) -> bool:
         """Whether the prompt's forward pass is not the full cache's, so that no other cache's can stand in for it."""
-        return self.narrows or self.listens("read_order") or self.listens("admit")
+        own = self.narrows or self.frame is not None
+        return own or self.listens("read_order") or self.listens("admit")
 
     def bind(self, model: Any) -> "Method":
         """This method for a cache of `model`: a copy with the numbers in it that were measured on the model.
@@ -248,6 +252,7 @@ class Pipeline(Compound):
                 f"method={self} would drop single tokens of {self.format}, which it holds by the page: {dropping} "
                 "decides about stored tokens; give the format requantise=True"
             )
+        self._check_whole()
         late = [stage for stage in self.stages if stage.listens("after_prompt")]
         if late and self.shares_layers:
             raise ValueError(
@@ -261,6 +266,19 @@ class Pipeline(Compound):
             return None
         events = [name for name, event in EVENTS.items() if event.stored]
         return next((stage for stage in self.stages if any(map(stage.listens, events))), None)
+
+    def _check_whole(self) -> None:
+        """Raise ValueError where a stage may drop tokens of some heads that a format holds for all heads together."""
+        if self.format is None or self.format.traits.addressed != "whole":
+            return
+        reading = ("read_order", "before_attend")  # those drop nothing
+        decide = [stage for stage in self.stages if any(stage.listens(e) for e in EVENTS if e not in reading)]
+        if decide or self.compact:
+            which = decide[0] if decide else next(stage for stage in self.stages if stage.compact)
+            raise ValueError(
+                f"method={self} would drop or move tokens of single heads of {self.format}, which holds those of all "
+                f"heads together: {which} can't stand before it"
+            )
 
     def _at_most_one(self, what: str, stages: list[Method]) -> None:
         if what and len(stages) > 1:
