@@ -24,7 +24,7 @@ SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class Read:
+class EliteText:
     """What one text has shown of one layer: some queries and all keys, as they attend and turned back to position 0."""
 
     asked: tuple[Float[Tensor, "H G W D"], Float[Tensor, "H G W D"]]
@@ -43,7 +43,7 @@ class Read:
 
 
 @dataclass
-class Seen:
+class EliteLayer:
     """What texts have shown of one layer."""
 
     rope: Rope
@@ -52,7 +52,7 @@ class Seen:
     heads: int
     key_size: int
     value_size: int
-    texts: list[Read] = field(default_factory=list)
+    texts: list[EliteText] = field(default_factory=list)
     gram: Float[Tensor, "N N"] | int = 0
     """Sum over tokens of y y', y the un-rotated keys of all heads, then all values; float64."""
 
@@ -144,18 +144,18 @@ def elitekv_tensors(run: Run) -> dict[str, Any]:
     return {"elite": torch.stack(elite), "basis": torch.stack(basis)}
 
 
-def elite_flags(seen: Seen, order: Int[Tensor, "H r"]) -> Bool[Tensor, "H D"]:
+def elite_flags(seen: EliteLayer, order: Int[Tensor, "H r"]) -> Bool[Tensor, "H D"]:
     """The channels of the pairs that were chosen."""
     flags = torch.zeros(len(order), seen.key_size, dtype=torch.bool)
     return flags.scatter_(1, seen.pairs[order].flatten(1), True)
 
 
 @torch.no_grad()
-def look(run: Run, samples: int, length: int) -> list[Seen]:
+def look(run: Run, samples: int, length: int) -> list[EliteLayer]:
     """Read `samples` windows of running text. Raises ValueError where a layer's rotation is not known."""
     rng, texts = random.Random(run.seed), halves(run)[0]
     first = [] if run.tokenizer.bos_token_id is None else [run.tokenizer.bos_token_id]
-    found: list[Seen] = []
+    found: list[EliteLayer] = []
     for sample in range(samples):
         run.tick(f"text {sample + 1} of {samples}")
         ids = window(texts, rng, length, first)
@@ -174,17 +174,17 @@ def look(run: Run, samples: int, length: int) -> list[Seen]:
     return found
 
 
-def _new(view: LayerView) -> Seen:
+def _new(view: LayerView) -> EliteLayer:
     rope, size = view.place.rope, view.keys.shape[-1]
     if rope is None:
         raise ValueError(f"elitekv needs to know what rotates the keys of layer {view.place.layer}, which is not known")
     pairs = turning(rope, size)
     if not len(pairs):  # nothing turns, whichever stay
         pairs = torch.arange(size // 2 * 2).view(2, -1).mT.contiguous()
-    return Seen(rope, pairs, view.heads, size, view.values.shape[-1])
+    return EliteLayer(rope, pairs, view.heads, size, view.values.shape[-1])
 
 
-def _add(seen: Seen, view: LayerView, places: list[int]) -> None:
+def _add(seen: EliteLayer, view: LayerView, places: list[int]) -> None:
     """What one text shows of a layer."""
     keys, values, asked = (x[0].float() for x in (view.keys, view.values, view.queries.states))  # heads T D
     at = view.positions[:1, :1]  # 1 1 T
@@ -195,7 +195,7 @@ def _add(seen: Seen, view: LayerView, places: list[int]) -> None:
     asked_flat = seen.rope.shift(asked[None], -asked_at)[0]
     behind = at[0, 0] > at[0, 0, places, None]  # W T
     split = (x.reshape(heads, group, *x.shape[1:]).cpu() for x in (asked, asked_flat))
-    seen.texts.append(Read((next(split), next(split)), (keys.cpu(), flat.cpu()), behind.cpu(), view.place.scale))
+    seen.texts.append(EliteText((next(split), next(split)), (keys.cpu(), flat.cpu()), behind.cpu(), view.place.scale))
     rows = torch.cat([x.transpose(0, 1).flatten(1) for x in (flat, values)], -1).double()  # T N
     seen.gram = seen.gram + (rows.mT @ rows).cpu()
 

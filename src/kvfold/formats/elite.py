@@ -37,12 +37,12 @@ class Basis:
     @cached_property
     def at(self) -> Int[Tensor, "H E"]:
         """The elite channels of each head, ascending."""
-        return self.elite.nonzero()[:, 1].view(len(self.elite), -1)
+        return self.elite.nonzero()[:, 1].clone().view(len(self.elite), -1)
 
     @cached_property
     def rest(self) -> Int[Tensor, "H R"]:
         """All others."""
-        return (~self.elite).nonzero()[:, 1].view(len(self.elite), -1)
+        return (~self.elite).nonzero()[:, 1].clone().view(len(self.elite), -1)
 
     def maps(self) -> tuple[Float[Tensor, "H R C"], Float[Tensor, "H Dv C"]]:
         """What makes the rest of a head's key, and its value, of a latent."""
@@ -192,8 +192,9 @@ class EliteSegment(TokenSegment):
         rest = torch.cat([keys.gather(-1, basis.rest[None, :, None].expand(b, h, t, -1)), chunk.values], -1)
         # In float64: the order in which float32 is summed depends on how many tokens come at once, and what is held
         # must not.
-        latent = rest.transpose(1, 2).reshape(b, 1, t, -1).double() @ basis.latent.double()
-        planes = {"keys": keys.gather(-1, at).transpose(1, 2).reshape(b, 1, t, -1), "latent": latent.to(self.compute)}
+        latent = rest.transpose(1, 2).flatten(2)[:, None].double() @ basis.latent.double()
+        elite = keys.gather(-1, at).transpose(1, 2).flatten(2)[:, None]
+        planes = {"keys": elite, "latent": latent.to(self.compute)}
         self.add(planes | self.add_columns(columns), valid)
 
     def keep(self, mask: Tensor, columns: Mapping[str, Tensor], *, slack: bool = False) -> None:
@@ -223,7 +224,7 @@ class EliteSegment(TokenSegment):
         if what == "values":
             return made
         b, h, t, _ = made.shape
-        elite = self.plane("keys").view(b, t, h, -1).transpose(1, 2)
+        elite = self.plane("keys")[:, 0].unflatten(-1, (h, -1)).transpose(1, 2)
         keys = made.new_empty(b, h, t, self.basis.elite.shape[1])
         keys.scatter_(-1, self.basis.rest[None, :, None].expand(b, h, t, -1), made)
         return keys.scatter_(-1, self.basis.at[None, :, None].expand(b, h, t, -1), elite.to(self.compute))
@@ -269,15 +270,15 @@ class EliteSegment(TokenSegment):
             asked.reshape(b, 1, h * g, n, w), scale, self.valid(), self.basis.rank, block, self.column,
             mass=LOG_MASS if self.weighed else None, read=read, weights=weights,
         )  # fmt: skip
-        out = torch.einsum("bhgqc,hdc->bhgqd", got.view(b, h, g, n, -1), self.basis.maps()[1][heads])
-        return out.to(dtype), lse.view(b, h, g, n), None if left is None else left.view(b, h, g, n, -1)
+        out = torch.einsum("bhgqc,hdc->bhgqd", got[:, 0].unflatten(1, (h, g)), self.basis.maps()[1][heads])
+        return out.to(dtype), lse.view(b, h, g, n), None if left is None else left[:, 0].unflatten(1, (h, g))
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
     def join(self, other: Any) -> None:
         theirs = getattr(other, "form", type(other).__name__)
         if not isinstance(other, EliteSegment) or (other.form, other.kv_heads) != (self.form, self.kv_heads):
-            raise ValueError(f"other={theirs!r} must be of format {self.form}")
+            raise ValueError(f"other={theirs} must be of format {self.form}")
         super().join(other)
 
 
