@@ -114,7 +114,7 @@ def sizes(run: Run, heads: int, size: int, value_size: int, pairs: int) -> tuple
 
 
 def elitekv_tensors(run: Run) -> dict[str, Any]:
-    """`elite` (L, H, D), which channels stay rotated, and `basis` (L, N, C), float32; see `kvfold.formats.Basis`.
+    """`elite` (L, H, D), which channels stay rotated, and `basis` (L, N, C), float16; see `kvfold.formats.Basis`.
 
     Smaller than the paper's search (2000 texts of 2048 tokens, all queries), to run without a GPU; more `samples` and
     `length` go there. The directions are those of keys and values on the same texts, not of the weights.
@@ -141,7 +141,7 @@ def elitekv_tensors(run: Run) -> dict[str, Any]:
         ratio=round((2 * count * heads + rank) / (heads * (one.key_size + value_size)), 4),
         **{"share of keys and values outside": round(sum(off) / len(off), 5)},
     )  # fmt: skip
-    return {"elite": torch.stack(elite), "basis": torch.stack(basis)}
+    return {"elite": torch.stack(elite), "basis": torch.stack(basis).half()}
 
 
 def elite_flags(seen: EliteLayer, order: Int[Tensor, "H r"]) -> Bool[Tensor, "H D"]:

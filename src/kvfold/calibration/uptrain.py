@@ -186,8 +186,8 @@ def check_linear(model: Any, attention: EliteAttention, ids: Tensor) -> None:
             hook.remove()
     if wrong:
         raise ValueError(
-            f"model={type(model).__name__}: the keys of layer {wrong[0]} are not what k_proj gives, rotated (a norm or a "
-            "scale stands behind it), so no weights of its own could hold them in a latent's span"
+            f"model={type(model).__name__}: the keys of layer {wrong[0]} are not what k_proj gives, rotated (a norm or "
+            "a scale stands behind it), so no weights of its own could hold them in a latent's span"
         )
 
 

@@ -10,7 +10,8 @@ from kvfold.cli import common
 
 def calibrate_command(
     method: Annotated[
-        str, typer.Argument(help="attention-gate, compresskv, duoattention, elitekv, epicache, headkv or razorattention.")
+        str,
+        typer.Argument(help="attention-gate, compresskv, duoattention, elitekv, epicache, headkv or razorattention."),
     ],
     model: common.Model = "smollm2-135m-instruct",
     out: Annotated[Path | None, typer.Option("--out", help="The file; else where kvfold looks for it.")] = None,
@@ -49,9 +50,16 @@ def calibrate_command(
         made = calibrate(
             method,
             Run(
-                lm, tokenizer, found, seed, samples, length, pairs, rank,
+                lm,
+                tokenizer,
+                found,
+                seed,
+                samples,
+                length,
+                pairs,
+                rank,
                 tick=lambda what: status.update(f"{method}: {what}"),
-            ),  # fmt: skip
+            ),
             name=Path(model).name,
         )
     path = save(made, out)

@@ -27,8 +27,8 @@ def uptrain_command(
 ) -> None:
     """Convert a model for elitekv and train it on running text; a folder that it made is trained further.
 
-    The folder is made whole or not at all, when all steps are done. kvfold.Cache(model, "elitekv") finds the calibration
-    beside the weights.
+    The folder is made whole or not at all, when all steps are done. kvfold.Cache(model, "elitekv") finds the
+    calibration beside the weights.
     """
     from dataclasses import replace
 

@@ -247,12 +247,12 @@ class Pipeline(Compound):
             self._at_most_one(event.alone, [stage for stage in self.stages if stage.listens(name)])
         for name, trait in TRAITS.items():
             self._at_most_one(trait.alone, [stage for stage in self.stages if getattr(stage, name)])
+        self._check_whole()
         if (dropping := self.drops_stored()) is not None:
             raise ValueError(
                 f"method={self} would drop single tokens of {self.format}, which it holds by the page: {dropping} "
                 "decides about stored tokens; give the format requantise=True"
             )
-        self._check_whole()
         late = [stage for stage in self.stages if stage.listens("after_prompt")]
         if late and self.shares_layers:
             raise ValueError(

@@ -41,8 +41,8 @@ class EliteKV(Method):
     those, and attention reads latents as they lie. A prompt attends in that frame, unprojected, before it is stored.
     `kvfold calibrate elitekv` chooses pairs and directions; `kvfold uptrain` makes weights whose keys and values lie in
     the directions' span, so that nothing is lost when they are stored, and trains them: without that quality falls
-    quickly with the ratio. Only what reads (`jrt-prompt`, `mpcache`) goes in front of it: heads that keep different
-    tokens can't have one latent.
+    quickly with the ratio. Only what drops nothing (`jrt-prompt`) goes in front of it: heads that keep different tokens
+    can't have one latent.
     Differs from the paper: kvfold's model is unmodified and brings rotated keys, which are turned back here; latents
     are a projection of keys and values, not of the layer's input. For W = [W_k | W_v] = U S V' of the rest, P = V_C
     gives z = x W V_C = x U_C S_C and z P' = x U_C S_C V_C': what the paper's A = U_C, B = S_C V_C' give, in another
@@ -110,7 +110,9 @@ class EliteFrame:
             raise ValueError(f"the calibration of elitekv has {len(self.layers)} layers, not number {ordinal}")
         basis = self.layers[ordinal]
         if rope is None:
-            raise ValueError("elitekv needs to know what rotates the keys of each layer, which is not known of this one")
+            raise ValueError(
+                "elitekv needs to know what rotates the keys of each layer, which is not known of this one"
+            )
         first, second = turning(rope, basis.elite.shape[1]).unbind(1)
         if bool((basis.elite[:, first] != basis.elite[:, second]).any()):
             raise ValueError("the calibration of elitekv has elite channels that this model does not rotate in pairs")
@@ -143,7 +145,7 @@ PARTS = {"elite": 3, "basis": 3}
 
 
 def bases(data: dict[str, Any], rank: int | None) -> list[Basis]:
-    """What a calibration's tensors say of each layer. Raises ValueError for one that is damaged, and a rank too high."""
+    """What a calibration's tensors say of each layer. Raises ValueError for one that is damaged, a rank too high."""
     for name, axes in PARTS.items():
         part = data.get(name)
         if not isinstance(part, Tensor) or part.dim() != axes or not part.numel():

@@ -206,9 +206,7 @@ def _check_model(here: str, found: Contents, cache: Host) -> None:
         )
 
 
-def _checked(
-    found: Contents, cache: Host, methods: Sequence[Method]
-) -> Iterator[tuple[int, tuple[SaidLayer, Spec]]]:
+def _checked(found: Contents, cache: Host, methods: Sequence[Method]) -> Iterator[tuple[int, tuple[SaidLayer, Spec]]]:
     """The layers that hold pages, each with the spec of its segments. ValueError unless header and tensors agree."""
     rows, known = found.rows, dict[str, tuple[Spec, Format, Mapping[str, Any], dict[str, Tensor]]]()
     for index, (layer, entry) in enumerate(zip(cache.layers, found.layers, strict=True)):
