@@ -80,7 +80,7 @@ def test_conversion_alone_is_the_projection(measured):
         elite = basis.elite.flatten()
         assert torch.equal(ours.k_proj.weight[elite], theirs.k_proj.weight[elite])
         new = made.artefact.data["basis"][i].double()
-        assert_close(new @ new.mT, onto, atol=1e-4, rtol=0)
+        assert_close(new @ new.mT, onto, atol=3e-3, rtol=0)  # a calibration is float16
 
 
 def test_uptraining_lowers_the_loss(measured):

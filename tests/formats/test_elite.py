@@ -338,9 +338,16 @@ def test_compact_positions_are_refused_but_for_rows_of_others():
 
 
 def test_a_basis_of_another_layer_is_refused():
-    for wrong in (basis(pairs=2), Basis(KNOWN.elite[:1], KNOWN.latent), Basis(KNOWN.elite, KNOWN.latent[1:])):
-        other = replace(spec_of(chunk(3)), key_size=D if wrong.elite.shape[0] != H else D + 2)
-        with pytest.raises(ValueError, match=r"basis=.* does not fit layer 0 of 2 heads"):
-            FORM.open(replace(other, artefact={"known": wrong}))
+    uneven = KNOWN.elite.clone()
+    uneven[0, uneven[0].nonzero()[0]] = False
+    for wrong in (
+        Basis(KNOWN.elite[:1], KNOWN.latent), Basis(KNOWN.elite, KNOWN.latent[1:]), Basis(uneven, KNOWN.latent),
+        Basis(basis(pairs=2).elite, KNOWN.latent),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"basis=.* \(elite, latent\) does not fit layer 0 of 2 heads"):
+            FORM.open(spec_of(chunk(3), wrong))
+    for changed in ({"key_size": D + 2}, {"value_size": DV + 1}, {"heads": H + 1}):
+        with pytest.raises(ValueError, match="does not fit layer 0"):
+            FORM.open(replace(spec_of(chunk(3)), **changed))
     with pytest.raises(ValueError, match="page_size=0"):
         Elite("known", page_size=0)

@@ -60,8 +60,9 @@ class EliteKV(Method):
 
     def bind(self, model: Any) -> "EliteKV":
         """Raises ValueError for a calibration that is damaged, or of another model."""
-        beside = Path(str(getattr(model.config, "_name_or_path", "") or "")) / BESIDE
-        path = str(beside.resolve()) if self.calibration is None and beside.is_file() else self.calibration
+        folder, path = str(getattr(model.config, "_name_or_path", "") or ""), self.calibration
+        if path is None and folder and (Path(folder) / BESIDE).is_file():
+            path = str((Path(folder) / BESIDE).resolve())
         where, found = artefacts.locate(self.info.slug, model, path)
         bases(found.data, self.rank)
         return replace(self, calibration=where)
