@@ -26,7 +26,7 @@ from kvfold.evaluation.escaping import code_cell
 from kvfold.files import write_json
 from kvfold.methods.registry import parse
 
-METHODS = "full,fp8,kivi,kivi(bits=2),mustafar,mustafar(key_sparsity=0.7, value_sparsity=0.7),think,kvquant"
+METHODS = "full,fp8,kivi,kivi(bits=2),mustafar,mustafar(key_sparsity=0.7, value_sparsity=0.7),think,kvquant,elitekv"
 
 
 def main() -> None:

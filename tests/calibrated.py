@@ -61,6 +61,17 @@ def feature_maps(
     return data | {name: torch.full((layers, heads, 4), weight) for name in ("s1", "s2")}
 
 
+def elite(layers: int, heads: int, size: int, turned: int, seed: int = 0) -> dict[str, Tensor]:
+    """Two rotated pairs of each head, of `turned` channels that rotate, and a basis of two thirds of all else."""
+    rng = torch.Generator().manual_seed(seed)
+    flags, wide = torch.zeros(layers, heads, size, dtype=torch.bool), heads * (2 * size - 4)
+    for first in torch.stack([torch.randperm(turned // 2, generator=rng)[:2] for _ in range(layers * heads)]).T:
+        flags.view(-1, size)[torch.arange(layers * heads), first] = True
+        flags.view(-1, size)[torch.arange(layers * heads), first + turned // 2] = True
+    whole = torch.linalg.qr(torch.randn(layers, wide, wide, generator=rng, dtype=torch.float64))[0]
+    return {"elite": flags, "basis": whole[..., : wide * 2 // 3].float().contiguous()}
+
+
 def calibrate(model, name: str) -> None:
     """Give every calibrated method an artefact for `model`, in the user's folder."""
     config = artefacts.text_config(model)
@@ -82,5 +93,7 @@ def calibrate(model, name: str) -> None:
         size = getattr(config, "head_dim", None) or config.hidden_size // queries
         data["kvquant"] = levels(layers, kv, size)
         data["less"] = feature_maps(layers, queries, kv, size)
+        part = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+        data["elitekv"] = elite(layers, kv, size, int(size * part))
     for slug, found in data.items():
         artefacts.save(artefacts.Artefact(slug, about, found, {"command": "made up"}))

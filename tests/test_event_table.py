@@ -11,6 +11,7 @@ import kvfold
 from kvfold.formats import Dense
 from kvfold.methods import Method, Pipeline, Wrapper, list_methods, parse
 from kvfold.methods._merging import Merging
+from kvfold.methods.elitekv import EliteFrame
 from kvfold.methods.events import EVENTS, TRAITS
 from kvfold.methods.h2o import H2O
 from kvfold.methods.scored import Over, Scored
@@ -29,7 +30,7 @@ TEXTS = [info.slug for info in list_methods()] + [
 SAID = {
     "compact": True, "asks": frozenset({"images"}), "narrows": True, "shares_layers": True,
     "format": Dense(torch.bfloat16), "windows": Dense(torch.bfloat16), "firm": (Dense(torch.bfloat16),), "period": 5,
-    "staggered": True,
+    "staggered": True, "own_frame": EliteFrame(None, None),
 }  # fmt: skip
 """Of each trait something that not every method says."""
 REFUSAL = "must be a method that (ranks|selects)|decides by itself in|decides in .*, too|shares the budget by itself"

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfold.files import append, check_format, check_regular, cut_unfinished, read_json, write_json, write_whole
+from kvfold.files import (
+    append,
+    check_format,
+    check_regular,
+    cut_unfinished,
+    read_json,
+    write_folder,
+    write_json,
+    write_whole,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -131,3 +140,19 @@ def test_a_writer_that_makes_a_file_of_its_own_changes_no_mode(tmp_path):
     write_whole(tmp_path / "plain", b"")
     write_whole(tmp_path / "x", another)
     assert mode(tmp_path / "x") == mode(tmp_path / "plain") != 0o600
+
+
+def test_a_folder_is_made_whole_or_not_at_all(tmp_path):
+    def half(folder) -> None:
+        (folder / "a").write_text("x")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        write_folder(tmp_path / "new", half)
+    assert not list(tmp_path.iterdir())
+    write_folder(tmp_path / "new", lambda folder: (folder / "a").write_text("x"))
+    assert [each.name for each in tmp_path.rglob("*")] == ["new", "a"]
+    with pytest.raises(ValueError, match=r"path='.*new' is there already"):
+        write_folder(tmp_path / "new", half)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        write_folder(tmp_path / "nowhere/new", half)

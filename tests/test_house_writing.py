@@ -22,6 +22,8 @@ EXCEPTIONS = {
     ("kvfold.models.bundled", "shutil.copyfileobj"): "within it",
     ("kvfold.models.gguf", "model.save_pretrained"): "within it",
     ("kvfold.models.gguf", "tokenizer.save_pretrained"): "within it",
+    ("kvfold.cli.uptrain", "lm.save_pretrained"): "into a folder that kvfold.files makes, whole or not at all",
+    ("kvfold.cli.uptrain", "tokenizer.save_pretrained"): "within it",
     ("kvfold.cli.app", "os.open"): "the null device, in the place of a closed pipe",
     ("kvfold.bench.peak", "Path('/proc/self/clear_refs').write_text"): "a switch of the kernel's, no file",
 }

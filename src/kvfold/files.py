@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,6 +65,32 @@ def replacing(path: str | os.PathLike[str], argument: str = "path") -> Iterator[
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_folder(path: str | os.PathLike[str], make: Callable[[Path], object], argument: str = "path") -> None:
+    """Make a folder at `path`, whole or not at all: `make` fills one beside it, which takes the name when that is done.
+
+    Raises ValueError where something is there, FileNotFoundError where the folder around it is not.
+    """
+    target = check_new(path, argument)
+    working = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}")
+    working.mkdir()  # not by tempfile, whose folders only their owner can read
+    try:
+        make(working)
+        check_new(path, argument)  # a rename would take the place of an empty folder
+        working.rename(target)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
+def check_new(path: str | os.PathLike[str], argument: str = "path") -> Path:
+    """Where `write_folder` would make a folder; raises what it raises, before anything is made."""
+    target = Path(path).absolute()
+    if os.path.lexists(target):
+        raise ValueError(f"{argument}={os.fspath(path)!r} is there already: name a folder that is not")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{argument}={os.fspath(path)!r}: there is no folder {str(target.parent)!r}")
+    return target
 
 
 def write_whole(

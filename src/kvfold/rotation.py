@@ -1,7 +1,7 @@
 """Moving keys and queries along the text by rotating them further (RoPE), for methods with compact positions."""
 
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -13,6 +13,29 @@ class Rope(Protocol):
 
     def shift(self, x: Float[Tensor, "B H T D"], steps: Int[Tensor, "B H T"]) -> Float[Tensor, "B H T D"]:
         """Vectors rotated for position p become those for position p + steps."""
+        ...
+
+
+@runtime_checkable
+class Frame(Protocol):
+    """What queries and keys are brought to before they attend, from what the model's rotation made of them."""
+
+    @property
+    def key(self) -> str:
+        """By which a format finds what was measured for it (`Spec.artefact`)."""
+        ...
+
+    def of_layer(self, ordinal: int, rope: Rope | None) -> Any:
+        """What was measured for a layer, by its place among the paged ones.
+
+        Raises ValueError where it does not fit the rotation, or none is known.
+        """
+        ...
+
+    def enter(
+        self, x: Float[Tensor, "B H T D"], positions: Int[Tensor, "B T"], ordinal: int, rope: Rope | None
+    ) -> Float[Tensor, "B H T D"]:
+        """Queries or keys of a layer, which the model has rotated for these positions, as they attend."""
         ...
 
 

@@ -28,7 +28,7 @@ def test_writes_what_kvfold_finds(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("KVFOLD_ARTEFACTS", str(tmp_path))
     monkeypatch.setattr("kvfold.models.load.load", lambda *_, **__: (model, Words()))
     (tmp_path / "story.txt").write_text("It was a dark and stormy night. " * 99)
-    calibrate_command("razorattention", "some/tiny", None, tmp_path / "story.txt", None, 81, 3, None, "cpu", True)
+    calibrate_command("razorattention", "some/tiny", None, tmp_path / "story.txt", None, 81, seed=3, json=True)
     said = json.loads(capsys.readouterr().out)
     found = artefacts.find("razorattention", model)
     assert said["path"].startswith(str(tmp_path / "razorattention/tiny-"))

@@ -23,7 +23,7 @@ FORMATS = {
 their length. (The worst were .011, .124 and .599 of 38 methods; medians .008, .078 and .100.)"""
 IDS = ["bf16", "fp8", "kivi", "mustafar"]
 STEPS = torch.arange(5, 45).view(2, 20)
-HOLDS = [info.slug for info in kvfold.list_methods() if info.kind not in ("quantize", "sparse")]
+HOLDS = [info.slug for info in kvfold.list_methods() if info.kind not in ("quantize", "sparse", "low-rank")]
 """Methods that say which tokens are held, not how."""
 
 

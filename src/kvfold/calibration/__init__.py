@@ -12,6 +12,7 @@ import torch
 from kvfold import __version__
 from kvfold.artefacts import Artefact, fingerprint, name_of, text_config
 from kvfold.calibration.duo import train_gates
+from kvfold.calibration.elite import elitekv_tensors
 from kvfold.calibration.errors import compresskv_tables
 from kvfold.calibration.gate import train_attention_gates
 from kvfold.calibration.heads import headkv_tables
@@ -26,6 +27,7 @@ CALIBRATIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "attention-gate": train_attention_gates,
     "compresskv": compresskv_tables,
     "duoattention": train_gates,
+    "elitekv": elitekv_tensors,
     "epicache": epicache_tables,
     "headkv": headkv_tables,
     "kvquant": kvquant_levels,
@@ -33,7 +35,7 @@ CALIBRATIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "razorattention": razor_tables,
 }
 """What measures, by the slug of the method that needs it."""
-TRAINED = {"attention-gate", "kvquant", "less"}
+TRAINED = {"attention-gate", "elitekv", "kvquant", "less"}
 """Those that give tensors, which lie in safetensors files."""
 
 

@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """`samples`: prompts, or steps of training; `length`: tokens of the longest prompt. None: the calibration's own."""
+    """`samples`: prompts, or steps of training; `length`: tokens of the longest prompt. None: the calibration's own.
+
+    `pairs` and `rank` are EliteKV's.
+    """
 
     model: "PreTrainedModel"
     tokenizer: Any
@@ -19,6 +22,8 @@ class Run:
     seed: int = 0
     samples: int | None = None
     length: int | None = None
+    pairs: int | None = None
+    rank: int | None = None
     tick: Callable[[str], None] = field(default=lambda _: None)
     about: dict[str, Any] = field(default_factory=dict)
     """What the calibration did, for the artefact's provenance."""

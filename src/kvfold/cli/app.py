@@ -8,7 +8,7 @@ from io import TextIOWrapper
 import typer
 
 from kvfold import __version__
-from kvfold.cli import bench, calibrate, compare, eval, methods, models, plan, report, run
+from kvfold.cli import bench, calibrate, compare, eval, methods, models, plan, report, run, uptrain
 from kvfold.waiting import rest_between_products
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("models")(models.models)
 app.command("plan")(plan.plan)
 app.command("eval")(eval.eval_command)
 app.command("calibrate")(calibrate.calibrate_command)
+app.command("uptrain")(uptrain.uptrain_command)
 app.command("report")(report.report_command)
 app.add_typer(bench.app, name="bench")
 

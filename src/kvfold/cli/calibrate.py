@@ -12,7 +12,7 @@ def calibrate_command(
     method: Annotated[
         str,
         typer.Argument(
-            help="attention-gate, compresskv, duoattention, epicache, headkv, kvquant, less, razorattention."
+            help="attention-gate, compresskv, duoattention, elitekv, epicache, headkv, kvquant, less, razorattention."
         ),
     ],
     model: common.Model = "smollm2-135m-instruct",
@@ -20,6 +20,8 @@ def calibrate_command(
     texts: Annotated[Path | None, typer.Option("--texts", help="Running text, a file or folder.")] = None,
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="Prompts, or steps of training.")] = None,
     length: Annotated[int | None, typer.Option("--length", min=64, help="Tokens of the longest prompt.")] = None,
+    pairs: Annotated[int | None, typer.Option("--pairs", min=1, help="elitekv: rotary pairs a head keeps.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="elitekv: numbers of a token's latent.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of prompts and random text.")] = 0,
     dtype: common.Dtype = None,
     device: common.Device = "cpu",
@@ -38,6 +40,9 @@ def calibrate_command(
     if method not in CALIBRATIONS:
         get_method(method)  # raises for a name that no method has
         raise ValueError(f"method={method!r} needs no calibration; those that do: {', '.join(CALIBRATIONS)}")
+    for name, value in (("pairs", pairs), ("rank", rank)):
+        if value is not None and method != "elitekv":
+            raise ValueError(f"{name}={value} is an option of elitekv alone, not of {method}")
     suffix = TENSORS if method in TRAINED else TABLES
     if out is not None and out.suffix != suffix:
         raise ValueError(f"out={str(out)!r} must end in {suffix}")
@@ -46,7 +51,17 @@ def calibrate_command(
     with common.stderr.status("") as status:
         made = calibrate(
             method,
-            Run(lm, tokenizer, found, seed, samples, length, lambda what: status.update(f"{method}: {what}")),
+            Run(
+                lm,
+                tokenizer,
+                found,
+                seed,
+                samples,
+                length,
+                pairs,
+                rank,
+                tick=lambda what: status.update(f"{method}: {what}"),
+            ),
             name=Path(model).name,
         )
     path = save(made, out)

@@ -3,6 +3,7 @@
 from kvfold.formats.balanced import BALANCER, Balanced, BalancedSegment
 from kvfold.formats.dense import Dense, DenseSegment
 from kvfold.formats.depth import Depth, DepthSegment
+from kvfold.formats.elite import Basis, Elite, EliteSegment
 from kvfold.formats.fp8 import Fp8, Fp8Segment
 from kvfold.formats.kinds import KINDS, dtype_from, format_from, format_to
 from kvfold.formats.kivi import Kivi, KiviSegment
@@ -26,11 +27,14 @@ __all__ = [
     "WEIGHTS",
     "Balanced",
     "BalancedSegment",
+    "Basis",
     "Chunk",
     "Dense",
     "DenseSegment",
     "Depth",
     "DepthSegment",
+    "Elite",
+    "EliteSegment",
     "Format",
     "Fp8",
     "Fp8Segment",

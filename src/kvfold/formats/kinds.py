@@ -9,6 +9,7 @@ import torch
 from kvfold.formats.balanced import Balanced
 from kvfold.formats.dense import Dense
 from kvfold.formats.depth import Depth
+from kvfold.formats.elite import Elite
 from kvfold.formats.fp8 import Fp8
 from kvfold.formats.kivi import Kivi
 from kvfold.formats.rotated import Rotated
@@ -21,8 +22,8 @@ from kvfold.formats.uneven import Uneven
 from kvfold.options import shown
 
 KINDS: dict[str, type[Any]] = {
-    "balanced": Balanced, "dense": Dense, "depth": Depth, "fp8": Fp8, "kivi": Kivi, "rotated": Rotated,
-    "separable": Separable, "sparse": Sparse, "summed": Summed, "thin": Thin, "uneven": Uneven,
+    "balanced": Balanced, "dense": Dense, "depth": Depth, "elite": Elite, "fp8": Fp8, "kivi": Kivi,
+    "rotated": Rotated, "separable": Separable, "sparse": Sparse, "summed": Summed, "thin": Thin, "uneven": Uneven,
 }  # fmt: skip
 """All formats, by the names that files have for them."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -1,7 +1,7 @@
 """What every format promises: a segment holds tokens of one layer and answers queries over them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -55,8 +55,8 @@ class Spec:
     layer: int = 0
     """Index among the model's layers."""
     rope: Rope | None = None
-    artefact: Any = None
-    """What was measured on the model for this format."""
+    artefact: Mapping[str, Any] = field(default_factory=dict)
+    """What was measured on the model for this layer, by the key that a format names."""
     arena: Any = None
     """The `kvfold.pages.Arena` that the pages come from; None: they are the segment's own."""
 

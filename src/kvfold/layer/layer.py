@@ -11,6 +11,7 @@ from kvfold.formats import Chunk, Dense, Format, Spec
 from kvfold.layer.attending import Asking
 from kvfold.layer.carrying import commit
 from kvfold.layer.deciding import Moment
+from kvfold.layer.framing import entered, measured
 from kvfold.layer.held import Held
 from kvfold.layer.parts import Parts, shares
 from kvfold.layer.plan import DEFERRED, Plan
@@ -57,6 +58,7 @@ class KVLayer(Held):
             valid, places = (None if valid is None or bool(valid.all()) else valid), narrow.positions
         assert places is not None
         places = places.to(k.device)
+        q, k = entered((q, k), places if parts is None else parts.of(places), self.rows.groups, self.site)
         moment, everyone = self.moment(plan), valid
         if everyone is None:
             everyone = torch.ones(places.shape, dtype=torch.bool, device=q.device)
@@ -132,6 +134,7 @@ class KVLayer(Held):
         assert positions is not None
         if positions.device != k.device:
             positions = positions.to(k.device)
+        q, k = entered((q, k), positions, self.rows.groups, self.site)
         asked = ATTENTION in plan.asks
         own = plan.own and len(self.segments) > 1 and self.stored.shows_own
         out, lse, left = self.stored.step(q.reshape(b, h, hq // h, 1, d), k, v, positions, self.scale, asked, own)
@@ -182,8 +185,9 @@ class KVLayer(Held):
         if self.segments:
             return
         (b, h, _, d), site = k.shape, self.site
+        found = measured((group.method for group in rows.groups), site)
         self.stored = Stored(
-            Spec(b, h, d, v.shape[3], k.dtype, k.device, layer=site.layer, rope=site.rope, arena=self.arena)
+            Spec(b, h, d, v.shape[3], k.dtype, k.device, site.layer, site.rope, artefact=found, arena=self.arena)
         )
         for group in rows.groups:
             self.stored.opened[... if group.rows is None else group.rows] = self.stored.number(format_of(group.method))

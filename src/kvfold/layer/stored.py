@@ -208,6 +208,8 @@ class Stored:
         """Take the rows of another batch behind ours; `other` is used up. Formats that one of us lacks are opened."""
         mine, theirs = len(self.opened), len(other.opened)
         self.recent = Recent.joined(self.recent, other.recent, (mine, theirs))
+        known = {**other.spec.artefact, **self.spec.artefact}
+        self.spec, other.spec = (replace(spec, artefact=known) for spec in (self.spec, other.spec))
         places = [self.number(form) for form, _ in other.segments]
         for form, _ in self.segments:
             other.number(form)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.duoattention import DuoAttention as DuoAttention
     from kvfold.methods.dynamickv import DynamicKV as DynamicKV
     from kvfold.methods.elastic_cache_vlm import ElasticCache as ElasticCache
+    from kvfold.methods.elitekv import EliteKV as EliteKV
     from kvfold.methods.ems import EMS as EMS
     from kvfold.methods.epicache import EpiCache as EpiCache
     from kvfold.methods.expected_attention import ExpectedAttention as ExpectedAttention

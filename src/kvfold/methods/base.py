@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvfold.formats import Format
 from kvfold.methods.events import EVENTS, TRAITS, Event
+from kvfold.rotation import Frame
 from kvfold.views import CacheView, HiddenView, LayerView, PromptView, RawPrompt, Requests
 from kvfold.views.decisions import Decisions, Read, decided
 
@@ -46,6 +47,8 @@ class Method:
     only."""
     format: Format | None = None
     """The format that all tokens of the layer go to; None: dense, in the model's dtype."""
+    own_frame: Frame | None = None
+    """What brings queries and keys to where they attend; None: they attend as the model has rotated them."""
     windows: Format | None = None
     """The format that sliding-window layers hold their tokens in; None: as transformers does."""
     firm: tuple[Format, ...] = ()
@@ -54,7 +57,8 @@ class Method:
     @property
     def own_prefill(self) -> bool:
         """Whether the prompt's forward pass is not the full cache's, so that no other cache's can stand in for it."""
-        return self.narrows or self.listens("read_order") or self.listens("admit")
+        own = self.narrows or self.own_frame is not None
+        return own or self.listens("read_order") or self.listens("admit")
 
     @property
     def own_steps(self) -> bool:
@@ -271,6 +275,7 @@ class Pipeline(Compound):
             self._at_most_one(event.alone, [stage for stage in self.stages if stage.listens(name)])
         for name, trait in TRAITS.items():
             self._at_most_one(trait.alone, [stage for stage in self.stages if getattr(stage, name)])
+        self._check_whole()
         if (dropping := self.drops_stored()) is not None:
             raise ValueError(
                 f"method={self} would drop single tokens of {self.format}, which it holds by the page: {dropping} "
@@ -289,6 +294,19 @@ class Pipeline(Compound):
             return None
         events = [name for name, event in EVENTS.items() if event.stored]
         return next((stage for stage in self.stages if any(map(stage.listens, events))), None)
+
+    def _check_whole(self) -> None:
+        """Raise ValueError where a stage may drop tokens of some heads that a format holds for all heads together."""
+        if self.format is None or self.format.traits.addressed != "whole":
+            return
+        reading = ("read_order", "before_attend")  # those drop nothing
+        decide = [stage for stage in self.stages if any(stage.listens(e) for e in EVENTS if e not in reading)]
+        if decide or self.compact:
+            which = decide[0] if decide else next(stage for stage in self.stages if stage.compact)
+            raise ValueError(
+                f"method={self} would drop or move tokens of single heads of {self.format}, which holds those of all "
+                f"heads together: {which} can't stand before it"
+            )
 
     def _at_most_one(self, what: str, stages: list[Method]) -> None:
         if what and len(stages) > 1:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from kvfold.formats import Format
+from kvfold.rotation import Frame
 from kvfold.views import CacheView, HiddenView, LayerView, PromptView, RawPrompt, Requests
 from kvfold.views.decisions import Decision, Decisions, Read, Share, decided
 
@@ -106,8 +107,8 @@ def _union(said: Sequence[frozenset[str]]) -> frozenset[str]:
     return frozenset().union(*said)
 
 
-def _only(said: Sequence[Format | None]) -> Format | None:
-    return next((form for form in said if form is not None), None)
+def _only(said: Sequence[Format | Frame | None]) -> Format | Frame | None:
+    return next((one for one in said if one is not None), None)
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ TRAITS: dict[str, Trait] = {
     "shares_layers": Trait(any),
     "format": Trait(_only, alone="with a format for all tokens"),
     "firm": Trait(lambda said: tuple(form for forms in said for form in forms)),
+    "own_frame": Trait(_only, alone="with a frame of their own"),
     "windows": Trait(_only, alone="with a format for sliding windows"),
 }
 """All traits, attributes of `Method`."""

@@ -24,6 +24,7 @@ from kvfold.hf.saving.said import Entry, SaidGroup, SaidLayer, SaidRows, check_r
 from kvfold.hf.saving.sealed import read_sealed, write_sealed
 from kvfold.hf.saving.window import restore_window
 from kvfold.hf.windows import CodedWindow
+from kvfold.layer.framing import measured
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.plan import Group
 from kvfold.layer.recent import Recent
@@ -152,7 +153,7 @@ def load(path: str | os.PathLike[str], make: Callable[[Method, int | None], Host
     cache = empty[0]
     _check_model(here, found, cache)
     try:
-        _fill(found, cache, dict(_checked(found, cache)))
+        _fill(found, cache, dict(_checked(found, cache, [each.rows.own for each in empty])))
     except ValueError as error:
         raise ValueError(f"{here} is damaged: {error}") from error
     cache.rows.groups = tuple(
@@ -212,7 +213,7 @@ def _check_model(here: str, found: Contents, cache: Host) -> None:
         )
 
 
-def _checked(found: Contents, cache: Host) -> Iterator[tuple[int, tuple[SaidLayer, Spec]]]:
+def _checked(found: Contents, cache: Host, methods: Sequence[Method]) -> Iterator[tuple[int, tuple[SaidLayer, Spec]]]:
     """The layers that hold pages, each with the spec of its segments. ValueError unless header and tensors agree."""
     rows, known = found.rows, dict[str, tuple[Spec, Format, Mapping[str, Any], dict[str, Tensor]]]()
     for index, (layer, entry) in enumerate(zip(cache.layers, found.layers, strict=True)):
@@ -228,7 +229,8 @@ def _checked(found: Contents, cache: Host) -> Iterator[tuple[int, tuple[SaidLaye
             continue
         core, device = layer.core, _device(cache.model, index)
         spec = Spec(
-            len(rows.seen), *said.shape, said.dtype, device, layer=index, rope=core.site.rope, arena=core.arena
+            len(rows.seen), *said.shape, said.dtype, device, index, core.site.rope,
+            measured(methods, core.site), core.arena,
         )  # fmt: skip
         total = np.zeros((spec.rows, spec.heads), dtype=np.int64)
         for number, (form, each) in enumerate(said.formats):
