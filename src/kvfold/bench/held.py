@@ -154,7 +154,10 @@ def _moved(views: list[_AskedView], tokens: Tensor) -> Mapping[Format, Tensor]:
     counts = [view.count[0].double() for view in views]
     for form in dict.fromkeys(form for view in views for form, _, _ in view.formats):
         moved = [
-            sum(((mask & view.valid)[0].sum(-1) for own, mask, _ in view.formats if own == form), torch.zeros(()))
+            sum(
+                ((mask & view.valid)[0].sum(-1) for own, mask, _ in view.formats if own == form),
+                torch.zeros((), dtype=torch.int64),
+            )
             for view in views
         ]
         apart = counts[1] - counts[0]

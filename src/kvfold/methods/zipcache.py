@@ -88,7 +88,9 @@ class ZipCache(Method):
         """What salient tokens and the others are held in."""
         return Separable(self.high, self.group), Separable(self.low, self.group)
 
-    own_steps = True
+    @property
+    def own_steps(self) -> bool:
+        return True
 
     @property
     def firm(self) -> tuple[Separable, Separable]:  # type: ignore[override]
