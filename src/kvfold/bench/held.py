@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from kvfold.budgets import Budget, allocate, is_all
 from kvfold.evaluation.compare import budget_of
 from kvfold.formats import POSITION, Chunk, Dense, Format, Spec
 from kvfold.formats.oldest import unit_of
+from kvfold.formats.sizes import segment_bytes
 from kvfold.methods import Method
 from kvfold.methods.base import decided
 from kvfold.ops.dispatch import use
@@ -59,20 +59,6 @@ class Held:
 
 INT64 = 8
 """Bytes of which segment a row's new tokens go to."""
-
-
-@lru_cache(maxsize=16384)
-def segment_bytes(
-    form: Format, spec: Spec, tokens: tuple[int, ...], columns: tuple[tuple[str, torch.dtype], ...] = ()
-) -> int:
-    """Bytes of a segment that holds so many tokens of each head, with these columns, as it counts them itself."""
-    segment = form.open(spec)
-    none = torch.zeros(1, spec.heads, 0, spec.key_size, dtype=spec.dtype)
-    values = torch.zeros(1, spec.heads, 0, spec.value_size, dtype=spec.dtype)
-    empty = {name: torch.zeros(1, spec.heads, 0, dtype=dtype) for name, dtype in columns}
-    empty[POSITION] = torch.zeros(1, spec.heads, 0, dtype=torch.int32)
-    segment.append(Chunk(none, values, torch.zeros(1, spec.heads, 0, dtype=torch.bool), empty))
-    return segment.nbytes_with(np.array([tokens], dtype=np.int64))
 
 
 def window_tokens(form: Format, window: int, context: int) -> int:

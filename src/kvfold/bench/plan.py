@@ -15,10 +15,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvfold.bench.devices import Device
-from kvfold.bench.held import segment_bytes, stored, window_tokens
+from kvfold.bench.held import stored, window_tokens
 from kvfold.budgets import Budget
 from kvfold.evaluation.compare import budget_of
 from kvfold.formats import Spec
+from kvfold.formats.sizes import segment_bytes
 from kvfold.hf.anatomy import attention_modules
 from kvfold.hf.latent import is_latent
 from kvfold.hf.layers import tensors

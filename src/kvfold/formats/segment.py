@@ -55,7 +55,7 @@ class Spec:
     layer: int = 0
     """Index among the model's layers."""
     rope: Rope | None = None
-    artefact: Mapping[str, Any] = field(default_factory=dict)
+    artefact: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """What was measured on the model for this layer, by the key that a format names."""
     arena: Any = None
     """The `kvfold.pages.Arena` that the pages come from; None: they are the segment's own."""

@@ -1,7 +1,7 @@
 """A limit in bytes: the largest budget with which a cache never holds more, whatever it reads and generates."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
 from math import ceil
@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvfold.formats import POSITION, Chunk, Format, Segment, Spec
+from kvfold.formats import Format, Spec
+from kvfold.formats.sizes import Columns, empty_segment, segment_bytes
 from kvfold.hf.argument import with_cache
 from kvfold.hf.layers import PagedLayer, WindowLayer, beside_bytes
 from kvfold.hf.windows import CodedWindow
@@ -156,7 +156,7 @@ def measured(model: PreTrainedModel, method: Method, context: int, budget: int, 
     """What a row takes, and the bytes of a dense float16 cache of `context` tokens.
 
     The model reads a few tokens under a small budget, which shows the layers' shapes, the columns and the formats; what
-    these take for more tokens their own segments say, filled with as many.
+    these take for more tokens their own segments say.
     """
     cache = make(with_budget_of(method, budget))
     ids = torch.arange(budget + LONGER, device=model.device)[None] % max(2, model.get_input_embeddings().num_embeddings)
@@ -171,8 +171,8 @@ def measured(model: PreTrainedModel, method: Method, context: int, budget: int, 
         core, spec = layer.core, replace(layer.core.stored.spec, rows=1, arena=None)
         own, grows = 0.0, 0.0
         for form, segment in core.segments:
-            columns = {name: column.dtype for name, column in segment.columns()[1].items()}
-            key = (form, replace(spec, layer=0, rope=None), tuple(sorted(columns)))
+            columns = tuple(sorted((name, column.dtype) for name, column in segment.columns()[1].items()))
+            key = (form, replace(spec, layer=0, rope=None), columns)
             if key not in known:
                 known[key] = _line(form, spec, columns, AT_INTERVALS if cache.method.period else AT_STEPS)
             own, grows = own + known[key][0], max(grows, known[key][1])
@@ -186,28 +186,16 @@ def measured(model: PreTrainedModel, method: Method, context: int, budget: int, 
     return Costs(ceil(fixed), each, remembered, heads), dense
 
 
-def _line(form: Format, spec: Spec, columns: Mapping[str, torch.dtype], spare: int) -> tuple[float, float]:
+def _line(form: Format, spec: Spec, columns: Columns, spare: int) -> tuple[float, float]:
     """Bytes of a segment whatever it holds, and of each token in all heads; `spare` pages a head hold none."""
-    held = [form.open(spec) for _ in range(2)]
-    sizes = [_filled(segment, spec, columns, tokens) for segment, tokens in zip(held, (FEW, MANY), strict=True)]
-    each = (sizes[1] - sizes[0]) / (MANY - FEW)
-    tails = (_filled(form.open(spec), spec, columns, FEW + more) - each * (FEW + more) for more in PHASES)
-    pools = held[1].pages_for(np.full((1, spec.heads), FEW))
-    return max(0.0, *tails) + spare * spec.heads * sum(pool.page_nbytes for pool in pools), each
 
+    def held(tokens: int) -> int:
+        return segment_bytes(form, spec, (tokens,) * spec.heads, columns)
 
-def _filled(segment: Segment, spec: Spec, columns: Mapping[str, torch.dtype], tokens: int) -> int:
-    """What an empty segment takes when it holds so many tokens a head, random ones."""
-    shape, device = (1, spec.heads, tokens), spec.device
-    generator = torch.Generator().manual_seed(0)
-    keys, values = (
-        torch.randn(*shape, size, generator=generator, dtype=torch.float32).to(device, spec.dtype)
-        for size in (spec.key_size, spec.value_size)
-    )
-    made: dict[str, Tensor] = {name: torch.zeros(shape, dtype=dtype, device=device) for name, dtype in columns.items()}
-    made[POSITION] = torch.arange(tokens, dtype=torch.int32, device=device).expand(shape)
-    segment.append(Chunk(keys, values, torch.ones(shape, dtype=torch.bool, device=device), made))
-    return segment.bytes_beside(set())
+    each = (held(MANY) - held(FEW)) / (MANY - FEW)
+    most = max(held(FEW + more) - each * (FEW + more) for more in PHASES)
+    pools = empty_segment(form, spec, columns).pages_for(np.full((1, spec.heads), FEW))
+    return max(0.0, most) + spare * spec.heads * sum(pool.page_nbytes for pool in pools), each
 
 
 def _beside(layer: Any, context: int) -> tuple[int, int]:
@@ -219,7 +207,7 @@ def _beside(layer: Any, context: int) -> tuple[int, int]:
     dense = min(context, size - 1) * each * HALF
     if isinstance(layer, CodedWindow):
         spec = Spec(1, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device, layer=layer.index)
-        own, more = _line(layer.form, spec, {}, AT_STEPS)
+        own, more = _line(layer.form, spec, (), AT_STEPS)
         return ceil(own + more * (size + layer.unit) * (1 + SPARE)) + ROW, dense
     # A window gives memory back when it holds a tenth too much.
     return ceil(1.1 * size * each * keys.element_size()) + ROW, dense

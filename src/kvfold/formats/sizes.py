@@ -1,0 +1,32 @@
+"""What a segment takes that holds so many tokens, as it counts that itself; no token has to be there."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from kvfold.formats.segment import Format, Segment, Spec
+from kvfold.formats.tokens import POSITION, Chunk
+
+Columns = tuple[tuple[str, torch.dtype], ...]
+"""Names and dtypes of columns."""
+
+
+def empty_segment(form: Format, spec: Spec, columns: Columns = ()) -> Segment:
+    """A segment without a token, with these columns. Raises ValueError where a format refuses the layer."""
+    segment, device = form.open(spec), spec.device
+    shape = (spec.rows, spec.heads, 0)
+    keys, values = (torch.zeros(*shape, n, dtype=spec.dtype, device=device) for n in (spec.key_size, spec.value_size))
+    none = {name: torch.zeros(shape, dtype=dtype, device=device) for name, dtype in columns}
+    none[POSITION] = torch.zeros(shape, dtype=torch.int32, device=device)
+    segment.append(Chunk(keys, values, torch.zeros(shape, dtype=torch.bool, device=device), none))
+    return segment
+
+
+@lru_cache(maxsize=16384)
+def segment_bytes(form: Format, spec: Spec, tokens: tuple[int, ...], columns: Columns = ()) -> int:
+    """Bytes of a segment that holds so many tokens of each head, with these columns; `spec` is of one row.
+
+    Raises ValueError where a format refuses the layer.
+    """
+    return empty_segment(form, spec, columns).nbytes_with(np.array([tokens], dtype=np.int64))
