@@ -1,4 +1,4 @@
-"""Summed: tokens that are gone, summed up in a state that answers as linear attention (LESS, arXiv:2402.09398)."""
+"""Summed: tokens that are gone, their sums a state that answers as linear attention (LESS, arXiv:2402.09398)."""
 
 import re
 from collections.abc import Mapping
