@@ -351,6 +351,8 @@ def test_q_norm_is_for_two_bits_unless_told():
         data[f"{name}.{bits}"] = torch.tensor([[*torch.linspace(-1, 1, 1 << bits).tolist(), 1.5, 0.25]])
     fits = [KVQuant(bits=bits).measured(data, 0).key_fit[0].tolist() for bits in (2, 3, 4)]
     assert fits == [[1.5, 0.25], [1.0, 0.0], [1.0, 0.0]]
+    with pytest.raises(ValueError, match="exact=17 must be at most the key size 16"):
+        KVQuant(exact=17).measured(data, 0)
     assert KVQuant(bits=4, norm=True).measured(data, 0).value_fit[1].tolist() == [1.5, 0.25]
     assert KVQuant(bits=2, norm=False).measured(data, 0).value_fit[1].tolist() == [1.0, 0.0]
     for name, wrong in (

@@ -15,7 +15,6 @@ from kvfold.calibration.sensitivity import sample
 from kvfold.formats.levels import BITS, ends, in_range, nearest, outstanding
 from kvfold.hf.cache import Cache
 from kvfold.hf.rope import find_ropes
-from kvfold.rotation import Rope
 
 OUTSIDE, SINKS, EXACT = 0.01, 1, 1
 """Share of a key channel's numbers that are outside its range; first tokens that are not looked at, and numbers of a
@@ -78,8 +77,8 @@ def kvquant_levels(run: Run) -> dict[str, Any]:
     return {name: torch.stack(tables) for name, tables in made.items()}
 
 
-def still(states: Tensor, rope: Rope | None) -> Float[Tensor, "H T D"]:
-    """Keys, or their gradients, of one text (1, H, T, D), turned back to position 0; without the first tokens."""
+def still(states: Float[Tensor, "1 H T D"], rope: Any) -> Float[Tensor, "H N D"]:
+    """Keys, or their gradients, turned back to position 0 by a layer's rotation (None: as they are); without sinks."""
     wide = states.detach().float()
     if rope is not None:
         at = torch.arange(wide.shape[2], device=wide.device, dtype=torch.int64)

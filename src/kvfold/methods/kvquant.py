@@ -117,6 +117,8 @@ class KVQuant(Method):
         ordered = all(bool((x[1:count] >= x[: count - 1]).all()) for x in (keys, values))
         if not (sizes and finite and ordered and bool((high >= low).all())):
             raise ValueError(f"the calibration of kvquant has parts of layer {ordinal} that are no levels")
+        if self.exact > low.shape[-1]:
+            raise ValueError(f"exact={self.exact} must be at most the key size {low.shape[-1]}")
         norm = self.bits == min(BITS) if self.norm is None else self.norm
         fits = [x[count:] if norm else x.new_tensor([1.0, 0.0]) for x in (keys, values)]
         each = (x.expand(len(low), -1) for x in (keys[:count], fits[0], values[:count], fits[1]))
