@@ -59,7 +59,7 @@ def test_what_is_left_out_is_not_read():
     want = softmax(q, table, 1.0, 4, 16, False, read)
     for name in ("value_scale", "value_zero", "log_mass"):
         plane, slots = table.pool.planes[name], (~read[0, 0]).nonzero()[:, 0]
-        plane[torch.from_numpy(table.table[0])[slots // 8].long(), slots % 8] = torch.nan
+        plane[torch.from_numpy(table.table[0].copy())[slots // 8].long(), slots % 8] = torch.nan
     got = gpu.attend_codes(
         q.to(DEVICE), on_device(table), 1.0, bits=4, value_size=16, mass=None, read=read.to(DEVICE), weights=True,
         **REST,

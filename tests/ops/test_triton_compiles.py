@@ -29,6 +29,7 @@ from kvfold.ops.tokens import gpu as tokens
 from kvfold.ops.tokens import triton_kernels as _tokens
 from kvfold.pages import Plane
 
+pytestmark = pytest.mark.slow
 KERNELS = (_codes, _fp8, _paged, _sparse, _tokens)  # imported: the compiler looks for what is
 SHARED_MEMORY = 99 * 1024
 """Bytes that a program may have on every GPU from Ampere on."""

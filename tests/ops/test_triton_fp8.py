@@ -79,7 +79,7 @@ def test_the_definition_itself():
 
 
 def test_all_bytes_are_what_torch_says():
-    """Each of the 256 as a value that takes all the weight: NaN for two of them, and zeros with their sign."""
+    """Each of the 256 as a value that takes all the weight; two of them are NaN."""
     codes = torch.arange(256, dtype=torch.uint8)
     table = scattered(
         {
