@@ -14,7 +14,7 @@ from transformers.models.auto import CONFIG_MAPPING
 
 from kvfold.bench import DEVICES, Device, MemoryPlan, ModelShape, find_device, make_plan, shape_of
 from kvfold.bench.devices import quantity
-from kvfold.bench.held import Held, stored, window_tokens
+from kvfold.bench.held import StoredTokens, stored, window_tokens
 from kvfold.evaluation.compare import with_budget
 from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, Spec
 from kvfold.hf.cache import Cache
@@ -194,7 +194,7 @@ def test_kvmerger_says_itself_which_layers_stay_whole() -> None:
 
 def test_compositions_keep_the_smaller_and_add_their_columns() -> None:
     held = stored(parse("h2o(budget=0.5) | streamingllm(budget=100)"), 1000, 0, (0, 1), 2, 3)
-    assert held == Held(((Dense(), (100, 100, 100)),), (("h2o_score", torch.float32),))
+    assert held == StoredTokens(((Dense(), (100, 100, 100)),), (("h2o_score", torch.float32),))
 
 
 FORMATS = [

@@ -27,7 +27,7 @@ DENSE = Dense()
 
 
 @dataclass(frozen=True)
-class Held:
+class StoredTokens:
     """What one layer holds: tokens of each head by format, and the columns that all of them have."""
 
     parts: tuple[tuple[Format, tuple[int, ...]], ...]
@@ -108,7 +108,7 @@ def _asked(
 
 
 @lru_cache(maxsize=16384)
-def stored(method: Method, context: int, ordinal: int, paged: tuple[int, ...], depth: int, heads: int) -> Held:
+def stored(method: Method, context: int, ordinal: int, paged: tuple[int, ...], depth: int, heads: int) -> StoredTokens:
     """What a method keeps in each head of a paged layer after a prompt of `context` tokens.
 
     Raises ValueError for a method that lets layers share tokens, whose bytes are those of no single layer.
@@ -131,7 +131,7 @@ def stored(method: Method, context: int, ordinal: int, paged: tuple[int, ...], d
             moved = torch.minimum(moved, left)
             left -= moved
             parts.append((form, tuple(moved.tolist())))
-    return Held(((own, tuple(left.tolist())), *parts), columns)
+    return StoredTokens(((own, tuple(left.tolist())), *parts), columns)
 
 
 def _moved(views: list[_AskedView], tokens: Tensor) -> Mapping[Format, Tensor]:
