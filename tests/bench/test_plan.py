@@ -265,6 +265,7 @@ def test_a_segment_says_what_more_tokens_would_take() -> None:
                 states = torch.randn(2, 2, count, 64)
                 places = torch.arange(count, dtype=torch.int32).expand(2, 2, count)
                 segment.append(Chunk(states, states, torch.ones(2, 2, count, dtype=torch.bool), {POSITION: places}))
+                segment.truncate(segment.counts())  # without the room that a growing table takes
                 assert want == pytest.approx(segment.nbytes, rel=0.04), (text, first, more)
 
 
