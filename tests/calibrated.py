@@ -47,7 +47,7 @@ def levels(layers: int, heads: int, size: int) -> dict[str, Tensor]:
     for bits in (2, 3, 4):
         made[f"keys.{bits}"] = torch.tensor([*torch.linspace(-1, 1, 1 << bits).tolist(), 1.0, 0.0]).expand(layers, -1)
         made[f"values.{bits}"] = made[f"keys.{bits}"]
-    return {name: table.contiguous() for name, table in made.items()}
+    return {name: table.clone(memory_format=torch.contiguous_format) for name, table in made.items()}
 
 
 def feature_maps(

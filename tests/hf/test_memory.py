@@ -87,6 +87,7 @@ def test_a_limit_under_which_nothing_fits_is_refused_with_the_least():
         ("kvfold", {"memory": 10**6, "batch": 0}, "batch=0"), ("full", {"memory": 10**6}, "none has one"),
         ("snapkv", {"memory": 10**6}, r"try decoding\(snapkv\)"), 
         ("kvfold | kivi", {"memory": 10**6}, "drops single tokens"),
+        ("kvfold", {"context": 10}, "memory= is for"), ("kvfold", {"batch": 2}, "memory= is for"),
         ("kvfold(budget=9)", {"memory": 10**6}, "budget=9 is given, too"),
         ("kvfold", {"memory": 10**6, "budget": 9}, "budget=9 is given, too"),
         ("decoding(snapkv) | h2o", {"memory": 10**6}, "decoding and h2o has one"),

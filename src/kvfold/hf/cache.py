@@ -56,7 +56,6 @@ class Cache(Adopting):
     caches that have it: a generated token for which there is no page raises OutOfPages before any layer has read it.
     What a prompt keeps is known when it was read, and new columns of a method when it makes them: then OutOfPages
     leaves this cache to be `reset()`.
-
     With `memory` (bytes, "512MiB", or a share of a dense float16 cache of `context` tokens) the budget is the largest
     with which `batch` rows never hold more, prompt, generation and all else included (hf/memory.py).
 
@@ -70,8 +69,7 @@ class Cache(Adopting):
         context: int | None = None, batch: int = 1, **options: Any,
     ):  # fmt: skip
         chosen, model = parse(method, **options), unwrapped(model)
-        if memory is not None:
-            chosen = within(model, chosen, memory, context, batch, lambda made: type(self)(model, made))
+        chosen = within(model, chosen, memory, context, batch, lambda made: type(self)(model, made))
         if not isinstance(arena, Arena | None):
             raise ValueError(f"arena={shown(arena)} must be a kvfold.Arena")
         if prefill_chunk is not None:

@@ -85,12 +85,16 @@ def within(
 
     Everything counts, as in `Cache.nbytes`: columns, tables, tails of formats, remembered queries, windows, recurrent
     states. `context`: tokens of a row; a share of memory is one of a dense cache's for so many. Has the model read a
-    few tokens. Raises ValueError for a method that would not keep to a budget while it generates, and for a limit under
+    few tokens; the method itself without `memory`. Raises ValueError for a method that would not keep to a budget while it generates, and for a limit under
     which not one token fits, with the least that can be.
     """
     check_int("batch", batch, 1)
     if context is not None:
         check_int("context", context, 1)
+    if memory is None:
+        if context is not None or batch != 1:
+            raise ValueError(f"context={context!r} and batch={batch!r} are what memory= is for, which is not given")
+        return method
     limit = parse_memory(memory)
     stage = taker(method)
     low = least_of(method)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kvfold.formats import Chunk
 from kvfold.formats.segment import Hearing
-from kvfold.layer.stored import Stored, as_stored
+from kvfold.layer.segments import as_stored
+from kvfold.layer.stored import Stored
 from kvfold.views import LayerView
 from kvfold.views.decisions import Amend
 

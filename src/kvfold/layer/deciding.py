@@ -14,7 +14,8 @@ from kvfold.layer.carrying import commit
 from kvfold.layer.plan import Part, Plan, narrowed
 from kvfold.layer.recent import EVENT, Recent, ahead
 from kvfold.layer.rows import Rows
-from kvfold.layer.stored import Stored, as_stored
+from kvfold.layer.segments import as_stored
+from kvfold.layer.stored import Stored
 from kvfold.methods.base import decided
 from kvfold.views import ATTENTION, HiddenView, LayerView, Place, Queries, Site
 from kvfold.views.decisions import Amend, Decision, Propagate

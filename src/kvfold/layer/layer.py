@@ -16,7 +16,8 @@ from kvfold.layer.held import Held
 from kvfold.layer.parts import Parts, shares
 from kvfold.layer.plan import DEFERRED, Plan
 from kvfold.layer.rows import Rows
-from kvfold.layer.stored import Stored, new_tokens
+from kvfold.layer.segments import new_tokens
+from kvfold.layer.stored import Stored
 from kvfold.rotation import Compact
 from kvfold.views import ATTENTION, LayerView, Queries, fade_of, faded
 
