@@ -85,8 +85,8 @@ def within(
 
     Everything counts, as in `Cache.nbytes`: columns, tables, tails of formats, remembered queries, windows, recurrent
     states. `context`: tokens of a row; a share of memory is one of a dense cache's for so many. Has the model read a
-    few tokens; the method itself without `memory`. Raises ValueError for a method that would not keep to a budget while it generates, and for a limit under
-    which not one token fits, with the least that can be.
+    few tokens; without `memory` the method stays as it is. Raises ValueError for a method that would not keep to a
+    budget while it generates, and for a limit under which not one token fits, with the least that can be.
     """
     check_int("batch", batch, 1)
     if context is not None:
