@@ -8,9 +8,9 @@ pytest.importorskip("triton", reason="Triton is not installed (the extra `gpu`)"
 
 from interpreted import DEVICE, interpreted, triton_fits  # noqa: F401  (fixtures that every test here needs)
 from kvfold.formats import LOG_MASS, POSITION, Balanced, Chunk, Fp8, Kivi, Rotated, Separable, Sparse, Spec, Thin
-from kvfold.ops import codes, dispatch, fp8, paged, sparse, tokens
+from kvfold.ops import codes, dispatch, float8, paged, sparse, tokens
 from kvfold.ops.codes import triton_kernels as _codes
-from kvfold.ops.fp8 import triton_kernels as _fp8
+from kvfold.ops.float8 import triton_kernels as _fp8
 from kvfold.ops.paged import triton_kernels as _paged
 from kvfold.ops.sparse import triton_kernels as _sparse
 from kvfold.ops.tokens import triton_kernels as _tokens
@@ -19,7 +19,7 @@ KERNELS = (_codes, _fp8, _paged, _sparse, _tokens)  # imported: the fixture find
 pytestmark = pytest.mark.usefixtures("interpreted", "triton_fits")
 ROOMS = {
     Kivi(bits=2, group=16, residual=16): codes, Separable(bits=4, group=16): codes, Rotated(3, 4): tokens,
-    Balanced(bits=2): tokens, Sparse(residual=16): sparse, Thin(): paged, Fp8(): fp8,
+    Balanced(bits=2): tokens, Sparse(residual=16): sparse, Thin(): paged, Fp8(): float8,
 }  # fmt: skip
 """Formats, and the operation that answers over their pages."""
 
@@ -50,9 +50,9 @@ def test_decode_steps_are_those_of_the_definition(form, dtype, monkeypatch):
 
 
 def _name(form) -> str:
-    return {codes: "codes", tokens: "tokens", sparse: "sparse", paged: "pages", fp8: "fp8"}[ROOMS[form]]
+    return {codes: "codes", tokens: "tokens", sparse: "sparse", paged: "pages", float8: "float8"}[ROOMS[form]]
 
 
-@pytest.mark.parametrize("op", ["attend_codes", "attend_fp8", "attend_pages", "attend_sparse", "attend_tokens"])
+@pytest.mark.parametrize("op", ["attend_codes", "attend_float8", "attend_pages", "attend_sparse", "attend_tokens"])
 def test_triton_comes_first_on_cuda(op):
     assert dispatch.versions(op)[0] == "triton"

@@ -64,7 +64,7 @@ def test_training_lowers_the_loss(monkeypatch):
     model, said = build("llama"), []
     wanted = [weight.requires_grad for weight in model.parameters()]
     before = [weight.clone() for weight in model.parameters()]
-    made = training.train_feature_maps(Run(model, Words(), TEXTS, 0, 12, 96, said.append, about := {}))
+    made = training.train_feature_maps(Run(model, Words(), TEXTS, 0, 12, 96, tick=said.append, about=(about := {})))
     assert about["loss at the end"] < 0.9 * about["loss at the start"] and about["loss at the start"] < 1.05
     assert len(said) == 12 and said[-1].startswith("step 12 of 12: error 0.")
     assert [weight.requires_grad for weight in model.parameters()] == wanted

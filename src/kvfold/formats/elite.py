@@ -224,7 +224,7 @@ class EliteSegment(TokenSegment):
         if what == "values":
             return made
         b, h, t, _ = made.shape
-        elite = self.plane("keys")[:, 0].view(b, t, h, -1).transpose(1, 2)
+        elite = self.plane("keys")[:, 0].view(b, t, h, self.plane("keys").shape[-1] // h).transpose(1, 2)
         keys = made.new_empty(b, h, t, self.basis.elite.shape[1])
         keys.scatter_(-1, self.basis.rest[None, :, None].expand(b, h, t, -1), made)
         return keys.scatter_(-1, self.basis.at[None, :, None].expand(b, h, t, -1), elite.to(self.compute))
