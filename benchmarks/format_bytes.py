@@ -16,6 +16,7 @@ from kvfold.bench.contenders import (
     DYNAMIC,
     draw_prompts,
     fill_all,
+    fitting,
     held_bytes,
     kvfold_contenders,
     transformers_contenders,
@@ -39,7 +40,8 @@ def main() -> None:
     model, _ = kvfold.load(args.model, dtype=torch.bfloat16)
     ids = draw_prompts(model, 1, args.context)
     theirs, skipped = transformers_contenders(model)
-    ours = kvfold_contenders(model, [(name, parse(name)) for name in split_names(args.methods)])
+    wanted = kvfold_contenders(model, [(name, parse(name)) for name in split_names(args.methods)])
+    ours, unfit = fitting(model, wanted)  # some need a calibration of the model
     caches = [(contender, contender.make()) for contender in (*theirs, *ours)]
     fill_all(model, [cache for _, cache in caches], ids)
     rows = [{"cache": c.name, "library": c.library, "nbytes": held_bytes(cache)} for c, cache in caches]
@@ -48,10 +50,10 @@ def main() -> None:
     print("| cache | bytes a token | of float16 |\n| --- | ---: | ---: |")
     for row in rows:
         print(f"| {code_cell(row['cache'])} | {row['nbytes'] / args.context:,.0f} | {row['nbytes'] / whole:.3f} |")
-    for left in skipped:
+    for left in (*skipped, *unfit):
         print(f"\n{left['contender']} is left out: {left['reason']}")
     if args.out is not None:
-        about = {"model": args.model, "context": args.context, "versions": versions(), "skipped": skipped}
+        about = {"model": args.model, "context": args.context, "versions": versions(), "skipped": [*skipped, *unfit]}
         write_json(args.out, {**about, "rows": rows})
 
 

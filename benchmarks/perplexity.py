@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import kvfold
-from kvfold.bench.contenders import held_bytes, kvfold_contenders, transformers_contenders
+from kvfold.bench.contenders import fitting, held_bytes, kvfold_contenders, transformers_contenders
 from kvfold.evaluation.compare import split_names
 from kvfold.evaluation.decoding import prefill
 from kvfold.evaluation.escaping import code_cell
@@ -55,7 +55,8 @@ def main() -> None:
     if ids.shape[1] < args.context + args.tokens:
         parser.error(f"file={args.file} has {ids.shape[1]} tokens, context and tokens ask for more")
     theirs, skipped = transformers_contenders(model, args.quantized)
-    ours = kvfold_contenders(model, [(name, parse(name)) for name in split_names(args.methods)])
+    wanted = kvfold_contenders(model, [(name, parse(name)) for name in split_names(args.methods)])
+    ours, unfit = fitting(model, wanted)  # some need a calibration of the model
     base = size = 0.0
     print(f"{args.model}, {args.dtype}: {args.context} tokens read, {args.tokens} fed\n")
     print("| cache | perplexity | of DynamicCache's | bytes of float16 |\n| --- | ---: | ---: | ---: |")
@@ -65,7 +66,7 @@ def main() -> None:
             found, held = perplexity(model, cache, ids, args.context), held_bytes(cache)
             base, size = base or found, size or held * 2 / model.dtype.itemsize
             print(f"| {code_cell(contender.name)} | {found:.3f} | {found / base:.4f} | {held / size:.3f} |", flush=True)
-    for left in skipped:
+    for left in (*skipped, *unfit):
         print(f"\n{left['contender']} is left out: {left['reason']}")
 
 
