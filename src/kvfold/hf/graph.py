@@ -23,7 +23,7 @@ def decode_graph(model: PreTrainedModel, cache: Cache) -> Iterator["DecodeGraph"
             model.generate(**inputs, past_key_values=cache)
 
     Prompts, other caches, and padded or assisted steps run as ever. Raises ValueError where no step could be
-    captured: not on CUDA; layers that are no pages; a method that decides or selects at every token.
+    captured: not on CUDA; layers that are no pages; a method that decides about generated tokens, or selects.
     """
     graph, own, forward = DecodeGraph(model, cache), model.__dict__.get("forward"), model.forward
 
@@ -54,10 +54,11 @@ class DecodeGraph:
         formats = [str(g.method) for g in cache.rows.groups if not format_of(g.method).traits.graphs]
         if formats:
             raise ValueError(f"method={formats[0]} stores tokens in a format whose steps can't be captured: no graph")
-        busy = [e for e in ("after_decode", "before_attend", "after_layer", "after_forward") if cache.method.listens(e)]
+        events = ("after_decode", "after_interval", "before_attend", "after_layer", "after_forward")
+        busy = [event for event in events if cache.method.listens(event)]
         if busy or cache.method.compact:
             why = ", ".join(busy) or "compact positions"
-            raise ValueError(f"method={cache.method} acts at every token ({why}), which a graph can't replay")
+            raise ValueError(f"method={cache.method} acts on generated tokens ({why}), which a graph can't replay")
         self.cache, self.captures = cache, 0
         self._forward = model.forward
         self._graph: torch.cuda.CUDAGraph | None = None
