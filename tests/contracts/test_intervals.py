@@ -256,6 +256,7 @@ def test_where_single_tokens_do_not_go_only_the_prompt_is_folded():
         ("decoding(nobody)", "nobody"), ("decoding(snapkv, h2o)", "by name"),
         ("decoding(snapkv, score='h2o')", "twice"),
         ("snapkv(h2o)", "by name"), ("decoding(3)", "3"),
+        ("decoding(score=snapkv)", "a text in quotes"), ("tova(budget=20) | decoding(snapkv)", "at every token"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_is_refused(text, said):
@@ -271,3 +272,55 @@ def test_intervals_of_budgets():
     )
     assert kvfold.parse(str(Decoding(score="expected-attention"))) == kvfold.parse("decoding(expected-attention)")
     assert replace(Decoding(), budget=1.0).period == 0
+
+
+def test_rows_of_one_method_with_other_intervals_are_alone():
+    """After a join the same method's rows may have waited for different numbers of tokens: contexts are not shared."""
+    model, text = subject("llama"), "decoding(windowkv(group=2, suffix=2), budget=24, interval=4)"
+
+    def first():
+        cache = kvfold.Cache(model, text)
+        read(model, cache, tokens(90)["input_ids"])
+        say(model, cache, tokens(3)["input_ids"])
+        return cache
+
+    def second():
+        cache = kvfold.Cache(model, text)
+        read(model, cache, tokens(60)["input_ids"])
+        say(model, cache, tokens(6)["input_ids"])
+        cache.crop(62)
+        say(model, cache, tokens(1)["input_ids"])
+        return cache
+
+    more, joined, alone = tokens(5, 5)["input_ids"], first(), (first(), second())
+    joined.join(second())
+    mask = torch.zeros(2, joined.get_seq_length(), dtype=torch.int64)
+    for row, seen in enumerate(joined.rows.seen.tolist()):
+        mask[row, mask.shape[1] - seen :] = 1
+    both = say(model, joined, more, mask)
+    for row, own in enumerate(alone):
+        torch.testing.assert_close(say(model, own, more[row : row + 1])[0], both[row], atol=2e-4, rtol=0)
+        assert [layer[0] for layer in kept(own)] == [layer[row] for layer in kept(joined)]
+
+
+def test_tokens_without_decisions_ask_nothing_at_the_next_cut():
+    """A block without decisions puts no query into the ring: the cut behind it sees those that are there, no others."""
+    model, cache = subject("llama"), kvfold.Cache(subject("llama"), "decoding(snapkv, budget=12, interval=4)")
+    read(model, cache, tokens(30)["input_ids"])
+    with cache.undecided():
+        say(model, cache, tokens(5)["input_ids"])
+    seen, own = [], Recent.asked
+
+    def asked(self, count, *rest):
+        found = own(self, count, *rest)
+        seen.append((found.positions.tolist(), [self.at[0, p % self.size] for p in found.positions[0].tolist()]))
+        return found
+
+    Recent.asked = asked
+    try:
+        say(model, cache, tokens(9)["input_ids"])
+    finally:
+        Recent.asked = own
+    assert len(seen) == 2 * len(cache.paged)
+    assert all(positions == [at] for positions, at in seen)
+    assert cache.kept_tokens <= 12

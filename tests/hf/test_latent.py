@@ -84,6 +84,15 @@ def test_a_budget_of_everything_is_exact_and_a_small_one_keeps_what_it_says():
     assert {len(held) for layer in range(3) for row in cache.kept(layer) for held in row} == {16}
 
 
+def test_a_share_of_memory_is_one_of_latents():
+    """memory=0.5 of a dense cache that holds latents, in float16."""
+    model = made("deepseek_v3")
+    cache = kvfold.Cache(model, "full")
+    greedy(model, cache, *tokens(300).values(), 1)
+    half = kvfold.Cache(model, "kvfold", memory=cache.dense_nbytes // 4)  # it is float32 here
+    assert kvfold.Cache(model, "kvfold", memory=0.5, context=300).method == half.method
+
+
 def test_bytes_are_those_of_latents():
     model, prompt = made("deepseek_v3"), tokens(64)
     theirs, ours = dynamic(model), kvfold.Cache(model)

@@ -9,7 +9,7 @@ from models import subject, tokens
 from saying import read
 
 WHO = [
-    "kvfold", "h2o", "tova", "streamingllm", "kvfold(quality='best')", "decoding(snapkv)", "decoding(adakv)",
+    "kvfold", "h2o", "tova", "streamingllm", "decoding(snapkv)", "decoding(adakv)",
     "decoding(kvmerger)", "decoding(keepkv)", "keepkv", "adakv(h2o)", "lacache", "scissorhands", "keyformer",
     "kvfold | turboquant(bits=4)", "kvfold | fp8", "streamingllm | fp8", "decoding(adakv) | mustafar",
     "kvfold | kivi(bits=4, requantise=True)",
@@ -50,6 +50,24 @@ def test_a_large_limit_is_used():
         assert 0.8 * limit < most_held(model, cache, tokens(2500)["input_ids"], tokens(90)["input_ids"]) <= limit
 
 
+@pytest.mark.parametrize("text", ["kvfold", "h2o", "decoding(snapkv)", "cake", "kvfold | turboquant(bits=4)"])
+def test_the_limit_holds_while_a_prompt_is_read(text, monkeypatch):
+    """Looked at after each layer, not after the pass alone: no layer waits for the others with all of its tokens."""
+    from kvfold.hf.layers import PagedLayer
+
+    model, most, own = subject("llama"), [0], PagedLayer.attend
+    cache = kvfold.Cache(model, text, memory=150_000)
+
+    def attend(self, *given):
+        out = own(self, *given)
+        most.append(cache.nbytes)
+        return out
+
+    monkeypatch.setattr(PagedLayer, "attend", attend)
+    read(model, cache, tokens(500)["input_ids"])
+    assert len(most) == 4 and max(most) <= 150_000
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_share_is_of_a_dense_float16_cache(name):
     """A tenth of what transformers' own cache holds for so many tokens, at two bytes a number."""
@@ -58,7 +76,8 @@ def test_a_share_is_of_a_dense_float16_cache(name):
     model, context = subject(name), 3000
     dense = DynamicCache(config=model.config)
     model(tokens(context)["input_ids"], past_key_values=dense)
-    own = sum(layer.keys.numel() + layer.values.numel() for layer in dense.layers) * 2
+    held = [tensor for layer in dense.layers for tensor in (layer.keys, layer.values)]
+    own = sum(tensor.numel() for tensor in held) * 2
     shared = kvfold.Cache(model, "kvfold", memory=0.5, context=context, batch=3)
     assert shared.method == kvfold.Cache(model, "kvfold", memory=int(0.5 * own * 3), batch=3).method
 
@@ -86,11 +105,15 @@ def test_a_limit_under_which_nothing_fits_is_refused_with_the_least():
         ("kvfold", {"memory": 0.1}, "say of how many tokens"), ("kvfold", {"memory": 0.1, "context": 0}, "context=0"),
         ("kvfold", {"memory": 10**6, "batch": 0}, "batch=0"), ("full", {"memory": 10**6}, "none has one"),
         ("snapkv", {"memory": 10**6}, r"try decoding\(snapkv\)"), 
-        ("kvfold | kivi", {"memory": 10**6}, "drops single tokens"),
+        ("kvfold | kivi", {"memory": 10**6}, "drops no single tokens"),
         ("kvfold", {"context": 10}, "memory= is for"), ("kvfold", {"batch": 2}, "memory= is for"),
         ("kvfold(budget=9)", {"memory": 10**6}, "budget=9 is given, too"),
         ("kvfold", {"memory": 10**6, "budget": 9}, "budget=9 is given, too"),
-        ("decoding(snapkv) | h2o", {"memory": 10**6}, "decoding and h2o has one"),
+        ("decoding(snapkv) | keydiff", {"memory": 10**6}, "decoding and keydiff has one"),
+        ("kvfold(quality='best')", {"memory": 10**6}, "holds all of it until after_prompt"),
+        ("d2o", {"memory": 10**6}, "holds all of it until after_forward"),
+        ("kvfold(interval=0)", {"memory": 10**6}, "its interval is 0"),
+        ("snapkv | kivi", {"memory": 10**6}, "drops no single tokens"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_is_refused(text, options, said):

@@ -93,7 +93,7 @@ def test_twins_fold_without_loss():
     truth, first = answers(view, None, later), (times.cumsum(0) - times).tolist()
 
     class Firsts(KVFold):  # the first of each set of equal tokens stays
-        def worth(self, view, attention, most):
+        def worth(self, view, attention):
             return torch.isin(view.positions, torch.tensor(first)).float()
 
     def error(threshold):
@@ -178,9 +178,7 @@ def test_the_best_quality_reads_the_prompt_again():
         norms = first.values.norm(dim=-1)[0].square()
         again = both.attention(80)[0, :, :, 40:, :40].sum((1, 2)) * norms
         compete = range(4, 37)  # four sinks and a quarter of 12 stay anyway
-        worth = method.worth(first, first.column_sums(0.5), first.attention(16).amax((2, 3)))[0] + again / again[
-            :, 4:37
-        ].sum(-1, keepdim=True)
+        worth = method.worth(first, first.column_sums(0.5))[0] + again / again[:, 4:37].sum(-1, keepdim=True)
         for head, kept in enumerate(core.kept()[0]):
             best = sorted(compete, key=lambda t, own=worth[head]: -own[t])[:5]
             assert kept == sorted({0, 1, 2, 3, 37, 38, 39, *best})
@@ -314,7 +312,7 @@ def test_a_window_that_is_all_of_the_text_has_no_votes():
     view = random_view(H=2, T=12, seed=2)
     wide, none = (KVFold(budget=6, window=w, heads="even") for w in (12, 0))
     attention, _ = wide.attention(view)
-    assert torch.equal(*(m.worth(view, attention, m.last(view)[0]) for m in (wide, none)))
+    assert torch.equal(*(m.worth(view, attention) for m in (wide, none)))
 
 
 def test_a_fold_of_two_turns_stands_for_all_of_them():

@@ -17,6 +17,7 @@ from kvfold.hf.argument import with_cache
 from kvfold.hf.layers import PagedLayer, WindowLayer, beside_bytes
 from kvfold.hf.windows import CodedWindow
 from kvfold.methods.base import Method, Pipeline
+from kvfold.methods.registry import parse
 from kvfold.options import check_int, shown
 from kvfold.pages import PAGE_SIZE
 
@@ -127,12 +128,31 @@ def taker(method: Method) -> Method:
     stage = taking[0]
     if (given := stage.budget) != stage.info.options["budget"]:
         raise ValueError(f"memory= sets the budget of {stage.info.slug}, and budget={given!r} is given, too")
-    if not (stage.listens("after_decode") or stage.period):
-        hint = f"decoding({stage.info.slug})" if stage.info.slug != "kvfold" else "a format that drops single tokens"
+    if held := [event for event in ("after_prompt", "after_forward") if stage.listens(event)]:
         raise ValueError(
-            f"memory= needs a method that keeps to its budget while it generates, which {stage} does not: try {hint}"
+            f"memory= needs a method that cuts a prompt layer by layer; {stage} holds all of it until {held[0]}"
+        )
+    if not (stage.listens("after_decode") or stage.period):
+        raise ValueError(
+            f"memory= needs a method that keeps to its budget while it generates, which {stage} does not{_hint(method)}"
         )
     return stage
+
+
+def _hint(method: Method) -> str:
+    """What would be one, where that can be said."""
+    stages = method.stages if isinstance(method, Pipeline) else (method,)
+    forms = [form for stage in stages for form in (*stage.firm, *([] if stage.format is None else [stage.format]))]
+    if any(not form.traits.drops for form in forms):
+        return f": {forms[0]} drops no single tokens (requantise=True, where it has that, or a format by token)"
+    if any(getattr(stage, "interval", None) == 0 for stage in stages):
+        return ": its interval is 0"
+    slug = next(stage.info.slug for stage in stages if hasattr(stage, "budget"))
+    try:
+        parse("decoding", score=slug)
+    except ValueError:
+        return ""
+    return f": try decoding({slug})"
 
 
 def least_of(method: Method) -> int:
@@ -186,7 +206,7 @@ def measured(model: PreTrainedModel, method: Method, context: int, budget: int, 
         queries = model.config.get_text_config(decoder=True).num_attention_heads
         remembered += queries * (spec.key_size * spec.dtype.itemsize + 4) + 8
         heads += spec.heads
-        dense += HALF * context * spec.heads * (spec.key_size + spec.value_size)
+        dense += HALF * context * spec.heads * (spec.key_size + (0 if layer.latent else spec.value_size))
     return Costs(ceil(fixed), each, remembered, heads), dense
 
 

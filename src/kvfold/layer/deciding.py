@@ -159,8 +159,9 @@ class Moment:
         ):
             return  # as at most steps
         for count, part in recent.due(self.rows.groups, seen, self.rows.prompt, share):
-            steps = {(part.group, EVENT): {}} if part.method.staggered else plan.steps
-            moment = replace(self, turn=True, plan=replace(plan, parts=(part,), steps=steps))
+            # Layers that act after the same token share a context; rows with other intervals have one of their own.
+            shared = {} if part.method.staggered else plan.steps.setdefault((part.group, f"{EVENT} {count}"), {})
+            moment = replace(self, turn=True, plan=replace(plan, parts=(part,), steps={(part.group, ""): shared}))
             view = moment.view(recent.asked(count, seen, stored.lengths()))
             commit(stored, moment.decide(view), None, slack=False)
             recent.seen_to(part, seen)

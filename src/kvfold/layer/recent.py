@@ -88,6 +88,7 @@ class Recent:
         """
         found: list[tuple[int, Part]] = []
         start = np.minimum(np.maximum(self.since, prompt), seen)
+        counts = np.minimum(seen - start, self._unbroken(seen))
         for number, group in enumerate(groups):
             period, rows = group.method.period, group.rows
             if not period:
@@ -95,11 +96,17 @@ class Recent:
             early = ahead(group.method, share)
             begun = (start - prompt + early) // period < (seen - prompt + early) // period
             mine = begun if rows is None else begun & np.isin(np.arange(len(seen)), rows)
-            counts = np.minimum(seen - start, self.size)
             for count in np.unique(counts[mine]).tolist():
                 chosen = np.flatnonzero(mine & (counts == count))
                 found.append((count, Part(number, group.method, chosen if len(chosen) < len(seen) else None, EVENT)))
         return found
+
+    def _unbroken(self, seen: np.ndarray) -> np.ndarray:
+        """How many of each row's last queries are here without a gap: in a block without decisions none were put."""
+        places = seen[:, None] - 1 - np.arange(self.size)
+        here = np.take_along_axis(self.at, places % self.size, 1) == np.maximum(places, 0)
+        unbroken: np.ndarray = here.cumprod(1).sum(1)
+        return unbroken
 
     def asked(self, count: int, seen: np.ndarray, slots: np.ndarray) -> Queries:
         """The last `count` queries of each row, of those that are due; `slots` (B, H): of each head in the view.

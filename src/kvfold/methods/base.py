@@ -281,6 +281,12 @@ class Pipeline(Compound):
                 f"method={self} would drop single tokens of {self.format}, which it holds by the page: {dropping} "
                 "decides about stored tokens; give the format requantise=True"
             )
+        steps = [stage for stage in self.stages if stage.listens("after_decode") and hasattr(stage, "budget")]
+        if steps and self.period:
+            raise ValueError(
+                f"method={self} has {steps[0]} drop what is generated at every token, and another stage at intervals: "
+                "give one of them alone"
+            )
         late = [stage for stage in self.stages if stage.listens("after_prompt")]
         if late and self.shares_layers:
             raise ValueError(

@@ -24,7 +24,8 @@ from kvfold.views import LayerView
 class Decoding(AtIntervals, Over[Method]):
     """Every `interval` generated tokens `score` does what it would do if those were a further turn of the prompt.
 
-    Its queries are those of the interval, remembered until then; they count in the cache's bytes. A budget in tokens
+    Its queries are those of the interval, remembered until then; they count in the cache's bytes; a window that is
+    longer than the interval gets so many. A budget in tokens
     holds at every step, the tokens since the last cut included: a cut leaves interval - 1 less. A fraction is one of
     all tokens that were read, and what came since the last cut is on top. All layers are cut after the same token.
     What `score` does by itself at each generated token (h2o, tova) it does not do here.

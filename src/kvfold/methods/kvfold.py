@@ -156,22 +156,20 @@ class KVFold(AtIntervals):
         if is_all(self.budget):
             return None
         attention, queries = self.attention(view)
-        most, asked, read = self.last(view)
-        worth = self.worth(view, attention, most)
+        worth, last = self.worth(view, attention), self.last(view)
         if self.quality == "best":  # nothing goes before it was read again
-            view.place.step.setdefault(LAST, {})[view.place.ordinal] = asked, read
+            view.place.step.setdefault(LAST, {})[view.place.ordinal] = last
             return Keep(view.valid, {SCORE: attention, QUERIES: queries, WORTH: worth})
-        return self.folded(view, attention, queries, worth, asked, read)
+        return self.folded(view, attention, queries, worth, last)
 
     def after_interval(self, view: LayerView) -> Decisions:
         attention, queries = self.attention(view)
-        most, asked, read = self.last(view)
-        worth = self.worth(view, attention, most)
+        worth = self.worth(view, attention)
         if AGAIN in view.columns:  # generated tokens were not there when the prompt was read again
             again, told = view.columns[AGAIN], view.valid & (view.columns[AGAIN] > 0)
             part = told.sum(-1, keepdim=True) / view.count.clamp(min=1)[..., None]
             worth = worth + part * share(again * self.weight(view), told & ~self.always(view))
-        return self.folded(view, attention, queries, worth, asked, read, refits=False)
+        return self.folded(view, attention, queries, worth)
 
     def after_prompt(self, prompt: PromptView) -> Requests[Mapping[int, Decisions]]:
         if is_all(self.budget):
@@ -183,7 +181,7 @@ class KVFold(AtIntervals):
             sums += view.columns.get(AGAIN, torch.zeros_like(sums))  # of earlier prompts
             worth = view.columns[WORTH] + share(sums * self.weight(view), view.valid & ~self.always(view))
             *amends, keep = self.folded(
-                view, view.columns[SCORE], view.columns[QUERIES], worth, *prompt.step[LAST][ordinal]
+                view, view.columns[SCORE], view.columns[QUERIES], worth, prompt.step[LAST][ordinal]
             )
             found[ordinal] = [*amends, replace(keep, columns={**keep.columns, AGAIN: sums})]
         return found
@@ -194,18 +192,19 @@ class KVFold(AtIntervals):
         attention: Float[Tensor, "B H T"],
         queries: Float[Tensor, "B H T"],
         worth: Float[Tensor, "B H T"],
-        asked: Queries,
-        read: Float[Tensor, "B H N Dv"],
-        refits: bool = True,
+        last: tuple[Queries, Float[Tensor, "B H N Dv"]] | None = None,
     ) -> tuple[*tuple[Amend, ...], Keep]:
-        """What is written and kept when `worth` ranks the tokens; `read` is what the last queries, `asked`, read."""
+        """What is written and kept when `worth` ranks the tokens.
+
+        `last`: the last queries and what they read, to which values are fitted; None: they are not.
+        """
         always = self.always(view)
         kept = keep_top(view, worth, self.counts(view), always).mask
         amend, total, mass = fold_by_attention(view, kept, attention, queries, self.threshold)
         keep = Keep(kept, {SCORE: total, QUERIES: queries, **mass})
-        if not (self.refit and refits):
+        if not self.refit or last is None:
             return amend, keep
-        return amend, refit(view, view.apply(amend).apply(keep), asked, read, kept & ~always), keep
+        return amend, refit(view, view.apply(amend).apply(keep), *last, kept & ~always), keep
 
     def attention(self, view: LayerView) -> tuple[Float[Tensor, "B H T"], Float[Tensor, "B H T"]]:
         """What each token got of the queries of all prompts so far, and how many those are; both fade."""
@@ -218,19 +217,17 @@ class KVFold(AtIntervals):
         past = torch.exp((last + 1 - seen) / (self.far * seen))[:, None, None] * scored
         return new + view.columns[SCORE] * past, queries + view.columns[QUERIES] * past
 
-    def last(self, view: LayerView) -> tuple[Float[Tensor, "B H T"], Queries, Float[Tensor, "B H N Dv"]]:
-        """The highest attention of the last `window` queries; the last `refit` ones and what those read."""
+    def last(self, view: LayerView) -> tuple[Queries, Float[Tensor, "B H N Dv"]]:
+        """The last `refit` queries and what those read."""
         asked = view.queries.last(self.refit)
-        most = view.attention(self.window).amax((2, 3)) if self.window else torch.zeros_like(view.keys[..., 0]).float()
-        return most, asked, view.read_by(asked).flatten(2, 3)
+        return asked, view.read_by(asked).flatten(2, 3)
 
-    def worth(
-        self, view: LayerView, attention: Float[Tensor, "B H T"], most: Float[Tensor, "B H T"]
-    ) -> Float[Tensor, "B H T"]:
-        """What the answers would lose with a token; `most` is the highest attention of the last queries."""
+    def worth(self, view: LayerView, attention: Float[Tensor, "B H T"]) -> Float[Tensor, "B H T"]:
+        """What the answers would lose with a token: by all its attention, and the highest of the last queries."""
         always, weight = self.always(view), self.weight(view)
         worth = share(attention * weight, view.valid & ~always)
         if self.window and self.votes:
+            most = view.attention(self.window).amax((2, 3))
             most = smoothed(view, most * weight, always | view.last(self.window), self.kernel, "max")
             worth = worth + self.votes * share(most, view.valid)
         return worth

@@ -172,6 +172,8 @@ def _stage(text: str) -> tuple[str, dict[str, Any]]:
         given |= {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # the last two: nested too deep to be read
         why = str(error) or "nested too deep"
+        if "malformed node" in why:
+            why = "a value is a number, a text in quotes, a tuple, True, False or None"
         raise ValueError(f"method={shown(text.strip())}: can't read the options {arguments[:200]} ({why})") from None
     return slug, given
 
