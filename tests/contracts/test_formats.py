@@ -101,8 +101,10 @@ def test_crop_reorder_fork_and_save(slug, form, tmp_path):
     assert same(loaded, cache) and loaded.method == cache.method
     token, after = STEPS[:, 2:3], grow(mask)
     first, second, third = (feed(model, c, token, after) for c in (cache, fork, loaded))
-    torch.testing.assert_close(second, first, atol=1e-5, rtol=0)
-    torch.testing.assert_close(third, first, atol=1e-5, rtol=0)
+    # Pages of a fork lie elsewhere, and sums differ in their last bit: a number may get the next code.
+    off = 5e-3 if form == "fp8" else 1e-5
+    torch.testing.assert_close(second, first, atol=off, rtol=0)
+    torch.testing.assert_close(third, first, atol=off, rtol=0)
     assert same(loaded, cache) and [c.kept(1) for c in (fork, loaded)] == [cache.kept(1)] * 2
     swapped = cache.fork()
     swapped.reorder_cache(torch.tensor([1, 0]))

@@ -246,6 +246,7 @@ def test_where_single_tokens_do_not_go_only_the_prompt_is_folded():
             kvfold.parse(text)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -10,6 +10,7 @@ import kvfold
 from calibrated import SMALL
 from families import ANYWHERE, FREE, LIMITED, METHODS, each
 from kvfold import testing
+from kvfold.methods.base import Method
 from models import VOCAB, dynamic, feed, follow, greedy, grow, reference, subject, tokens
 
 IN_DECODE = [slug for slug in LIMITED if kvfold.parse(slug).listens("after_decode")]
@@ -52,7 +53,8 @@ def reachable_bytes(cache) -> int:
     stores, seen, todo = {}, set(), [cache.layers]
     while todo:
         value = todo.pop()
-        if id(value) in seen or isinstance(value, torch.nn.Module | kvfold.Cache):
+        # A method's own tensors are the model's calibration; a segment that reads them counts them.
+        if id(value) in seen or isinstance(value, torch.nn.Module | kvfold.Cache | Method):
             continue
         seen.add(id(value))
         if isinstance(value, torch.Tensor):

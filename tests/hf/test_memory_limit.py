@@ -94,6 +94,7 @@ def test_a_limit_under_which_nothing_fits_is_refused_with_the_least():
         kvfold.Cache(model, "kvfold", memory=least - 1)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("text", "options", "said"),
     [

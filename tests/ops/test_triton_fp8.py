@@ -98,6 +98,7 @@ def test_all_bytes_are_what_torch_says():
     assert torch.equal(out.flatten().cpu().nan_to_num(999.0), want.nan_to_num(999.0))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_keys_that_are_to_be_turned_are_handed_on(monkeypatch):
     monkeypatch.setattr(naive, "attend_float8", lambda *args, **more: "handed on")
     table, q = table_of([20], 16, 16, 16), torch.zeros(1, 1, 1, 1, 16)

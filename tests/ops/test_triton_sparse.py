@@ -74,6 +74,7 @@ def test_a_number_that_is_not_finite_is_seen_in_its_channel_alone():
     assert out[3].isnan() and out[9] == 2 and out[[i for i in range(16) if i not in (3, 9)]].eq(0).all()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_key_that_is_to_be_turned_is_handed_on(monkeypatch):
     monkeypatch.setattr(naive, "attend_sparse", lambda *args, **more: "handed on")
     table, q = table_of([20], (16, 16, 5, 5), torch.float32, 16), torch.zeros(1, 1, 1, 1, 16)

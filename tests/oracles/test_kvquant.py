@@ -363,6 +363,7 @@ def test_q_norm_is_for_two_bits_unless_told():
             KVQuant().measured({**data, name: wrong}, 0)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_without_a_calibration_it_is_refused(monkeypatch, tmp_path):
     model = build("llama")
     monkeypatch.setenv("KVFOLD_ARTEFACTS", str(tmp_path))

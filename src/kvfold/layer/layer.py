@@ -59,7 +59,8 @@ class KVLayer(Held):
             valid, places = (None if valid is None or bool(valid.all()) else valid), narrow.positions
         assert places is not None
         places = places.to(k.device)
-        q, k = entered((q, k), places if parts is None else parts.of(places), self.rows.groups, self.site)
+        if plan.framed:
+            q, k = entered((q, k), places if parts is None else parts.of(places), self.rows.groups, self.site)
         moment, everyone = self.moment(plan), valid
         if everyone is None:
             everyone = torch.ones(places.shape, dtype=torch.bool, device=q.device)
@@ -135,7 +136,8 @@ class KVLayer(Held):
         assert positions is not None
         if positions.device != k.device:
             positions = positions.to(k.device)
-        q, k = entered((q, k), positions, self.rows.groups, self.site)
+        if plan.framed:
+            q, k = entered((q, k), positions, self.rows.groups, self.site)
         asked = ATTENTION in plan.asks
         own = plan.own and len(self.segments) > 1 and self.stored.shows_own
         out, lse, left = self.stored.step(q.reshape(b, h, hq // h, 1, d), k, v, positions, self.scale, asked, own)

@@ -100,6 +100,8 @@ class Plan:
     """Whether a step's events need no tokens but those in the format that new ones go to (`Method.own_steps`)."""
     late: bool = False
     """Whether events come when layers are stored (`after_layer`, `after_forward`)."""
+    framed: bool = False
+    """Whether some row's queries and keys attend in a frame of their own (`Method.own_frame`)."""
     recalls: int = 0
     """How many generated tokens' queries each row remembers, for methods that act at intervals."""
     generated: int | None = None

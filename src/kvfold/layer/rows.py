@@ -97,6 +97,7 @@ class Rows:
         plan.own = bool(plan.parts) and all(part.method.own_steps for part in plan.parts)
         asking = parts if plan.observe is not None else plan.parts
         plan.asks = frozenset().union(*(part.method.asks for part in asking))
+        plan.framed = any(group.method.own_frame is not None for group in self.groups)
         plan.recalls = max(group.method.period for group in self.groups) if plan.listen else 0
         if plan.recalls and len(self.groups) == 1:
             since = self.seen - self.prompt
