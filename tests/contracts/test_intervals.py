@@ -241,6 +241,7 @@ def test_where_single_tokens_do_not_go_only_the_prompt_is_folded():
     assert kvfold.parse("kvfold(budget=32) | kivi(bits=4, requantise=True)").period == 2
     assert kvfold.parse("kvfold(budget=16) | zipcache").period == 0
     assert kvfold.parse("kvfold(budget=32) | turboquant").period == 2
+    assert kvfold.parse("h2o | kvfold(budget=32)").period == 0  # at every token there is nothing left to gather
     for text in ("kvfold(budget=16, interval=4) | kivi", "decoding(snapkv, budget=16) | kivi"):
         with pytest.raises(ValueError, match="requantise"):
             kvfold.parse(text)

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from kvfold.budgets import Budget, is_all
-from kvfold.formats import Format
 from kvfold.methods.base import Method
 from kvfold.options import check_int
 
@@ -59,9 +58,9 @@ class AtIntervals(Method):
         """What a cut leaves."""
         return left_for(self.budget, self.period)
 
-    def behind(self, form: Format) -> Method:
-        """Where single tokens don't go, what is generated can't be cut unasked: then only prompts are."""
-        return replace(self, interval=0) if self.interval is None and not form.traits.drops else self  # type: ignore[type-var]
+    def of_prompts(self) -> Method:
+        """Only prompts are cut, unless an interval was asked for."""
+        return replace(self, interval=0) if self.interval is None else self  # type: ignore[type-var]
 
     def listens(self, event: str) -> bool:
         return self.period > 0 if event == "after_interval" else super().listens(event)

@@ -73,8 +73,8 @@ class Method:
         """
         return self
 
-    def behind(self, form: Format) -> "Method":
-        """This method where its tokens go to a format; another one if it could not do there what it does by itself."""
+    def of_prompts(self) -> "Method":
+        """This method where what is generated can't be cut at intervals; another one if it would do so unasked."""
         return self
 
     def read_order(self, prompt: RawPrompt) -> Int[Tensor, "B N"] | None:
@@ -269,8 +269,9 @@ class Pipeline(Compound):
     stages: tuple[Method, ...]
 
     def __post_init__(self) -> None:
-        for form in _formats(self.stages):
-            object.__setattr__(self, "stages", tuple(stage.behind(form) for stage in self.stages))
+        steps = [stage for stage in self.stages if stage.listens("after_decode") and hasattr(stage, "budget")]
+        if steps or not all(form.traits.drops for form in _formats(self.stages)):
+            object.__setattr__(self, "stages", tuple(stage.of_prompts() for stage in self.stages))
         for name, event in EVENTS.items():
             self._at_most_one(event.alone, [stage for stage in self.stages if stage.listens(name)])
         for name, trait in TRAITS.items():
@@ -281,7 +282,6 @@ class Pipeline(Compound):
                 f"method={self} would drop single tokens of {self.format}, which it holds by the page: {dropping} "
                 "decides about stored tokens; give the format requantise=True"
             )
-        steps = [stage for stage in self.stages if stage.listens("after_decode") and hasattr(stage, "budget")]
         if steps and self.period:
             raise ValueError(
                 f"method={self} has {steps[0]} drop what is generated at every token, and another stage at intervals: "

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from kvfold.budgets import Budget, check_budget
-from kvfold.formats import Format
 from kvfold.methods._intervals import AtIntervals, check_interval
 from kvfold.methods.base import Decisions, Method, Pipeline, method
 from kvfold.methods.scored import Over
@@ -65,7 +64,7 @@ class Decoding(AtIntervals, Over[Method]):
     def listens(self, event: str) -> bool:
         return event != "after_decode" and super().listens(event)
 
-    def behind(self, form: Format) -> Method:
+    def of_prompts(self) -> Method:
         return self  # it is there for what is generated
 
     def after_interval(self, view: LayerView) -> Decisions:
