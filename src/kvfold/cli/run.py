@@ -50,9 +50,11 @@ def run(
     from transformers import TextStreamer
 
     from kvfold.artefacts.probed import probe_note, probe_seconds
+    from kvfold.evaluation.compare import budget_of
     from kvfold.evaluation.decoding import decode, prefill
     from kvfold.evaluation.memory import resident_bytes
     from kvfold.hf.cache import Cache
+    from kvfold.hf.memory import with_budget_of
     from kvfold.models.load import load
 
     lm, tokenizer = load(model, dtype=dtype, device=device)
@@ -60,7 +62,8 @@ def run(
         lm, tokenizer, document, ask, chat=chat, context=context, new=max_new_tokens
     )  # fmt: skip
     cache = Cache(lm, chosen, memory=limit, context=None if limit is None else ids.shape[1] + max_new_tokens)
-    chosen = cache.method if limit is not None else chosen
+    if limit is not None and (found := budget_of(cache.method)) is not None:
+        chosen = with_budget_of(chosen, int(found))  # as it was asked for, without the model's own numbers
     before = resident_bytes()
     written = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
     with common.with_fast_linears(lm, fast_linears):
