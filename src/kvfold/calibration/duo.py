@@ -138,5 +138,4 @@ def passkeys(run: Run, rng: random.Random, length: int) -> tuple[Tensor, int]:
     cuts = sorted((int(len(text) * rng.uniform(0.05, 0.95)) for _ in planted), reverse=True)
     for cut, key in zip(cuts, rng.sample(planted, len(planted)), strict=True):
         text[cut:cut] = key
-    first = [] if run.tokenizer.bos_token_id is None else [run.tokenizer.bos_token_id]
-    return torch.tensor([[*first, *text, *tail]], dtype=torch.int64), len(tail)
+    return torch.tensor([[*run.first, *text, *tail]], dtype=torch.int64), len(tail)

@@ -155,11 +155,10 @@ def elite_flags(seen: EliteLayer, order: Int[Tensor, "H r"]) -> Bool[Tensor, "H 
 def look(run: Run, samples: int, length: int) -> list[EliteLayer]:
     """Read `samples` windows of running text. Raises ValueError where a layer's rotation is not known."""
     rng, texts = random.Random(run.seed), halves(run)[0]
-    first = [] if run.tokenizer.bos_token_id is None else [run.tokenizer.bos_token_id]
     found: list[EliteLayer] = []
     for sample in range(samples):
         run.tick(f"text {sample + 1} of {samples}")
-        ids = window(texts, rng, length, first)
+        ids = window(texts, rng, length, run.first)
         places = sorted(rng.sample(range(ids.shape[1]), min(QUERIES, ids.shape[1])))
         views = iter(range(1 << 30))
         cache = Cache(run.model, "full")

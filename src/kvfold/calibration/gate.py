@@ -113,7 +113,6 @@ def train_attention_gates(run: Run) -> dict[str, Any]:
     """
     steps, length = run.sizes(150, 256)
     model, rng, texts = run.model, random.Random(run.seed), halves(run)
-    first = [] if run.tokenizer.bos_token_id is None else [run.tokenizer.bos_token_id]
     paged = [core.layer for core in Cache(model, "full").paged]
     weights = start(model, len(paged))
     gated = Gated(paged)
@@ -125,7 +124,7 @@ def train_attention_gates(run: Run) -> dict[str, Any]:
             for group, rate in zip(optimizer.param_groups, RATES, strict=True):
                 group["lr"] = rate * min(1.0, (step + 1) / ramp, max(0.1, (steps - step) / (steps / 2)))
             gated.gates = [Gate(*(each[i] for each in weights.values())) for i in range(len(paged))]
-            loss, flags = losses(model, gated, window(texts[0], rng, length, first), LOSS)
+            loss, flags = losses(model, gated, window(texts[0], rng, length, run.first), LOSS)
             now, kept = float(loss.detach()), float(flags.detach().mean())
             run.tick(f"step {step + 1} of {steps}: {LOSS} {now:.3f}, kept {kept:.2f}")
             optimizer.zero_grad()
@@ -133,7 +132,7 @@ def train_attention_gates(run: Run) -> dict[str, Any]:
             optimizer.step()
         data = {name: each.detach().to("cpu", torch.bfloat16).contiguous() for name, each in weights.items()}
         gated.gates = [Gate.of(data, i, model.device) for i in range(len(paged))]
-        run.about.update(judged(model, gated, texts[1], length, first, run.seed))
+        run.about.update(judged(model, gated, texts[1], length, run.first, run.seed))
     run.about.update(
         target=TARGET, weight=WEIGHT, threshold=THRESHOLD, loss=LOSS, rates=RATES, mask="causal", decode="kept",
         gate={"heads": GATE_HEADS, "size": GATE_SIZE},

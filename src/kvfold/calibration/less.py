@@ -166,23 +166,22 @@ def train_feature_maps(run: Run) -> dict[str, Any]:
     """
     steps, length = run.sizes(60, 1024)
     model, rng, texts = run.model, random.Random(run.seed), halves(run)
-    first = [] if run.tokenizer.bos_token_id is None else [run.tokenizer.bos_token_id]
     layers, wanted = len(Cache(model, "full").paged), [(w, w.requires_grad) for w in model.parameters()]
     trainer = Trainer(model, layers)
     try:
         model.requires_grad_(False)
-        before = judged(trainer, run, texts[1], length, first)
+        before = judged(trainer, run, texts[1], length)
         for step in range(steps):
             trainer.slow_down(step / steps)
             found: list[tuple[float, float]] = []
-            for view, case in cases(run, window(texts[0], rng, length, first), rng, DRAWS):
+            for view, case in cases(run, window(texts[0], rng, length, run.first), rng, DRAWS):
                 found.append(trainer.learn(view, case))
             run.tick(f"step {step + 1} of {steps}: error {ratio(found):.3f} of what is left without a state")
         data = trainer.data()
         for layer, weights in enumerate(trainer.layers):  # as they are kept
             for name, weight in weights.items():
                 weight.data.copy_(data[name][layer])
-        after = judged(trainer, run, texts[1], length, first)
+        after = judged(trainer, run, texts[1], length)
     finally:
         for weight, grad in wanted:
             weight.requires_grad_(grad)
@@ -212,12 +211,12 @@ def cases(run: Run, ids: Tensor, rng: random.Random, draws: int = 1) -> Iterator
             yield from ((view, case) for case in found)
 
 
-def judged(trainer: Trainer, run: Run, held: list[list[int]], length: int, first: list[int], count: int = 3) -> float:
+def judged(trainer: Trainer, run: Run, held: list[list[int]], length: int, count: int = 3) -> float:
     """The error on texts that were held back, a share of what is left without a state."""
     rng = random.Random(f"{run.seed}:held")
     found: list[tuple[float, float]] = []
     for _ in range(count):
-        found += [trainer.judge(*each) for each in cases(run, window(held, rng, length, first), rng)]
+        found += [trainer.judge(*each) for each in cases(run, window(held, rng, length, run.first), rng)]
     return round(ratio(found), 4)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.calibration.run import Run
+from kvfold.calibration.run import Run, opening
 
 COPY = (
     ("The lighthouse keeper at Tarrow Point drinks warm ginger beer with a slice of lemon every evening.",
@@ -104,8 +104,7 @@ def frame(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         head, _, tail = text.partition(MARK)
         return _ids(tokenizer, head), _ids(tokenizer, tail)
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return start, _ids(tokenizer, f"\n\nQuestion: {question}\nAnswer:")
+    return opening(tokenizer), _ids(tokenizer, f"\n\nQuestion: {question}\nAnswer:")
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

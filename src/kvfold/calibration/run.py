@@ -28,9 +28,19 @@ class Run:
     about: dict[str, Any] = field(default_factory=dict)
     """What the calibration did, for the artefact's provenance."""
 
+    @property
+    def first(self) -> list[int]:
+        """The tokens that every text starts with."""
+        return opening(self.tokenizer)
+
     def sizes(self, samples: int, length: int) -> tuple[int, int]:
         """(samples, length), with defaults for what is not given; no longer than the model's context."""
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or length
         found = self.samples or samples, min(self.length or length, limit)
         self.about.update({"samples": found[0], "length": found[1]})
         return found
+
+
+def opening(tokenizer: Any) -> list[int]:
+    """The token that begins a text, where the tokenizer has one."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

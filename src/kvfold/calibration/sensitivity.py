@@ -89,7 +89,6 @@ def sample(run: Run, rng: random.Random, length: int) -> Tensor:
     first = rng.randrange(len(texts))
     text = "\n\n".join(text for _, text in texts[first:] + texts[:first])
     words = list(run.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-    start = [] if run.tokenizer.bos_token_id is None else [run.tokenizer.bos_token_id]
-    room = length - len(start)
+    room = length - len(run.first)
     begin = rng.randrange(max(1, len(words) - room + 1))
-    return torch.tensor([[*start, *words[begin : begin + room]]], dtype=torch.int64)
+    return torch.tensor([[*run.first, *words[begin : begin + room]]], dtype=torch.int64)

@@ -84,8 +84,7 @@ def uptrain(run: Run, artefact: Artefact, frame: EliteFrame, *, batch: int = 1, 
         raise ValueError(f"rate={rate} must be above 0, batch={batch} at least 1")
     steps, (_, length) = 0 if run.samples == 0 else run.samples or 100, run.sizes(1, 256)
     model, rng, texts = run.model, random.Random(f"{run.seed}:uptrain"), halves(run)
-    first = [] if run.tokenizer.bos_token_id is None else [run.tokenizer.bos_token_id]
-    held = [window(texts[1], random.Random(f"{run.seed}:{i}"), length, first) for i in range(HELD_TEXTS)]
+    held = [window(texts[1], random.Random(f"{run.seed}:{i}"), length, run.first) for i in range(HELD_TEXTS)]
     attention = attention_of(model, frame).to(model.device)
     check_linear(model, attention, held[0])
     weights = [*model.parameters(), *attention.parameters()]
@@ -96,7 +95,7 @@ def uptrain(run: Run, artefact: Artefact, frame: EliteFrame, *, batch: int = 1, 
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1.0, (step + 1) / max(1, steps // 10), max(0.1, (steps - step) / steps))
-            ids = [window(texts[0], rng, length, first) for _ in range(batch)]
+            ids = [window(texts[0], rng, length, run.first) for _ in range(batch)]
             loss = torch.stack([loss_of(model, text) for text in ids]).mean()
             optimizer.zero_grad()
             torch.autograd.backward(loss)
