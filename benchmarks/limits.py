@@ -35,6 +35,7 @@ from kvfold.evaluation.escaping import code_cell
 from kvfold.evaluation.forced import fed, held_at_most
 from kvfold.evaluation.memory import resident_bytes
 from kvfold.files import write_json
+from kvfold.hf.memory import parse_memory
 
 THOUSAND, FLAT, VOCAB = 1000, 1.1, 97
 MEASURES = ("tokens", "nbytes", "resident", "ms", "mean_ms", "cpu_ms")
@@ -122,12 +123,10 @@ def table(name: str, found: Sequence[Thousand], limits: Limits) -> str:
 
 def nbytes_of(text: str) -> int:
     """Bytes of a size such as 512KiB, 2MB or 4096."""
-    units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
-    unit = next((each for each in units if text.endswith(each)), "")
     try:
-        return int(float(text.removesuffix(unit)) * units.get(unit, 1))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"memory={text!r} must be bytes, such as 2MiB or 4096") from None
+        return int(parse_memory(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run(model: PreTrainedModel, name: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from kvfold.evaluation.agreement import Agreement, agreement
 from kvfold.evaluation.decoding import GreedyAnswer, decode, prefill, teacher_forced
 from kvfold.hf.cache import Cache
 from kvfold.hf.shared_prefill import prefill_many
-from kvfold.methods import Method, MethodInfo, Pipeline, get_method, list_methods, parse
+from kvfold.methods import Method, MethodInfo, get_method, list_methods, parse
+from kvfold.methods.base import stages_of
 from kvfold.methods.registry import read_stages
 
 
@@ -80,8 +81,7 @@ def with_budget(text: str, budget: float | int) -> Method:
 
 def budget_of(method: Method) -> float | int | None:
     """The budget of a method, or of the only stage that has one; None: of none, or of several."""
-    stages = method.stages if isinstance(method, Pipeline) else (method,)
-    found = [budget for stage in stages if (budget := getattr(stage, "budget", None)) is not None]
+    found = [budget for stage in stages_of(method) if (budget := getattr(stage, "budget", None)) is not None]
     return found[0] if len(found) == 1 else None
 
 

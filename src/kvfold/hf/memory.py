@@ -16,7 +16,7 @@ from kvfold.formats.sizes import Columns, empty_segment, segment_bytes
 from kvfold.hf.argument import with_cache
 from kvfold.hf.layers import PagedLayer, WindowLayer, beside_bytes
 from kvfold.hf.windows import CodedWindow
-from kvfold.methods.base import Method, Pipeline
+from kvfold.methods.base import Method, Pipeline, formats_of, stages_of
 from kvfold.methods.registry import parse
 from kvfold.options import check_int, shown
 from kvfold.pages import PAGE_SIZE
@@ -71,8 +71,6 @@ class Costs:
     """Bytes for each token of every KV head."""
     remembered: int
     """Bytes for each generated token's queries, of those until the next cut."""
-    heads: int
-    """KV heads of all layers on pages."""
 
     def of(self, method: Method, budget: int) -> int:
         """Bytes that one row may come to hold under a budget."""
@@ -120,8 +118,7 @@ def within(
 
 def taker(method: Method) -> Method:
     """The one stage that a budget bounds, prompt and generation. Raises ValueError where there is none."""
-    stages = method.stages if isinstance(method, Pipeline) else (method,)
-    taking = [stage for stage in stages if hasattr(stage, "budget")]
+    taking = [stage for stage in stages_of(method) if hasattr(stage, "budget")]
     if len(taking) != 1:
         named = "none" if not taking else " and ".join(stage.info.slug for stage in taking)
         raise ValueError(f"memory= sets the budget of one stage of {method}, and {named} has one")
@@ -141,10 +138,9 @@ def taker(method: Method) -> Method:
 
 def _hint(method: Method) -> str:
     """What would be one, where that can be said."""
-    stages = method.stages if isinstance(method, Pipeline) else (method,)
-    forms = [form for stage in stages for form in (*stage.firm, *([] if stage.format is None else [stage.format]))]
-    if any(not form.traits.drops for form in forms):
-        return f": {forms[0]} drops no single tokens (requantise=True, where it has that, or a format by token)"
+    stages = stages_of(method)
+    if firm := [form for form in formats_of(stages) if not form.traits.drops]:
+        return f": {firm[0]} drops no single tokens (requantise=True, where it has that, or a format by token)"
     if any(getattr(stage, "interval", None) == 0 for stage in stages):
         return ": its interval is 0"
     slug = next(stage.info.slug for stage in stages if hasattr(stage, "budget"))
@@ -185,7 +181,7 @@ def measured(model: PreTrainedModel, method: Method, context: int, budget: int, 
     cache = make(with_budget_of(method, budget))
     ids = torch.arange(budget + LONGER, device=model.device)[None] % max(2, model.get_input_embeddings().num_embeddings)
     model(input_ids=ids, **with_cache(model, cache), use_cache=True)
-    fixed, each, remembered, heads, dense = 0.0, 0.0, 0, 0, 0
+    fixed, each, remembered, dense = 0.0, 0.0, 0, 0
     known: dict[Any, tuple[float, float]] = {}
     for layer in cache.layers:
         if not isinstance(layer, PagedLayer):
@@ -205,9 +201,8 @@ def measured(model: PreTrainedModel, method: Method, context: int, budget: int, 
         each += grows * (1 + SPARE) + table * spec.heads
         queries = model.config.get_text_config(decoder=True).num_attention_heads
         remembered += queries * (spec.key_size * spec.dtype.itemsize + 4) + 8
-        heads += spec.heads
         dense += HALF * context * spec.heads * (spec.key_size + (0 if layer.latent else spec.value_size))
-    return Costs(ceil(fixed), each, remembered, heads), dense
+    return Costs(ceil(fixed), each, remembered), dense
 
 
 def _line(form: Format, spec: Spec, columns: Columns, spare: int) -> tuple[float, float]:

@@ -141,17 +141,18 @@ class KVLayer(Held):
         asked = ATTENTION in plan.asks
         own = plan.own and len(self.segments) > 1 and self.stored.shows_own
         out, lse, left = self.stored.step(q.reshape(b, h, hq // h, 1, d), k, v, positions, self.scale, asked, own)
+        if not (plan.parts or plan.recalls):
+            return out.reshape(b, hq, 1, -1)
+        everyone = torch.ones(b, 1, dtype=torch.bool, device=q.device)
+        queries, moment = Queries(q, everyone, lse.reshape(b, hq, 1), positions), self.moment(plan)
         if plan.parts:
-            everyone = torch.ones(b, 1, dtype=torch.bool, device=q.device)
-            queries, moment = Queries(q, everyone, lse.reshape(b, hq, 1), positions), self.moment(plan)
             memo = {} if left is None else {ATTENTION: left}
             view = moment.own_view(queries, memo) if own else moment.view(queries, memo=memo)
             decided = moment.decide(view)
             if decided is not view:
                 commit(self.stored, decided, None, slack=True)
         if plan.recalls:
-            everyone = torch.ones(b, 1, dtype=torch.bool, device=q.device)
-            self.moment(plan).remember(Queries(q, everyone, lse.reshape(b, hq, 1), positions))
+            moment.remember(queries)
         return out.reshape(b, hq, 1, -1)
 
     def moment(self, plan: Plan) -> Moment:

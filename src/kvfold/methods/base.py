@@ -129,7 +129,7 @@ class Method:
     def __or__(self, other: "Method") -> "Pipeline":
         if not isinstance(other, Method):
             return NotImplemented
-        return Pipeline((*_stages(self), *_stages(other)))
+        return Pipeline((*stages_of(self), *stages_of(other)))
 
     def __str__(self) -> str:
         options = ", ".join(f"{option.name}={getattr(self, option.name)!r}" for option in fields(self))  # type: ignore[arg-type]
@@ -270,7 +270,7 @@ class Pipeline(Compound):
 
     def __post_init__(self) -> None:
         steps = [stage for stage in self.stages if stage.listens("after_decode") and hasattr(stage, "budget")]
-        if steps or not all(form.traits.drops for form in _formats(self.stages)):
+        if steps or not all(form.traits.drops for form in formats_of(self.stages)):
             object.__setattr__(self, "stages", tuple(stage.of_prompts() for stage in self.stages))
         for name, event in EVENTS.items():
             self._at_most_one(event.alone, [stage for stage in self.stages if stage.listens(name)])
@@ -330,12 +330,13 @@ class Pipeline(Compound):
         return " | ".join(str(stage) for stage in self.stages)
 
 
-def _formats(stages: tuple[Method, ...]) -> Iterator[Format]:
+def formats_of(stages: tuple[Method, ...]) -> Iterator[Format]:
     """What tokens are held in, besides as they are."""
     for stage in stages:
         yield from (() if stage.format is None else (stage.format,))
         yield from stage.firm
 
 
-def _stages(method: Method) -> tuple[Method, ...]:
+def stages_of(method: Method) -> tuple[Method, ...]:
+    """Those of a composition; a method alone is one."""
     return method.stages if isinstance(method, Pipeline) else (method,)
