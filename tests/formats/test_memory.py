@@ -54,9 +54,9 @@ def test_bytes_in_an_arena_are_those_of_the_pages_held(form):
     beside = sum(a.nbytes for t in tables for a in (t.table, t.lengths, t.holes, t.hole_count))
     beside += sum(x.upto.nbytes for x in (segment, fork, more)) if isinstance(form, Depth) else 0
     beside += sum(x.channels.nbytes for x in (segment, fork, more)) if isinstance(form, Thin) else 0
-    beside += sum(x.balancer.nbytes for x in (segment, fork, more)) if isinstance(form, Balanced) else 0
+    beside += sum(x.told.nbytes for x in (segment, fork, more)) if isinstance(form, Balanced) else 0
     beside += sum(x.coded.weights.nbytes for x in (segment, fork, more)) if isinstance(form, Separable) else 0
-    beside += sum(x.levels.nbytes for x in (segment, fork, more)) if isinstance(form, Uneven) else 0
+    beside += sum(x.told.nbytes for x in (segment, fork, more)) if isinstance(form, Uneven) else 0
     assert sum(parts) == room.used_nbytes + beside
 
 

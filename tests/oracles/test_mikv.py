@@ -91,17 +91,17 @@ def test_a_row_has_the_first_balancer_that_it_is_told_for_good():
     share = torch.full((16,), 2.0)
     segment = stored(torch.randn(5, 16), Balanced(), share)
     segment.hear({BALANCER: share[None, None] * 3}, ALL)
-    assert torch.equal(segment.balancer[0, 0], share)
+    assert torch.equal(segment.told[0, 0], share)
     late = stored(torch.randn(5, 16), Balanced())
     before = late.dense().keys
     late.hear({BALANCER: share[None, None]}, ALL)
-    assert torch.equal(late.dense().keys, before) and late.balancer.eq(1).all()
+    assert torch.equal(late.dense().keys, before) and late.told.eq(1).all()
     empty = Balanced().open(Spec(2, 1, 16, 16, torch.float32, torch.device("cpu")))
     empty.hear({BALANCER: torch.stack([share, share])[:, None]}, torch.tensor([[True], [False]]))
-    assert empty.balancer[:, 0, 0].tolist() == [2.0, 0.0]
+    assert empty.told[:, 0, 0].tolist() == [2.0, 0.0]
     joined = empty.select(np.array([1, 0, 0]))
     joined.join(empty)
-    assert joined.balancer[:, 0, 0].tolist() == [0.0, 2.0, 2.0, 2.0, 0.0]
+    assert joined.told[:, 0, 0].tolist() == [0.0, 2.0, 2.0, 2.0, 0.0]
     with pytest.raises(ValueError, match="told=\\['age'\\]"):
         empty.hear({"age": share}, ALL.expand(2, 1))
 

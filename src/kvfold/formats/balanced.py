@@ -6,15 +6,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from kvfold.formats.by_token import ByToken
 from kvfold.formats.paged import open_table
-from kvfold.formats.segment import Segment, Spec, Traits
+from kvfold.formats.segment import Spec, Traits
 from kvfold.formats.token_codes import CodedTokens, scale_dtype, token_planes
-from kvfold.formats.tokens import Chunk
-from kvfold.formats.told import check_told, first_told, settled
+from kvfold.formats.told import Telling, Told, check_told, settled
 from kvfold.ops.codes.packing import BITS, pack, quantise
 from kvfold.ops.tokens import Coding
 from kvfold.ops.tokens.naive import KINDS
@@ -26,7 +24,7 @@ BALANCER = "balancer"
 
 
 @dataclass(frozen=True)
-class Balanced(ByToken):
+class Balanced(Telling):
     """2^bits steps from the least to the greatest of `groups` runs of a token's channels, with their scale and zero.
 
     Keys are multiplied by a balancer, channel by channel, before they become codes, and queries divided by it: in exact
@@ -70,88 +68,46 @@ class Balanced(ByToken):
         check_told(BALANCER, tensors.get(BALANCER), (spec.rows, spec.heads, spec.key_size))
         super().check(spec, said, tensors, seen)
 
-    def restore(
-        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
-    ) -> "BalancedSegment":
-        segment: BalancedSegment = super().restore(spec, said, tensors, twin)
-        held = twin.balancer if isinstance(twin, BalancedSegment) else tensors[BALANCER].to(spec.device)
-        return segment.with_balancer(held)
-
 
 def _nobodys(spec: Spec) -> Tensor:
     return torch.zeros(spec.rows, spec.heads, spec.key_size, dtype=torch.float32, device=spec.device)
 
 
-class BalancedSegment(CodedTokens):
-    """Codes, scales and zeros of tokens, and the balancer of each (row, head), 0 where nobody has told one."""
+class BalancedSegment(Told, CodedTokens):
+    """Codes, scales and zeros of tokens, and the balancer of each (row, head)."""
+
+    name = BALANCER
 
     def __init__(
         self, table: PageTable, heads: int, compute: torch.dtype, keys: Coding, values: Coding, *,
         balancer: Float[Tensor, "B H D"],
     ):  # fmt: skip
         super().__init__(table, heads, compute, keys, values)
-        self.balancer = balancer
-
-    def with_balancer(self, balancer: Float[Tensor, "B H D"]) -> "BalancedSegment":
-        """This segment, of other numbers."""
-        self.balancer = balancer
-        return self
+        self.told = balancer
 
     @property
-    def _shares(self) -> Float[Tensor, "B H D"]:
-        return settled(self.balancer)
-
-    def hear(self, told: Mapping[str, Tensor], which: Bool[Tensor, "B H"]) -> None:
-        """The balancer of each (row, head) of `which` that has none."""
-        self.balancer = first_told(BALANCER, self.balancer, told, which, self.counts())
-
-    def append(self, chunk: Chunk, *, even: bool = False) -> None:
-        super().append(chunk, even=even)
-        # Codes are there that were made without one: nobody may tell another any more.
-        coded = chunk.valid.any(-1)[..., None]
-        self.balancer = torch.where(coded, self._shares, self.balancer)
+    def settled(self) -> Float[Tensor, "B H D"]:
+        return settled(self.told)
 
     def coded(self, what: str, states: Tensor) -> dict[str, Tensor]:
         coding, kind = self.coding[what], KINDS[what]
-        wide = states.float() * self._shares[:, :, None] if what == "keys" else states.float()
+        wide = states.float() * self.settled[:, :, None] if what == "keys" else states.float()
         runs = wide.reshape(*wide.shape[:-1], coding.groups, coding.size // coding.groups)
         codes, scale, zero = quantise(runs, -1, self.pool.specs[f"{kind}_scale"].dtype, coding.bits)
         held = {f"{kind}_scale": scale[..., 0], f"{kind}_zero": zero[..., 0]}
         return {what: pack(codes.flatten(-2), coding.bits)} | held
 
     def asked(self, q: Tensor) -> Tensor:
-        return q.float() / self._shares[:, :, None, None]
+        return q.float() / self.settled[:, :, None, None]
 
     def back(self, what: str, states: Tensor) -> Tensor:
-        return states / self._shares[:, :, None] if what == "keys" else states
-
-    # -- what is remembered beside the tokens ------------------------------------------------------------------
-
-    def bytes_beside(self, counted: set[int]) -> int:
-        return super().bytes_beside(counted) + self.balancer.nbytes
+        return states / self.settled[:, :, None] if what == "keys" else states
 
     def like(self, table: PageTable, rows: np.ndarray) -> "BalancedSegment":
-        coding, balancer = self.coding, self.balancer[rows.tolist()]
+        coding, balancer = self.coding, self.told[rows.tolist()]
         return BalancedSegment(table, self.heads, self.compute, coding["keys"], coding["values"], balancer=balancer)
 
     def join(self, other: Any) -> None:
         if not isinstance(other, BalancedSegment) or other.coding != self.coding:
             raise ValueError(f"other={getattr(other, 'coding', type(other).__name__)} must be {self.coding}")
         super().join(other)
-        self.balancer = torch.cat([self.balancer, other.balancer])
-
-    def state(self, *, of: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        said, tensors = super().state(of=of)
-        return said, tensors if of is not None else tensors | {BALANCER: self.balancer.contiguous()}
-
-    def same_pages(self, other: Any) -> bool:
-        alike = isinstance(other, BalancedSegment) and torch.equal(self.balancer, other.balancer)
-        return alike and super().same_pages(other)
-
-    def clear(self) -> None:
-        self.drop_tokens()
-        self.balancer = torch.zeros_like(self.balancer)
-
-    def drop_tokens(self) -> None:
-        """Drop the tokens, but not what is remembered of the text."""
-        super().clear()

@@ -10,12 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.formats import levels
-from kvfold.formats.by_token import ByToken, TokenSegment
 from kvfold.formats.levels import BITS, Levels
 from kvfold.formats.paged import open_table
-from kvfold.formats.segment import Segment, Spec, Traits
+from kvfold.formats.segment import Spec, Traits
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk
-from kvfold.formats.told import first_told
+from kvfold.formats.told import Telling, Told, check_told
 from kvfold.ops.attend import blocked
 from kvfold.ops.attend.blocked import Block, attend_blocks
 from kvfold.ops.codes.packing import pack, unpack, width
@@ -29,7 +28,7 @@ KINDS = {"keys": "key", "values": "value"}
 
 
 @dataclass(frozen=True)
-class Uneven(ByToken):
+class Uneven(Telling):
     """2^bits levels that are told (`Hearing.hear`), and of each key and each value `exact` numbers as they are.
 
     Keys are turned back to position 0, where a channel's numbers stay in one range, and coded in that of each channel;
@@ -76,29 +75,19 @@ class Uneven(ByToken):
     def check(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
     ) -> None:
-        held, shape = tensors.get(LEVELS), (spec.rows, spec.heads, levels.width(spec.key_size, self.bits))
-        if held is None or tuple(held.shape) != shape or held.dtype != torch.float32:
-            found = None if held is None else (tuple(held.shape), held.dtype)
-            raise ValueError(f"{LEVELS}={found} must be {(shape, torch.float32)} (shape, dtype)")
-        if not bool(held.isfinite().all()):
-            raise ValueError(f"{LEVELS} must be finite")
+        shape = spec.rows, spec.heads, levels.width(spec.key_size, self.bits)
+        check_told(LEVELS, tensors.get(LEVELS), shape, signed=True)
         super().check(spec, said, tensors, seen)
         for what, size in (("keys", spec.key_size), ("values", spec.value_size)):
             places = tensors[f"{KINDS[what]}_at"].int()
             if bool(((places < 0) | (places >= size)).any()):
                 raise ValueError(f"{KINDS[what]}_at must be channels below {size}")
 
-    def restore(
-        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
-    ) -> "UnevenSegment":
-        segment: UnevenSegment = super().restore(spec, said, tensors, twin)
-        segment.levels = twin.levels if isinstance(twin, UnevenSegment) else tensors[LEVELS].to(spec.device)
-        return segment
 
-
-class UnevenSegment(TokenSegment):
+class UnevenSegment(Told):
     """Codes, numbers that are whole and their places, and the levels of each (row, head), 0 where nobody told any."""
 
+    name = LEVELS
     codes = (
         "keys", "key_exact", "key_at", "values", "value_exact", "value_at", "value_centre", "value_reach",
     )  # fmt: skip
@@ -108,35 +97,33 @@ class UnevenSegment(TokenSegment):
         rope: Rope | None, told: Float[Tensor, "B H W"],
     ):  # fmt: skip
         super().__init__(table, heads, compute)
-        self.form, self.sizes, self.rope, self.levels = form, sizes, rope, told
+        self.form, self.sizes, self.rope, self.told = form, sizes, rope, told
 
     def like(self, table: PageTable, rows: np.ndarray) -> "UnevenSegment":
-        told = self.levels[torch.from_numpy(rows).to(self.levels.device)]
+        told = self.told[torch.from_numpy(rows).to(self.told.device)]
         return UnevenSegment(table, self.heads, self.compute, self.form, self.sizes, self.rope, told)
 
     def hear(self, told: Mapping[str, Tensor], which: Bool[Tensor, "B H"]) -> None:
         """The levels of each (row, head) of `which` that has none. Raises ValueError for levels of another size."""
-        if LEVELS in told and told[LEVELS].shape != self.levels.shape:
-            raise ValueError(f"{LEVELS}={tuple(told[LEVELS].shape)} must be {tuple(self.levels.shape)} (shape)")
-        self.levels = first_told(LEVELS, self.levels, told, which, self.counts())
+        if LEVELS in told and told[LEVELS].shape != self.told.shape:
+            raise ValueError(f"{LEVELS}={tuple(told[LEVELS].shape)} must be {tuple(self.told.shape)} (shape)")
+        super().hear(told, which)
 
     @property
-    def _settled(self) -> Float[Tensor, "B H W"]:
-        usual = Levels.normal(self.sizes["keys"], self.form.bits, self.levels.device).flat()
-        return torch.where((self.levels == 0).all(-1, keepdim=True), usual, self.levels)
+    def settled(self) -> Float[Tensor, "B H W"]:
+        usual = Levels.normal(self.sizes["keys"], self.form.bits, self.told.device).flat()
+        return torch.where((self.told == 0).all(-1, keepdim=True), usual, self.told)
 
     @property
     def known(self) -> Levels:
         """The levels that count."""
-        return Levels.of(self._settled, self.sizes["keys"], self.form.bits)
+        return Levels.of(self.settled, self.sizes["keys"], self.form.bits)
 
     # -- writing -----------------------------------------------------------------------------------------------
 
     def append(self, chunk: Chunk, *, even: bool = False) -> None:
         still = self._turned(chunk.keys.float(), -chunk.positions)
         super().append(Chunk(still, chunk.values, chunk.valid, chunk.columns), even=even)
-        # Codes are there that were made without levels: nobody may tell others any more.
-        self.levels = torch.where(chunk.valid.any(-1)[..., None], self._settled, self.levels)
 
     def amend(self, slots: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
         if keys is not None and self.longest:
@@ -218,34 +205,10 @@ class UnevenSegment(TokenSegment):
             weights=weights,
         )  # fmt: skip
 
-    # -- what is remembered beside the tokens ------------------------------------------------------------------
-
-    def bytes_beside(self, counted: set[int]) -> int:
-        fresh = id(self.levels) not in counted  # a twin has the same
-        counted.add(id(self.levels))
-        return super().bytes_beside(counted) + fresh * self.levels.nbytes
-
     def join(self, other: Any) -> None:
         if not isinstance(other, UnevenSegment) or other.form != self.form:
             raise ValueError(f"other={getattr(other, 'form', type(other).__name__)!r} must be of format {self.form}")
         super().join(other)
-        self.levels = torch.cat([self.levels, other.levels])
-
-    def state(self, *, of: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        said, tensors = super().state(of=of)
-        return said, tensors if of is not None else tensors | {LEVELS: self.levels.contiguous()}
-
-    def same_pages(self, other: Any) -> bool:
-        alike = isinstance(other, UnevenSegment) and torch.equal(self.levels, other.levels)
-        return alike and super().same_pages(other)
-
-    def clear(self) -> None:
-        self.drop_tokens()
-        self.levels = torch.zeros_like(self.levels)
-
-    def drop_tokens(self) -> None:
-        """Drop the tokens, but not what is remembered of the text."""
-        super().clear()
 
 
 def _held(x: Tensor, dtype: torch.dtype) -> Tensor:
