@@ -1,12 +1,15 @@
 """Pages of codes for tests, and attention over them by its definition in float64."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
+from kvfold.ops import _cpu
 from kvfold.ops.codes.packing import pack, unpack, width
 from kvfold.pages import PagePool, PageTable, Plane
 
@@ -27,6 +30,14 @@ def scattered(
         plane.fill_(torch.nan if plane.dtype.is_floating_point else 255)
     table.add(np.array(lengths), {**states, "log_mass": torch.rand(sum(lengths)) * 3})
     return table
+
+
+@pytest.fixture(params=_cpu.names())
+def instructions(request) -> Iterator[None]:
+    """On every instruction set that this processor has."""
+    _cpu.use(request.param)
+    yield
+    _cpu.use(_cpu.names()[0])
 
 
 def refused(*args: Any, **options: Any) -> None:
@@ -106,3 +117,22 @@ def softmax(
         return keys, values + planes["value_zero"].repeat_interleave(run, -1)
 
     return softmax_over(q, table, scale, numbers, mass, read)
+
+
+def agree_in_float64(got: tuple[Tensor, ...], want: tuple[Tensor, ...], off: float) -> None:
+    """(out, lse, weights) of one query a head, (B, H, G, 1, ...), are float32 and `softmax_over`'s within `off`."""
+    for name, mine, theirs in zip(("out", "lse", "weights"), got, want, strict=True):
+        assert mine.dtype == torch.float32
+        assert_close(mine.flatten(0, 1).squeeze(2 if name != "lse" else -1).double(), theirs, atol=off, rtol=off,
+                     msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip
+
+
+def agree_one_by_one(
+    got: tuple[Tensor, ...], q: Tensor, alone: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+) -> None:
+    """(out, lse) of queries (1, H, G, Q, D) that were answered together is what each gets alone."""
+    out, lse = got[:2]
+    for g, n in np.ndindex(*q.shape[2:4]):
+        want = alone(q[:, :, g : g + 1, n : n + 1].transpose(0, 1))
+        assert_close(out[0, :, g, n].double(), want[0][:, 0], atol=2e-6, rtol=2e-6)
+        assert_close(lse[0, :, g, n].double(), want[1][:, 0], atol=2e-6, rtol=2e-6)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from coded_pages import RAGGED, refused, softmax, table_of, with_extra
+from coded_pages import RAGGED, agree_in_float64, agree_one_by_one, refused, softmax, table_of, with_extra
 from kvfold import ops
 from kvfold.ops import _cpu, dispatch
 from kvfold.ops.codes import cpu, naive
@@ -90,10 +90,7 @@ def test_the_kernel_against_the_definition(bits, sizes, kind, extra):
     mass = "log_mass" if extra == "mass" else None
     got = ops.attend_codes(q, table, d**-0.5, bits=bits, value_size=dv, mass=mass, read=read, weights=True)
     want = softmax(q, table, d**-0.5, bits, dv, mass is not None, read)
-    for name, mine, theirs in zip(("out", "lse", "weights"), got, want, strict=True):
-        assert mine.dtype == torch.float32
-        assert_close(mine.flatten(0, 1).squeeze(2 if name != "lse" else -1).double(), theirs, atol=2e-6, rtol=2e-6,
-                     msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip
+    agree_in_float64(got, want, 2e-6)
 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 5, 9])
@@ -103,11 +100,8 @@ def test_heads_and_queries_of_a_row_are_answered_together(group, queries):
     torch.manual_seed(0)
     table = table_of([70, 5], 4, (64, 64, 32), torch.float16, 32)
     q = torch.randn(1, 2, group, queries, 64)
-    out, lse, _ = ops.attend_codes(q, table, 0.1, bits=4, value_size=64)
-    for g, n in np.ndindex(group, queries):
-        want = softmax(q[:, :, g : g + 1, n : n + 1].transpose(0, 1), table, 0.1, 4, 64, False, None)
-        assert_close(out[0, :, g, n].double(), want[0][:, 0], atol=2e-6, rtol=2e-6)
-        assert_close(lse[0, :, g, n].double(), want[1][:, 0], atol=2e-6, rtol=2e-6)
+    got = ops.attend_codes(q, table, 0.1, bits=4, value_size=64)
+    agree_one_by_one(got, q, lambda one: softmax(one, table, 0.1, 4, 64, False, None))
 
 
 @pytest.mark.parametrize("bits", BITS)

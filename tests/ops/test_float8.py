@@ -1,31 +1,29 @@
 """Attention over 8-bit floats: the kernel against its definition in float64."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from coded_pages import RAGGED, refused, scattered, softmax_over, with_extra
+from coded_pages import (
+    RAGGED,
+    agree_in_float64,
+    agree_one_by_one,
+    instructions,  # noqa: F401  (a fixture)
+    refused,
+    scattered,
+    softmax_over,
+    with_extra,
+)
 from kvfold import ops
 from kvfold.ops import _cpu, dispatch
 from kvfold.ops.float8 import cpu, naive
 from kvfold.pages import PageTable, Plane
 
-SETS = _cpu.names()
 KINDS = [torch.float8_e4m3fn, torch.float8_e5m2]
 G = 3
 SIZES = [(64, 64), (16, 8), (80, 96), (12, 20), (192, 256), (4, 36)]
-
-
-@pytest.fixture(params=SETS)
-def instructions(request) -> Iterator[None]:
-    """On every instruction set that this processor has."""
-    _cpu.use(request.param)
-    yield
-    _cpu.use(SETS[0])
 
 
 @pytest.fixture
@@ -70,10 +68,7 @@ def test_the_kernel_against_the_definition(sizes, kind, extra):
     mass = "log_mass" if extra == "mass" else None
     got = ops.attend_float8(q, table, d**-0.5, kind=kind, mass=mass, read=read, weights=True)
     want = softmax(q, table, d**-0.5, kind, mass is not None, read)
-    for name, mine, theirs in zip(("out", "lse", "weights"), got, want, strict=True):
-        assert mine.dtype == torch.float32
-        assert_close(mine.flatten(0, 1).squeeze(2 if name != "lse" else -1).double(), theirs, atol=3e-6, rtol=3e-6,
-                     msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip
+    agree_in_float64(got, want, 3e-6)
 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 5, 9])
@@ -83,11 +78,8 @@ def test_heads_and_queries_of_a_row_are_answered_together(group, queries):
     torch.manual_seed(0)
     table = table_of([70, 5], (64, 64), KINDS[0], 16)
     q = torch.randn(1, 2, group, queries, 64)
-    out, lse, _ = ops.attend_float8(q, table, 0.1, kind=KINDS[0])
-    for g, n in np.ndindex(group, queries):
-        want = softmax(q[:, :, g : g + 1, n : n + 1].transpose(0, 1), table, 0.1, KINDS[0], False, None)
-        assert_close(out[0, :, g, n].double(), want[0][:, 0], atol=2e-6, rtol=2e-6)
-        assert_close(lse[0, :, g, n].double(), want[1][:, 0], atol=2e-6, rtol=2e-6)
+    got = ops.attend_float8(q, table, 0.1, kind=KINDS[0])
+    agree_one_by_one(got, q, lambda one: softmax(one, table, 0.1, KINDS[0], False, None))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -1,7 +1,6 @@
 """Attention over tokens in codes with scales of their own, against its definition in float64."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -9,14 +8,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from coded_pages import RAGGED, refused, scattered, softmax_over
+from coded_pages import RAGGED, instructions, refused, scattered, softmax_over  # noqa: F401  (a fixture)
 from kvfold import ops
 from kvfold.ops import _cpu, dispatch
 from kvfold.ops.codes.packing import pack, unpack, width
 from kvfold.ops.tokens import Coding, naive
 from kvfold.pages import PageTable, Plane
 
-SETS = _cpu.names()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 G = 3
 LEVELS = {bits: tuple((torch.arange(1 << bits) - 1.7).pow(3).div(4**bits).tolist()) for bits in (2, 3, 4)}
@@ -37,14 +35,6 @@ CASES = [
 
 def named(coding: tuple[Coding, Coding]) -> str:
     return " ".join(f"{x.size}x{x.bits}{'' if x.levels else f'/{x.groups}'}" for x in coding)
-
-
-@pytest.fixture(params=SETS)
-def instructions(request) -> Iterator[None]:
-    """On every instruction set that this processor has."""
-    _cpu.use(request.param)
-    yield
-    _cpu.use(SETS[0])
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def elitekv_tensors(run: Run) -> dict[str, Any]:
         basis.append(made)
         off.append(1.0 - float((made.double() * (gram @ made.double())).sum() / gram.diagonal().sum()))
     run.about.update(
-        pairs=count, rank=rank, queries=QUERIES, 
+        pairs=count, rank=rank, queries=QUERIES,
         ratio=round((2 * count * heads + rank) / (heads * (one.key_size + value_size)), 4),
         **{"share of keys and values outside": round(sum(off) / len(off), 5)},
     )  # fmt: skip
@@ -200,4 +200,4 @@ def _add(seen: EliteLayer, view: LayerView, places: list[int]) -> None:
     seen.gram = seen.gram + (rows.mT @ rows).cpu()
 
 
-__all__ = ["elite_order", "elitekv_tensors", "joint_basis", "rest_of", "sizes", "turning"]
+__all__ = ["elite_order", "elitekv_tensors", "joint_basis", "rest_of", "sizes"]

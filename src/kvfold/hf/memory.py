@@ -182,7 +182,7 @@ def measured(model: PreTrainedModel, method: Method, context: int, budget: int, 
     ids = torch.arange(budget + LONGER, device=model.device)[None] % max(2, model.get_input_embeddings().num_embeddings)
     model(input_ids=ids, **with_cache(model, cache), use_cache=True)
     fixed, each, remembered, dense = 0.0, 0.0, 0, 0
-    known: dict[Any, tuple[float, float]] = {}
+    known, queries = dict[Any, tuple[float, float]](), model.config.get_text_config(decoder=True).num_attention_heads
     for layer in cache.layers:
         if not isinstance(layer, PagedLayer):
             most, whole = _beside(layer, context)
@@ -199,7 +199,6 @@ def measured(model: PreTrainedModel, method: Method, context: int, budget: int, 
         table = 4.0 * spec.heads / PAGE_SIZE  # one head may hold all of a layer's tokens
         fixed += own + ROW
         each += grows * (1 + SPARE) + table * spec.heads
-        queries = model.config.get_text_config(decoder=True).num_attention_heads
         remembered += queries * (spec.key_size * spec.dtype.itemsize + 4) + 8
         dense += HALF * context * spec.heads * (spec.key_size + (0 if layer.latent else spec.value_size))
     return Costs(ceil(fixed), each, remembered), dense
