@@ -18,6 +18,7 @@ from kvfold.calibration.gate import train_attention_gates
 from kvfold.calibration.heads import headkv_tables
 from kvfold.calibration.less import train_feature_maps
 from kvfold.calibration.levels import kvquant_levels
+from kvfold.calibration.memory import memory_table
 from kvfold.calibration.razor import razor_tables
 from kvfold.calibration.run import Run
 from kvfold.calibration.sensitivity import epicache_tables
@@ -32,9 +33,10 @@ CALIBRATIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "headkv": headkv_tables,
     "kvquant": kvquant_levels,
     "less": train_feature_maps,
+    "memory": memory_table,
     "razorattention": razor_tables,
 }
-"""What measures, by the slug of the method that needs it."""
+"""What measures, by the slug of the method that needs it; "memory" is what `Cache(memory=)` chooses formats by."""
 TRAINED = {"attention-gate", "elitekv", "kvquant", "less"}
 """Those that give tensors, which lie in safetensors files."""
 
@@ -70,8 +72,8 @@ def calibrate(method: str, run: Run, name: str | None = None) -> Artefact:
 
 
 def _rounded(numbers: Any) -> Any:
-    """Lists of numbers with five digits: more would be noise. Tensors as they are."""
-    if isinstance(numbers, torch.Tensor):
+    """Lists of numbers with five digits: more would be noise. Tensors and names as they are."""
+    if isinstance(numbers, torch.Tensor | str):
         return numbers
     return [_rounded(n) for n in numbers] if isinstance(numbers, list) else float(f"{numbers:.5g}")
 

@@ -12,7 +12,8 @@ def calibrate_command(
     method: Annotated[
         str,
         typer.Argument(
-            help="attention-gate, compresskv, duoattention, elitekv, epicache, headkv, kvquant, less, razorattention."
+            help="attention-gate, compresskv, duoattention, elitekv, epicache, headkv, kvquant, less, razorattention; "
+            "memory: what --memory chooses formats by."
         ),
     ],
     model: common.Model = "smollm2-135m-instruct",

@@ -13,6 +13,7 @@ from kvfold.cli import common
 
 if TYPE_CHECKING:
     from kvfold.bench import MemoryPlan, ModelShape
+    from kvfold.methods import Method
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -31,8 +32,11 @@ def plan(
         int | None, typer.Option("--context", max=2**40, help="Prompt tokens (default: the model's most).")
     ] = None,
     batch: Annotated[int, typer.Option("--batch", max=2**40, help="Rows that decode together.")] = 1,
-    methods: Annotated[str, typer.Option("--methods", help="Slugs, separated by commas.")] = "full,kvfold,snapkv",
-    budget: Annotated[str, typer.Option("--budget", help="One or several, separated by commas.")] = "0.35",
+    methods: Annotated[str, typer.Option("--methods", help="Slugs, separated by commas (full,kvfold,snapkv).")] = "",
+    budget: Annotated[str | None, typer.Option("--budget", help="One or several, separated by commas (0.35).")] = None,
+    kv_memory: Annotated[
+        str | None, typer.Option("--kv-memory", help="What a cache may hold: 512MiB, or 0.1 of dense float16.")
+    ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", help="Of weights and cache: bfloat16, float16, float32.")
     ] = "bfloat16",
@@ -48,23 +52,29 @@ def plan(
 ) -> None:
     """Plan a model's cache on a device: bytes, the largest batch, bounds on tokens/s and on the first token's time."""
     from kvfold.bench import find_device, make_plan, shape_of
+    from kvfold.bench.limit import limited_plan
 
     on = find_device(device, memory=memory, bandwidth=bandwidth, flops=flops)
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     on.peak(dtype)
-    budgets = [common.number(part) for part in budget.split(",")]
+    if kv_memory is not None and budget is not None:
+        raise ValueError(f"kv_memory={kv_memory!r} sets the budget; budget={budget!r} is given, too")
+    budgets = [common.number(part) for part in (budget or "0.35").split(",")]
+    limit = None if kv_memory is None else common.memory(kv_memory)
+    methods = methods or ("kvfold" if limit is not None else "full,kvfold,snapkv")
 
     from kvfold.evaluation.chart import check_chart_path, save_chart
     from kvfold.evaluation.compare import budget_of, split_names, with_budget
     from kvfold.methods import parse
     from kvfold.models.sizes import check_sizes
 
+    names = split_names(methods)
     wanted = {"full": parse("full")}
-    for name in split_names(methods):
+    for name in names:
         for value in budgets:
-            made = with_budget(name, value)
-            own = budget_of(made)
+            made = parse(name) if limit is not None else with_budget(name, value)
+            own = budget_of(made) if limit is None else None
             wanted.setdefault(name if own is None else f"{name} {own}", made)
     if chart is not None:
         check_chart_path(chart)
@@ -73,7 +83,8 @@ def plan(
         config = read_config(model)
         check_sizes(model, config)
         try:
-            shape = replace(shape_of(without_weights(config, dtype)), weight_bits=weight_bits)
+            hollow = without_weights(config, dtype)
+            shape = replace(shape_of(hollow), weight_bits=weight_bits)
         except ValueError:
             raise
         except Exception as error:  # of a model's code, made from numbers that it was not written for
@@ -86,13 +97,18 @@ def plan(
         raise ValueError(f"context={tokens} must be at most {limit}, what {model} is made for")
 
     def plans(tokens: int) -> list["MemoryPlan"]:
-        return [
-            make_plan(
-                shape, on, made, dtype=dtype, context=tokens, batch=batch, reserve=reserve, name=name,
-                chunk=prefill_chunk,
-            )
-            for name, made in wanted.items()
-        ]  # fmt: skip
+        found = list["MemoryPlan"]()
+        for name, made in wanted.items():
+            if limit is not None and name in names:
+                made = limited_plan(shape, hollow, made, limit, dtype=dtype, context=tokens, batch=batch)
+                name = briefly(made)
+            found.append(
+                make_plan(
+                    shape, on, made, dtype=dtype, context=tokens, batch=batch, reserve=reserve, name=name,
+                    chunk=prefill_chunk,
+                )
+            )  # fmt: skip
+        return found
 
     rows = plans(tokens)
     title = f"{model}, {tokens:,} tokens, batch {batch}, {dtype}, on {on.name}"
@@ -108,6 +124,8 @@ def plan(
         common.show(table_of(rows, title))
         common.show(caption_of(shape, rows[0], on.memory))
         untried = [("--prefill-chunk 512", prefill_chunk), ("--weight-bits 4.5", weight_bits)]
+        if limit is not None:
+            print(limit_sentence(rows[1:], kv_memory or "", on.memory))
         print(verdict(rows, on.memory, [flag for flag, given in untried if given is None]))
     if chart is not None:
         curve = [row for each in contexts_up_to(tokens) for row in plans(each)]
@@ -243,6 +261,30 @@ def verdict(rows: Sequence["MemoryPlan"], memory: int, untried: Sequence[str]) -
     )
     speed = f"{best.method} answers most, {most}, at most {rounded(best.largest_tokens_per_second)} tokens/s together"
     return f"{others}, and {speed}{also}."
+
+
+def briefly(method: "Method") -> str:
+    """A method's text with the options alone that are not what they are by themselves."""
+    from kvfold.methods.base import stages_of
+
+    parts = list[str]()
+    for stage in stages_of(method):
+        given = {
+            name: getattr(stage, name) for name, usual in stage.info.options.items() if getattr(stage, name) != usual
+        }
+        said = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        parts.append(f"{stage.info.slug}({said})" if said else stage.info.slug)
+    return " | ".join(parts)
+
+
+def limit_sentence(rows: Sequence["MemoryPlan"], limit: str, memory: int) -> str:
+    """What a limit comes to, a sentence for each method, and whether that fits."""
+    return "\n".join(
+        f"Under a limit of {limit} {row.method} keeps {row.kept_tokens:,.0f} tokens a KV head of {row.context:,}, and "
+        f"as many while it generates; with weights and reserve that {'fits' if row.fits else 'does not fit'} in "
+        f"{amount(memory)}."
+        for row in rows
+    )
 
 
 def lines_of(rows: Sequence["MemoryPlan"]) -> dict[str, str]:

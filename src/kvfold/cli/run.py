@@ -16,6 +16,9 @@ def run(
     memory: Annotated[
         str | None, typer.Option("--memory", help="What the cache may hold: 512MiB, or 0.1 of a dense float16 cache's.")
     ] = None,
+    quantize: Annotated[
+        bool, typer.Option("--quantize/--no-quantize", help="With --memory: choose bits with tokens.")
+    ] = True,
     option: Annotated[list[str], typer.Option("--option", "-o", help="Method option name=value.")] = [],  # noqa: B006
     ask: common.Ask = None,
     max_new_tokens: common.NewTokens = 64,
@@ -42,6 +45,8 @@ def run(
 
     chosen = parse(method, **given)
     limit = None if memory is None else common.memory(memory)
+    if limit is None and not quantize:
+        raise ValueError("quantize=False is for memory=, which is not given")
     if limit is not None and "budget" in given:
         raise ValueError(f"memory={memory!r} sets the budget; budget={given['budget']!r} is given, too")
     document = common.read_document(file)
@@ -50,20 +55,18 @@ def run(
     from transformers import TextStreamer
 
     from kvfold.artefacts.probed import probe_note, probe_seconds
-    from kvfold.evaluation.compare import budget_of
     from kvfold.evaluation.decoding import decode, prefill
     from kvfold.evaluation.memory import resident_bytes
-    from kvfold.hf.cache import Cache
-    from kvfold.hf.memory import with_budget_of
+    from kvfold.hf.cache import Cache, limited
     from kvfold.models.load import load
 
     lm, tokenizer = load(model, dtype=dtype, device=device)
     ids, cut = common.read_prompt(
         lm, tokenizer, document, ask, chat=chat, context=context, new=max_new_tokens
     )  # fmt: skip
-    cache = Cache(lm, chosen, memory=limit, context=None if limit is None else ids.shape[1] + max_new_tokens)
-    if limit is not None and (found := budget_of(cache.method)) is not None:
-        chosen = with_budget_of(chosen, int(found))  # as it was asked for, without the model's own numbers
+    if limit is not None:
+        chosen = limited(lm, chosen, limit, context=ids.shape[1] + max_new_tokens, quantize=quantize)
+    cache = Cache(lm, chosen)
     before = resident_bytes()
     written = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
     with common.with_fast_linears(lm, fast_linears):

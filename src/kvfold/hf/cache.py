@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvfold.codecs import CacheGen, parse_codec
@@ -17,6 +18,7 @@ from kvfold.hf.call.call import Call
 from kvfold.hf.call.checking import check_carried, check_reads_on
 from kvfold.hf.call.hooks import hook, use_kvfold, watch
 from kvfold.hf.call.host import Host
+from kvfold.hf.costs import Costs, measured
 from kvfold.hf.latent import is_latent
 from kvfold.hf.layers import PagedLayer, WindowLayer, dense_bytes, held_bytes
 from kvfold.hf.memory import within
@@ -57,7 +59,9 @@ class Cache(Adopting):
     What a prompt keeps is known when it was read, and new columns of a method when it makes them: then OutOfPages
     leaves this cache to be `reset()`.
     With `memory` (bytes, "512MiB", or a share of a dense float16 cache of `context` tokens) the budget is the largest
-    with which `batch` rows never hold more, prompt, generation and all else included (hf/memory.py).
+    with which `batch` rows never hold more, prompt, generation and all else included (hf/memory.py). Where `context`
+    says of how many tokens, and `method` not in which format they lie, bits are chosen with tokens, by a table that was
+    measured (hf/bits.py); not with `quantize=False`.
 
     A wrapper around a model (a PeftModel, torch.compile's) will do: the cache belongs to the model in it.
     Raises ValueError for a model that can't work, naming what is missing, and for options that don't fit.
@@ -66,10 +70,10 @@ class Cache(Adopting):
     def __init__(
         self, model: nn.Module, method: str | Method = "full", *, prefill_chunk: int | None = None,
         part_size: int | None = None, arena: Arena | None = None, memory: int | float | str | None = None,
-        context: int | None = None, batch: int = 1, **options: Any,
+        context: int | None = None, batch: int = 1, quantize: bool = True, **options: Any,
     ):  # fmt: skip
         chosen, model = parse(method, **options), unwrapped(model)
-        chosen = within(model, chosen, memory, context, batch, lambda made: type(self)(model, made))
+        chosen = limited(model, chosen, memory, context=context, batch=batch, quantize=quantize, cache=type(self))
         if not isinstance(arena, Arena | None):
             raise ValueError(f"arena={shown(arena)} must be a kvfold.Arena")
         if prefill_chunk is not None:
@@ -248,3 +252,18 @@ def _forked(layer: Any, owner: Cache) -> Any:
     forked = PagedLayer(owner, layer.core.fork(owner.rows), layer.latent)
     forked.is_initialized = layer.is_initialized or layer.core.width > 0
     return forked
+
+
+def limited(
+    model: PreTrainedModel, method: Method, memory: object, *, context: int | None = None, batch: int = 1,
+    quantize: bool = True, cache: type[Cache] = Cache,
+) -> Method:  # fmt: skip
+    """The method that `Cache(model, method, memory=...)` has, without what a model's first look fills in.
+
+    Has the model read a few tokens, for each format that it looks at. Raises ValueError as `hf/memory.py` says.
+    """
+
+    def cost(small: Method) -> tuple[Costs, int]:
+        return measured(model, small, context or 0, lambda made: cache(model, made))
+
+    return within(model, method, memory, context, batch, cost, quantize)

@@ -1,0 +1,115 @@
+"""Tokens or bits: in which format a limit in bytes is best spent, by what was measured (`kvfold calibrate memory`).
+
+A limit holds some tokens as the model made them, twice as many in eight bits, four times as many in four. Which of
+these does least harm depends on the model and on how much of the text they are. The table says it: the KL to the full
+cache under `kvfold`, for each format and each share of the text's tokens that a head keeps. For a model that nobody
+has measured it is the geometric mean of the tables that ship, over the formats that need nothing of a model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from math import exp, isfinite, log
+from statistics import mean
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from kvfold import artefacts
+from kvfold.hf.support import layers_of
+from kvfold.methods.base import Method, formats_of, stages_of
+from kvfold.methods.registry import parse
+from kvfold.options import shown
+
+MEMORY = "memory"
+"""What the table is called among artefacts."""
+PLAIN = ""
+"""No format: numbers as the model made them."""
+TURNED = ("turboquant(bits=4)", "turboquant(bits=3)", "turboquant(bits=2)")
+GENERAL = (PLAIN, "fp8", *TURNED)
+"""Formats by token, which any method goes with, of which nothing has to be known of a model."""
+MEASURED = tuple(form.replace(")", ", basis='measured')") for form in TURNED)
+"""Those that stand on a calibration of their own (`kvfold calibrate turboquant`)."""
+WINDOWS = "windows"
+"""The stage that has sliding windows hold codes, behind any of them."""
+LEAST = 1e-6
+"""A KL below which nothing is told apart; its logarithm is what lies between two measured shares."""
+
+
+@dataclass(frozen=True)
+class Harm:
+    """KL (nats a token) of each format, by the share of tokens that are kept: `shares` ascending, a row for each."""
+
+    shares: tuple[float, ...]
+    kl: Mapping[str, tuple[float, ...]]
+
+    def of(self, form: str, share: float) -> float:
+        """Between two shares a straight line, both on logarithmic scales; beyond the ends what the ends have."""
+        row = self.kl[form]
+        at = min(max(share, self.shares[0]), self.shares[-1])
+        for (low, first), (high, second) in pairwise(zip(self.shares, row, strict=True)):
+            if at <= high:
+                part = log(at / low) / log(high / low)
+                return exp((1 - part) * log(max(first, LEAST)) + part * log(max(second, LEAST)))
+        return row[-1]
+
+
+def table(data: Mapping[str, Any], name: str) -> Harm:
+    """What an artefact holds. Raises ValueError for what is no such table."""
+    shares: Any = data.get("shares")
+    forms: Any = data.get("forms")
+    rows: Any = data.get("kl")
+    if not (_numbers(shares) and isinstance(forms, list) and isinstance(rows, list) and len(forms) == len(rows)):
+        raise ValueError(f"the calibration of memory for {shown(name)} lacks shares, forms or kl")
+    ascending = (
+        len(shares) > 1 and all(low < high for low, high in pairwise(shares)) and shares[0] > 0 and shares[-1] <= 1
+    )
+    if not ascending or not all(_numbers(row) and len(row) == len(shares) for row in rows):
+        raise ValueError(f"the calibration of memory for {shown(name)} has rows that are no KL by shares in (0, 1]")
+    return Harm(tuple(shares), {str(form): tuple(row) for form, row in zip(forms, rows, strict=True)})
+
+
+def _numbers(row: Any) -> bool:
+    real = isinstance(row, list) and all(isinstance(n, int | float) and not isinstance(n, bool) for n in row)
+    return real and all(isfinite(n) and n >= 0 for n in row)
+
+
+def harm_of(model: PreTrainedModel) -> Harm:
+    """What was measured on the model, else on those that ship."""
+    if not artefacts.has(MEMORY, model):
+        return usual()
+    found = artefacts.find(MEMORY, model)
+    return table(found.data, str(found.model.get("name")))
+
+
+@lru_cache(maxsize=1)
+def usual() -> Harm:
+    """The geometric mean of the tables that ship, of the formats and shares that all of them have."""
+    paths = [path for path in artefacts.shipped() if path.parent.name == MEMORY]
+    tables = [table(artefacts.load(path).data, path.stem) for path in paths]
+    shares = tuple(sorted(set.intersection(*(set(each.shares) for each in tables))))
+    forms = [form for form in GENERAL if all(form in each.kl for each in tables)]
+
+    def middle(form: str, share: float) -> float:
+        return exp(mean(log(max(LEAST, each.of(form, share))) for each in tables))
+
+    return Harm(shares, {form: tuple(middle(form, share) for share in shares) for form in forms})
+
+
+def with_form(method: Method, form: str) -> Method:
+    """The method with the stages of a form behind it."""
+    return method | parse(form) if form else method
+
+
+def choices(model: PreTrainedModel, method: Method, harm: Harm) -> Sequence[tuple[str, Method]]:
+    """Forms that `method` may go with, and both together: the method alone where it says how its tokens lie."""
+    stages = stages_of(method)
+    if any(True for _ in formats_of(stages)) or any(stage.windows is not None for stage in stages):
+        return [(PLAIN, method)]
+    windows = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers_of(model))
+    forms = [form for form in harm.kl if windows or WINDOWS not in form]
+    if not artefacts.has("turboquant", model):
+        forms = [form for form in forms if "measured" not in form]
+    return [(form, with_form(method, form)) for form in forms]
