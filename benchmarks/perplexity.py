@@ -54,7 +54,7 @@ def main() -> None:
     ids = ids[:, : args.context + args.tokens]
     if ids.shape[1] < args.context + args.tokens:
         parser.error(f"file={args.file} has {ids.shape[1]} tokens, context and tokens ask for more")
-    theirs, skipped = transformers_contenders(model, args.quantized)
+    theirs, skipped = transformers_contenders(model, args.quantized, bits=(4, 2))
     wanted = kvfold_contenders(model, [(name, parse(name)) for name in split_names(args.methods)])
     ours, unfit = fitting(model, wanted)  # some need a calibration of the model
     base = size = 0.0

@@ -70,8 +70,13 @@ def fitting(
     return found, skipped
 
 
-def transformers_contenders(model: PreTrainedModel, quantized: bool = True) -> tuple[list[BenchContender], list[dict]]:  # type: ignore[type-arg]
-    """transformers' caches for this model, DynamicCache first, and those left out, each with its reason."""
+def transformers_contenders(
+    model: PreTrainedModel, quantized: bool = True, bits: Sequence[int] = (4,)
+) -> tuple[list[BenchContender], list[dict[str, str]]]:
+    """transformers' caches for this model, DynamicCache first, and those left out, each with its reason.
+
+    `bits`: of a number, for each backend that can be asked for them.
+    """
     found = [BenchContender(DYNAMIC, "transformers", None, lambda: DynamicCache(config=model.config))]
     skipped: list[dict[str, str]] = []
 
@@ -80,7 +85,12 @@ def transformers_contenders(model: PreTrainedModel, quantized: bool = True) -> t
         name = f"QuantizedCache ({backend}, {bits})"
         return BenchContender(name, "transformers", None, lambda: QuantizedCache(backend, model.config, **options))
 
-    for backend, options in BACKENDS.items() if quantized else ():
+    asked = [
+        (backend, {**options, "nbits": each} if options else options)
+        for backend, options in (BACKENDS.items() if quantized else ())
+        for each in (bits if options else (8,))
+    ]
+    for backend, options in asked:
         contender = one(backend, options)
         try:
             contender.make()

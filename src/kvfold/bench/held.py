@@ -87,14 +87,15 @@ class _AskedView(LayerView):
 
 
 def _asked(
-    method: Method, context: int, ordinal: int, paged: tuple[int, ...], depth: int, heads: int, size: int
+    method: Method, context: int, ordinal: int, paged: tuple[int, ...], depth: int, heads: int, group: int, size: int
 ) -> _AskedView:
     """The view of `size` tokens after what a method decides about it at the end of a prompt of `context` tokens."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, heads, size, 8, generator=generator, dtype=torch.float32)
     positions = torch.arange(size, dtype=torch.int32)[None]
     valid = torch.ones(1, heads, size, dtype=torch.bool)
-    queries = Queries(states, valid[:, 0], torch.zeros(1, heads, size, dtype=torch.float32), positions)
+    looking = states.repeat_interleave(group, 1)
+    queries = Queries(looking, valid[:, 0], torch.zeros(1, heads * group, size, dtype=torch.float32), positions)
     read = torch.tensor([context], dtype=torch.int64)
     place = Place(paged[ordinal], ordinal, paged, depth, 1.0, prompt=read, seen=read)
     columns = {POSITION: positions[:, None].expand(1, heads, size)}
@@ -108,14 +109,16 @@ def _asked(
 
 
 @lru_cache(maxsize=16384)
-def stored(method: Method, context: int, ordinal: int, paged: tuple[int, ...], depth: int, heads: int) -> StoredTokens:
-    """What a method keeps in each head of a paged layer after a prompt of `context` tokens.
+def stored(
+    method: Method, context: int, ordinal: int, paged: tuple[int, ...], depth: int, heads: int, group: int = 1
+) -> StoredTokens:
+    """What a method keeps in each head of a paged layer after a prompt of `context` tokens; `group` as in GQA.
 
     Raises ValueError for a method that lets layers share tokens, whose bytes are those of no single layer.
     """
     if method.shares_layers:
         raise ValueError(f"method={method} lets layers share tokens, which a plan can't size yet")
-    asking = method, context, ordinal, paged, depth, heads
+    asking = method, context, ordinal, paged, depth, heads, group
     view = _asked(*asking, SAMPLE)
     tokens = torch.full((heads,), context, dtype=torch.int64)
     for real in view.asked:

@@ -24,6 +24,7 @@ FED = 64
 METHOD = "kvfold"
 
 
+@torch.no_grad()
 def memory_table(run: Run) -> dict[str, Any]:
     """`shares`, `forms` (stages behind the method) and `kl`: a row for each form, a number for each share.
 
@@ -41,7 +42,11 @@ def memory_table(run: Run) -> dict[str, Any]:
         ids = sample(run, rng, length).to(model.device)
         prompt, rest = ids[:, :-FED], ids[:, -FED:]
         caches = [Cache(model, "full")] + [Cache(model, with_form(with_budget(METHOD, s), f)) for f, s in cells]
-        prefill_many(model, {"input_ids": prompt}, caches, logits_to_keep=1)
+        prefill_many(model, {"input_ids": prompt}, [one for one in caches if not one.coded_windows], logits_to_keep=1)
+        for cache in caches:
+            if cache.coded_windows:  # what windows hold can't come from another's prefill
+                run.tick(f"sample {number + 1} of {samples}, {cache.method.windows} in windows")
+                model(input_ids=prompt, **with_cache(model, cache), logits_to_keep=1)
         full = _fed(model, caches[0], rest)
         for cell, cache in zip(cells, caches[1:], strict=True):
             total[cell] += agreement(full, _fed(model, cache, rest)).kl / samples
@@ -55,11 +60,10 @@ def forms_for(run: Run) -> list[str]:
     best = [PLAIN, "fp8", *(MEASURED if artefacts.has("turboquant", run.model) else GENERAL[2:])]
     found += [form for form in best if form not in found]
     if any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers_of(run.model)):
-        found += [f"{form} | {WINDOWS}" if form else WINDOWS for form in best]
+        found += [f"{form} | {WINDOWS}" for form in best if form]
     return found
 
 
-@torch.no_grad()
 def _fed(model: Any, cache: Cache, ids: torch.Tensor) -> torch.Tensor:
     with cache.tentative():
         logits: torch.Tensor = model(input_ids=ids, **with_cache(model, cache)).logits[0]
