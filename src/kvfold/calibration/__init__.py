@@ -18,6 +18,7 @@ from kvfold.calibration.gate import train_attention_gates
 from kvfold.calibration.heads import headkv_tables
 from kvfold.calibration.less import train_feature_maps
 from kvfold.calibration.levels import kvquant_levels
+from kvfold.calibration.moments import turboquant_basis
 from kvfold.calibration.razor import razor_tables
 from kvfold.calibration.run import Run
 from kvfold.calibration.sensitivity import epicache_tables
@@ -33,9 +34,10 @@ CALIBRATIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "kvquant": kvquant_levels,
     "less": train_feature_maps,
     "razorattention": razor_tables,
+    "turboquant": turboquant_basis,
 }
 """What measures, by the slug of the method that needs it."""
-TRAINED = {"attention-gate", "elitekv", "kvquant", "less"}
+TRAINED = {"attention-gate", "elitekv", "kvquant", "less", "turboquant"}
 """Those that give tensors, which lie in safetensors files."""
 
 
