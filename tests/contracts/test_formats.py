@@ -18,11 +18,10 @@ FORMATS = {
     "fp8": 0.2,
     "kivi(group=8, channels=8, residual=8, requantise=True)": 0.7,
     "mustafar(key_sparsity=0.15, value_sparsity=0.15, residual=8, group=8)": 0.7,
-    "turboquant(basis='measured')": 0.7,
 }
 """Formats as they stand behind a method, and how far the tiny models' next logits may be from those of float32, of
 their length. (The worst were .011, .124 and .599 of 38 methods; medians .008, .078 and .100.)"""
-IDS = ["bf16", "fp8", "kivi", "mustafar", "turboquant"]
+IDS = ["bf16", "fp8", "kivi", "mustafar"]
 STEPS = torch.arange(5, 45).view(2, 20)
 HOLDS = [info.slug for info in kvfold.list_methods() if info.kind not in ("quantize", "sparse", "low-rank")]
 """Methods that say which tokens are held, not how."""
