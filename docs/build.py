@@ -330,7 +330,8 @@ def usage(info: MethodInfo) -> Iterator[str]:
         ships = sorted(path.stem for path in artefacts.shipped() if path.parent.name == info.slug)
         for_whom = "the bundled models" if len(ships) > 1 else "".join(ships)
         some = f"Those of {for_whom} ship; for another" if ships else "None ship"
-        yield f"It needs numbers that are measured on the model once. {some}:"
+        it = 'With `basis="measured"` it' if "basis" in info.options else "It"
+        yield f"{it} needs numbers that are measured on the model once. {some}:"
         yield f"```sh\n{artefacts.command(info.slug, 'MODEL')}\n```"
 
 

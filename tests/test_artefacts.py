@@ -250,7 +250,7 @@ def test_what_ships_is_whole():
     shipped = sorted(artefacts.shipped())
     assert {path.parent.name for path in shipped} == {
         "attention-gate", "compresskv", "duoattention", "elitekv", "epicache", "headkv", "kvquant", "less",
-        "razorattention",
+        "razorattention", "turboquant",
     }  # fmt: skip
     for path in shipped:
         found = artefacts.load(path)

@@ -114,7 +114,8 @@ def test_every_calibration_makes_what_its_method_takes(method, name, monkeypatch
     made = calibrate(method, run_of(model, samples=2, length=size), name="tiny")
     assert method in TRAINED or json.loads(json.dumps(made.data)) == made.data
     path = save(made, tmp_path / ("made.safetensors" if method in TRAINED else "made.json"))
-    cache = kvfold.Cache(model, method, calibration=str(path))
+    options = {"basis": "measured"} if method == "turboquant" else {}  # which does without one, too
+    cache = kvfold.Cache(model, method, calibration=str(path), **options)
     with torch.no_grad():
         assert model(torch.randint(3, VOCAB, (1, 60)), past_key_values=cache).logits.isfinite().all()
 

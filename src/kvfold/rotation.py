@@ -17,20 +17,22 @@ class Rope(Protocol):
 
 
 @runtime_checkable
-class Frame(Protocol):
-    """What queries and keys are brought to before they attend, from what the model's rotation made of them."""
+class Measured(Protocol):
+    """What was measured on a model for a format."""
 
     @property
     def key(self) -> str:
-        """By which a format finds what was measured for it (`Spec.artefact`)."""
+        """By which the format finds it (`Spec.artefact`)."""
         ...
 
     def of_layer(self, ordinal: int, rope: Rope | None) -> Any:
-        """What was measured for a layer, by its place among the paged ones.
-
-        Raises ValueError where it does not fit the rotation, or none is known.
-        """
+        """That of a layer, by its place among the paged ones. Raises ValueError where it does not fit the layer."""
         ...
+
+
+@runtime_checkable
+class Frame(Measured, Protocol):
+    """What queries and keys are brought to before they attend, from what the model's rotation made of them."""
 
     def enter(
         self, x: Float[Tensor, "B H T D"], positions: Int[Tensor, "B T"], ordinal: int, rope: Rope | None

@@ -42,8 +42,24 @@ FORMATS: dict[str, Format] = {
     "thin": Thin(page_size=4),
     "separable": Separable(4, group=8, residual=8),
     "rotated": Rotated(scale="aligned", page_size=8),
+    "rotated-basis": Rotated(key="known", page_size=8),
     "uneven": Uneven(exact=2, page_size=8),
 }
+
+
+def basis(heads: int, size: int, seed: int = 0) -> Tensor:
+    """A matrix of each head that stretches by 1/2 to 2, in directions that have nothing to do with each other."""
+    rng = torch.Generator().manual_seed(seed)
+    one, two = torch.linalg.qr(torch.randn(2, heads, size, size, generator=rng, dtype=torch.float64))[0]
+    return ((one * torch.logspace(-1, 1, size, base=2.0, dtype=torch.float64)) @ two).float()
+
+
+KNOWN = {"known": basis(H, D)}
+"""What was measured for the formats that need that."""
+
+
+def spec_of(tokens: Chunk, **more: Any) -> Spec:
+    return Spec.of(tokens, artefact=KNOWN, **more)
 
 
 def chunk(
@@ -62,7 +78,7 @@ def chunk(
 
 
 def opened(form: Format, tokens: Chunk, **more: Any) -> Segment:
-    segment = form.open(Spec.of(tokens, **more))
+    segment = form.open(spec_of(tokens, **more))
     segment.append(tokens, even=bool(tokens.valid.all()))
     return segment
 

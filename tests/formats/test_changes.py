@@ -71,7 +71,8 @@ def test_what_is_not_kept_is_gone_and_so_is_its_memory(form, arena, slack):
     assert slack or segment.nbytes < 0.75 * nbytes
     assert segment.attend(query(), 0.3)[0].isfinite().all()
     segment.keep(torch.zeros_like(segment.columns()[0]), {})
-    assert not segment.counts().any() and segment.longest == 0 and segment.nbytes < 0.1 * nbytes
+    fixed = segment.basis.nbytes if isinstance(form, Rotated) and form.key else 0
+    assert not segment.counts().any() and segment.longest == 0 and segment.nbytes - fixed < 0.1 * nbytes
 
 
 @pytest.mark.parametrize("name", PAGED)
@@ -111,8 +112,9 @@ def test_what_is_amended_is_read(form):
     segment.amend(slots, keys, None)
     segment.amend(slots, None, values)
     tokens = segment.dense()
-    # Rotated errs by a vector's length; Uneven, where nobody has measured, has levels far apart at the ends.
-    most = 0.3 if isinstance(form, Rotated) else 0.5 if isinstance(form, Uneven) else 0.15
+    # Rotated errs by a vector's length, and as its basis stretches; Uneven, where nobody has measured, has levels far
+    # apart at the ends.
+    most = (0.6 if form.key else 0.3) if isinstance(form, Rotated) else 0.5 if isinstance(form, Uneven) else 0.15
     for i in np.ndindex(B, H):
         some = slots[i] >= 0
         at = slots[i][some]

@@ -81,6 +81,7 @@ def test_what_goes_in_comes_out_in_order(form, arena):
         "kivi": 1 / 20,
         "kivi-anew": 1 / 20,
         "rotated": 1 / 4,
+        "rotated-basis": 1 / 2,  # as a code errs, times how far its basis stretches
         "separable": 1 / 20,
         "sparse": 0.5,  # what is pruned is below others
         "thin": 0.5,
@@ -183,6 +184,7 @@ BAD = [
     (Kivi, {"group": 16.0}), (Kivi, {"channels": 0}), (Kivi, {"residual": -1}), (Kivi, {"residual": True}),
     (Balanced, {"bits": 5}), (Balanced, {"groups": 0}),
     (Rotated, {"key_bits": 5}), (Rotated, {"value_bits": 1}), (Rotated, {"scale": 2}), (Rotated, {"seed": -1}),
+    (Rotated, {"key": 3}),
     (Kivi, {"requantise": 2}), (Depth, {"side": 2}), (Dense, {"page_size": -4}),
     (Dense, {"dtype": torch.int8}), (Sparse, {"key_sparsity": 1.0}), (Sparse, {"value_sparsity": -0.1}),
     (Thin, {"ratio": 1.0}), (Sparse, {"group": 0}), (Sparse, {"residual": -1}),

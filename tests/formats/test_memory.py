@@ -21,7 +21,7 @@ from format_cases import (
     same,
 )
 
-from kvfold.formats import Balanced, Dense, Depth, Fp8, Kivi, Separable, Sparse, Thin, Uneven
+from kvfold.formats import Balanced, Dense, Depth, Fp8, Kivi, Rotated, Separable, Sparse, Thin, Uneven
 from kvfold.pages import Arena, OutOfPages
 
 
@@ -57,6 +57,7 @@ def test_bytes_in_an_arena_are_those_of_the_pages_held(form):
     beside += sum(x.told.nbytes for x in (segment, fork, more)) if isinstance(form, Balanced) else 0
     beside += sum(x.coded.weights.nbytes for x in (segment, fork, more)) if isinstance(form, Separable) else 0
     beside += sum(x.told.nbytes for x in (segment, fork, more)) if isinstance(form, Uneven) else 0
+    beside += 2 * segment.basis.nbytes if isinstance(form, Rotated) and form.key else 0  # which a fork shares
     assert sum(parts) == room.used_nbytes + beside
 
 
@@ -72,6 +73,7 @@ BYTES = {
     "thin": lambda d, dv, n: n * (3 * d / 4 + dv) + 4,
     "separable": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n,
     "rotated": lambda d, dv, n: d / 2 + dv / 2 + 4 + 2 * n,
+    "rotated-basis": lambda d, dv, n: d / 2 + dv / 2 + 4 + 2 * n,
     "uneven": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * 2 * (n + 1) + 2 * n,
 }
 """Bytes of a token, with its position, where the model's numbers have n bytes."""

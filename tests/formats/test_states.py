@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from format_cases import ALL, ARENA, FORMATS, LENGTHS, B, arena_of, chunk, held, mask_for, opened, query, same
+from format_cases import ALL, ARENA, FORMATS, LENGTHS, B, arena_of, chunk, held, mask_for, opened, query, same, spec_of
 
-from kvfold.formats import POSITION, Depth, Kivi, Sparse, Spec, Thin
+from kvfold.formats import POSITION, Depth, Kivi, Sparse, Thin
 from kvfold.pages import Arena
 
 
@@ -24,7 +24,7 @@ def test_a_restored_segment_goes_on_bit_for_bit(form, arena, worn):
     said, tensors = segment.state()
     assert said["counts"] == segment.counts().tolist()
     stored = {name: x.clone() for name, x in tensors.items()}
-    again = form.restore(Spec.of(given, arena=arena_of(arena)), said, stored)
+    again = form.restore(spec_of(given, arena=arena_of(arena)), said, stored)
     for step in range(3):
         assert same(held(again), held(segment)) and torch.equal(again.columns()[0], segment.columns()[0])
         for mine, theirs in zip(again.attend(query(2, step), 0.3), segment.attend(query(2, step), 0.3), strict=True):
@@ -43,7 +43,7 @@ def test_holes_are_not_stored(form):
     segment.keep(valid & (columns[POSITION] != 2), {}, slack=True)
     assert any(part.table.holed for part in getattr(segment, "parts", [segment]))
     said, tensors = segment.state()
-    again = form.restore(Spec.of(given), said, tensors)
+    again = form.restore(spec_of(given), said, tensors)
     assert same(held(again), held(segment)) and again.counts().tolist() == [[40, 16], [0, 29], [8, 7]]
 
 
@@ -51,7 +51,7 @@ def test_holes_are_not_stored(form):
 def test_an_empty_segment_can_be_stored(form):
     given = chunk([[0, 0]] * B)
     said, tensors = opened(form, given).state()
-    again = form.restore(Spec.of(given), said, tensors)
+    again = form.restore(spec_of(given), said, tensors)
     assert again.longest == 0 and not again.counts().any()
     again.append(chunk(LENGTHS))
     assert same(held(again), held(opened(form, chunk(LENGTHS))))
@@ -65,7 +65,7 @@ def test_pages_that_two_hold_are_stored_once(form):
     said, tensors = segment.state()
     short, few = twin.state(of="0.1")
     assert not few and short == said
-    spec = Spec.of(chunk(LENGTHS))
+    spec = spec_of(chunk(LENGTHS))
     one = form.restore(spec, said, tensors)
     two = form.restore(spec, short, few, twin=one)
     assert one.same_pages(two) and same(held(two), held(segment))
@@ -87,7 +87,7 @@ def test_a_damaged_state_is_refused_before_anything_is_allocated(form):
         "extra": [{**tensors, "extra": torch.ones(3)}],
     }
     room = Arena(1 << 20)
-    spec = Spec.of(given, arena=room)
+    spec = spec_of(given, arena=room)
     for wrong, states in damages.items():
         for damaged in states:
             with pytest.raises(ValueError, match=wrong.removeprefix("coded.").removeprefix("tail.")):

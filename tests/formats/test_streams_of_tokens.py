@@ -11,9 +11,12 @@ from kvfold.formats import LOG_MASS, POSITION, Chunk, Rotated
 
 @pytest.mark.parametrize(
     "form",
-    [FORMATS["balanced"], FORMATS["separable"], FORMATS["rotated"], Rotated(3, 2), Rotated(2, 2, "unit")],
+    [
+        FORMATS["balanced"], FORMATS["separable"], FORMATS["rotated"], Rotated(3, 2), Rotated(2, 2, "unit"),
+        FORMATS["rotated-basis"], Rotated(3, 2, "aligned", key="known"),
+    ],
     ids=repr,
-)
+)  # fmt: skip
 @pytest.mark.parametrize("sizes", [(16, 8), (16, 16)], ids=str)
 def test_streaming_gives_the_codes_of_one_shot(form, sizes):
     rng = torch.Generator().manual_seed(0)

@@ -19,6 +19,7 @@ from kvfold.calibration.heads import headkv_tables
 from kvfold.calibration.less import train_feature_maps
 from kvfold.calibration.levels import kvquant_levels
 from kvfold.calibration.memory import memory_table
+from kvfold.calibration.moments import turboquant_basis
 from kvfold.calibration.razor import razor_tables
 from kvfold.calibration.run import Run
 from kvfold.calibration.sensitivity import epicache_tables
@@ -35,9 +36,12 @@ CALIBRATIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "less": train_feature_maps,
     "memory": memory_table,
     "razorattention": razor_tables,
+    "turboquant": turboquant_basis,
 }
 """What measures, by the slug of the method that needs it; "memory" is what `Cache(memory=)` chooses formats by."""
 TRAINED = {"attention-gate", "elitekv", "kvquant", "less"}
+"""What measures, by the slug of the method that needs it."""
+TRAINED = {"attention-gate", "elitekv", "kvquant", "less", "turboquant"}
 """Those that give tensors, which lie in safetensors files."""
 
 

@@ -12,8 +12,8 @@ def calibrate_command(
     method: Annotated[
         str,
         typer.Argument(
-            help="attention-gate, compresskv, duoattention, elitekv, epicache, headkv, kvquant, less, razorattention; "
-            "memory: what --memory chooses formats by."
+            help="attention-gate, compresskv, duoattention, elitekv, epicache, headkv, kvquant, less, razorattention, "
+            "turboquant; memory: what --memory chooses formats by."
         ),
     ],
     model: common.Model = "smollm2-135m-instruct",
@@ -28,7 +28,7 @@ def calibrate_command(
     device: common.Device = "cpu",
     json: common.Json = False,
 ) -> None:
-    """Measure head roles, scores, layer errors or levels of a model, and keep them where kvfold.Cache finds them."""
+    """Measure head roles, scores, errors, levels or bases of a model, and keep them where kvfold.Cache finds them."""
     from dataclasses import asdict, replace
 
     from kvfold.artefacts import TABLES, TENSORS, save

@@ -246,6 +246,15 @@ class Folding(Protocol):
 
 
 @runtime_checkable
+class Supposing(Protocol):
+    """A format whose segments are as large whatever was measured for them."""
+
+    def supposed(self, spec: Spec) -> Mapping[str, Any]:
+        """What may stand in for `Spec.artefact` where only sizes are asked for."""
+        ...
+
+
+@runtime_checkable
 class Format(Protocol):
     """A recipe for segments; a method names it in `Store`, or as the one that all its tokens go to."""
 

@@ -1,11 +1,12 @@
 """What a segment takes that holds so many tokens, as it counts that itself; no token has to be there."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-from kvfold.formats.segment import Format, Segment, Spec
+from kvfold.formats.segment import Format, Segment, Spec, Supposing
 from kvfold.formats.tokens import POSITION, Chunk
 
 Columns = tuple[tuple[str, torch.dtype], ...]
@@ -14,6 +15,8 @@ Columns = tuple[tuple[str, torch.dtype], ...]
 
 def empty_segment(form: Format, spec: Spec, columns: Columns = ()) -> Segment:
     """A segment without a token, with these columns. Raises ValueError where a format refuses the layer."""
+    if isinstance(form, Supposing):
+        spec = replace(spec, artefact={**form.supposed(spec), **spec.artefact})
     segment, device = form.open(spec), spec.device
     shape = (spec.rows, spec.heads, 0)
     keys, values = (torch.zeros(*shape, n, dtype=spec.dtype, device=device) for n in (spec.key_size, spec.value_size))
@@ -27,6 +30,7 @@ def empty_segment(form: Format, spec: Spec, columns: Columns = ()) -> Segment:
 def segment_bytes(form: Format, spec: Spec, tokens: tuple[int, ...], columns: Columns = ()) -> int:
     """Bytes of a segment that holds so many tokens of each head, with these columns; `spec` is of one row.
 
+    What was measured is no part of a spec that equals another: a format's key stands for it, or it has no say in sizes.
     Raises ValueError where a format refuses the layer.
     """
     return empty_segment(form, spec, columns).nbytes_with(np.array([tokens], dtype=np.int64))

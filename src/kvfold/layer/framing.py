@@ -31,5 +31,5 @@ def entered(
 
 def measured(methods: Iterable[Method], site: Site) -> dict[str, Any]:
     """What formats need of what was measured for a layer (`Spec.artefact`). ValueError where that does not fit it."""
-    frames = [method.own_frame for method in methods if method.own_frame is not None]
-    return {frame.key: frame.of_layer(site.ordinal, site.rope) for frame in frames}
+    every = [one for method in methods for one in method.needs]
+    return {one.key: one.of_layer(site.ordinal, site.rope) for one in every}

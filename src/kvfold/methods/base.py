@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvfold.formats import Format
 from kvfold.methods.events import EVENTS, TRAITS, Event
-from kvfold.rotation import Frame
+from kvfold.rotation import Frame, Measured
 from kvfold.views import CacheView, HiddenView, LayerView, PromptView, RawPrompt, Requests
 from kvfold.views.decisions import Decisions, Read, decided
 
@@ -49,6 +49,8 @@ class Method:
     """The format that all tokens of the layer go to; None: dense, in the model's dtype."""
     own_frame: Frame | None = None
     """What brings queries and keys to where they attend; None: they attend as the model has rotated them."""
+    needs: tuple[Measured, ...] = ()
+    """What was measured on the model for its formats, which find it in `Spec.artefact`."""
     windows: Format | None = None
     """The format that sliding-window layers hold their tokens in; None: as transformers does."""
     firm: tuple[Format, ...] = ()

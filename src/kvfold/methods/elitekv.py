@@ -14,7 +14,7 @@ from kvfold import artefacts
 from kvfold.formats import Basis, Elite
 from kvfold.methods.base import Method, method
 from kvfold.options import check_int
-from kvfold.rotation import Rope
+from kvfold.rotation import Measured, Rope
 
 BESIDE = "elitekv.safetensors"
 """What `kvfold uptrain` puts beside the weights that it has trained."""
@@ -71,6 +71,11 @@ class EliteKV(Method):
     def own_frame(self) -> "EliteFrame":  # type: ignore[override]
         """Where queries and keys attend: rotated in elite pairs alone."""
         return EliteFrame(self.calibration, self.rank)
+
+    @property
+    def needs(self) -> tuple[Measured, ...]:  # type: ignore[override]
+        """Pairs and directions."""
+        return (self.own_frame,)
 
     @cached_property
     def format(self) -> Elite:  # type: ignore[override]

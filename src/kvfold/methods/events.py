@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain
 from operator import and_
 from typing import Any
 
@@ -111,6 +112,10 @@ def _only(said: Sequence[Format | Frame | None]) -> Format | Frame | None:
     return next((one for one in said if one is not None), None)
 
 
+def _chained(said: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+    return tuple(chain.from_iterable(said))
+
+
 @dataclass(frozen=True)
 class Trait:
     """What a method says of itself, whatever it sees."""
@@ -129,8 +134,9 @@ TRAITS: dict[str, Trait] = {
     "narrows": Trait(any),
     "shares_layers": Trait(any),
     "format": Trait(_only, alone="with a format for all tokens"),
-    "firm": Trait(lambda said: tuple(form for forms in said for form in forms)),
+    "firm": Trait(_chained),
     "own_frame": Trait(_only, alone="with a frame of their own"),
+    "needs": Trait(_chained),
     "windows": Trait(_only, alone="with a format for sliding windows"),
 }
 """All traits, attributes of `Method`."""

@@ -1,10 +1,22 @@
 """TurboQuant: vectors turned at random, then the nearest of a few levels, number by number (arXiv:2504.19874)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvfold import artefacts
 from kvfold.formats import Format, Rotated
 from kvfold.methods.base import Method, method
+from kvfold.options import check_choice
+from kvfold.rotation import Measured, Rope
+
+BASES = ("random", "measured")
+SINGULAR = 1e6
+"""A condition number (of the 1-norm) from which on a matrix has no inverse to speak of."""
 
 
 @method(
@@ -14,6 +26,9 @@ from kvfold.methods.base import Method, method
         \hat x = \lVert x \rVert \, \Pi^\top c[i], \quad
             i_j = \arg\min_k \, \bigl| c_k - (\Pi x)_j / \lVert x \rVert \bigr|
         q \cdot \hat k = \lVert k \rVert \, (\Pi q) \cdot c[i]
+        \text{basis="measured":} \quad k \to A k, \; q \to A^{-\top} q, \quad
+            A^\top A = S_k^{-1/2} \big(S_k^{1/2} S_q S_k^{1/2}\big)^{1/2} S_k^{-1/2}, \quad
+            S_x = \mathbb E[x x^\top]
     """,
     options={
         "bits": "of a number: 2, 3 or 4",
@@ -21,6 +36,8 @@ from kvfold.methods.base import Method, method
         "scale": '"norm", the vector\'s length (the paper); "unit", what gives the coded vector that length; '
         '"aligned", what makes its product with the vector itself exact',
         "seed": "of the rotations",
+        "basis": 'what of keys is turned: "random", the keys themselves (the paper); "measured", the keys in a basis '
+        "that weighs directions by what queries make of them (ours)",
     },
 )  # fmt: skip
 @dataclass(frozen=True)
@@ -37,18 +54,82 @@ class TurboQuant(Method):
     the sketch is for. There is no split of outlier channels. No mean is taken off the keys: one that is fixed by the
     first tokens that come would depend on how a prompt is cut. Models with large biases of keys (Qwen2.5) need one,
     and lose much here.
+    `basis="measured"` is ours. Each KV head's keys are coded as A k, and asked by A^{-T} q, so that products stay. A is
+    symmetric, of the second moments S_k of keys and S_q of the group's queries, as they attend:
+    A'A = S_k^{-1/2} (S_k^{1/2} S_q S_k^{1/2})^{1/2} S_k^{-1/2}. A code's error has no direction and grows with the
+    vector, so that a logit's is as tr(A S_k A') tr(A^{-T} S_q A^{-1}), and of that this is the least there is. Values
+    stay as they are. A step costs no more: queries are multiplied with a matrix of the head instead of the layer's.
+    `kvfold calibrate turboquant` measures A, which is held beside the codes; sliding windows have none.
     """
 
     bits: int = 4
     value_bits: int | None = None
     scale: str = "norm"
     seed: int = 42
+    basis: str = "random"
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
+        check_choice("basis", self.basis, BASES)
+        if self.basis == "random" and self.calibration is not None:
+            raise ValueError(f"calibration={self.calibration!r} is what basis='measured' is for; a random one has none")
         self.format  # noqa: B018  (raises for options that can't be)
+
+    def bind(self, model: Any) -> "TurboQuant":
+        """Raises ValueError for a calibration that is damaged, or of another model."""
+        if self.basis == "random":
+            return self
+        where, found = artefacts.locate(self.info.slug, model, self.calibration)
+        key_bases(found.data)
+        return replace(self, calibration=where)
+
+    @cached_property
+    def needs(self) -> tuple[Measured, ...]:  # type: ignore[override]
+        """The bases of keys, where there are any."""
+        return () if self.basis == "random" else (KeyBases(self.calibration),)
 
     @cached_property
     def format(self) -> Format:  # type: ignore[override]
         """Codes and a scale, token by token."""
         values = self.bits if self.value_bits is None else self.value_bits
-        return Rotated(self.bits, values, self.scale, self.seed)
+        return Rotated(self.bits, values, self.scale, self.seed, self.needs[0].key if self.needs else "")
+
+
+@dataclass(frozen=True)
+class KeyBases:
+    """What was measured of each layer's keys; nothing is read before a layer asks."""
+
+    calibration: str | None
+
+    @property
+    def key(self) -> str:
+        """Where it lies; segments tell by its digest whether it is still the same."""
+        return "measured" if self.calibration is None else self.calibration
+
+    @cached_property
+    def layers(self) -> list[Float[Tensor, "H D D"]]:
+        """The matrices of each paged layer."""
+        if self.calibration is None:
+            raise ValueError(
+                "turboquant(basis='measured') needs a basis: give it to kvfold.Cache(model, ...), which finds it, "
+                f"after {artefacts.command('turboquant', 'MODEL')}"
+            )
+        return key_bases(artefacts.read("turboquant", self.calibration).data)
+
+    def of_layer(self, ordinal: int, rope: Rope | None) -> Float[Tensor, "H D D"]:
+        """See `Measured.of_layer`."""
+        if ordinal >= len(self.layers):
+            raise ValueError(f"the calibration of turboquant has {len(self.layers)} layers, not number {ordinal}")
+        return self.layers[ordinal]
+
+
+def key_bases(data: dict[str, Any]) -> list[Float[Tensor, "H D D"]]:
+    """The matrices of each paged layer, float32. Raises ValueError for a calibration that is damaged."""
+    keys = data.get("keys")
+    if not isinstance(keys, Tensor) or keys.dim() != 4 or not keys.numel() or keys.shape[2] != keys.shape[3]:
+        found = tuple(keys.shape) if isinstance(keys, Tensor) else None
+        raise ValueError(f"the calibration of turboquant lacks 'keys', a square matrix of each head: {found}")
+    made = keys.float()
+    if not bool(made.isfinite().all()) or not bool((torch.linalg.cond(made.double(), 1) < SINGULAR).all()):
+        raise ValueError("the calibration of turboquant has matrices of keys that have no inverse")
+    return list(made)

@@ -33,6 +33,8 @@ class Windows(Method):
     def windows(self) -> Format:  # type: ignore[override]
         """The format. Raises ValueError for a method that has none, or does more than hold tokens in one."""
         chosen = parse(self.form)
+        if chosen.needs:
+            raise ValueError(f"form={self.form!r} needs what is measured on a model, and windows have none of that")
         if chosen.format is None or any(chosen.listens(event) for event in EVENTS):
             raise ValueError(f"form={self.form!r} must be a method that only says how tokens lie, such as 'kivi'")
         unit_of(chosen.format)

@@ -1,0 +1,107 @@
+"""TurboQuant's calibration: a basis of keys in which what queries make most of is coded best."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvfold.calibration.run import Run
+from kvfold.calibration.sensitivity import sample
+from kvfold.hf.argument import with_cache
+from kvfold.hf.cache import Cache
+from kvfold.views import LayerView
+
+FLOOR = 1e-7
+"""Of a matrix' largest eigenvalue: no other counts as less, so that directions that never vary have an inverse."""
+NARROW = 0.1
+"""How far float16 may move what the inverse gives back, of it; else the matrices stay float32."""
+
+
+@dataclass
+class Moments:
+    """E[x x'] of a layer's keys and queries, as they attend, summed over texts; float64."""
+
+    keys: Float[Tensor, "H D D"]
+    queries: Float[Tensor, "H D D"]
+
+
+def turboquant_basis(run: Run) -> dict[str, Any]:
+    """`keys` (L, H, D, D): for each paged layer and KV head the matrix A that keys are multiplied with; see `balance`.
+
+    Moments are those of rotated keys and queries, what a cache holds and is asked with, the first tokens' included.
+    """
+    samples, length = run.sizes(16, 512)
+    layers = look(run, samples, length)
+    made = torch.stack([balance(layer.keys, layer.queries) for layer in layers])
+    spread = torch.linalg.cond(made, 2)
+    narrow = fits_half(made)
+    run.about.update(
+        floor=FLOOR, dtype="float16" if narrow else "float32", condition=[float(f"{x.max():.4g}") for x in spread]
+    )
+    return {"keys": made.half() if narrow else made.float()}
+
+
+def balance(keys: Float[Tensor, "H D D"], queries: Float[Tensor, "H D D"]) -> Float[Tensor, "H D D"]:
+    """A, symmetric, of mean eigenvalue 1: A'A = S_k^{-1/2} (S_k^{1/2} S_q S_k^{1/2})^{1/2} S_k^{-1/2}, float64.
+
+    Of all matrices it has the least tr(A S_k A') tr(A^{-T} S_q A^{-1}): the mean squared error of logits, where that of
+    a code is the same in all directions and grows with the vector.
+    """
+    root, inverse = power(keys, 0.5), power(keys, -0.5)
+    made = power(inverse @ power(root @ queries.double() @ root, 0.5) @ inverse, 0.5)
+    return made / made.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+
+
+def power(matrix: Float[Tensor, "H D D"], exponent: float) -> Float[Tensor, "H D D"]:
+    """Of a symmetric positive matrix, its eigenvalues no less than `FLOOR` of the largest (1 where all are 0)."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT).double() / 2)
+    most = values.amax(-1, keepdim=True)
+    values = torch.where(most > 0, torch.maximum(values, most * FLOOR), 1.0)
+    made: Tensor = (vectors * values.pow(exponent)[..., None, :]) @ vectors.mT
+    return made
+
+
+def fits_half(matrices: Float[Tensor, "L H D D"]) -> bool:
+    """Whether the inverses of the matrices in float16 are near those of the matrices."""
+    inverse, failed = torch.linalg.inv_ex(matrices.half().double())
+    apart = inverse @ matrices.double() - torch.eye(matrices.shape[-1], dtype=torch.float64)
+    return not bool(failed.any()) and bool((torch.linalg.matrix_norm(apart, 2) < NARROW).all())
+
+
+@torch.no_grad()
+def look(run: Run, samples: int, length: int) -> list[Moments]:
+    """Read `samples` windows of running text. Raises ValueError for numbers that are not finite."""
+    rng = random.Random(run.seed)
+    found: list[Moments] = []
+    for number in range(samples):
+        run.tick(f"text {number + 1} of {samples}")
+        ids, layers, cache = sample(run, rng, length), iter(range(1 << 30)), Cache(run.model, "full")
+
+        def observe(view: LayerView, layers: Iterator[int] = layers) -> None:
+            layer, seen = next(layers), of_view(view)
+            if layer == len(found):
+                found.append(seen)
+            else:
+                found[layer].keys += seen.keys
+                found[layer].queries += seen.queries
+
+        with cache.observed(observe):
+            run.model(ids.to(run.model.device), logits_to_keep=1, **with_cache(run.model, cache))
+    for layer, each in enumerate(found):
+        if not bool((each.keys.isfinite() & each.queries.isfinite()).all()):
+            raise ValueError(f"layer {layer} on pages has keys or queries that are not finite: nothing to measure")
+    return found
+
+
+def of_view(view: LayerView) -> Moments:
+    """What one text shows of a layer; the queries of a group count together."""
+    keys, queries = (x[0].double().cpu() for x in (view.keys, view.queries.states))
+    queries = queries.reshape(len(keys), -1, keys.shape[-1])
+    return Moments(*(x.mT @ x / x.shape[1] for x in (keys, queries)))
+
+
+__all__ = ["balance", "fits_half", "turboquant_basis"]
