@@ -72,11 +72,12 @@ def elite(layers: int, heads: int, size: int, turned: int, seed: int = 0) -> dic
     return {"elite": flags, "basis": whole[..., : wide * 2 // 3].float().contiguous()}
 
 
-def bases(layers: int, heads: int, size: int, seed: int = 0) -> Tensor:
-    """A symmetric matrix of each head, that stretches by 1/2 to 2."""
+def bases(layers: int, heads: int, size: int, seed: int = 0) -> dict[str, Tensor]:
+    """Directions of each head, and weights of 1/2 to 2."""
     rng = torch.Generator().manual_seed(seed)
     turn = torch.linalg.qr(torch.randn(layers, heads, size, size, generator=rng, dtype=torch.float64))[0]
-    return ((turn * torch.logspace(-1, 1, size, base=2.0, dtype=torch.float64)) @ turn.mT).float().contiguous()
+    weight = torch.logspace(-1, 1, size, base=2.0).expand(layers, heads, -1)
+    return {"turn": turn.float().contiguous(), "weight": weight.contiguous()}
 
 
 def calibrate(model, name: str) -> None:
@@ -99,7 +100,7 @@ def calibrate(model, name: str) -> None:
         data["attention-gate"] = gates(layers, config.hidden_size, kv)
         size = getattr(config, "head_dim", None) or config.hidden_size // queries
         data["kvquant"] = levels(layers, kv, size)
-        data["turboquant"] = {"keys": bases(layers, kv, size)}
+        data["turboquant"] = bases(layers, kv, size)
         data["less"] = feature_maps(layers, queries, kv, size)
         part = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
         data["elitekv"] = elite(layers, kv, size, int(size * part))

@@ -47,11 +47,11 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def basis(heads: int, size: int, seed: int = 0) -> Tensor:
-    """A matrix of each head that stretches by 1/2 to 2, in directions that have nothing to do with each other."""
-    rng = torch.Generator().manual_seed(seed)
-    one, two = torch.linalg.qr(torch.randn(2, heads, size, size, generator=rng, dtype=torch.float64))[0]
-    return ((one * torch.logspace(-1, 1, size, base=2.0, dtype=torch.float64)) @ two).float()
+def basis(heads: int, size: int) -> KeyBasis:
+    """Directions of each head, in float16, and weights of 1/2 to 2."""
+    rng = torch.Generator().manual_seed(5)
+    turn = torch.linalg.qr(torch.randn(heads, size, size, generator=rng, dtype=torch.float64))[0]
+    return KeyBasis(turn.half(), torch.logspace(-1, 1, size, base=2.0).expand(heads, -1).contiguous())
 
 
 KNOWN = {"known": basis(H, D)}

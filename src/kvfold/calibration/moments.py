@@ -17,8 +17,6 @@ from kvfold.views import LayerView
 
 FLOOR = 1e-7
 """Of a matrix' largest eigenvalue: no other counts as less, so that directions that never vary have an inverse."""
-NARROW = 0.1
-"""How far float16 may move what the inverse gives back, of it; else the matrices stay float32."""
 
 
 @dataclass
@@ -30,19 +28,16 @@ class Moments:
 
 
 def turboquant_basis(run: Run) -> dict[str, Any]:
-    """`keys` (L, H, D, D): for each paged layer and KV head the matrix A that keys are multiplied with; see `balance`.
+    """`turn` (L, H, D, D), float16, and `weight` (L, H, D): V and W of each paged layer and KV head, A = V W V'.
 
-    Moments are those of rotated keys and queries, what a cache holds and is asked with, the first tokens' included.
+    A: see `balance`. Moments are those of rotated keys and queries, what a cache holds and is asked with, the first
+    tokens' included.
     """
     samples, length = run.sizes(16, 512)
-    layers = look(run, samples, length)
-    made = torch.stack([balance(layer.keys, layer.queries) for layer in layers])
-    spread = torch.linalg.cond(made, 2)
-    narrow = fits_half(made)
-    run.about.update(
-        floor=FLOOR, dtype="float16" if narrow else "float32", condition=[float(f"{x.max():.4g}") for x in spread]
-    )
-    return {"keys": made.half() if narrow else made.float()}
+    made = torch.stack([balance(layer.keys, layer.queries) for layer in look(run, samples, length)])
+    weight, turn = torch.linalg.eigh(made)
+    run.about.update(floor=FLOOR, condition=[float(f"{x.max():.4g}") for x in weight.amax(-1) / weight.amin(-1)])
+    return {"turn": turn.half().contiguous(), "weight": weight.float().contiguous()}
 
 
 def balance(keys: Float[Tensor, "H D D"], queries: Float[Tensor, "H D D"]) -> Float[Tensor, "H D D"]:
@@ -63,13 +58,6 @@ def power(matrix: Float[Tensor, "H D D"], exponent: float) -> Float[Tensor, "H D
     values = torch.where(most > 0, torch.maximum(values, most * FLOOR), 1.0)
     made: Tensor = (vectors * values.pow(exponent)[..., None, :]) @ vectors.mT
     return made
-
-
-def fits_half(matrices: Float[Tensor, "L H D D"]) -> bool:
-    """Whether the inverses of the matrices in float16 are near those of the matrices."""
-    inverse, failed = torch.linalg.inv_ex(matrices.half().double())
-    apart = inverse @ matrices.double() - torch.eye(matrices.shape[-1], dtype=torch.float64)
-    return not bool(failed.any()) and bool((torch.linalg.matrix_norm(apart, 2) < NARROW).all())
 
 
 @torch.no_grad()
@@ -102,6 +90,3 @@ def of_view(view: LayerView) -> Moments:
     keys, queries = (x[0].double().cpu() for x in (view.keys, view.queries.states))
     queries = queries.reshape(len(keys), -1, keys.shape[-1])
     return Moments(*(x.mT @ x / x.shape[1] for x in (keys, queries)))
-
-
-__all__ = ["balance", "fits_half", "turboquant_basis"]

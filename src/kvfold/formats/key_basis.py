@@ -1,4 +1,4 @@
-"""A basis of each head in which keys are coded: theirs goes in by a matrix, queries and what is read by its inverse."""
+"""A basis of each head in which keys are coded: they go in by a matrix, queries and what is read by its inverse."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,44 +8,49 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kvfold.formats.gaussian import Rotation
+
 
 @dataclass(frozen=True, eq=False)
 class KeyBasis:
-    """Keys are held as R A k, with a matrix A of each head and a rotation R of the layer, and asked by R A^{-T} q."""
+    """Keys are held as R W V' k and asked by R W^{-1} V' q: V orthogonal and W diagonal, of each head, R a rotation.
 
-    into: Float[Tensor, "H D D"]
-    """A, float32."""
-    asks: Float[Tensor, "H D D"]
-    """A^{-1} R', float32: a query times it meets codes, a code times its transpose is a key."""
+    One matrix serves both ways, so that it is all that a cache has to hold.
+    """
 
-    @classmethod
-    def of(cls, into: Float[Tensor, "H D D"], rotation: Float[Tensor, "D D"]) -> "KeyBasis":
-        """On the rotation's device; the inverse is worked out in float64. Raises ValueError where there is none."""
-        into = into.float().to(rotation.device)
-        asks, failed = torch.linalg.inv_ex(into.double())
-        asks = (asks @ rotation.double().mT).float()
-        if bool(failed.any()) or not bool(asks.isfinite().all()):
-            raise ValueError(f"basis={tuple(into.shape)} of keys has no inverse")
-        return cls(into.contiguous(), asks.contiguous())
+    turn: Float[Tensor, "H D D"]
+    """V, float16 or float32: its columns are the directions."""
+    weight: Float[Tensor, "H D"]
+    """W, float32, positive."""
+
+    def to(self, device: torch.device) -> "KeyBasis":
+        """The same there; itself where it is there already."""
+        here = self.turn.device == device
+        return self if here else KeyBasis(self.turn.to(device), self.weight.to(device))
 
     @property
     def nbytes(self) -> int:
         """Bytes of both."""
-        return self.into.nbytes + self.asks.nbytes
+        return self.turn.nbytes + self.weight.nbytes
 
     @cached_property
     def digest(self) -> str:
-        """Of A: whoever reads codes must have the one that they were made with."""
-        return hashlib.sha256(self.into.cpu().numpy().tobytes()).hexdigest()[:16]
+        """Of both: whoever reads codes must have the one that they were made with."""
+        found = hashlib.sha256()
+        for part in (self.turn, self.weight):
+            found.update(part.cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
 
     def entered(self, keys: Float[Tensor, "*N H T D"]) -> Float[Tensor, "*N H T D"]:
-        """A k, float64."""
-        return keys.double() @ self.into.double().mT
+        """W V' k, float64."""
+        return (keys.double() @ self.turn.double()) * self.weight.double()[:, None]
 
-    def asked(self, q: Float[Tensor, "B H G Q D"]) -> Float[Tensor, "B H G Q D"]:
-        """R A^{-T} q, float32."""
-        return q.float() @ self.asks[:, None]
+    def asked(self, q: Float[Tensor, "B H G Q D"], rotation: Rotation) -> Float[Tensor, "B H G Q D"]:
+        """R W^{-1} V' q, float32."""
+        met = (q.float() @ self.turn.float()[:, None]) / self.weight[:, None, None]
+        return met @ rotation.matrix(q.device, torch.float32).mT
 
-    def back(self, codes: Float[Tensor, "B H T D"]) -> Float[Tensor, "B H T D"]:
-        """Keys of what codes stand for, A^{-1} R' y."""
-        return codes @ self.asks.mT
+    def back(self, codes: Float[Tensor, "B H T D"], rotation: Rotation) -> Float[Tensor, "B H T D"]:
+        """Keys of what codes stand for, V W^{-1} R' y."""
+        turned = codes @ rotation.matrix(codes.device, codes.dtype)
+        return (turned / self.weight[:, None].to(codes.dtype)) @ self.turn.to(codes.dtype).mT

@@ -40,9 +40,9 @@ class Rotated(ByToken):
     `scale` says what a vector's levels are multiplied by: "norm", its length, as in the paper; "unit", what gives the
     coded vector that length; "aligned", what makes its product with the vector itself exact, so that a rotation's
     mean of any product is.
-    `key` names what was measured for it in `Spec.artefact`: (H, D, D), a matrix A of each head. Keys are then brought
-    to A k first, and that is what is turned, and what `scale` speaks of; queries ask by the inverse. Both matrices are
-    counted once and not saved, but for A's digest: who loads a cache must have it.
+    `key` names what was measured for it in `Spec.artefact`, a `KeyBasis`. Keys are then brought there first, and that
+    is what is turned, and what `scale` speaks of; queries ask by the inverse. The basis is counted once and not saved,
+    but for its digest: who loads a cache must have it.
     """
 
     key_bits: int = 4
@@ -81,16 +81,17 @@ class Rotated(ByToken):
         if not self.key:
             return None
         found = spec.artefact.get(self.key)
-        if not isinstance(found, Tensor):
+        if not isinstance(found, KeyBasis):
             raise ValueError(f"key={shown(self.key)} of a rotated format is not what was measured: {[*spec.artefact]}")
-        if found.shape != (wanted := (spec.heads, spec.key_size, spec.key_size)):
-            raise ValueError(f"basis={tuple(found.shape)} of keys does not fit layer {spec.layer}: it must be {wanted}")
-        return KeyBasis.of(found, Rotation(self.seed, spec.layer, spec.key_size).matrix(spec.device, torch.float64))
+        shape, wanted = tuple(found.turn.shape), (spec.heads, spec.key_size, spec.key_size)
+        if shape != wanted:
+            raise ValueError(f"basis={shape} of keys does not fit layer {spec.layer}: it must be {wanted}")
+        return found.to(spec.device)
 
-    def supposed(self, spec: Spec) -> dict[str, Tensor]:
-        """Matrices that change nothing."""
-        unit = torch.eye(spec.key_size, dtype=torch.float32)
-        return {self.key: unit.expand(spec.heads, -1, -1)} if self.key else {}
+    def supposed(self, spec: Spec) -> dict[str, KeyBasis]:
+        """One that changes nothing, as large as those that `kvfold calibrate` makes."""
+        unit = torch.eye(spec.key_size, dtype=torch.float16).expand(spec.heads, -1, -1).contiguous()
+        return {self.key: KeyBasis(unit, unit.new_ones(unit.shape[:2], dtype=torch.float32))} if self.key else {}
 
     def open(self, spec: Spec) -> "RotatedSegment":
         basis = self.basis(spec)
@@ -143,14 +144,17 @@ class RotatedSegment(CodedTokens):
         theirs = getattr(other, "form", type(other).__name__), getattr(other, "layer", None)
         if theirs != (self.form, self.layer):
             raise ValueError(f"other={theirs} (format, layer) must be {(self.form, self.layer)}")
-        if self.basis is not None and not torch.equal(self.basis.into, other.basis.into):
+        if self.basis is not None and self.basis.digest != other.basis.digest:
             raise ValueError(f"other={theirs} has keys in another basis: {self.form.key!r} was measured anew")
         super().join(other)
 
     def turn(self, what: str, dtype: torch.dtype = torch.float32) -> Float[Tensor, "D D"]:
         """The rotation of keys or values."""
-        size = self.coding[what].size
-        return Rotation(self.form.seed, self.layer, size).matrix(self.pool.device, dtype)
+        return self.rotation(what).matrix(self.pool.device, dtype)
+
+    def rotation(self, what: str) -> Rotation:
+        """The layer's, of keys or values."""
+        return Rotation(self.form.seed, self.layer, self.coding[what].size)
 
     def append(self, chunk: Chunk, *, even: bool = False) -> None:
         if self.coding["keys"] != self.coding["values"]:
@@ -193,10 +197,10 @@ class RotatedSegment(CodedTokens):
 
     def asked(self, q: Tensor) -> Tensor:
         if self.basis is not None:
-            return self.basis.asked(q)
+            return self.basis.asked(q, self.rotation("keys"))
         return q.float() @ self.turn("keys").mT
 
     def back(self, what: str, states: Tensor) -> Tensor:
         if self.basis is not None and what == "keys":
-            return self.basis.back(states)
+            return self.basis.back(states, self.rotation("keys"))
         return states @ self.turn(what)

@@ -5,18 +5,18 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from kvfold import artefacts
 from kvfold.formats import Format, Rotated
+from kvfold.formats.key_basis import KeyBasis
 from kvfold.methods.base import Method, method
 from kvfold.options import check_choice
 from kvfold.rotation import Measured, Rope
 
 BASES = ("random", "measured")
-SINGULAR = 1e6
-"""A condition number (of the 1-norm) from which on a matrix has no inverse to speak of."""
+SKEW = 0.01
+"""How far directions in float16 may be from orthogonal."""
 
 
 @method(
@@ -58,8 +58,8 @@ class TurboQuant(Method):
     symmetric, of the second moments S_k of keys and S_q of the group's queries, as they attend:
     A'A = S_k^{-1/2} (S_k^{1/2} S_q S_k^{1/2})^{1/2} S_k^{-1/2}. A code's error has no direction and grows with the
     vector, so that a logit's is as tr(A S_k A') tr(A^{-T} S_q A^{-1}), and of that this is the least there is. Values
-    stay as they are. A step costs no more: queries are multiplied with a matrix of the head instead of the layer's.
-    `kvfold calibrate turboquant` measures A, which is held beside the codes; sliding windows have none.
+    stay as they are. With A = V W V' keys are held as R W V' k (R V is as random as R), so that a cache holds V alone,
+    in float16, and no inverse. `kvfold calibrate turboquant` measures it; sliding windows have none.
     """
 
     bits: int = 4
@@ -107,8 +107,8 @@ class KeyBases:
         return "measured" if self.calibration is None else self.calibration
 
     @cached_property
-    def layers(self) -> list[Float[Tensor, "H D D"]]:
-        """The matrices of each paged layer."""
+    def layers(self) -> list[KeyBasis]:
+        """Those of each paged layer."""
         if self.calibration is None:
             raise ValueError(
                 "turboquant(basis='measured') needs a basis: give it to kvfold.Cache(model, ...), which finds it, "
@@ -116,20 +116,23 @@ class KeyBases:
             )
         return key_bases(artefacts.read("turboquant", self.calibration).data)
 
-    def of_layer(self, ordinal: int, rope: Rope | None) -> Float[Tensor, "H D D"]:
+    def of_layer(self, ordinal: int, rope: Rope | None) -> KeyBasis:
         """See `Measured.of_layer`."""
         if ordinal >= len(self.layers):
             raise ValueError(f"the calibration of turboquant has {len(self.layers)} layers, not number {ordinal}")
         return self.layers[ordinal]
 
 
-def key_bases(data: dict[str, Any]) -> list[Float[Tensor, "H D D"]]:
-    """The matrices of each paged layer, float32. Raises ValueError for a calibration that is damaged."""
-    keys = data.get("keys")
-    if not isinstance(keys, Tensor) or keys.dim() != 4 or not keys.numel() or keys.shape[2] != keys.shape[3]:
-        found = tuple(keys.shape) if isinstance(keys, Tensor) else None
-        raise ValueError(f"the calibration of turboquant lacks 'keys', a square matrix of each head: {found}")
-    made = keys.float()
-    if not bool(made.isfinite().all()) or not bool((torch.linalg.cond(made.double(), 1) < SINGULAR).all()):
-        raise ValueError("the calibration of turboquant has matrices of keys that have no inverse")
-    return list(made)
+def key_bases(data: dict[str, Any]) -> list[KeyBasis]:
+    """What a calibration has, layer by layer. Raises ValueError for one that is damaged."""
+    turn: Any = data.get("turn")
+    weight: Any = data.get("weight")
+    square = isinstance(turn, Tensor) and turn.dim() == 4 and turn.numel() and turn.shape[2] == turn.shape[3]
+    if not square or not isinstance(weight, Tensor) or weight.shape != turn.shape[:3]:
+        found = [tuple(x.shape) if isinstance(x, Tensor) else None for x in (turn, weight)]
+        raise ValueError(f"the calibration of turboquant lacks 'turn' and 'weight', a basis of each head: {found}")
+    unit = torch.eye(turn.shape[-1], dtype=torch.float64)
+    apart = (turn.double() @ turn.double().mT - unit).abs()
+    if not bool((apart < SKEW).all()) or not bool((weight.isfinite() & (weight > 0)).all()):
+        raise ValueError("the calibration of turboquant has bases of keys that are not orthogonal, or weigh nothing")
+    return [KeyBasis(*parts) for parts in zip(turn, weight.float(), strict=True)]
