@@ -104,7 +104,7 @@ def test_a_layer_error_is_zero_when_all_is_kept():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-@pytest.mark.parametrize("method", CALIBRATIONS)
+@pytest.mark.parametrize("method", sorted({*CALIBRATIONS} - {"memory"}))  # what no method takes: tests/hf/test_bits.py
 def test_every_calibration_makes_what_its_method_takes(method, name, monkeypatch, tmp_path):
     from kvfold.artefacts import save
 

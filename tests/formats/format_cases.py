@@ -25,6 +25,7 @@ from kvfold.formats import (
     Thin,
     Uneven,
 )
+from kvfold.formats.key_basis import KeyBasis
 from kvfold.pages import Arena
 
 B, H, G, D, DV = 3, 2, 2, 16, 8

@@ -57,7 +57,7 @@ def test_bytes_in_an_arena_are_those_of_the_pages_held(form):
     beside += sum(x.told.nbytes for x in (segment, fork, more)) if isinstance(form, Balanced) else 0
     beside += sum(x.coded.weights.nbytes for x in (segment, fork, more)) if isinstance(form, Separable) else 0
     beside += sum(x.told.nbytes for x in (segment, fork, more)) if isinstance(form, Uneven) else 0
-    beside += 2 * segment.basis.nbytes if isinstance(form, Rotated) and form.key else 0  # which a fork shares
+    beside += segment.basis.nbytes if isinstance(form, Rotated) and form.key else 0  # which all of them share
     assert sum(parts) == room.used_nbytes + beside
 
 

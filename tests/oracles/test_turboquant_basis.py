@@ -219,7 +219,7 @@ def test_a_model_reads_on_drops_forks_saves_and_joins(made, tmp_path):
     truth = follow(model, kvfold.Cache(model, "full"), *prompt.values(), STEPS)
     cache = kvfold.Cache(model, text)
     got = follow(model, cache, *prompt.values(), STEPS)
-    assert 0 < (got - truth).norm() < 0.7 * truth.norm()  # of 16 numbers a head, in bases that fit nothing
+    assert 0 < (got - truth).norm() < 0.85 * truth.norm()  # of 16 numbers a head, in bases that fit nothing
     cache.save(tmp_path / "c")
     again = kvfold.Cache.load(tmp_path / "c", model, allow=[path])
     mask = grow(prompt["attention_mask"], 7)

@@ -4,18 +4,18 @@ import random
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvfold import artefacts
 from kvfold.calibration.run import Run
 from kvfold.calibration.sensitivity import sample
-from kvfold.evaluation.agreement import agreement
-from kvfold.evaluation.compare import with_budget
 from kvfold.hf.argument import with_cache
 from kvfold.hf.bits import GENERAL, MEASURED, PLAIN, WINDOWS, with_form
 from kvfold.hf.cache import Cache
 from kvfold.hf.shared_prefill import prefill_many
 from kvfold.hf.support import layers_of
+from kvfold.methods.registry import parse
 
 SHARES = (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
 """Of a text's tokens, that a head keeps in the mean."""
@@ -41,7 +41,7 @@ def memory_table(run: Run) -> dict[str, Any]:
         run.tick(f"sample {number + 1} of {samples}, {len(cells)} caches")
         ids = sample(run, rng, length).to(model.device)
         prompt, rest = ids[:, :-FED], ids[:, -FED:]
-        caches = [Cache(model, "full")] + [Cache(model, with_form(with_budget(METHOD, s), f)) for f, s in cells]
+        caches = [Cache(model, "full")] + [Cache(model, with_form(parse(METHOD, budget=s), f)) for f, s in cells]
         prefill_many(model, {"input_ids": prompt}, [one for one in caches if not one.coded_windows], logits_to_keep=1)
         for cache in caches:
             if cache.coded_windows:  # what windows hold can't come from another's prefill
@@ -49,7 +49,8 @@ def memory_table(run: Run) -> dict[str, Any]:
                 model(input_ids=prompt, **with_cache(model, cache), logits_to_keep=1)
         full = _fed(model, caches[0], rest)
         for cell, cache in zip(cells, caches[1:], strict=True):
-            total[cell] += agreement(full, _fed(model, cache, rest)).kl / samples
+            got = _fed(model, cache, rest)
+            total[cell] += float(F.kl_div(got, full, reduction="batchmean", log_target=True)) / samples
     total[PLAIN, 1.0] = 0.0
     return {"shares": list(SHARES), "forms": forms, "kl": [[total[form, share] for share in SHARES] for form in forms]}
 
@@ -65,6 +66,7 @@ def forms_for(run: Run) -> list[str]:
 
 
 def _fed(model: Any, cache: Cache, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (N, V) behind each of ids (1, N), float32."""
     with cache.tentative():
         logits: torch.Tensor = model(input_ids=ids, **with_cache(model, cache)).logits[0]
-    return logits
+    return logits.float().log_softmax(-1)

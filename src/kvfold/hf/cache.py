@@ -59,10 +59,8 @@ class Cache(Adopting):
     What a prompt keeps is known when it was read, and new columns of a method when it makes them: then OutOfPages
     leaves this cache to be `reset()`.
     With `memory` (bytes, "512MiB", or a share of a dense float16 cache of `context` tokens) the budget is the largest
-    with which `batch` rows never hold more, prompt, generation and all else included (hf/memory.py). Where `context`
-    says of how many tokens, and `method` not in which format they lie, bits are chosen with tokens, by a table that was
-    measured (hf/bits.py); not with `quantize=False`.
-
+    with which `batch` rows never hold more, all included (hf/memory.py). With `context` and no format bits are chosen,
+    too (hf/bits.py), unless `quantize=False`.
     A wrapper around a model (a PeftModel, torch.compile's) will do: the cache belongs to the model in it.
     Raises ValueError for a model that can't work, naming what is missing, and for options that don't fit.
     """
