@@ -31,9 +31,10 @@ def turboquant_basis(run: Run) -> dict[str, Any]:
     """`turn` (L, H, D, D), float16, and `weight` (L, H, D): V and W of each paged layer and KV head, A = V W V'.
 
     A: see `balance`. Moments are those of rotated keys and queries, what a cache holds and is asked with, the first
-    tokens' included.
+    tokens' included. So texts should be about as long as those to come: within 512 tokens slow pairs of a rotation
+    hardly turn, and a basis from there is no better than the random one for SmolLM2 at 1,024 (docs/LOG.md).
     """
-    samples, length = run.sizes(16, 512)
+    samples, length = run.sizes(8, 2048)
     made = torch.stack([balance(layer.keys, layer.queries) for layer in look(run, samples, length)])
     weight, turn = torch.linalg.eigh(made)
     run.about.update(floor=FLOOR, condition=[float(f"{x.max():.4g}") for x in weight.amax(-1) / weight.amin(-1)])
