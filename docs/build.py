@@ -8,6 +8,7 @@ Text comes from each method's docstrings, formula and options from its `@method(
 
 import json
 import re
+import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -29,6 +30,7 @@ from kvfold.methods import MethodInfo, list_methods
 from kvfold.testing import CONTRACTS
 
 ROOT = Path(__file__).parents[1]
+BYTES = runpy.run_path(str(ROOT / "docs/by_bytes.py"))
 PAGES = ROOT / "docs/methods"
 RESULTS, MERGING = ROOT / "benchmarks/results", ROOT / "benchmarks/merging.md"
 AGREED = [RESULTS / f"merging-{model}.json" for model in ("smollm2-135m-instruct", "gemma3-270m")]
@@ -437,6 +439,7 @@ def main() -> None:
     for name, text in made.items():
         write_whole(PAGES / name, text.encode())
     write_whole(MERGING, merging().encode())
+    write_whole(BYTES["PAGE"], BYTES["page"]().encode())
     write_whole(README, readme().encode())
     write_whole(CONTRIBUTING, contributing().encode())
     drawn = draw(points, [name.removesuffix(".md") for name in made]) if points else 0
@@ -452,6 +455,7 @@ def draw(points: Sequence[Point], among: Sequence[str]) -> int:
         return 0
     (PAGES / "charts").mkdir(exist_ok=True)
     write_whole(OVERVIEW, vl_convert.vegalite_to_svg(overview().to_dict()).encode())
+    write_whole(BYTES["PICTURE"], vl_convert.vegalite_to_svg(styled(BYTES["picture"]()).to_dict()).encode())
     slugs = [slug for slug in dict.fromkeys(point.method for point in points) if slug in among]
     for slug in slugs:
         svg = vl_convert.vegalite_to_svg(chart(slug, points).to_dict())

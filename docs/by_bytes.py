@@ -18,11 +18,12 @@ KVFOLD, CODES = "kvfold", "kvfold | turboquant(bits=4, basis='measured')"
 HEAD = """# KL against bytes
 
 A document's first {context:,} tokens are read and compressed; its next 64 are fed in one pass, and every next-token
-distribution is compared with the full cache's: mean KL in nats a token [95 % bootstrap interval over {documents} documents].
-The model runs in {dtype}. Bytes are those of the layers on pages, everything in them included (codes, scales, positions,
-columns, page tables), over what float16 takes for the same tokens; sliding windows, which none of these touches, are in the
-last column, over the same. A method has the largest budget that fits the share, in pages of 16 tokens; a format alone takes
-what it takes. `python docs/build.py` makes this page of `benchmarks/results/bytes`, which these commands fill:
+distribution is compared with the full cache's: mean KL in nats a token [95 % bootstrap interval over {documents}
+documents]. The model runs in {dtype}. Bytes are those of the layers on pages, everything in them included (codes,
+scales, bases, positions, columns, page tables), over what float16 takes for the same tokens; sliding windows, which
+none of these touches, are in the last column, over the same. A method has the largest budget that fits the share, in
+pages of 16 tokens; a format alone takes what it takes. `python docs/build.py` makes this page of
+`benchmarks/results/bytes`, which these commands fill:
 """
 
 
@@ -91,7 +92,7 @@ def rows(cells: Mapping[str, Any]) -> Iterator[str]:
 
 
 def picture() -> Any:
-    """KL over bytes on both models: the lines of methods that drop tokens, formats alone as points, and both together."""
+    """KL over bytes on both models: methods that drop tokens as lines, formats alone as points, and both together."""
     import altair as alt
 
     kinds = {
@@ -104,7 +105,8 @@ def picture() -> Any:
             return "kvfold" if name == KVFOLD else "kvfold, in 4 bits"
         if "measured" in name or name.startswith("kvfold"):
             return None
-        return {TOKENS: "published: tokens alone", BITS: "formats alone", BOTH: "published: tokens and bits"}[family(name)]
+        names = {TOKENS: "published: tokens alone", BITS: "formats alone", BOTH: "published: tokens and bits"}
+        return names[family(name)]
 
     points = [
         {"model": model, "who": kind(one["method"]), "method": one["method"], "bytes": one["bytes"], "kl": one["kl"]}
@@ -134,7 +136,7 @@ def picture() -> Any:
 
     return alt.hconcat(*(panel(model) for model in MODELS), spacing=40).properties(
         title=alt.TitleParams(
-            "KL divergence from the full cache (nats, lower is better) over what the cache holds",
-            anchor="start", color=REFERENCE, fontSize=14,
-        )  # fmt: skip
-    )
+            "KL divergence from the full cache (nats, lower is better) over what the cache holds", anchor="start",
+            color=REFERENCE, fontSize=14,
+        )
+    )  # fmt: skip

@@ -77,7 +77,7 @@ def bases(layers: int, heads: int, size: int, seed: int = 0) -> dict[str, Tensor
     rng = torch.Generator().manual_seed(seed)
     turn = torch.linalg.qr(torch.randn(layers, heads, size, size, generator=rng, dtype=torch.float64))[0]
     weight = torch.logspace(-1, 1, size, base=2.0).expand(layers, heads, -1)
-    return {"turn": turn.float().contiguous(), "weight": weight.contiguous()}
+    return {"turn": turn.float().contiguous(), "weight": weight.contiguous(), "channels": weight.flip(-1).contiguous()}
 
 
 def calibrate(model, name: str) -> None:

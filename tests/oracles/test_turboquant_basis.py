@@ -11,7 +11,7 @@ from kvfold import artefacts
 from kvfold.artefacts import Artefact
 from kvfold.bench.devices import Device
 from kvfold.bench.plan import make_plan, shape_of
-from kvfold.calibration.moments import balance
+from kvfold.calibration.moments import balance, diagonal
 from kvfold.formats import POSITION, Chunk, Rotated, Spec, format_from, format_to
 from kvfold.formats.gaussian import Rotation, lloyd_max
 from kvfold.formats.key_basis import KeyBasis
@@ -35,12 +35,13 @@ def drawn_bases(heads: int = H, size: int = D, seed: int = 0, layers: int = LAYE
     rng = torch.Generator().manual_seed(seed)
     turn = torch.linalg.qr(torch.randn(layers, heads, size, size, generator=rng, dtype=torch.float64))[0]
     weight = torch.logspace(-1, 1, size, base=3.0).expand(layers, heads, -1)
-    return {"turn": turn.float().contiguous(), "weight": weight.contiguous()}
+    return {"turn": turn.float().contiguous(), "weight": weight.contiguous(), "channels": weight.flip(-1).contiguous()}
 
 
 def matrix(basis: KeyBasis) -> Tensor:
     """W V', float64."""
-    return basis.weight.double()[..., None] * basis.turn.double().mT
+    weight = basis.weight.double()
+    return torch.diag_embed(weight) if basis.turn is None else weight[..., None] * basis.turn.double().mT
 
 
 def opened(
@@ -76,9 +77,10 @@ def by_loop(key: Tensor, basis: Tensor, turn: Tensor, form: Rotated) -> Tensor:
 @pytest.mark.parametrize("kernels", ["cpu", "naive"])
 @pytest.mark.parametrize("scale", ["norm", "unit", "aligned"])
 @pytest.mark.parametrize("bits", [(4, 4), (3, 2)], ids=str)
-def test_attention_is_its_definition(kernels, scale, bits):
+@pytest.mark.parametrize("channels", [False, True])
+def test_attention_is_its_definition(kernels, scale, bits, channels):
     keys, values, q = drawn(2, H, 11, D), drawn(2, H, 11, D, seed=2), drawn(2, H, G, 4, D, seed=3)
-    form, basis = Rotated(*bits, scale, key="known"), bases()[1]
+    form, basis = Rotated(*bits, scale, key="known"), key_bases(drawn_bases(), channels)[1]
     segment = opened(keys, values, form, basis, layer=5)
     if kernels == "cpu" and "cpu" not in dispatch.versions("attend_tokens"):
         pytest.skip("no compiled kernels")
@@ -185,8 +187,27 @@ def test_a_state_knows_its_basis_and_a_segment_that_has_another_is_refused(unche
     for wrong in ({}, {"known": None}, {"other": bases()[0]}):
         with pytest.raises(ValueError, match="key='known' of a rotated format is not what was measured"):
             form.open(Spec(2, H, D, D, keys.dtype, keys.device, artefact=wrong))
-    with pytest.raises(ValueError, match=r"basis=\(1, 16, 16\) of keys does not fit layer 0: it must be \(2, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"basis=\(1, 16\) of keys does not fit layer 0: it must be \(2, 16\)"):
         form.open(Spec(2, H, D, D, keys.dtype, keys.device, artefact={"known": bases(1)[0]}))
+
+
+def test_no_other_weights_of_channels_do_better():
+    (_, of_keys), (_, of_queries) = moments(1.0, 70), moments(1.0, 80)
+    k, q = (x.diagonal(dim1=-2, dim2=-1) for x in (of_keys, of_queries))
+
+    def cost(a: Tensor) -> Tensor:
+        return (a.square() * k).sum(-1) * (q / a.square()).sum(-1)
+
+    made = diagonal(of_keys, of_queries)
+    assert_close(cost(made), (k * q).sqrt().sum(-1).square(), atol=0, rtol=1e-9)
+    for seed in range(5):
+        assert (cost(made * (1 + 0.1 * drawn(H, D, seed=seed).double())) > cost(made)).all()
+
+
+def test_weights_of_channels_take_next_to_nothing():
+    spec = Spec(1, H, D, D, torch.float16, torch.device("cpu"))
+    sizes = [segment_bytes(Rotated(key=key), spec, (100,) * H) for key in ("", "x#channels")]
+    assert sizes[1] - sizes[0] == 4 * H * D
 
 
 def test_sizes_need_no_matrices_and_count_them():
@@ -213,9 +234,10 @@ def made(tmp_path):
     return make
 
 
-def test_a_model_reads_on_drops_forks_saves_and_joins(made, tmp_path):
+@pytest.mark.parametrize("basis", ["measured", "channels"])
+def test_a_model_reads_on_drops_forks_saves_and_joins(made, tmp_path, basis):
     model, prompt, path = subject("llama"), tokens(60, 41), made(drawn_bases())
-    text = f"turboquant(basis='measured', scale='aligned', calibration={path!r})"
+    text = f"turboquant(basis={basis!r}, scale='aligned', calibration={path!r})"
     truth = follow(model, kvfold.Cache(model, "full"), *prompt.values(), STEPS)
     cache = kvfold.Cache(model, text)
     got = follow(model, cache, *prompt.values(), STEPS)
@@ -274,13 +296,13 @@ def test_what_was_not_measured_is_refused(made, unchecked, monkeypatch, tmp_path
     monkeypatch.setenv("KVFOLD_ARTEFACTS", str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"turboquant has no calibration for .*kvfold calibrate turboquant --model"):
         kvfold.Cache(model, "turboquant(basis='measured')")
-    with pytest.raises(ValueError, match=r"turboquant.basis='measured'. needs a basis: .*kvfold calibrate turboquant"):
+    with pytest.raises(ValueError, match=r"turboquant needs its basis: .*kvfold calibrate turboquant"):
         KeyBases(None).of_layer(0, None)
     whole, broken, skew, flat = (drawn_bases() for _ in range(4))
     broken["turn"][1, 0, 0, 0], skew["turn"][0, 1, 2], flat["weight"][2, 1, 4] = torch.nan, 0.0, 0.0
     narrow, alone = {**whole, "turn": whole["turn"][..., :8]}, {"turn": whole["turn"]}
     for damaged in (None, alone, narrow, {**whole, "weight": whole["weight"][:1]}):
-        with pytest.raises(ValueError, match="the calibration of turboquant lacks 'turn' and 'weight', a basis of"):
+        with pytest.raises(ValueError, match="the calibration of turboquant must have a basis of each head"):
             kvfold.Cache(model, TurboQuant(basis="measured", calibration=made(damaged)))
     for damaged in (broken, skew, flat):
         with pytest.raises(ValueError, match="the calibration of turboquant has bases of keys that are not orthogonal"):
@@ -296,7 +318,7 @@ def test_what_was_not_measured_is_refused(made, unchecked, monkeypatch, tmp_path
     ("options", "message"),
     [
         ({"basis": "pca"}, "basis='pca' must"),
-        ({"calibration": "x"}, "calibration='x' is what basis='measured' is for"),
+        ({"calibration": "x"}, "calibration='x' is what a basis that was measured is for"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

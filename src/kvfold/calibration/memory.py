@@ -17,7 +17,7 @@ from kvfold.hf.shared_prefill import prefill_many
 from kvfold.hf.support import layers_of
 from kvfold.methods.registry import parse
 
-SHARES = (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
+SHARES = (0.03125, 0.0625, 0.125, 0.25, 1.0)
 """Of a text's tokens, that a head keeps in the mean."""
 FED = 64
 """Tokens behind the prompt whose next-token distributions are compared."""
@@ -58,10 +58,11 @@ def memory_table(run: Run) -> dict[str, Any]:
 def forms_for(run: Run) -> list[str]:
     """Formats to look at: those of any model, those whose calibration is there, and each best one with windows."""
     found = list(GENERAL)
-    best = [PLAIN, "fp8", *(MEASURED if artefacts.has("turboquant", run.model) else GENERAL[2:])]
-    found += [form for form in best if form not in found]
+    known = artefacts.has("turboquant", run.model)
+    found += MEASURED if known else ()
+    best = ["fp8", *(MEASURED[:3] if known else GENERAL[2:])]
     if any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers_of(run.model)):
-        found += [f"{form} | {WINDOWS}" for form in best if form]
+        found += [f"{form} | {WINDOWS}" for form in best]
     return found
 
 

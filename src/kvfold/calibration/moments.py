@@ -28,17 +28,20 @@ class Moments:
 
 
 def turboquant_basis(run: Run) -> dict[str, Any]:
-    """`turn` (L, H, D, D), float16, and `weight` (L, H, D): V and W of each paged layer and KV head, A = V W V'.
+    """`turn` (L, H, D, D), float16, and `weight` (L, H, D): V and W of each paged layer and KV head, A = V W V'; and
+    `channels` (L, H, D), the best A that is diagonal.
 
     A: see `balance`. Moments are those of rotated keys and queries, what a cache holds and is asked with, the first
     tokens' included. So texts should be about as long as those to come: within 512 tokens slow pairs of a rotation
     hardly turn, and a basis from there is no better than the random one for SmolLM2 at 1,024 (docs/LOG.md).
     """
     samples, length = run.sizes(8, 2048)
-    made = torch.stack([balance(layer.keys, layer.queries) for layer in look(run, samples, length)])
+    layers = look(run, samples, length)
+    made = torch.stack([balance(layer.keys, layer.queries) for layer in layers])
+    channels = torch.stack([diagonal(layer.keys, layer.queries) for layer in layers])
     weight, turn = torch.linalg.eigh(made)
     run.about.update(floor=FLOOR, condition=[float(f"{x.max():.4g}") for x in weight.amax(-1) / weight.amin(-1)])
-    return {"turn": turn.half().contiguous(), "weight": weight.float().contiguous()}
+    return {"turn": turn.half().contiguous(), "weight": weight.float().contiguous(), "channels": channels.float()}
 
 
 def balance(keys: Float[Tensor, "H D D"], queries: Float[Tensor, "H D D"]) -> Float[Tensor, "H D D"]:
@@ -50,6 +53,15 @@ def balance(keys: Float[Tensor, "H D D"], queries: Float[Tensor, "H D D"]) -> Fl
     root, inverse = power(keys, 0.5), power(keys, -0.5)
     made = power(inverse @ power(root @ queries.double() @ root, 0.5) @ inverse, 0.5)
     return made / made.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+
+
+def diagonal(keys: Float[Tensor, "H D D"], queries: Float[Tensor, "H D D"]) -> Float[Tensor, "H D"]:
+    """What `balance` is where A must be diagonal: (S_q / S_k)^{1/4} of each channel, of mean 1, float64."""
+    energies = [x.double().diagonal(dim1=-2, dim2=-1) for x in (queries, keys)]
+    most = [x.amax(-1, keepdim=True) for x in energies]
+    q, k = (torch.where(m > 0, torch.maximum(x, m * FLOOR), 1.0) for x, m in zip(energies, most, strict=True))
+    made = (q / k).pow(0.25)
+    return made / made.mean(-1, keepdim=True)
 
 
 def power(matrix: Float[Tensor, "H D D"], exponent: float) -> Float[Tensor, "H D D"]:

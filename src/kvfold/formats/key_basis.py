@@ -18,39 +18,44 @@ class KeyBasis:
     One matrix serves both ways, so that it is all that a cache has to hold.
     """
 
-    turn: Float[Tensor, "H D D"]
-    """V, float16 or float32: its columns are the directions."""
+    turn: Float[Tensor, "H D D"] | None
+    """V, float16 or float32: its columns are the directions. None: the channels are, and there is nothing to hold."""
     weight: Float[Tensor, "H D"]
     """W, float32, positive."""
 
     def to(self, device: torch.device) -> "KeyBasis":
         """The same there; itself where it is there already."""
-        here = self.turn.device == device
-        return self if here else KeyBasis(self.turn.to(device), self.weight.to(device))
+        if self.weight.device == device:
+            return self
+        return KeyBasis(None if self.turn is None else self.turn.to(device), self.weight.to(device))
 
     @property
     def nbytes(self) -> int:
         """Bytes of both."""
-        return self.turn.nbytes + self.weight.nbytes
+        return self.weight.nbytes + (0 if self.turn is None else self.turn.nbytes)
 
     @cached_property
     def digest(self) -> str:
         """Of both: whoever reads codes must have the one that they were made with."""
         found = hashlib.sha256()
-        for part in (self.turn, self.weight):
-            found.update(part.cpu().contiguous().numpy().tobytes())
+        for part in (self.weight, self.turn):
+            if part is not None:
+                found.update(part.cpu().contiguous().numpy().tobytes())
         return found.hexdigest()[:16]
 
     def entered(self, keys: Float[Tensor, "*N H T D"]) -> Float[Tensor, "*N H T D"]:
         """W V' k, float64."""
-        return (keys.double() @ self.turn.double()) * self.weight.double()[:, None]
+        return self._along(keys.double()) * self.weight.double()[:, None]
 
     def asked(self, q: Float[Tensor, "B H G Q D"], rotation: Rotation) -> Float[Tensor, "B H G Q D"]:
         """R W^{-1} V' q, float32."""
-        met = (q.float() @ self.turn.float()[:, None]) / self.weight[:, None, None]
-        return met @ rotation.matrix(q.device, torch.float32).mT
+        met = q.float() if self.turn is None else q.float() @ self.turn.float()[:, None]
+        return (met / self.weight[:, None, None]) @ rotation.matrix(q.device, torch.float32).mT
 
     def back(self, codes: Float[Tensor, "B H T D"], rotation: Rotation) -> Float[Tensor, "B H T D"]:
         """Keys of what codes stand for, V W^{-1} R' y."""
-        turned = codes @ rotation.matrix(codes.device, codes.dtype)
-        return (turned / self.weight[:, None].to(codes.dtype)) @ self.turn.to(codes.dtype).mT
+        found = (codes @ rotation.matrix(codes.device, codes.dtype)) / self.weight[:, None].to(codes.dtype)
+        return found if self.turn is None else found @ self.turn.to(codes.dtype).mT
+
+    def _along(self, keys: Float[Tensor, "*N H T D"]) -> Float[Tensor, "*N H T D"]:
+        return keys if self.turn is None else keys @ self.turn.to(keys.dtype)

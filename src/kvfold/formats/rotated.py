@@ -24,6 +24,8 @@ from kvfold.pages import PAGE_SIZE, PageTable, Plane
 
 BITS = (2, 3, 4)
 SCALES = ("norm", "unit", "aligned")
+CHANNELS = "#channels"
+"""How the key of a basis ends that is weights of channels alone."""
 BOTH = ("keys", "values"), ("key_scale", "value_scale")
 """Planes of keys, and the same of values."""
 
@@ -83,15 +85,18 @@ class Rotated(ByToken):
         found = spec.artefact.get(self.key)
         if not isinstance(found, KeyBasis):
             raise ValueError(f"key={shown(self.key)} of a rotated format is not what was measured: {[*spec.artefact]}")
-        shape, wanted = tuple(found.turn.shape), (spec.heads, spec.key_size, spec.key_size)
+        shape, wanted = tuple(found.weight.shape), (spec.heads, spec.key_size)
         if shape != wanted:
             raise ValueError(f"basis={shape} of keys does not fit layer {spec.layer}: it must be {wanted}")
         return found.to(spec.device)
 
     def supposed(self, spec: Spec) -> dict[str, KeyBasis]:
         """One that changes nothing, as large as those that `kvfold calibrate` makes."""
+        if not self.key:
+            return {}
+        weight = torch.ones(spec.heads, spec.key_size, dtype=torch.float32)
         unit = torch.eye(spec.key_size, dtype=torch.float16).expand(spec.heads, -1, -1).contiguous()
-        return {self.key: KeyBasis(unit, unit.new_ones(unit.shape[:2], dtype=torch.float32))} if self.key else {}
+        return {self.key: KeyBasis(None if self.key.endswith(CHANNELS) else unit, weight)}
 
     def open(self, spec: Spec) -> "RotatedSegment":
         basis = self.basis(spec)

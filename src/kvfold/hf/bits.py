@@ -30,7 +30,11 @@ PLAIN = ""
 TURNED = ("turboquant(bits=4)", "turboquant(bits=3)", "turboquant(bits=2)")
 GENERAL = (PLAIN, "fp8", *TURNED)
 """Formats by token, which any method goes with, of which nothing has to be known of a model."""
-MEASURED = tuple(form.replace(")", ", basis='measured')") for form in TURNED)
+MEASURED = tuple(
+    form.replace(")", f", basis={basis!r})")
+    for basis, forms in (("channels", TURNED), ("measured", TURNED[:2]))
+    for form in forms
+)
 """Those that stand on a calibration of their own (`kvfold calibrate turboquant`)."""
 WINDOWS = "windows"
 """The stage that has sliding windows hold codes, behind any of them."""
@@ -111,5 +115,5 @@ def choices(model: PreTrainedModel, method: Method, harm: Harm) -> Sequence[tupl
     windows = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers_of(model))
     forms = [form for form in harm.kl if windows or WINDOWS not in form]
     if not artefacts.has("turboquant", model):
-        forms = [form for form in forms if "measured" not in form]
+        forms = [form for form in forms if "basis" not in form]
     return [(form, with_form(method, form)) for form in forms]
