@@ -39,13 +39,15 @@ from kvfold.methods.base import stages_of
 FED = 64
 TOKENS_ONLY = "kvfold;headkv;h2o;keepkv;snapkv;streamingllm"
 BITS_ONLY = (
-    "fp8;kivi(bits=4);kivi(bits=2);turboquant(bits=4);turboquant(bits=2);zipcache;kvquant(bits=4);kvquant(bits=2);"
-    "turboquant(bits=4, basis='measured');turboquant(bits=3, basis='measured');turboquant(bits=2, basis='measured')"
+    "fp8;kivi(bits=4);kivi(bits=2);zipcache;kvquant(bits=4);turboquant(bits=4);turboquant(bits=2);"
+    "turboquant(bits=4, basis='channels');turboquant(bits=3, basis='channels');turboquant(bits=2, basis='channels');"
+    "turboquant(bits=4, basis='measured')"
 )
 COMBINED = (
-    "kvfold | fp8;kvfold | turboquant(bits=4);kvfold | turboquant(bits=4, basis='measured');"
-    "kvfold | turboquant(bits=3, basis='measured');kvfold | turboquant(bits=2, basis='measured');"
-    "headkv | turboquant(bits=4, basis='measured');snapkv | kivi(bits=4);snapkv | kivi(bits=2)"
+    "kvfold | fp8;kvfold | turboquant(bits=4);kvfold | turboquant(bits=4, basis='channels');"
+    "kvfold | turboquant(bits=3, basis='channels');kvfold | turboquant(bits=2, basis='channels');"
+    "kvfold | turboquant(bits=4, basis='measured');headkv | turboquant(bits=4);snapkv | kivi(bits=4);"
+    "snapkv | kivi(bits=2)"
 )
 
 

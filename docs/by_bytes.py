@@ -14,7 +14,7 @@ PAGE, PICTURE = ROOT / "benchmarks/bytes.md", ROOT / "docs/bytes.svg"
 MODELS = ("smollm2-135m-instruct", "gemma3-270m")
 SHARES = (0.25, 0.125, 0.0625, 0.03125)
 TOKENS, BITS, BOTH = "tokens alone", "bits alone", "both"
-KVFOLD, CODES = "kvfold", "kvfold | turboquant(bits=4, basis='measured')"
+KVFOLD, CODES = "kvfold", "kvfold | turboquant(bits=4, basis='channels')"
 HEAD = """# KL against bytes
 
 A document's first {context:,} tokens are read and compressed; its next 64 are fed in one pass, and every next-token
@@ -103,7 +103,7 @@ def picture() -> Any:
     def kind(name: str) -> str | None:
         if name in (KVFOLD, CODES):
             return "kvfold" if name == KVFOLD else "kvfold, in 4 bits"
-        if "measured" in name or name.startswith("kvfold"):
+        if "basis" in name or name.startswith("kvfold"):
             return None
         names = {TOKENS: "published: tokens alone", BITS: "formats alone", BOTH: "published: tokens and bits"}
         return names[family(name)]
