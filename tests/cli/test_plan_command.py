@@ -61,6 +61,21 @@ def test_json_has_every_row_and_what_it_rests_on(config: Path) -> None:
     assert all(row["fits"] and row["gain"] <= row["gain_bound"] for row in rows)
 
 
+def test_a_limit_says_tokens_and_bits_and_whether_that_fits(config: Path) -> None:
+    words = ["plan", "--model", str(config), "--device", "L4", "--kv-memory", "0.2", "--batch", "2"]
+    result = runner.invoke(app, [*words, "--json"])
+    assert result.exit_code == 0, result.output
+    dense, mine = json.loads(result.stdout)["rows"]
+    assert dense["method"] == "full" and mine["method"].startswith("kvfold(budget=")
+    assert mine["kv_bytes"] <= 0.2 * dense["dense_kv_bytes"] and mine["budget"] >= 1
+    said = runner.invoke(app, words)
+    assert f"Under a limit of 0.2 {mine['method']} keeps" in " ".join(said.stdout.split())
+    assert "while it generates; with weights and reserve that fits in" in " ".join(said.stdout.split())
+    several = runner.invoke(app, [*words, "--methods", "h2o,streamingllm,decoding(snapkv)", "--json"])
+    rows = json.loads(several.stdout)["rows"][1:]
+    assert len(rows) == 3 and all(row["kv_bytes"] <= 0.2 * dense["dense_kv_bytes"] for row in rows)
+
+
 def test_a_folder_and_its_config_are_the_same(folder: Path, config: Path) -> None:
     words = ["plan", "--device", "T4", "--dtype", "float16", "--context", "300", "--json"]
     got = [json.loads(runner.invoke(app, [*words, "--model", str(path)]).stdout) for path in (folder, config)]
@@ -144,6 +159,11 @@ def test_methods_of_one_size_share_a_line() -> None:
         (["--device", "L4", "--methods", ","], "methods=',' names no method"),
         (["--device", "L4", "--dtype", "int8"], "dtype='int8' must be one of bfloat16, float16, float32"),
         (["--device", "T4"], "dtype='bfloat16' must be one that T4 multiplies fast"),
+        (["--device", "L4", "--kv-memory", "2 parsecs"], "memory='2 parsecs' must be bytes"),
+        (["--device", "L4", "--kv-memory", "0.1", "--budget", "9"], "kv_memory='0.1' sets the budget; budget='9' is"),
+        (["--device", "L4", "--kv-memory", "9"], "bytes is the least"),
+        (["--device", "L4", "--kv-memory", "1MB", "--context", "0"], "context=0 must be"),
+        (["--device", "L4", "--kv-memory", "1MB", "--methods", "snapkv"], "try decoding(snapkv)"),
         (["--device", "L4", "--chart", "plan.pdf"], "must end in one of .html"),
         (["--device", "L4", "--model", "nowhere/config.json"], "model='nowhere/config.json' is not a file"),
     ],

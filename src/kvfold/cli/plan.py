@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvfold.bench import MemoryPlan, ModelShape
     from kvfold.methods import Method
 
+METHODS = "full,kvfold,snapkv"
 DTYPES = ("bfloat16", "float16", "float32")
 
 Shape = Annotated[str, typer.Option("--model", help="Bundled name, folder, config.json, or transformers id.")]
@@ -32,7 +33,7 @@ def plan(
         int | None, typer.Option("--context", max=2**40, help="Prompt tokens (default: the model's most).")
     ] = None,
     batch: Annotated[int, typer.Option("--batch", max=2**40, help="Rows that decode together.")] = 1,
-    methods: Annotated[str, typer.Option("--methods", help="Slugs, separated by commas (full,kvfold,snapkv).")] = "",
+    methods: Annotated[str, typer.Option("--methods", help="Slugs, separated by commas.")] = METHODS,
     budget: Annotated[str | None, typer.Option("--budget", help="One or several, separated by commas (0.35).")] = None,
     kv_memory: Annotated[
         str | None, typer.Option("--kv-memory", help="What a cache may hold: 512MiB, or 0.1 of dense float16.")
@@ -61,8 +62,9 @@ def plan(
     if kv_memory is not None and budget is not None:
         raise ValueError(f"kv_memory={kv_memory!r} sets the budget; budget={budget!r} is given, too")
     budgets = [common.number(part) for part in (budget or "0.35").split(",")]
-    limit = None if kv_memory is None else common.memory(kv_memory)
-    methods = methods or ("kvfold" if limit is not None else "full,kvfold,snapkv")
+    most = None if kv_memory is None else common.memory(kv_memory)
+    if most is not None and methods == METHODS:
+        methods = "kvfold"  # of the others one has no budget, and one keeps to none while it generates
 
     from kvfold.evaluation.chart import check_chart_path, save_chart
     from kvfold.evaluation.compare import budget_of, split_names, with_budget
@@ -73,8 +75,8 @@ def plan(
     wanted = {"full": parse("full")}
     for name in names:
         for value in budgets:
-            made = parse(name) if limit is not None else with_budget(name, value)
-            own = budget_of(made) if limit is None else None
+            made = parse(name) if most is not None else with_budget(name, value)
+            own = budget_of(made) if most is None else None
             wanted.setdefault(name if own is None else f"{name} {own}", made)
     if chart is not None:
         check_chart_path(chart)
@@ -99,8 +101,8 @@ def plan(
     def plans(tokens: int) -> list["MemoryPlan"]:
         found = list["MemoryPlan"]()
         for name, made in wanted.items():
-            if limit is not None and name in names:
-                made = limited_plan(shape, hollow, made, limit, dtype=dtype, context=tokens, batch=batch)
+            if most is not None and name in names:
+                made = limited_plan(shape, hollow, made, most, dtype=dtype, context=tokens, batch=batch)
                 name = briefly(made)
             found.append(
                 make_plan(
@@ -124,7 +126,7 @@ def plan(
         common.show(table_of(rows, title))
         common.show(caption_of(shape, rows[0], on.memory))
         untried = [("--prefill-chunk 512", prefill_chunk), ("--weight-bits 4.5", weight_bits)]
-        if limit is not None:
+        if most is not None:
             print(limit_sentence(rows[1:], kv_memory or "", on.memory))
         print(verdict(rows, on.memory, [flag for flag, given in untried if given is None]))
     if chart is not None:
