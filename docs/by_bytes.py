@@ -123,7 +123,8 @@ def picture() -> Any:
         mine = alt.Chart(alt.Data(values=[point for point in points if point["model"] == model])).encode(
             x=alt.X("bytes:Q", title="bytes of a dense float16 cache", scale=alt.Scale(type="log", domain=[0.02, 0.6]),
                     axis=alt.Axis(format="~%", values=[0.03125, 0.0625, 0.125, 0.25, 0.5], grid=False)),
-            y=alt.Y("kl:Q", title=None, scale=alt.Scale(type="log"), axis=alt.Axis(format="~g", tickCount=5)),
+            y=alt.Y("kl:Q", title=None, scale=alt.Scale(type="log", domain=[0.001, 1], nice=False),
+                    axis=alt.Axis(values=[0.001, 0.01, 0.1, 1], format="~g")),
             color=color, detail="method:N",
         )  # fmt: skip
         lines = mine.transform_filter("datum.who != 'formats alone'").mark_line(

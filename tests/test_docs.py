@@ -68,6 +68,21 @@ def test_a_curve_is_a_table_and_a_chart():
     svg = convert.vegalite_to_svg(BUILD["chart"]("h2o", made).to_dict())
     assert svg.startswith("<svg") and "KL from full" in svg and len(svg) < 60_000
     assert (ROOT / "docs/agreement.svg").read_text() == convert.vegalite_to_svg(BUILD["overview"]().to_dict())
+    bytes_too = BUILD["styled"](BUILD["BYTES"]["picture"]()).to_dict()
+    assert (ROOT / "docs/bytes.svg").read_text() == convert.vegalite_to_svg(bytes_too)
+
+
+def test_the_page_of_bytes_is_made_of_what_was_measured():
+    made, found = BUILD["BYTES"]["page"](), BUILD["BYTES"]["summaries"]()
+    assert (ROOT / "benchmarks/bytes.md").read_text(encoding="utf-8") == made, "run: python docs/build.py"
+    family = BUILD["BYTES"]["family"]
+    assert [family(name) for name in ("h2o", "kivi(bits=4)", "snapkv | kivi(bits=2)", "kvfold | windows")] == [
+        "tokens alone", "bits alone", "both", "tokens alone",
+    ]  # fmt: skip
+    for cells in found.values():
+        for one in cells.values():
+            assert one["share"] is None or one["bytes"] <= 1.1 * one["share"], one
+            assert 0 <= one["kl_low"] <= one["kl"] <= one["kl_high"]
 
 
 def test_curves_are_read_from_a_result_folder(tmp_path):
