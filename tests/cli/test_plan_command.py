@@ -70,10 +70,28 @@ def test_a_limit_says_tokens_and_bits_and_whether_that_fits(config: Path) -> Non
     assert mine["kv_bytes"] <= 0.2 * dense["dense_kv_bytes"] and mine["budget"] >= 1
     said = runner.invoke(app, words)
     assert f"Under a limit of 0.2 {mine['method']} keeps" in " ".join(said.stdout.split())
-    assert "while it generates; with weights and reserve that fits in" in " ".join(said.stdout.split())
-    several = runner.invoke(app, [*words, "--methods", "h2o,streamingllm,decoding(snapkv)", "--json"])
+    assert f"and {mine['budget']} at most while it generates; the limit with weights and reserve" in " ".join(
+        said.stdout.split()
+    )
+    several = runner.invoke(app, [*words, "--methods", "full,h2o,streamingllm,decoding(snapkv)", "--json"])
     rows = json.loads(several.stdout)["rows"][1:]
     assert len(rows) == 3 and all(row["kv_bytes"] <= 0.2 * dense["dense_kv_bytes"] for row in rows)
+
+
+def test_a_limit_that_the_device_has_not_does_not_fit(config: Path) -> None:
+    """Whatever a prompt leaves of it: what is generated may fill it."""
+    said = runner.invoke(app, ["plan", "--model", str(config), "--device", "L4", "--kv-memory", "25GB"])
+    assert "does not fit in 24.00 GB" in " ".join(said.stdout.split())
+
+
+def test_a_limit_is_drawn_over_the_context(config: Path, tmp_path: Path) -> None:
+    pytest.importorskip("altair")
+    page = tmp_path / "plan.json"
+    words = ["plan", "--model", str(config), "--device", "L4", "--kv-memory", "0.1", "--chart", str(page)]
+    result = runner.invoke(app, words)
+    assert result.exit_code == 0, result.output
+    drawn = page.read_text()
+    assert '"kvfold"' in drawn and "budget=" not in drawn
 
 
 def test_a_folder_and_its_config_are_the_same(folder: Path, config: Path) -> None:

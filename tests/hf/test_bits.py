@@ -1,8 +1,11 @@
 """memory= with context=: in which format a limit is spent, by a table of what each was measured to cost."""
 
 import math
+from itertools import pairwise
 
 import pytest
+import torch
+from test_latent import made
 
 import kvfold
 from kvfold import artefacts
@@ -13,6 +16,7 @@ from kvfold.hf.bits import GENERAL, PLAIN, Harm, choices, harm_of, table, usual
 from kvfold.hf.cache import limited
 from kvfold.methods import parse
 from kvfold.methods.base import formats_of, stages_of
+from kvfold.models.load import load
 from models import build, subject, tokens
 from saying import read
 from test_calibration import run_of
@@ -41,10 +45,19 @@ def known(monkeypatch):
 
 
 def test_between_two_shares_the_line_is_straight_on_logarithmic_scales():
-    known = Harm((0.1, 0.4), {PLAIN: (0.08, 0.02)})
-    assert known.of(PLAIN, 0.2) == pytest.approx(0.04)
-    assert (known.of(PLAIN, 0.01), known.of(PLAIN, 1.0)) == (pytest.approx(0.08), pytest.approx(0.02))
-    assert known.of(PLAIN, 0.4) == pytest.approx(0.02)
+    known = Harm((0.1, 0.4, 1.0), {PLAIN: (0.08, 0.02, 0.0), "fp8": (0.08, 0.02, 0.015)})
+    assert known.of(PLAIN, 0.2) == pytest.approx(0.04) and known.of(PLAIN, 0.4) == pytest.approx(0.02)
+    assert known.of(PLAIN, 0.025) == pytest.approx(0.32)  # tokens count below the first share, too
+    assert known.of(PLAIN, 0.8) == pytest.approx(0.01)  # and there is no cliff before all of them
+    assert known.of("fp8", 0.8) == 0.015  # what rounding costs stays, however many tokens do
+
+
+def test_more_tokens_never_harm_by_the_tables_that_ship():
+    tables = [usual(), *(harm_of(load(name, progress=False)[0]) for name in ("smollm2-135m-instruct", "gemma3-270m"))]
+    for known in tables:
+        for form in known.kl:
+            row = [known.of(form, 2 ** (-8 + i / 8)) for i in range(65)]
+            assert all(more <= less * 1.001 for less, more in pairwise(row)), form
 
 
 def test_bits_that_harm_nothing_are_taken_for_the_tokens_that_they_buy(known):
@@ -119,10 +132,9 @@ def test_a_table_is_measured_kept_and_found(monkeypatch, tmp_path):
     assert all(math.isfinite(kl) and kl >= 0 for row in made.data["kl"] for kl in row)
     artefacts.save(made)
     assert harm_of(model) == table(made.data, "gemma3") != usual()
-    with_windows = [form for form, _ in choices(model, parse("kvfold"), harm_of(model)) if "windows" in form]
-    assert with_windows and not [
-        form for form, _ in choices(subject("llama"), parse("kvfold"), harm_of(model)) if "windows" in form
-    ]
+    with_windows = [form for form in choices(model, parse("kvfold"), harm_of(model)) if "windows" in form]
+    assert with_windows
+    assert not [form for form in choices(subject("llama"), parse("kvfold"), harm_of(model)) if "windows" in form]
 
 
 def test_what_ships_knows_every_general_format_and_falls_with_the_tokens():
@@ -136,23 +148,49 @@ def test_what_ships_knows_every_general_format_and_falls_with_the_tokens():
 @pytest.mark.parametrize(
     "data",
     [
-        {}, {"shares": [0.5, 1.0], "forms": [""], "kl": []}, {"shares": [0.5, 1.0], "forms": [""], "kl": [[0.1]]},
-        {"shares": [1.0, 0.5], "forms": [""], "kl": [[0.1, 0.2]]}, {"shares": [0.5], "forms": [""], "kl": [[0.1]]},
-        {"shares": [0.5, 2.0], "forms": [""], "kl": [[0.1, 0.2]]},
-        {"shares": [0.5, 1.0], "forms": [""], "kl": [[0.1, float("nan")]]},
-        {"shares": [0.5, 1.0], "forms": [""], "kl": [[0.1, "x"]]},
+        {}, {"kl": []}, {"kl": [[0.1]]}, {"shares": [1.0, 0.5, 0.2]}, {"shares": [0.5, 1.0], "kl": [[0.1, 0.0]]},
+        {"shares": [0.2, 0.5, 2.0]}, {"shares": [0.2, 0.5, 0.9]}, {"kl": [[0.2, 0.1, float("nan")]]},
+        {"kl": [[0.2, 0.1, "x"]]}, {"kl": [[0.2, 0.1, 10**400]]}, {"forms": ["fp8"]}, {"forms": [3]},
+        {"forms": ["", "h2o"], "kl": [[0.2, 0.1, 0.0]] * 2}, {"forms": ["", "nosuch"], "kl": [[0.2, 0.1, 0.0]] * 2},
+        {"forms": ["", "fp8", "fp8"], "kl": [[0.2, 0.1, 0.0]] * 3},
     ],
 )  # fmt: skip
 def test_a_damaged_table_is_refused(data):
+    whole = {"shares": [0.2, 0.5, 1.0], "forms": [""], "kl": [[0.2, 0.1, 0.0]]}
+    assert table(whole, "x").kl == {"": (0.2, 0.1, 0.0)}
     with pytest.raises(ValueError, match=r"calibration of memory for 'x'"):
-        table(data, "x")
+        table({**whole, **data} if data else {}, "x")
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
+def test_a_damaged_basis_is_said_and_not_passed_over(known, monkeypatch, tmp_path):
+    monkeypatch.setenv("KVFOLD_ARTEFACTS", str(tmp_path))
+    model = build("llama")
+    about = {"fingerprint": artefacts.fingerprint(model), "name": "a", "layers": 3}  # found first
+    damaged = {"turn": 2 * torch.eye(8).repeat(3, 2, 1, 1), "weight": torch.ones(3, 2, 8)}
+    artefacts.save(artefacts.Artefact("turboquant", about, {**damaged, "channels": torch.ones(3, 2, 8)}, {}))
+    known(Harm(SHARES, {PLAIN: (3.0, 1.0, 0.0), "turboquant(bits=4, basis='measured')": (0.1, 0.0, 0.0)}))
+    with pytest.raises(ValueError, match="not orthogonal"):
+        kvfold.Cache(model, "kvfold", memory=0.2, context=2000)
+
+
+def test_rows_share_a_basis():
+    """What a cache holds once leaves each row of a large batch as much as it leaves one, and more."""
+    model = subject("llama")
+    text = "streamingllm | turboquant(basis='measured')"
+    alone, many = (
+        kvfold.Cache(model, text, memory=batch * 60_000, batch=batch).method.stages[0].budget for batch in (1, 8)
+    )
+    assert many > alone
+    cache = kvfold.Cache(model, text, memory=8 * 60_000, batch=8)
+    read(model, cache, tokens(*[700] * 8)["input_ids"])
+    assert 0.7 * 8 * 60_000 < cache.nbytes <= 8 * 60_000
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3", "deepseek_v3"])
 @pytest.mark.parametrize("text", ["kvfold", "h2o", "kvfold | fp8"])
 def test_a_plan_chooses_what_a_cache_chooses(name, text):
     """Before a weight is there: the same stages, and a budget that is the same but for a page."""
-    model = subject(name)
+    model = made(name) if name == "deepseek_v3" else subject(name)
     at = {"context": 3000, "batch": 2}
     planned = limited_plan(shape_of(model), model, parse(text), 0.15, dtype="float32", **at)
     real = limited(model, parse(text), 0.15, **at)

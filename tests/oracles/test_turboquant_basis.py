@@ -1,5 +1,7 @@
 """TurboQuant in a measured basis, against its definition: A of the moments, R A k coded, R A^{-T} q asking."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -259,6 +261,25 @@ def test_a_model_reads_on_drops_forks_saves_and_joins(made, tmp_path, basis):
     wide[:2, :-1], wide[2, -14:], wide[:2, -1] = mask, 1, 1
     joined = feed(model, cache, torch.cat([STEPS[:, :1], STEPS[:1, :1]]), wide)
     assert_close(joined[2], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_a_basis_that_was_measured_anew_are_refused_and_nothing_changes(made):
+    """The file was written again between two caches: found out before a layer has taken rows."""
+    model, path = subject("llama"), made(drawn_bases())
+    text = f"decoding(snapkv, budget=24, interval=4) | turboquant(basis='measured', calibration={path!r})"
+    caches = []
+    for seed in (0, 1):
+        data = {name: x.contiguous() for name, x in drawn_bases(seed=seed).items()}
+        about = {"fingerprint": artefacts.fingerprint(model), "name": "llama"}
+        artefacts.save(Artefact("turboquant", about, data, {}), Path(path))
+        caches.append(kvfold.Cache(model, text))
+        feed(model, caches[-1], *tokens(30).values())
+    before = caches[0].row_nbytes().copy()
+    with pytest.raises(ValueError, match=r"in another basis: .* was measured anew"):
+        caches[0].join(caches[1])
+    assert np.array_equal(caches[0].row_nbytes(), before)
+    for cache in caches:
+        feed(model, cache, STEPS[:1, :1], grow(tokens(30)["attention_mask"]))
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,10 @@ def limited_plan(
         for index, layer in enumerate(shape.layers):
             spec = Spec(1, layer.heads, layer.key_size, layer.value_size, shape.kind(dtype), CPU, layer=index)
             beside += layer.state_bytes
-            dense += layer.state_bytes + HALF * layer.tokens(context) * layer.heads * layer.size
+            dense += layer.state_bytes + HALF * layer.tokens(context) * layer.heads * layer.dense_size
             if layer.paged:
-                held = stored(small, context, paged.index(index), paged, depth, layer.heads)
+                group = shape.query_heads // layer.heads
+                held = stored(small, context, paged.index(index), paged, depth, layer.heads, group)
                 forms = tuple((form, held.columns) for form, _ in held.parts)
                 found.append(PagedShape(spec, forms, shape.query_heads))
             elif layer.window is not None:

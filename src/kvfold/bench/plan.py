@@ -34,7 +34,8 @@ class LayerShape:
     """What one layer stores for a row of the batch: `heads` KV heads with keys and values, or a state of its own.
 
     `paged`: kvfold holds it on pages and a method sees it. `window`: tokens that it holds at most (None: all).
-    `state_bytes`: what does not grow with the text (recurrent states).
+    `state_bytes`: what does not grow with the text (recurrent states). `latent`: values are a part of the keys (MLA),
+    which a dense cache holds once.
     """
 
     paged: bool
@@ -43,6 +44,12 @@ class LayerShape:
     value_size: int = 0
     window: int | None = None
     state_bytes: int = 0
+    latent: bool = False
+
+    @property
+    def dense_size(self) -> int:
+        """Numbers that a dense cache holds for a token of a head."""
+        return self.key_size if self.latent else self.size
 
     @property
     def size(self) -> int:
@@ -133,8 +140,7 @@ class ModelShape:
     def dense_bytes(self, context: int) -> int:
         """Bytes that a dense cache holds for one row: keys and values, windows at their size, states."""
         return sum(
-            layer.state_bytes
-            + layer.tokens(context) * layer.heads * (layer.key_size + layer.value_size) * self.itemsize
+            layer.state_bytes + layer.tokens(context) * layer.heads * layer.dense_size * self.itemsize
             for layer in self.layers
         )
 
@@ -204,11 +210,12 @@ def _layers(model: Any, config: Any) -> tuple[LayerShape, ...]:
         values: Any = getattr(layer, "values", None)
         some = isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.dim() == 4
         heads, dk, dv = (keys.shape[1], keys.shape[3], values.shape[3]) if some else (0, 0, 0)
-        if on_pages and is_latent(modules.get(len(found))):
+        latent = on_pages and is_latent(modules.get(len(found)))
+        if latent:
             dk, dv = dk + dv, dk  # hf/latent.py: the key is all of it, the value the latent
         # Windows also count their tokens, in an integer.
         state = sum(t.nbytes for t in tensors(layer) if t.is_floating_point() and t is not keys and t is not values)
-        found.append(LayerShape(on_pages, heads, dk, dv, window, state))
+        found.append(LayerShape(on_pages, heads, dk, dv, window, state, latent))
     return tuple(found)
 
 

@@ -39,8 +39,6 @@ CALIBRATIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "turboquant": turboquant_basis,
 }
 """What measures, by the slug of the method that needs it; "memory" is what `Cache(memory=)` chooses formats by."""
-TRAINED = {"attention-gate", "elitekv", "kvquant", "less"}
-"""What measures, by the slug of the method that needs it."""
 TRAINED = {"attention-gate", "elitekv", "kvquant", "less", "turboquant"}
 """Those that give tensors, which lie in safetensors files."""
 

@@ -17,7 +17,7 @@ from kvfold.hf.shared_prefill import prefill_many
 from kvfold.hf.support import layers_of
 from kvfold.methods.registry import parse
 
-SHARES = (0.03125, 0.0625, 0.125, 0.25, 1.0)
+SHARES = (0.015625, 0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
 """Of a text's tokens, that a head keeps in the mean."""
 FED = 64
 """Tokens behind the prompt whose next-token distributions are compared."""
@@ -34,7 +34,9 @@ def memory_table(run: Run) -> dict[str, Any]:
     samples, length = run.sizes(6, 2048)
     forms = forms_for(run)
     run.about.update(method=METHOD, fed=FED, shares=list(SHARES))
-    rng, model = random.Random(run.seed), run.model
+    if length <= FED:
+        raise ValueError(f"length={length} must be more than the {FED} tokens whose distributions are compared")
+    rng, model = random.Random(f"{run.seed} memory"), run.model  # other windows than bases were measured on
     cells = [(form, share) for form in forms for share in SHARES if (form, share) != (PLAIN, 1.0)]
     total = dict.fromkeys(cells, 0.0)
     for number in range(samples):

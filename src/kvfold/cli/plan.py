@@ -71,7 +71,7 @@ def plan(
     from kvfold.methods import parse
     from kvfold.models.sizes import check_sizes
 
-    names = split_names(methods)
+    names = [name for name in split_names(methods) if most is None or name != "full"]  # which is there anyway
     wanted = {"full": parse("full")}
     for name in names:
         for value in budgets:
@@ -98,12 +98,17 @@ def plan(
     if limit is not None and tokens > limit:
         raise ValueError(f"context={tokens} must be at most {limit}, what {model} is made for")
 
-    def plans(tokens: int) -> list["MemoryPlan"]:
+    def plans(tokens: int, by_name: bool = False) -> list["MemoryPlan"]:
         found = list["MemoryPlan"]()
         for name, made in wanted.items():
             if most is not None and name in names:
-                made = limited_plan(shape, hollow, made, most, dtype=dtype, context=tokens, batch=batch)
-                name = briefly(made)
+                try:
+                    made = limited_plan(shape, hollow, made, most, dtype=dtype, context=tokens, batch=batch)
+                except ValueError:
+                    if by_name and tokens < asked:  # a share of a short text may be too little for anything
+                        continue
+                    raise
+                name = name if by_name else briefly(made)
             found.append(
                 make_plan(
                     shape, on, made, dtype=dtype, context=tokens, batch=batch, reserve=reserve, name=name,
@@ -112,6 +117,7 @@ def plan(
             )  # fmt: skip
         return found
 
+    asked = tokens
     rows = plans(tokens)
     title = f"{model}, {tokens:,} tokens, batch {batch}, {dtype}, on {on.name}"
     if json:
@@ -127,10 +133,10 @@ def plan(
         common.show(caption_of(shape, rows[0], on.memory))
         untried = [("--prefill-chunk 512", prefill_chunk), ("--weight-bits 4.5", weight_bits)]
         if most is not None:
-            print(limit_sentence(rows[1:], kv_memory or "", on.memory))
+            print(limit_sentence(rows[1:], kv_memory or "", most, on.memory))
         print(verdict(rows, on.memory, [flag for flag, given in untried if given is None]))
     if chart is not None:
-        curve = [row for each in contexts_up_to(tokens) for row in plans(each)]
+        curve = [row for each in contexts_up_to(tokens) for row in plans(each, by_name=True)]
         save_chart(chart_of(curve, on.memory, f"{model}, {dtype}, on {on.name}"), chart)
         common.stderr.print(f"chart: {chart}")
 
@@ -279,14 +285,18 @@ def briefly(method: "Method") -> str:
     return " | ".join(parts)
 
 
-def limit_sentence(rows: Sequence["MemoryPlan"], limit: str, memory: int) -> str:
-    """What a limit comes to, a sentence for each method, and whether that fits."""
-    return "\n".join(
-        f"Under a limit of {limit} {row.method} keeps {row.kept_tokens:,.0f} tokens a KV head of {row.context:,}, and "
-        f"as many while it generates; with weights and reserve that {'fits' if row.fits else 'does not fit'} in "
-        f"{amount(memory)}."
-        for row in rows
-    )
+def limit_sentence(rows: Sequence["MemoryPlan"], said: str, limit: int | float, memory: int) -> str:
+    """What a limit comes to, a sentence for each method, and whether the whole of it fits."""
+    found = list[str]()
+    for row in rows:
+        most = round(limit * row.dense_kv_bytes) if isinstance(limit, float) else limit
+        total = row.weight_bytes + row.reserve_bytes + most
+        found.append(
+            f"Under a limit of {said} {row.method} keeps {row.kept_tokens:,.0f} tokens a KV head of {row.context:,}, "
+            f"and {row.budget:,} at most while it generates; the limit with weights and reserve, {amount(total)}, "
+            f"{'fits' if total <= memory else 'does not fit'} in {amount(memory)}."
+        )
+    return "\n".join(found)
 
 
 def lines_of(rows: Sequence["MemoryPlan"]) -> dict[str, str]:

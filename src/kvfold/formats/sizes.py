@@ -34,3 +34,16 @@ def segment_bytes(form: Format, spec: Spec, tokens: tuple[int, ...], columns: Co
     Raises ValueError where a format refuses the layer.
     """
     return empty_segment(form, spec, columns).nbytes_with(np.array([tokens], dtype=np.int64))
+
+
+@lru_cache(maxsize=16384)
+def shared_bytes(form: Format, spec: Spec, columns: Columns = ()) -> int:
+    """Bytes of a segment that all of its rows share, such as a basis; `spec` is of one row.
+
+    What two rows take more than one is a row's own. Raises ValueError where a format refuses the layer.
+    """
+    one, two = (
+        empty_segment(form, replace(spec, rows=rows), columns).nbytes_with(np.zeros((rows, spec.heads), dtype=np.int64))
+        for rows in (1, 2)
+    )
+    return max(0, 2 * one - two)

@@ -86,8 +86,9 @@ class Batch(Host):
 
         From then on a forward pass reads both: columns end at the same place, so the attention mask of a row that has
         read less has padding in front, and a row's answers are what it would have given alone. `other` is empty
-        afterwards. Raises ValueError, before anything is changed, for a cache of another model, this one itself, and
-        methods whose layers share memory (minicache) or that gave the model other tokens than the caller's (specpc).
+        afterwards. Raises ValueError, before anything is changed, for a cache of another model, this one itself,
+        methods whose layers share memory (minicache) or that gave the model other tokens than the caller's (specpc),
+        and a calibration that was measured anew between the two.
         """
         if other is self or other.model is not self.model:
             raise ValueError(f"other={type(other).__name__} must be another cache of this {type(self.model).__name__}")
@@ -101,7 +102,9 @@ class Batch(Host):
         if self.arena is not other.arena:
             raise ValueError("other's pages come out of another arena than ours: rows keep theirs")
         for mine, theirs in zip(self.layers, other.layers, strict=True):
-            if not isinstance(mine, PagedLayer):
+            if isinstance(mine, PagedLayer):
+                mine.core.check_join(theirs.core)
+            else:
                 check_join(mine, theirs)
         if not other.rows.batch:
             return

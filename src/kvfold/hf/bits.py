@@ -6,11 +6,12 @@ cache under `kvfold`, for each format and each share of the text's tokens that a
 has measured it is the geometric mean of the tables that ship, over the formats that need nothing of a model.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from math import exp, isfinite, log
+from math import exp, log
 from statistics import mean
 from typing import Any
 
@@ -39,25 +40,27 @@ MEASURED = tuple(
 WINDOWS = "windows"
 """The stage that has sliding windows hold codes, behind any of them."""
 LEAST = 1e-6
-"""A KL below which nothing is told apart; its logarithm is what lies between two measured shares."""
+"""A KL below which nothing is told apart."""
 
 
 @dataclass(frozen=True)
 class Harm:
-    """KL (nats a token) of each format, by the share of tokens that are kept: `shares` ascending, a row for each."""
+    """KL (nats a token) of each format, by the share of tokens kept: `shares` ascending to 1, a row for each."""
 
     shares: tuple[float, ...]
     kl: Mapping[str, tuple[float, ...]]
 
     def of(self, form: str, share: float) -> float:
-        """Between two shares a straight line, both on logarithmic scales; beyond the ends what the ends have."""
-        row = self.kl[form]
-        at = min(max(share, self.shares[0]), self.shares[-1])
-        for (low, first), (high, second) in pairwise(zip(self.shares, row, strict=True)):
-            if at <= high:
-                part = log(at / low) / log(high / low)
-                return exp((1 - part) * log(max(first, LEAST)) + part * log(max(second, LEAST)))
-        return row[-1]
+        """A straight line between two shares, both on logarithmic scales, which goes on below the first.
+
+        Above the last share under 1 it goes on, too, down to what all tokens have, which is rounding alone: a line from
+        there to a KL of 0 would fall off a cliff.
+        """
+        row, most = self.kl[form], len(self.shares) - 2
+        at = next((i for i in range(most) if share <= self.shares[i + 1]), most - 1)
+        (low, high), (first, second) = self.shares[at : at + 2], (max(kl, LEAST) for kl in row[at : at + 2])
+        part = log(share / low) / log(high / low)
+        return max(row[-1], exp((1 - part) * log(first) + part * log(second)))
 
 
 def table(data: Mapping[str, Any], name: str) -> Harm:
@@ -67,17 +70,28 @@ def table(data: Mapping[str, Any], name: str) -> Harm:
     rows: Any = data.get("kl")
     if not (_numbers(shares) and isinstance(forms, list) and isinstance(rows, list) and len(forms) == len(rows)):
         raise ValueError(f"the calibration of memory for {shown(name)} lacks shares, forms or kl")
-    ascending = (
-        len(shares) > 1 and all(low < high for low, high in pairwise(shares)) and shares[0] > 0 and shares[-1] <= 1
-    )
+    between = len(shares) > 2 and shares[0] > 0 and shares[-1] == 1
+    ascending = between and all(low < high for low, high in pairwise(shares))
     if not ascending or not all(_numbers(row) and len(row) == len(shares) for row in rows):
-        raise ValueError(f"the calibration of memory for {shown(name)} has rows that are no KL by shares in (0, 1]")
+        raise ValueError(f"the calibration of memory for {shown(name)} has rows that are no KL by shares up to 1")
+    for form in forms:
+        if form != PLAIN and any(hasattr(stage, "budget") for stage in _stages(form, name)):
+            raise ValueError(f"the calibration of memory for {shown(name)} has {shown(form)}, which is no format alone")
+    if PLAIN not in forms or len({*forms}) < len(forms):
+        raise ValueError(f"the calibration of memory for {shown(name)} must have each form once, and '' among them")
     return Harm(tuple(shares), {str(form): tuple(row) for form, row in zip(forms, rows, strict=True)})
+
+
+def _stages(form: Any, name: str) -> Sequence[Method]:
+    try:
+        return tuple(stages_of(parse(form)))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"the calibration of memory for {shown(name)} has {shown(form)}: {error}") from None
 
 
 def _numbers(row: Any) -> bool:
     real = isinstance(row, list) and all(isinstance(n, int | float) and not isinstance(n, bool) for n in row)
-    return real and all(isfinite(n) and n >= 0 for n in row)
+    return real and all(0 <= n <= sys.float_info.max for n in row)  # false for what is not a number
 
 
 def harm_of(model: PreTrainedModel) -> Harm:
@@ -107,13 +121,22 @@ def with_form(method: Method, form: str) -> Method:
     return method | parse(form) if form else method
 
 
-def choices(model: PreTrainedModel, method: Method, harm: Harm) -> Sequence[tuple[str, Method]]:
-    """Forms that `method` may go with, and both together: the method alone where it says how its tokens lie."""
+def choices(model: PreTrainedModel, method: Method, harm: Harm) -> Sequence[str]:
+    """Forms that the method may go with: itself alone where it says how its tokens lie.
+
+    Raises ValueError for a calibration of a form that is damaged.
+    """
     stages = stages_of(method)
     if any(True for _ in formats_of(stages)) or any(stage.windows is not None for stage in stages):
-        return [(PLAIN, method)]
+        return [PLAIN]
     windows = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers_of(model))
-    forms = [form for form in harm.kl if windows or WINDOWS not in form]
-    if not artefacts.has("turboquant", model):
-        forms = [form for form in forms if "basis" not in form]
-    return [(form, with_form(method, form)) for form in forms]
+    found, known = [PLAIN], artefacts.has("turboquant", model)
+    for form in harm.kl:
+        if form == PLAIN or (WINDOWS in form and not windows):
+            continue
+        behind = parse(form)
+        if behind.needs and not known:
+            continue
+        behind.bind(model)
+        found.append(form)
+    return found

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvfold.formats import Format, Segment, Spec
-from kvfold.formats.sizes import Columns, empty_segment, segment_bytes
+from kvfold.formats.sizes import Columns, empty_segment, segment_bytes, shared_bytes
 from kvfold.hf.argument import with_cache
 from kvfold.hf.layers import PagedLayer, WindowLayer, beside_bytes
 from kvfold.hf.windows import CodedWindow
@@ -46,6 +46,8 @@ class Costs:
     """Bytes for each token of every KV head."""
     remembered: int
     """Bytes for each generated token's queries, of those until the next cut."""
+    once: int = 0
+    """Bytes that a cache holds once, however many rows it has: what formats measured of a model."""
 
     def of(self, method: Method, budget: int) -> int:
         """Bytes that one row may come to hold under a budget."""
@@ -73,21 +75,23 @@ class PagedShape:
 
 def costs_of(paged: Iterable[PagedShape], beside: int, method: Method) -> Costs:
     """What a row takes in layers on pages; `beside`: bytes of all other layers. Asked of the formats' own segments."""
-    fixed, each, remembered = float(beside), 0.0, 0
-    known = dict[Any, tuple[float, float]]()
+    fixed, each, remembered, once = float(beside), 0.0, 0, 0
+    known = dict[Any, tuple[float, float, int]]()
     for shape in paged:
         own, grows = 0.0, 0.0
         for form, columns in shape.forms:
             key = (form, replace(shape.spec, layer=0, rope=None), columns)
             if key not in known:
-                known[key] = line_of(form, shape.spec, columns, AT_INTERVALS if method.period else AT_STEPS)
-            own, grows = own + known[key][0], max(grows, known[key][1])
+                spare = AT_INTERVALS if method.period else AT_STEPS
+                known[key] = (*line_of(form, shape.spec, columns, spare), shared_bytes(form, shape.spec, columns))
+            line, more, shared = known[key]
+            own, grows, once = own + line - shared, max(grows, more), once + shared
         heads = shape.spec.heads
         table = 4.0 * heads / PAGE_SIZE  # one head may hold all of a layer's tokens
         fixed += own + ROW
         each += grows * (1 + SPARE) + table * heads
         remembered += shape.queries * (shape.spec.key_size * shape.spec.dtype.itemsize + 4) + 8
-    return Costs(ceil(fixed), each, remembered)
+    return Costs(ceil(fixed), each, remembered, once)
 
 
 def line_of(form: Format, spec: Spec, columns: Columns, spare: int) -> tuple[float, float]:

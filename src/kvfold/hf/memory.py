@@ -8,7 +8,7 @@ from math import inf
 
 from transformers import PreTrainedModel
 
-from kvfold.hf.bits import PLAIN, choices, harm_of
+from kvfold.hf.bits import PLAIN, choices, harm_of, with_form
 from kvfold.hf.costs import MANY, Costs, with_budget_of
 from kvfold.methods.base import Method, formats_of, stages_of
 from kvfold.methods.registry import parse
@@ -93,7 +93,8 @@ def within(
             f"under {slug}: {one.least} bytes is the least ({one.fixed} of them whatever is kept)"
         )
     chosen = min(fitting, key=lambda one: one.harm)
-    return with_budget_of(chosen.method, chosen.budget or 1)
+    assert chosen.budget is not None
+    return with_budget_of(chosen.method, chosen.budget)
 
 
 def spend(method: Method, limit: int | float, batch: int, cost: Cost) -> Spent:
@@ -101,9 +102,9 @@ def spend(method: Method, limit: int | float, batch: int, cost: Cost) -> Spent:
     low = least_of(method)
     costs, dense = cost(with_budget_of(method, max(low, LITTLE)))
     most = int(limit * dense * batch) if isinstance(limit, float) else limit
-    least = costs.of(method, low)
-    budget = costs.most(method, low, most // batch) if least <= most // batch else None
-    return Spent(method, most, budget, inf, batch * least, batch * costs.fixed)
+    least, row = costs.of(method, low), (most - costs.once) // batch
+    budget = costs.most(method, low, row) if least <= row else None
+    return Spent(method, most, budget, inf, costs.once + batch * least, costs.once + batch * costs.fixed)
 
 
 def forms_spent(
@@ -111,9 +112,9 @@ def forms_spent(
 ) -> list[Spent]:
     """What it buys in each format that goes with the method and the model, the method alone among them."""
     harm, found = harm_of(model), list[Spent]()
-    for form, method in choices(model, plain.method, harm):
+    for form in choices(model, plain.method, harm):
         try:
-            one = plain if form == PLAIN else spend(method, limit, batch, cost)
+            one = plain if form == PLAIN else spend(with_form(plain.method, form), limit, batch, cost)
         except ValueError:  # a format that this model's heads, or this method, can't have: the others are there
             continue
         share = 0.0 if one.budget is None else min(1.0, one.budget / context)

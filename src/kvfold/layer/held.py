@@ -146,6 +146,10 @@ class Held:
         """Row i becomes what row `rows[i]` was; pages are shared until one of the sharers writes."""
         self.stored.select(rows)
 
+    def check_join(self, other: "Held") -> None:
+        """Raise ValueError where the rows of another cache's layer can't stand behind ours."""
+        self.stored.check_join(other.stored)
+
     def join(self, other: "Held") -> None:
         """Take the rows of another cache's layer behind ours; `other` is used up."""
         if not self.segments:

@@ -98,6 +98,13 @@ class Stored(Segments):
         self.recent = None if self.recent is None else self.recent.select(rows)
         self.spec = replace(self.spec, rows=len(rows))
 
+    def check_join(self, other: "Stored") -> None:
+        """Raise ValueError where `join` would: what was measured under one name is not the same of both."""
+        for key in self.spec.artefact.keys() & other.spec.artefact.keys():
+            mine, theirs = (getattr(spec.artefact[key], "digest", None) for spec in (self.spec, other.spec))
+            if mine != theirs:
+                raise ValueError(f"other's rows have keys in another basis: {key!r} was measured anew")
+
     def join(self, other: "Stored") -> None:
         """Take the rows of another batch behind ours; `other` is used up. Formats that one of us lacks are opened."""
         mine, theirs = len(self.opened), len(other.opened)
