@@ -78,7 +78,7 @@ def test_a_share_is_of_a_dense_float16_cache(name):
     model(tokens(context)["input_ids"], past_key_values=dense)
     held = [tensor for layer in dense.layers for tensor in (layer.keys, layer.values)]
     own = sum(tensor.numel() for tensor in held) * 2
-    shared = kvfold.Cache(model, "kvfold", memory=0.5, context=context, batch=3)
+    shared = kvfold.Cache(model, "kvfold", memory=0.5, context=context, batch=3, quantize=False)
     assert shared.method == kvfold.Cache(model, "kvfold", memory=int(0.5 * own * 3), batch=3).method
 
 
