@@ -249,6 +249,7 @@ def test_a_model_reads_on_drops_forks_saves_and_joins(made, tmp_path, basis):
     mask = grow(prompt["attention_mask"], 7)
     both = [feed(model, each, STEPS[:, :1], mask) for each in (cache, again, cache.fork())]
     assert torch.equal(both[0], both[1])
+    assert_close(both[2], both[0], atol=1e-5, rtol=1e-5)
     assert again.nbytes <= cache.nbytes and not again.method.own_prefill
     with pytest.raises(ValueError, match=r"turboquant has calibration=.* loaded, which a file can't ask for"):
         kvfold.Cache.load(tmp_path / "c", model)
