@@ -1,15 +1,13 @@
 """Pages of codes for tests, and attention over them by its definition in float64."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from kvfold.ops import _cpu
 from kvfold.ops.codes.packing import pack, unpack, width
 from kvfold.pages import PagePool, PageTable, Plane
 
@@ -30,14 +28,6 @@ def scattered(
         plane.fill_(torch.nan if plane.dtype.is_floating_point else 255)
     table.add(np.array(lengths), {**states, "log_mass": torch.rand(sum(lengths)) * 3})
     return table
-
-
-@pytest.fixture(params=_cpu.names())
-def instructions(request) -> Iterator[None]:
-    """On every instruction set that this processor has."""
-    _cpu.use(request.param)
-    yield
-    _cpu.use(_cpu.names()[0])
 
 
 def refused(*args: Any, **options: Any) -> None:

@@ -6,16 +6,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from coded_pages import (
-    RAGGED,
-    agree_in_float64,
-    agree_one_by_one,
-    instructions,  # noqa: F401  (a fixture)
-    refused,
-    scattered,
-    softmax_over,
-    with_extra,
-)
+from coded_pages import RAGGED, agree_in_float64, agree_one_by_one, refused, scattered, softmax_over, with_extra
 from kvfold import ops
 from kvfold.ops import _cpu, dispatch
 from kvfold.ops.sparse import cpu, naive

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from coded_pages import RAGGED, instructions, refused, scattered, softmax_over  # noqa: F401  (a fixture)
+from coded_pages import RAGGED, refused, scattered, softmax_over
 from kvfold import ops
 from kvfold.ops import _cpu, dispatch
 from kvfold.ops.codes.packing import pack, unpack, width
