@@ -1,4 +1,4 @@
-"""What the calibrated methods share: tables with a row for each paged layer, as options that `bind` fills."""
+"""What the calibrated methods share: what `bind` found, and tables with a row for each paged layer as options."""
 
 import sys
 from collections.abc import Sequence
@@ -63,6 +63,18 @@ def measured(slug: str, model: Any, table: str, path: str | None = None) -> Any:
         ) from None
 
 
+def bound_data(slug: str, path: str | None, what: str) -> dict[str, Any]:
+    """What an artefact holds that `bind` has found. Raises ValueError that asks for `what` where nobody has bound."""
+    if path is None:
+        raise _unbound(slug, what)
+    return artefacts.read(slug, path).data
+
+
+def _unbound(slug: str, what: str) -> ValueError:
+    made = artefacts.command(slug, "MODEL")
+    return ValueError(f"{slug} needs {what}: give it to kvfold.Cache(model, ...), which finds them, after {made}")
+
+
 def rows(numbers: Sequence[Any]) -> tuple[Any, ...]:
     """Lists as JSON has them, as tuples."""
     return tuple(rows(each) if isinstance(each, list | tuple) else float(each) for each in numbers)
@@ -73,8 +85,7 @@ def table_of(method: Method, view: LayerView, name: str, per: int) -> Table:
     table: Table | None = getattr(method, name)
     slug = method.info.slug
     if table is None:
-        made = artefacts.command(slug, "MODEL")
-        raise ValueError(f"{slug} needs {name}: give it to kvfold.Cache(model, ...), which finds them, after {made}")
+        raise _unbound(slug, name)
     if len(table) != view.place.layers or len(table[0]) != per:
         raise ValueError(
             f"{name} of {slug} has {len(table)} layers of {len(table[0])} heads; the model has {view.place.layers} "

@@ -105,6 +105,8 @@ class Cascade(Scored):
         whole = counts.amax(1).cpu().numpy().astype(np.float64)
         mine = found[ordinal] = Found(signal, whole, whole, whole)
         if ordinal < view.place.layers - 1 and self.due(ordinal, view.place.layers):
+            if len(found) <= ordinal:  # a plan asks of each layer by itself
+                raise ValueError(f"method={self} shares tokens among layers as they are read: no plan of it")
             done = [found[i] for i in range(ordinal + 1)]
             for layer, room in zip(done, self._shares(done, view.place).T, strict=True):
                 layer.held = np.minimum(layer.held, np.ceil(room - 1e-6))

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvfold import artefacts, ops
+from kvfold.methods._calibrated import bound_data
 from kvfold.methods.base import Method, method
 from kvfold.options import check_number
 from kvfold.views import HiddenView
@@ -48,12 +49,8 @@ class AttentionGate(Method):
         return replace(self, calibration=where)
 
     def admit(self, view: HiddenView) -> Bool[Tensor, "B H Q"]:
-        if self.calibration is None:
-            raise ValueError(
-                f"{self.info.slug} needs trained gates: give it to kvfold.Cache(model, ...), which finds them, after "
-                f"{artefacts.command(self.info.slug, 'MODEL')}"
-            )
-        gate = Gate.of(artefacts.read(self.info.slug, self.calibration).data, view.place.ordinal, view.states.device)
+        data = bound_data(self.info.slug, self.calibration, "trained gates")
+        gate = Gate.of(data, view.place.ordinal, view.states.device)
         scale = gate.wq.shape[1] ** -0.5
         return gate(view.states, lambda q, k, v: ops.causal_rows(q, k, v, view.valid, scale)[0]) > self.threshold
 

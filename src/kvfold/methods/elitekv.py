@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvfold import artefacts
 from kvfold.formats import Basis, Elite
+from kvfold.methods._calibrated import bound_data
 from kvfold.methods.base import Method, method
 from kvfold.options import check_int
 from kvfold.rotation import Measured, Rope
@@ -93,12 +94,7 @@ class EliteFrame:
     @cached_property
     def layers(self) -> list[Basis]:
         """What was measured, of each paged layer."""
-        if self.calibration is None:
-            raise ValueError(
-                "elitekv needs its pairs and directions: give it to kvfold.Cache(model, ...), which finds them, after "
-                f"{artefacts.command('elitekv', 'MODEL')}"
-            )
-        return bases(artefacts.read("elitekv", self.calibration).data, self.rank)
+        return bases(bound_data("elitekv", self.calibration, "its pairs and directions"), self.rank)
 
     @cached_property
     def key(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvfold import artefacts
 from kvfold.formats import LEVELS, Levels, Uneven
 from kvfold.formats.levels import BITS
+from kvfold.methods._calibrated import bound_data
 from kvfold.methods.base import Method, method
 from kvfold.options import check_choice, check_int
 from kvfold.views import LayerView
@@ -92,12 +93,7 @@ class KVQuant(Method):
 
     def _levels(self, view: LayerView) -> Float[Tensor, "B H W"]:
         """What each (row, head) of a layer is told."""
-        if self.calibration is None:
-            raise ValueError(
-                f"{self.info.slug} needs levels: give it to kvfold.Cache(model, ...), which finds them, after "
-                f"{artefacts.command(self.info.slug, 'MODEL')}"
-            )
-        found = artefacts.read(self.info.slug, self.calibration).data
+        found = bound_data(self.info.slug, self.calibration, "levels")
         flat = self.measured(found, view.place.ordinal).flat()
         if len(flat) != view.heads:
             raise ValueError(f"the calibration of kvquant has {len(flat)} KV heads; the layer has {view.heads}")

@@ -7,6 +7,7 @@ from typing import Any
 from kvfold import artefacts
 from kvfold.formats import Summed
 from kvfold.formats.feature_maps import bring
+from kvfold.methods._calibrated import bound_data
 from kvfold.methods._merging import Merging
 from kvfold.methods.base import Method, method
 from kvfold.options import check_name
@@ -60,12 +61,7 @@ class LESS(Merging):
     @cached_property
     def maps(self) -> str:
         """The name by which formats know the feature maps. Raises ValueError where there are none."""
-        if self.calibration is None:
-            raise ValueError(
-                f"{self.info.slug} needs trained feature maps: give it to kvfold.Cache(model, ...), which finds them, "
-                f"after {artefacts.command(self.info.slug, 'MODEL')}"
-            )
-        return bring(artefacts.read(self.info.slug, self.calibration).data)
+        return bring(bound_data(self.info.slug, self.calibration, "trained feature maps"))
 
     def merged(self, view: LayerView, keep: Keep) -> Decisions:
         gone = view.valid & ~keep.mask

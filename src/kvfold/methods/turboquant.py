@@ -11,6 +11,7 @@ from kvfold import artefacts
 from kvfold.formats import Format, Rotated
 from kvfold.formats.key_basis import KeyBasis
 from kvfold.formats.rotated import CHANNELS
+from kvfold.methods._calibrated import bound_data
 from kvfold.methods.base import Method, method
 from kvfold.options import check_choice
 from kvfold.rotation import Measured, Rope
@@ -114,12 +115,7 @@ class KeyBases:
     @cached_property
     def layers(self) -> list[KeyBasis]:
         """Those of each paged layer."""
-        if self.calibration is None:
-            raise ValueError(
-                "turboquant needs its basis: give it to kvfold.Cache(model, ...), which finds it, "
-                f"after {artefacts.command('turboquant', 'MODEL')}"
-            )
-        return key_bases(artefacts.read("turboquant", self.calibration).data, self.channels)
+        return key_bases(bound_data("turboquant", self.calibration, "its basis"), self.channels)
 
     def of_layer(self, ordinal: int, rope: Rope | None) -> KeyBasis:
         """See `Measured.of_layer`."""
