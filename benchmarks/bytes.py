@@ -23,12 +23,10 @@ from long_runs import Contender, RunFolder, arguments, load, long_documents, nam
 from torch import Tensor
 
 import kvfold
-from kvfold.bench.held import stored
-from kvfold.bench.plan import CPU, ModelShape, shape_of
+from kvfold.bench.plan import ModelShape, shape_of
 from kvfold.evaluation.agreement import agreement
 from kvfold.evaluation.escaping import code_cell
 from kvfold.evaluation.statistics import bootstrap_interval
-from kvfold.formats import Spec
 from kvfold.hf.argument import with_cache
 from kvfold.hf.costs import HALF, with_budget_of
 from kvfold.hf.layers import PagedLayer, beside_bytes
@@ -62,19 +60,12 @@ class Shares:
     @property
     def dense(self) -> int:
         """Bytes of a dense float16 cache of the layers on pages."""
-        return sum(HALF * self.context * layer.heads * layer.size for layer in self.shape.layers if layer.paged)
+        return sum(layer.dense_bytes(self.context, HALF) for layer in self.shape.layers if layer.paged)
 
     def of(self, method: Method) -> float:
         """The share that a method's formats take after the prompt, as they count it themselves."""
-        layers, paged = self.shape.layers, tuple(i for i, layer in enumerate(self.shape.layers) if layer.paged)
-        total = 0
-        for ordinal, index in enumerate(paged):
-            layer = layers[index]
-            spec = Spec(1, layer.heads, layer.key_size, layer.value_size, self.shape.kind(self.dtype), CPU, layer=index)
-            group = self.shape.query_heads // layer.heads
-            held = stored(method, self.context, ordinal, paged, len(layers), layer.heads, group)
-            total += held.nbytes(spec)
-        return total / self.dense
+        held = self.shape.held(method, self.context, self.dtype)
+        return sum(here.nbytes(spec) for _, spec, here in held if here is not None) / self.dense
 
     def fitting(self, method: Method, share: float) -> int | None:
         """The most tokens a head within a share; None where not one is."""
@@ -190,10 +181,9 @@ def main() -> None:
             found = measure(model, left, name, ids, sizes)
             for one, record in zip(left, found, strict=True):
                 kept.add(one, [record])
-        write_table(args.out, *report(kept, ran, names[:number]))
+        summary, table = report(kept, ran, names[:number])
+        write_table(args.out, summary, table)
         told(f"{number}/{len(docs)} {name} ({time.perf_counter() - started:.0f} s)")
-    summary, table = report(kept, ran, names)
-    write_table(args.out, summary, table)
     print(
         f"{args.model}, {args.dtype}, {args.context} tokens read, {FED} fed, {len(docs)} documents\n\n{table}", end=""
     )

@@ -102,13 +102,8 @@ def _asked(
     view: LayerView = _AskedView(Chunk(states, states, valid, columns), queries, place)
     if method.listens("after_prefill"):
         with use("naive"):  # the fast kernels take longer to start than these few tokens take
-            try:
-                for decision in decided(method.after_prefill(view)):
-                    view = view.apply(decision)
-            except KeyError:  # of a layer before, which nobody has asked
-                raise ValueError(
-                    f"method={method} shares tokens among layers as they are read: no plan of it"
-                ) from None
+            for decision in decided(method.after_prefill(view)):
+                view = view.apply(decision)
     assert isinstance(view, _AskedView)
     return view
 

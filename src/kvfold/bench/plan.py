@@ -6,7 +6,9 @@ and what those take the formats: see `held`.
 """
 
 import copy
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from statistics import mean
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvfold.bench.devices import Device
-from kvfold.bench.held import stored, window_tokens
+from kvfold.bench.held import StoredTokens, stored, window_tokens
 from kvfold.budgets import Budget
 from kvfold.evaluation.compare import budget_of
 from kvfold.formats import Spec
@@ -46,10 +48,10 @@ class LayerShape:
     state_bytes: int = 0
     latent: bool = False
 
-    @property
-    def dense_size(self) -> int:
-        """Numbers that a dense cache holds for a token of a head."""
-        return self.key_size if self.latent else self.size
+    def dense_bytes(self, context: int, itemsize: int) -> int:
+        """Bytes that a dense cache holds of a row's tokens, with so many for a number."""
+        size = self.key_size if self.latent else self.size
+        return self.tokens(context) * self.heads * size * itemsize
 
     @property
     def size(self) -> int:
@@ -139,10 +141,21 @@ class ModelShape:
 
     def dense_bytes(self, context: int) -> int:
         """Bytes that a dense cache holds for one row: keys and values, windows at their size, states."""
-        return sum(
-            layer.state_bytes + layer.tokens(context) * layer.heads * layer.dense_size * self.itemsize
-            for layer in self.layers
-        )
+        return sum(layer.state_bytes + layer.dense_bytes(context, self.itemsize) for layer in self.layers)
+
+    def held(self, method: Method, context: int, dtype: str) -> Iterator[tuple[LayerShape, Spec, StoredTokens | None]]:
+        """Each layer, its spec of one row, and what a method keeps there of a prompt of `context` tokens.
+
+        None for layers that are not on pages. Specs of layers of one shape are equal: their sizes are asked once.
+        """
+        paged = tuple(i for i, layer in enumerate(self.layers) if layer.paged)
+        for index, layer in enumerate(self.layers):
+            spec = Spec(1, layer.heads, layer.key_size, layer.value_size, self.kind(dtype), CPU)
+            found = None
+            if layer.paged:
+                group = self.query_heads // layer.heads
+                found = stored(method, context, paged.index(index), paged, len(self.layers), layer.heads, group)
+            yield layer, spec, found
 
     def activation_bytes(self, context: int) -> int:
         """Estimate of what one row's prompt, or chunk of it, takes while it is read, the cache not counted.
@@ -282,12 +295,9 @@ def make_plan(
     if not 0.0 <= reserve < 1.0:
         raise ValueError(f"reserve={reserve} must be a share of the device's memory, in [0, 1)")
     peak = device.peak(dtype)
-    depth, paged = len(shape.layers), tuple(i for i, layer in enumerate(shape.layers) if layer.paged)
     kv, nominal, kept = 0, 0.0, []
-    for index, layer in enumerate(shape.layers):
-        spec = Spec(1, layer.heads, layer.key_size, layer.value_size, shape.kind(dtype), CPU)
-        if layer.paged:
-            held_here = stored(method, context, paged.index(index), paged, depth, layer.heads)
+    for layer, spec, held_here in shape.held(method, context, dtype):
+        if held_here is not None:
             tokens, most, least = held_here.tokens, held_here.nbytes(spec), held_here.least(spec)
         elif layer.window is not None and method.windows is not None:
             tokens = (window_tokens(method.windows, layer.window, context),) * layer.heads
@@ -317,9 +327,10 @@ def make_plan(
     read_prompt = max(batch * shape.prefill_flops(context) / peak, (weights + batch * kv) / device.bandwidth)
     own, full = step(batch, kv, tuple(kept)), step(batch, dense, whole)
     total = shape.weight_bytes + batch * kv + held
+    on_pages = [tokens for tokens, layer in zip(kept, shape.layers, strict=True) if layer.paged]
     return MemoryPlan(
         method=str(method) if name is None else name, budget=budget_of(method), context=context,
-        batch=batch, kept_tokens=sum(kept[i] for i in paged) / max(1, len(paged)), weight_bytes=shape.weight_bytes,
+        batch=batch, kept_tokens=mean(on_pages) if on_pages else 0.0, weight_bytes=shape.weight_bytes,
         reserve_bytes=held, kv_bytes=batch * kv, dense_kv_bytes=batch * dense, fits=total <= device.memory,
         largest_batch=most, dense_largest_batch=dense_most, step_seconds=own, tokens_per_second=batch / own,
         dense_tokens_per_second=batch / full, gain=full / own,

@@ -1,7 +1,7 @@
 """EliteKV's calibration: which rotary pairs of each head stay, and the directions of all else (arXiv:2503.01586)."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,14 +160,13 @@ def look(run: Run, samples: int, length: int) -> list[EliteLayer]:
         run.tick(f"text {sample + 1} of {samples}")
         ids = window(texts, rng, length, run.first)
         places = sorted(rng.sample(range(ids.shape[1]), min(QUERIES, ids.shape[1])))
-        views = iter(range(1 << 30))
         cache = Cache(run.model, "full")
 
-        def observe(view: LayerView, places: list[int] = places, views: Iterator[int] = views) -> None:
-            number = next(views)
-            if number == len(found):
+        def observe(view: LayerView, places: list[int] = places) -> None:
+            layer = view.place.ordinal
+            if layer == len(found):
                 found.append(_new(view))
-            _add(found[number], view, places)
+            _add(found[layer], view, places)
 
         with cache.observed(observe):
             run.model(ids.to(run.model.device), logits_to_keep=1, **with_cache(run.model, cache))

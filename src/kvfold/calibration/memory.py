@@ -5,16 +5,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvfold import artefacts
 from kvfold.calibration.run import Run
 from kvfold.calibration.sensitivity import sample
 from kvfold.hf.argument import with_cache
-from kvfold.hf.bits import GENERAL, MEASURED, PLAIN, WINDOWS, with_form
+from kvfold.hf.bits import GENERAL, MEASURED, PLAIN, TURNED, WEIGHED, WINDOWS, with_form
 from kvfold.hf.cache import Cache
 from kvfold.hf.shared_prefill import prefill_many
-from kvfold.hf.support import layers_of
+from kvfold.hf.support import has_windows
 from kvfold.methods.registry import parse
 
 SHARES = (0.015625, 0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
@@ -62,8 +61,8 @@ def forms_for(run: Run) -> list[str]:
     found = list(GENERAL)
     known = artefacts.has("turboquant", run.model)
     found += MEASURED if known else ()
-    best = ["fp8", *(MEASURED[:3] if known else GENERAL[2:])]
-    if any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers_of(run.model)):
+    best = ["fp8", *(WEIGHED if known else TURNED)]
+    if has_windows(run.model):
         found += [f"{form} | {WINDOWS}" for form in best]
     return found
 

@@ -1,7 +1,6 @@
 """TurboQuant's calibration: a basis of keys in which what queries make most of is coded best."""
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,10 +79,10 @@ def look(run: Run, samples: int, length: int) -> list[Moments]:
     found: list[Moments] = []
     for number in range(samples):
         run.tick(f"text {number + 1} of {samples}")
-        ids, layers, cache = sample(run, rng, length), iter(range(1 << 30)), Cache(run.model, "full")
+        ids, cache = sample(run, rng, length), Cache(run.model, "full")
 
-        def observe(view: LayerView, layers: Iterator[int] = layers) -> None:
-            layer, seen = next(layers), of_view(view)
+        def observe(view: LayerView) -> None:
+            layer, seen = view.place.ordinal, of_view(view)
             if layer == len(found):
                 found.append(seen)
             else:

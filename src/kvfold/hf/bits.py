@@ -16,11 +16,10 @@ from statistics import mean
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvfold import artefacts
-from kvfold.hf.support import layers_of
-from kvfold.methods.base import Method, formats_of, stages_of
+from kvfold.hf.support import has_windows
+from kvfold.methods.base import Method, stages_of
 from kvfold.methods.registry import parse
 from kvfold.options import shown
 
@@ -28,14 +27,11 @@ MEMORY = "memory"
 """What the table is called among artefacts."""
 PLAIN = ""
 """No format: numbers as the model made them."""
-TURNED = ("turboquant(bits=4)", "turboquant(bits=3)", "turboquant(bits=2)")
+TURNED = tuple(f"turboquant(bits={bits})" for bits in (4, 3, 2))
 GENERAL = (PLAIN, "fp8", *TURNED)
 """Formats by token, which any method goes with, of which nothing has to be known of a model."""
-MEASURED = tuple(
-    form.replace(")", f", basis={basis!r})")
-    for basis, forms in (("channels", TURNED), ("measured", TURNED[:2]))
-    for form in forms
-)
+WEIGHED = tuple(f"turboquant(bits={bits}, basis='channels')" for bits in (4, 3, 2))
+MEASURED = (*WEIGHED, *(f"turboquant(bits={bits}, basis='measured')" for bits in (4, 3)))
 """Those that stand on a calibration of their own (`kvfold calibrate turboquant`)."""
 WINDOWS = "windows"
 """The stage that has sliding windows hold codes, behind any of them."""
@@ -126,16 +122,15 @@ def choices(model: PreTrainedModel, method: Method, harm: Harm) -> Sequence[str]
 
     Raises ValueError for a calibration of a form that is damaged.
     """
-    stages = stages_of(method)
-    if any(True for _ in formats_of(stages)) or any(stage.windows is not None for stage in stages):
+    if method.format is not None or method.firm or method.windows is not None:
         return [PLAIN]
-    windows = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers_of(model))
-    found, known = [PLAIN], artefacts.has("turboquant", model)
+    windows, known = has_windows(model), artefacts.has("turboquant", model)
+    found = [PLAIN]
     for form in harm.kl:
-        if form == PLAIN or (WINDOWS in form and not windows):
+        if form == PLAIN:
             continue
         behind = parse(form)
-        if behind.needs and not known:
+        if (behind.windows is not None and not windows) or (behind.needs and not known):
             continue
         behind.bind(model)
         found.append(form)

@@ -115,8 +115,8 @@ class Cache(Adopting):
                         f"{type(self.model).__name__} has none that it could use in layer {index}"
                     )
                 core = KVLayer(self.rows, index, paged, len(plan), rope, self.arena)
-                for measured in self.method.needs:
-                    measured.of_layer(core.ordinal, rope)  # raises where it does not fit the layer
+                for need in self.method.needs:
+                    need.of_layer(core.ordinal, rope)  # raises where it does not fit the layer
                 layers.append(PagedLayer(self, core, latent))
             elif type(layer) is DynamicSlidingWindowLayer:
                 layers.append(self._window(index, layer.sliding_window, bool(paged), type(modules.get(index))))

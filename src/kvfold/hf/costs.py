@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvfold.formats import Format, Segment, Spec
+from kvfold.formats.oldest import unit_of
 from kvfold.formats.sizes import Columns, empty_segment, segment_bytes, shared_bytes
 from kvfold.hf.argument import with_cache
 from kvfold.hf.layers import PagedLayer, WindowLayer, beside_bytes
@@ -106,14 +107,14 @@ def line_of(form: Format, spec: Spec, columns: Columns, spare: int) -> tuple[flo
     return max(0.0, most) + spare * spec.heads * sum(pool.page_nbytes for pool in pools), each
 
 
-def window_bytes(form: Format | None, spec: Spec, size: int, unit: int) -> int:
+def window_bytes(form: Format | None, spec: Spec, size: int) -> int:
     """Bytes that a window of `size` tokens may come to hold for a row, in a format or as the model made them."""
     if form is None:
         each = spec.heads * (spec.key_size + spec.value_size)
         # A window gives memory back when it holds a tenth too much.
         return ceil(1.1 * size * each * spec.dtype.itemsize) + ROW
     own, more = line_of(form, spec, (), AT_STEPS)
-    return ceil(own + more * (size + unit) * (1 + SPARE)) + ROW
+    return ceil(own + more * (size + unit_of(form)) * (1 + SPARE)) + ROW
 
 
 @torch.no_grad()
@@ -149,12 +150,9 @@ def _beside(layer: Any, context: int) -> tuple[int, int]:
     if not isinstance(layer, WindowLayer):
         return beside_bytes(layer), beside_bytes(layer)
     keys, values, size = layer.keys, layer.values, layer.sliding_window
-    spec = Spec(
-        1, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device, layer=getattr(layer, "index", 0)
-    )
+    spec = Spec(1, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
     dense = min(context, size - 1) * spec.heads * (spec.key_size + spec.value_size) * HALF
-    coded = isinstance(layer, CodedWindow)
-    return window_bytes(layer.form if coded else None, spec, size, layer.unit if coded else 0), dense
+    return window_bytes(layer.form if isinstance(layer, CodedWindow) else None, spec, size), dense
 
 
 def with_budget_of(method: Method, budget: int) -> Method:

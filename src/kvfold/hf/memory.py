@@ -119,7 +119,7 @@ def forms_spent(
             continue
         share = 0.0 if one.budget is None else min(1.0, one.budget / context)
         found.append(replace(one, harm=harm.of(form, share)) if share else one)
-    return found or [plain]
+    return found
 
 
 def taker(method: Method) -> Method:

@@ -112,6 +112,11 @@ def check_windows(model: PreTrainedModel, method: Method, layers: Sequence[Any])
             raise ValueError(f"method={method}: {kind.__name__} of {name} {reason}, so its windows lie as they are")
 
 
+def has_windows(model: PreTrainedModel) -> bool:
+    """Whether a model has sliding windows, which may hold their tokens in a format."""
+    return any(type(layer) is DynamicSlidingWindowLayer for layer in layers_of(model))
+
+
 def _is_plain(layer: DynamicLayer) -> bool:
     """Whether a layer is one that goes on pages, or one with a mask of its own."""
     return type(layer) is DynamicLayer or isinstance(layer, DynamicSlidingWindowLayer)
