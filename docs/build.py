@@ -15,14 +15,12 @@ from dataclasses import dataclass, fields
 from functools import cache
 from inspect import getdoc
 from pathlib import Path
-from statistics import median
 from textwrap import fill
 from typing import Any
 
 from kvfold import artefacts
 from kvfold.evaluation.report import make_report, read_results
 from kvfold.evaluation.report.cells import ALL_LENGTHS
-from kvfold.evaluation.report.charts import COLORS, REFERENCE
 from kvfold.evaluation.report.markdown import budget_name
 from kvfold.evaluation.report.records import ratio_note
 from kvfold.files import write_whole
@@ -30,13 +28,14 @@ from kvfold.methods import MethodInfo, list_methods
 from kvfold.testing import CONTRACTS
 
 ROOT = Path(__file__).parents[1]
-BYTES = runpy.run_path(str(ROOT / "docs/by_bytes.py"))
+BYTES, PICTURES = (runpy.run_path(str(ROOT / f"docs/{name}.py")) for name in ("by_bytes", "pictures"))
+chart, styled = PICTURES["chart"], PICTURES["styled"]
 PAGES = ROOT / "docs/methods"
 RESULTS, MERGING = ROOT / "benchmarks/results", ROOT / "benchmarks/merging.md"
 AGREED = [RESULTS / f"merging-{model}.json" for model in ("smollm2-135m-instruct", "gemma3-270m")]
 README, ROW = ROOT / "README.md", re.compile(r"^\| `([^`]+)` \|(?: \d+\.\d+ / \d\.\d+ \|)+$", re.MULTILINE)
 CONTRIBUTING, EXAMPLE = ROOT / "CONTRIBUTING.md", ROOT / "src/kvfold/methods/snapkv.py"
-OVERVIEW, NAMED = ROOT / "docs/agreement.svg", ("kvfold", "h2o", "snapkv", "keepkv", "streamingllm")
+OVERVIEW = ROOT / "docs/agreement.svg"
 CURVES, LEADERBOARD = RESULTS / "curves", ROOT / "benchmarks/leaderboard.md"
 DIFFERS = re.compile(r"\bDiffers from the (paper|code):\s")
 SPELLED = {
@@ -172,46 +171,9 @@ def contributing() -> str:
 
 
 def overview() -> Any:
-    """README.md's table as a chart: KL over the budget on both models, some methods named and the others grey."""
-    import altair as alt
-
+    """README.md's table as a chart."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in AGREED]
-    names = [row[1] for row in ROW.finditer(README.read_text(encoding="utf-8"))]
-    others = "other methods of the table"
-    colors = dict(zip(NAMED, COLORS, strict=False)) | {others: REFERENCE}
-    points = [
-        {"model": one["model"], "method": name, "who": name if name in NAMED else others, "budget": budget,
-         "kl": one["summary"][f"{name}@{budget}"]["kl"]}
-        for one in found for name in names for budget in (0.5, 0.35, 0.2, 0.1)
-    ]  # fmt: skip
-    scale = alt.Scale(domain=list(colors), range=list(colors.values()))
-    legend = alt.Legend(
-        title=None, orient="bottom", columns=6, symbolType="stroke", symbolStrokeWidth=3, symbolOpacity=1,
-        labelFontSize=12,
-    )  # fmt: skip
-
-    def panel(model: str) -> Any:
-        mine = alt.Chart(alt.Data(values=[point for point in points if point["model"] == model])).encode(
-            x=alt.X(
-                "budget:Q", title="tokens kept of the prompt", scale=alt.Scale(domain=[0.09, 0.51], nice=False),
-                axis=alt.Axis(format="%", values=[0.1, 0.2, 0.35, 0.5], grid=False),
-            ),
-            y=alt.Y("kl:Q", title=None, scale=alt.Scale(type="log", domain=[0.0004, 2], nice=False),
-                    axis=alt.Axis(values=[0.001, 0.01, 0.1, 1], format="~g")),
-            color=alt.Color("who:N", scale=scale, legend=legend),
-            detail="method:N",
-        )  # fmt: skip
-        grey = mine.transform_filter(f"datum.who == '{others}'").mark_line(opacity=0.45, strokeWidth=1)
-        named = mine.transform_filter(f"datum.who != '{others}'").mark_line(
-            strokeWidth=2, point=alt.OverlayMarkDef(size=30)
-        )
-        return (grey + named).properties(width=370, height=260, title=model)
-
-    return styled(alt.hconcat(*(panel(one["model"]) for one in found), spacing=40)).properties(
-        title=alt.TitleParams(
-            "KL divergence from the full cache (nats, lower is better)", anchor="start", color=REFERENCE, fontSize=14
-        )
-    )
+    return PICTURES["overview"](found, [row[1] for row in ROW.finditer(README.read_text(encoding="utf-8"))])
 
 
 def agreement(
@@ -381,52 +343,6 @@ def standing(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
     yield wrapped(f"In the [leaderboard](../../benchmarks/leaderboard.md). {caveat('leaderboard')}".strip())
     head = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "method"]
     yield table(head, [[row.get(name, "") for name in head] for row in rows])
-
-
-def chart(slug: str, points: Sequence[Point]) -> Any:
-    """KL, top-1 and bytes of a method over the budget, a colour a model; dashed, the median of all methods."""
-    import altair as alt
-
-    models = list(dict.fromkeys(point.model for point in points))
-    own = [vars(point) | {"who": slug} for point in points if point.method == slug]
-    others = [
-        {"model": model, "budget": budget, "who": "median"}
-        | {name: median(getattr(point, name) for point in same) for name in ("kl", "top1", "ratio")}
-        for model in models for budget in sorted({point.budget for point in points})
-        if (same := [point for point in points if (point.model, point.budget) == (model, budget)])
-    ]  # fmt: skip
-    color = alt.Color(
-        "model:N", scale=alt.Scale(domain=models, range=list(COLORS[: len(models)])),
-        legend=alt.Legend(title=None, orient="bottom", symbolOpacity=1),
-    )  # fmt: skip
-
-    def panel(name: str, title: str, scale: Any) -> Any:
-        x = alt.X("budget:Q", title="budget", axis=alt.Axis(format="%", tickCount=5), scale=alt.Scale(domainMin=0))
-        y = alt.Y(f"{name}:Q", title=None, scale=scale, axis=alt.Axis(tickCount=5))
-        mine = alt.Chart(alt.Data(values=own)).encode(x=x, y=y, color=color)
-        theirs = alt.Chart(alt.Data(values=others)).encode(x=x, y=y, color=color)
-        layers = [theirs.mark_line(strokeDash=[4, 3], opacity=0.6, strokeWidth=1.3), mine.mark_line(strokeWidth=2)]
-        if name == "kl":
-            layers.append(mine.mark_rule(opacity=0.5).encode(y=alt.Y("low:Q", title=None), y2="high:Q"))
-        layers.append(mine.mark_point(filled=True, size=40, opacity=1))
-        return alt.layer(*layers).properties(width=190, height=150, title=title)
-
-    panels = [
-        panel("kl", "KL from full (nats)", alt.Scale(zero=True)),
-        panel("top1", "equal greedy tokens", alt.Scale(zero=False, domainMax=1)),
-        panel("ratio", "KV bytes / full", alt.Scale(domain=[0, 1])),
-    ]
-    return styled(alt.hconcat(*panels, spacing=50, bounds="flush"))
-
-
-def styled(chart: Any) -> Any:
-    """Without a background, and grey where there is no colour: for white pages and for black ones."""
-    grey = {"labelColor": REFERENCE, "titleColor": REFERENCE}
-    return (
-        chart.configure(background="transparent").configure_view(stroke=None)
-        .configure_axis(**grey, gridColor=REFERENCE, gridOpacity=0.25, domainColor=REFERENCE, tickColor=REFERENCE)
-        .configure_legend(labelColor=REFERENCE).configure_title(color=REFERENCE, fontSize=12)
-    )  # fmt: skip
 
 
 def main() -> None:
