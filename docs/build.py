@@ -158,7 +158,7 @@ def readme() -> str:
         cells = [one["summary"][f"{line[1]}@{budget}"] for one in found for budget in (0.5, 0.35, 0.2, 0.1)]
         return f"| `{line[1]}` | " + " | ".join(f"{cell['kl']:.3f} / {cell['top1']:.2f}" for cell in cells) + " |"
 
-    return ROW.sub(row, README.read_text(encoding="utf-8"))
+    return BYTES["in_readme"](ROW.sub(row, README.read_text(encoding="utf-8")))
 
 
 def contributing() -> str:

@@ -1,6 +1,7 @@
 """README's first picture and benchmarks/bytes.md: KL against bytes, of what `benchmarks/bytes.py` measured."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,32 @@ def chosen(cells: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {share:.2%} | " + " | ".join(said) + " |"
 
 
+def in_readme(text: str) -> str:
+    """README.md's text with the numbers of its table of bytes as measured: one model's columns after the other's."""
+    found = list(summaries().values())
+
+    def ours(name: str) -> Iterator[dict[str, Any] | None]:
+        return (cells.get(f"{name}@{share}") for cells in found for share in SHARES)
+
+    def theirs(kind: str) -> Iterator[dict[str, Any] | None]:
+        own = {one["method"] for cells in found for one in cells.values() if is_ours(one["method"])}
+        return (best(cells, share, kind, () if kind == BITS else own) for cells in found for share in SHARES)
+
+    lines = text.splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if line.startswith("| bytes of float16 |")) + 2
+    for i, ones in enumerate((ours(CODES), ours(KVFOLD), theirs(TOKENS), theirs(BOTH), theirs(BITS)), at):
+        label = re.match(r"\| (.*?[^\\]) \|", lines[i])
+        assert label is not None, lines[i]
+        numbers = ["-" if one is None else f"{one['kl']:.3f}" for one in ones]
+        lines[i] = f"| {label[1]} | {' | '.join(numbers)} |\n"
+    return "".join(lines)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a method is the library's own, or stands on a basis that is."""
+    return name.startswith(KVFOLD) or "basis" in name
+
+
 def rows(cells: Mapping[str, Any]) -> Iterator[str]:
     """All methods, by share and KL."""
     yield "| share | method | KL [95 %] | equal tokens | tokens a head | bytes of float16 | windows beside |"
@@ -110,7 +137,7 @@ def picture() -> Any:
     def kind(name: str) -> str | None:
         if name in (KVFOLD, CODES):
             return "kvfold" if name == KVFOLD else "kvfold, in 4 bits"
-        if "basis" in name or name.startswith("kvfold"):
+        if is_ours(name):
             return None
         names = {
             TOKENS: "published: tokens alone",
