@@ -7,17 +7,19 @@ from typing import Any
 import pytest
 
 import kvfold
+from kvfold.methods.base import keeping
 
 METHODS = [info.slug for info in kvfold.list_methods()]
 LIMITED = [
     info.slug
     for info in kvfold.list_methods()
-    if "budget" in info.options
+    if keeping([kvfold.parse(info.slug)])
     and not kvfold.parse(info.slug).listens("read_order")
     and "images" not in kvfold.parse(info.slug).asks
 ]
 """Those whose budget is about what is stored of any text; of those that choose what is read, `specpc` has one about
-that, and `look-m` leaves a text without images as it is (tests/hf/test_vision.py)."""
+that, those with an index about what a query reads, and `look-m` leaves a text without images as it is
+(tests/hf/test_vision.py)."""
 CORE = {"adakv", "cake", "full", "h2o", "kvmerger", "kvzip", "mpcache", "snapkv", "streamingllm", "tova"}
 """One for each mechanism; the fast tests run for these, all tests for all."""
 FREE = {"tova", "expected-attention", "epicache", "keydiff", "knorm"}

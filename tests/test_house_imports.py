@@ -21,7 +21,7 @@ ROOMS = {
     "views": "formats ops rotation budgets options",
     "scores": "views formats ops rotation budgets options",
     "merges": "scores views formats ops rotation budgets options",
-    "selectors": "scores views formats ops rotation budgets options",
+    "selectors": "scores views formats pages ops rotation budgets options",
     "methods": "selectors merges scores views formats artefacts ops rotation budgets options",
     "layer": "methods.base views formats pages ops rotation budgets options",
     "models": "files options transformers",

@@ -25,6 +25,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from kvfold.hf.argument import with_cache
 from kvfold.hf.cache import Cache
 from kvfold.methods import Method, parse
+from kvfold.methods.base import keeping
 
 VOCAB = 97
 
@@ -108,6 +109,11 @@ def budgeted(method: Method | str, *budgets: float | int) -> list[Method]:
     return [replace(made, budget=budget) for budget in budgets] if has else []  # type: ignore[type-var]
 
 
+def keeping_to(method: Method | str, *budgets: float | int) -> list[Method]:
+    """The method at these budgets; none where they are not of the tokens that it keeps."""
+    return [made for made in budgeted(method, *budgets) if keeping([made])]
+
+
 def held(cache: Cache, row: int) -> int:
     """Tokens of one row, summed over heads and layers."""
     return sum(int(core.counts()[row].sum()) for core in cache.paged)
@@ -168,7 +174,7 @@ def a_batch_is_its_rows(method: Method | str, model: PreTrainedModel | None = No
 def the_budget_holds(method: Method | str, model: PreTrainedModel | None = None) -> None:
     """No row holds more than its budget after a prompt, after a further turn, and, if the method acts there, a step."""
     model = model or tiny_model()
-    for made in budgeted(method, 0.02, 0.4, 0.75, 3, 12):
+    for made in keeping_to(method, 0.02, 0.4, 0.75, 3, 12):
         cache, prompt, lengths = Cache(model, made), pair(64, 50), (64, 50)
         ids, mask = prompt
         feed(model, cache, ids[:, :31], mask[:, :31])
@@ -205,7 +211,7 @@ def the_newest_token_stays(method: Method | str, model: PreTrainedModel | None =
     Where a paper lets the newest token compete like the others (TOVA, Expected Attention), leave this contract out.
     """
     model = model or tiny_model()
-    for made in budgeted(method, 0.25, 0.75, 12):
+    for made in keeping_to(method, 0.25, 0.75, 12):
         cache = Cache(model, made)
         feed(model, cache, *pair(64, 50))
         for core in cache.paged:
@@ -226,7 +232,7 @@ def short_prompts_work(method: Method | str, model: PreTrainedModel | None = Non
 def a_budget_is_memory(method: Method | str, model: PreTrainedModel | None = None) -> None:
     """A quarter of the tokens takes at most two fifths of the bytes."""
     model, sizes = model or tiny_model(), []
-    for made in budgeted(method, 1.0, 0.25):
+    for made in keeping_to(method, 1.0, 0.25):
         cache = Cache(model, made)
         feed(model, cache, *pair(320))
         sizes.append(sum(sum(core.stored.row_nbytes()) for core in cache.paged))

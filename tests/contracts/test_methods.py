@@ -10,6 +10,7 @@ import kvfold
 from calibrated import SMALL
 from families import ANYWHERE, FREE, LIMITED, METHODS, each
 from kvfold import testing
+from kvfold.formats import IndexedSegment
 from kvfold.methods.base import Method
 from models import VOCAB, dynamic, feed, follow, greedy, grow, reference, subject, tokens
 
@@ -255,7 +256,8 @@ def test_narrow_dtypes(slug, dtype):
         assert (narrow.counts() == exact.counts()).all() or slug in ANYWHERE
         if cache.method.format is not None:
             continue
-        planes = narrow.segments[0][1].pool.planes
+        held = narrow.segments[0][1]
+        planes = (held.inner if isinstance(held, IndexedSegment) else held).pool.planes
         assert planes["keys"].dtype == planes["values"].dtype == dtype
         assert all(plane.dtype in (torch.float32, torch.int32) for name, plane in planes.items()
                    if name not in ("keys", "values"))  # fmt: skip

@@ -16,6 +16,8 @@ from kvfold.formats import (
     Depth,
     Format,
     Fp8,
+    Indexed,
+    IndexedSegment,
     Kivi,
     Rotated,
     Segment,
@@ -27,6 +29,7 @@ from kvfold.formats import (
 )
 from kvfold.formats.key_basis import KeyBasis
 from kvfold.pages import Arena
+from kvfold.selectors import Bounds, Selection
 
 B, H, G, D, DV = 3, 2, 2, 16, 8
 LENGTHS = [[41, 17], [0, 30], [9, 8]]
@@ -45,6 +48,8 @@ FORMATS: dict[str, Format] = {
     "rotated": Rotated(scale="aligned", page_size=8),
     "rotated-basis": Rotated(key="known", page_size=8),
     "uneven": Uneven(exact=2, page_size=8),
+    "bounds": Indexed(Dense(page_size=4), Selection(Bounds(4), 12)),
+    "bounds-kivi": Indexed(Kivi(group=8, residual=8, requantise=True), Selection(Bounds(8), 0.5, heads="sum")),
 }
 
 
@@ -57,6 +62,22 @@ def basis(heads: int, size: int) -> KeyBasis:
 
 KNOWN = {"known": basis(H, D)}
 """What was measured for the formats that need that."""
+
+
+def plain(form: Format) -> Format:
+    """What the tokens lie in, where an index is beside them."""
+    return form.form if isinstance(form, Indexed) else form
+
+
+def pieces(segment: Segment) -> list[Any]:
+    """What of a segment lies in a page table each."""
+    held = segment.inner if isinstance(segment, IndexedSegment) else segment
+    return list(getattr(held, "parts", [held]))
+
+
+def indexes(*segments: Segment) -> int:
+    """Bytes of indexes, which lie beside all pages."""
+    return sum(x.index.nbytes for x in segments if isinstance(x, IndexedSegment))
 
 
 def spec_of(tokens: Chunk, **more: Any) -> Spec:
@@ -149,7 +170,7 @@ def mask_for(form: Format, segment: Segment, seed: int = 0, share: float = 0.6) 
     valid, _ = segment.columns()
     rng = torch.Generator().manual_seed(seed)
     mask = valid & (torch.rand(valid.shape, generator=rng) < share)
-    if isinstance(form, Kivi) and not form.requantise:
+    if isinstance(form := plain(form), Kivi) and not form.requantise:
         cut = segment.coded.longest
         pages = torch.rand(*valid.shape[:2], cut // form.group, generator=rng) < share
         mask[..., :cut] = valid[..., :cut] & pages.repeat_interleave(form.group, -1)

@@ -16,6 +16,7 @@ from format_cases import (
     chunk,
     held,
     opened,
+    plain,
     query,
     rows_of,
     same,
@@ -39,11 +40,13 @@ from kvfold.formats import (
     Thin,
     Uneven,
 )
+from kvfold.formats.parts import Choosing
 from kvfold.hf.rope import find_ropes
 from kvfold.ops import dispatch
 from kvfold.ops.attend import blocked
 from kvfold.pages import Arena
 from kvfold.rotation import Compact
+from kvfold.selectors import Bounds, Selection
 from models import subject
 
 
@@ -51,13 +54,18 @@ from models import subject
 def test_it_is_a_format(form):
     segment = opened(form, chunk(LENGTHS))
     assert isinstance(form, Format) and isinstance(segment, Segment) and hash(form) == hash(eval(repr(form), GLOBALS))
-    assert form.traits.addressed == ("page" if isinstance(form, Kivi) else "token")
+    assert form.traits.addressed == ("page" if isinstance(plain(form), Kivi) else "token")
     if not form.traits.graphs:
         with pytest.raises(NotImplementedError, match="graphs=False"):
             segment.reserve()
 
 
-GLOBALS = {"torch": torch, **{type(form).__name__: type(form) for form in FORMATS.values()}}
+GLOBALS = {
+    "torch": torch,
+    "Selection": Selection,
+    "Bounds": Bounds,
+    **{type(f).__name__: type(f) for f in FORMATS.values()},
+}
 
 
 @ALL
@@ -74,6 +82,8 @@ def test_what_goes_in_comes_out_in_order(form, arena):
     assert segment.lengths().tolist() == last.tolist()
     error = {
         "balanced": 1 / 20,
+        "bounds": 0.0,
+        "bounds-kivi": 1 / 20,
         "dense": 0.0,
         "bf16": 1 / 256,
         "depth": 1e-6,
@@ -174,7 +184,7 @@ def test_a_step_is_an_append_and_attention(form, arena):
         out, lse, _ = one.step(q, new.keys, new.values, at, 0.3, weights=False)
         wide = at[:, None].expand(-1, H, -1)
         two.append(Chunk(new.keys, new.values, new.valid, {POSITION: wide}), even=True)
-        want = two.attend(q, 0.3)
+        want = (two.attend_few if isinstance(two, Choosing) else two.attend)(q, 0.3)
         assert_close((out, lse), want[:2], atol=1e-6, rtol=1e-6)
     assert same(held(one), held(two)) and one.counts().tolist() == (np.array(LENGTHS) + 20).tolist()
 

@@ -16,7 +16,10 @@ from format_cases import (
     arena_of,
     chunk,
     held,
+    indexes,
     opened,
+    pieces,
+    plain,
     reachable,
     same,
 )
@@ -44,14 +47,15 @@ def test_bytes_in_an_arena_are_those_of_the_pages_held(form):
     room, other = Arena(1 << 22), Arena(1 << 22)
     segment = opened(form, chunk(LENGTHS), arena=room)
     used = room.used_nbytes
-    assert segment.row_nbytes().sum() == used
+    assert segment.row_nbytes().sum() == used + indexes(segment)
     fork, more = segment.select(np.arange(B)), opened(form, chunk(20), arena=room)
     assert segment.nbytes == fork.nbytes == opened(form, chunk(LENGTHS), arena=other).nbytes
-    assert room.used_nbytes == used + more.row_nbytes().sum()
+    assert room.used_nbytes == used + more.row_nbytes().sum() - indexes(more)
     counted = set()
     parts = [x.bytes_beside(counted) for x in (segment, fork, more)]
-    tables = [part.table for x in (segment, fork, more) for part in getattr(x, "parts", [x])]
+    tables = [part.table for x in (segment, fork, more) for part in pieces(x)]
     beside = sum(a.nbytes for t in tables for a in (t.table, t.lengths, t.holes, t.hole_count))
+    beside += indexes(segment, fork, more) + sum(getattr(x, "seen", EMPTY).nbytes for x in (segment, fork, more))
     beside += sum(x.upto.nbytes for x in (segment, fork, more)) if isinstance(form, Depth) else 0
     beside += sum(x.channels.nbytes for x in (segment, fork, more)) if isinstance(form, Thin) else 0
     beside += sum(x.told.nbytes for x in (segment, fork, more)) if isinstance(form, Balanced) else 0
@@ -61,7 +65,10 @@ def test_bytes_in_an_arena_are_those_of_the_pages_held(form):
     assert sum(parts) == room.used_nbytes + beside
 
 
+EMPTY = np.zeros(0)
 BYTES = {
+    "bounds": lambda d, dv, n: n * (d + dv) + 4 + 2 * n * d / 4,
+    "bounds-kivi": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n * dv / 8 + 2 * n * d / 8,
     "balanced": lambda d, dv, n: (d + dv) / 2 + 4 + 8 * n,
     "dense": lambda d, dv, n: n * (d + dv) + 4,
     "bf16": lambda d, dv, n: 2 * (d + dv) + 4,
@@ -94,27 +101,29 @@ def test_one_more_token_is_written_where_it_goes_and_nowhere_else(form, arena):
     """Every other page stays bit for bit what it was; under its own number, where the table has not moved."""
     segment = opened(form, chunk(LENGTHS), arena=arena_of(arena))
     for step in range(60):
-        tables = [part.table for part in getattr(segment, "parts", [segment])]
+        tables = [part.table for part in pieces(segment)]
         stores = [table.pool.planes["keys"] for table in tables]
         before = [(t.lengths, t.table, {n: x.clone() for n, x in t.pool.planes.items()}) for t in tables]
         segment.append(chunk(1, 100 + step), even=True)
         for table, store, (lengths, pages, planes) in zip(tables, stores, before, strict=True):
-            coded, size = isinstance(form, Kivi | Sparse) and table is tables[0], table.pool.page_size
+            coded, size = isinstance(plain(form), Kivi | Sparse) and table is tables[0], table.pool.page_size
             more = int((table.lengths - lengths).sum()) if coded else B * H
             laid = table.pool.planes["keys"] is not store  # the pool has grown, and rows may have moved
-            if laid and isinstance(form, Kivi | Sparse) and not coded:
+            if laid and isinstance(plain(form), Kivi | Sparse) and not coded:
                 continue  # whose pages also move up
             width = min(pages.shape[1], table.table.shape[1])
             filled = np.arange(width) < -(-lengths // size)[:, None]
             was, now = pages[:, :width][filled], table.table[:, :width][filled]
-            assert laid or np.array_equal(was, now) or not (coded or isinstance(form, Dense | Depth | Fp8 | Thin))
+            assert (
+                laid or np.array_equal(was, now) or not (coded or isinstance(plain(form), Dense | Depth | Fp8 | Thin))
+            )
             for name, old in planes.items():
                 new, spec = table.pool.planes[name], table.pool.specs[name]
                 new, old = (new[now], old[was]) if laid else (new, old)
                 changed = torch.ne(new, old).reshape(*old.shape[: 1 if spec.per_page else 2], -1).any(-1)
                 assert int(changed.sum()) <= (more // size if spec.per_page else more), name
-        if isinstance(form, Kivi | Sparse):
-            assert (segment.tail.counts() <= form.residual + form.group - 1).all()
+        if isinstance(plain(form), Kivi | Sparse):
+            assert (pieces(segment)[1].counts() <= plain(form).residual + plain(form).group - 1).all()
 
 
 @ALL

@@ -9,21 +9,20 @@ import torch
 from torch import Tensor
 
 from kvfold.budgets import Budget, allocate, is_all
-from kvfold.evaluation.compare import budget_of
-from kvfold.formats import POSITION, Chunk, Dense, Format, Spec
+from kvfold.formats import POSITION, Chunk, Format, Spec
 from kvfold.formats.oldest import unit_of
 from kvfold.formats.sizes import segment_bytes
+from kvfold.layer.layer import DENSE, format_of
 from kvfold.methods import Method
-from kvfold.methods.base import decided
+from kvfold.methods.base import decided, keeping, stages_of
 from kvfold.ops.dispatch import use
-from kvfold.views import LayerView, Place, Queries
+from kvfold.views import LayerView, Place, Queries, Site
 
 SAMPLE = 16
 """Tokens of the view that a method is asked with."""
 MORE = (250, 500)
 """Tokens of two further views, for a method that moves some to other formats: how many it moves grows evenly, and of
 these most shares are whole."""
-DENSE = Dense()
 
 
 @dataclass(frozen=True)
@@ -123,11 +122,12 @@ def stored(
     tokens = torch.full((heads,), context, dtype=torch.int64)
     for real in view.asked:
         tokens = torch.minimum(tokens, real[0])
-    if not view.asked and (budget := budget_of(method)) is not None:
+    budget = next((stage.budget for stage in keeping(stages_of(method))), None)
+    if not view.asked and budget is not None:
         # A method that decides when all layers are done: its split is its own, the sum is the budget's.
         tokens = torch.tensor(allocate(budget, context, context, len(paged), heads)[ordinal], dtype=torch.int64)
     columns = tuple((name, column.dtype) for name, column in view.columns.items() if name != POSITION)
-    own: Format = DENSE if method.format is None else method.format
+    own: Format = format_of(method, Site(paged[ordinal], ordinal, tuple(paged), depth))
     left, parts = tokens.clone(), list[tuple[Format, tuple[int, ...]]]()
     if view.formats:
         for form, moved in _moved([_asked(*asking, min(size, context)) for size in MORE], tokens).items():

@@ -5,7 +5,9 @@ from kvfold.formats.dense import Dense, DenseSegment
 from kvfold.formats.depth import Depth, DepthSegment
 from kvfold.formats.elite import Basis, Elite, EliteSegment
 from kvfold.formats.fp8 import Fp8, Fp8Segment
-from kvfold.formats.kinds import KINDS, dtype_from, format_from, format_to
+from kvfold.formats.index import Chooser, Index, Remembered
+from kvfold.formats.indexed import Indexed, IndexedSegment
+from kvfold.formats.kinds import KINDS, dtype_from, format_from, format_to, register
 from kvfold.formats.kivi import Kivi, KiviSegment
 from kvfold.formats.levels import Levels
 from kvfold.formats.paged import PagedSegment
@@ -28,6 +30,7 @@ __all__ = [
     "Balanced",
     "BalancedSegment",
     "Basis",
+    "Chooser",
     "Chunk",
     "Dense",
     "DenseSegment",
@@ -38,11 +41,15 @@ __all__ = [
     "Format",
     "Fp8",
     "Fp8Segment",
+    "Index",
+    "Indexed",
+    "IndexedSegment",
     "Kivi",
     "KiviSegment",
     "LateChunk",
     "Levels",
     "PagedSegment",
+    "Remembered",
     "Rotated",
     "RotatedSegment",
     "Segment",
@@ -62,4 +69,5 @@ __all__ = [
     "format_from",
     "format_to",
     "join",
+    "register",
 ]

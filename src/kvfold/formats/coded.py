@@ -36,6 +36,7 @@ class CodedPages(PagedSegment):
     """Full pages of codes. They are added and dropped whole."""
 
     codes = ("keys", "key_scale", "key_zero", "values", "value_scale", "value_zero")
+    listed = True
 
     def __init__(self, table: PageTable, heads: int, compute: torch.dtype, value_size: int, bits: int):
         super().__init__(table, heads, compute)

@@ -46,6 +46,8 @@ class Dense(ByToken):
 class DenseSegment(TokenSegment):
     """Keys and values as they are."""
 
+    listed = True
+
     def encode(self, what: str, states: Tensor) -> dict[str, Tensor]:
         return {what: states}
 

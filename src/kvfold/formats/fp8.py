@@ -50,6 +50,8 @@ class Fp8(ByToken):
 class Fp8Segment(TokenSegment):
     """Codes of eight bits, and their scales."""
 
+    listed = True
+
     codes = ("keys", "values", KEY_SCALE, VALUE_SCALE)
 
     def encode(self, what: str, states: Tensor) -> dict[str, Tensor]:

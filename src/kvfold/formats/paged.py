@@ -24,6 +24,8 @@ class PagedSegment(ABC):
 
     codes: tuple[str, ...] = ("keys", "values")
     """Planes that are no columns."""
+    listed: bool = False
+    """Whether nothing but its pages belongs to a (row, head): then some pages are a row as good as any (`few`)."""
 
     def __init__(self, table: PageTable, heads: int, compute: torch.dtype):
         self.table, self.heads, self.compute = table, heads, compute

@@ -30,6 +30,15 @@ class Answering(Protocol):
         ...
 
 
+@runtime_checkable
+class Choosing(Protocol):
+    """What a generated token may read in part: a segment with an index."""
+
+    def attend_few(self, q: Tensor, scale: float, *, weights: bool = False) -> Answer:
+        """Over what is chosen for it."""
+        ...
+
+
 def answers(part: Answering) -> bool:
     """Whether a query gets anything of it."""
     return part.longest > 0 or (isinstance(part, Folding) and part.filled)
@@ -37,15 +46,22 @@ def answers(part: Answering) -> bool:
 
 def attend_parts(
     parts: Sequence[Answering], q: Float[Tensor, "B H G Q D"], scale: float, read: Bool[Tensor, "B H T"] | None,
-    compact: Compact | None, *, weights: bool,
+    compact: Compact | None, *, weights: bool, few: bool = False,
 ) -> Answer:  # fmt: skip
-    """Over segments whose slots follow each other, as one; empty ones are not asked, but for the last of empty ones."""
+    """Over segments whose slots follow each other, as one; empty ones are not asked, but for the last of empty ones.
+
+    `few`: those that choose what a generated token reads do so.
+    """
     found, start = list[Answer](), 0
     for part in parts:
         stop = start + part.longest
         if answers(part) or (part is parts[-1] and not found):
             here = None if read is None else read[..., start:stop]
             turn = None if compact is None else compact.of(start, stop)
+            if few and isinstance(part, Choosing):
+                found.append(part.attend_few(q, scale, weights=weights))
+                start = stop
+                continue
             found.append(part.attend(q, scale, read=here, compact=turn, weights=weights))
         start = stop
     return merged(found, weights=weights)

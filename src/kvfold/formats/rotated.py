@@ -130,6 +130,11 @@ class RotatedSegment(CodedTokens):
         super().__init__(table, heads, compute, *codings)
         self.form, self.layer, self.basis = form, layer, basis
 
+    @property
+    def listed(self) -> bool:  # type: ignore[override]
+        """A basis belongs to a head."""
+        return self.basis is None
+
     def like(self, table: PageTable, rows: np.ndarray) -> "RotatedSegment":
         codings = self.coding["keys"], self.coding["values"]
         return RotatedSegment(self.form, table, self.heads, self.compute, self.layer, codings, self.basis)

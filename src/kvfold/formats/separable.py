@@ -64,6 +64,8 @@ class Separable(Kivi):
 class SeparablePages(CodedPages):
     """Pages of codes, and the weights of each (row, head), 0 where nobody has told any."""
 
+    listed = False
+
     def __init__(
         self, table: PageTable, heads: int, compute: torch.dtype, value_size: int, bits: int,
         weights: Float[Tensor, "B H D"],

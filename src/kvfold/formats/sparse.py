@@ -87,6 +87,7 @@ class SparsePages(TokenSegment):
     """Tokens that were pruned."""
 
     codes = ("keys", "values", KEY_MAP, VALUE_MAP)
+    listed = True
 
     def __init__(self, table: PageTable, heads: int, compute: torch.dtype, key_size: int, value_size: int):
         super().__init__(table, heads, compute)

@@ -15,7 +15,7 @@ from kvfold.formats.sizes import Columns, empty_segment, segment_bytes, shared_b
 from kvfold.hf.argument import with_cache
 from kvfold.hf.layers import PagedLayer, WindowLayer, beside_bytes
 from kvfold.hf.windows import CodedWindow
-from kvfold.methods.base import Method, Pipeline, stages_of
+from kvfold.methods.base import Method, Pipeline, keeping, stages_of
 from kvfold.pages import PAGE_SIZE
 
 HALF = 2
@@ -124,7 +124,7 @@ def measured(model: PreTrainedModel, method: Method, context: int, make: Make) -
     The model reads a few tokens under a method with a small budget, which shows the layers' shapes, the columns and the
     formats; what these take for more tokens their own segments say.
     """
-    cache, budget = make(method), max(getattr(stage, "budget", 1) for stage in stages_of(method))
+    cache, budget = make(method), max([stage.budget for stage in keeping(stages_of(method))], default=1)
     ids = torch.arange(budget + LONGER, device=model.device)[None] % max(2, model.get_input_embeddings().num_embeddings)
     model(input_ids=ids, **with_cache(model, cache), use_cache=True)
     queries = model.config.get_text_config(decoder=True).num_attention_heads
@@ -159,4 +159,4 @@ def with_budget_of(method: Method, budget: int) -> Method:
     """The method with so many tokens as the budget of the stage that has one."""
     if isinstance(method, Pipeline):
         return Pipeline(tuple(with_budget_of(stage, budget) for stage in method.stages))
-    return replace(method, budget=budget) if hasattr(method, "budget") else method  # type: ignore[type-var]
+    return replace(method, budget=budget) if keeping([method]) else method  # type: ignore[type-var]

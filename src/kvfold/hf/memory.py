@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from kvfold.hf.bits import PLAIN, choices, harm_of, with_form
 from kvfold.hf.costs import MANY, Costs, with_budget_of
-from kvfold.methods.base import Method, formats_of, stages_of
+from kvfold.methods.base import Method, formats_of, keeping, stages_of
 from kvfold.methods.registry import parse
 from kvfold.options import check_int, shown
 
@@ -124,12 +124,12 @@ def forms_spent(
 
 def taker(method: Method) -> Method:
     """The one stage that a budget bounds, prompt and generation. Raises ValueError where there is none."""
-    taking = [stage for stage in stages_of(method) if hasattr(stage, "budget")]
+    taking = keeping(stages_of(method))
     if len(taking) != 1:
         named = "none" if not taking else " and ".join(stage.info.slug for stage in taking)
         raise ValueError(f"memory= sets the budget of one stage of {method}, and {named} has one")
-    stage = taking[0]
-    if (given := stage.budget) != stage.info.options["budget"]:
+    stage: Method = taking[0]
+    if (given := taking[0].budget) != stage.info.options["budget"]:
         raise ValueError(f"memory= sets the budget of {stage.info.slug}, and budget={given!r} is given, too")
     if held := [event for event in ("after_prompt", "after_forward") if stage.listens(event)]:
         raise ValueError(
@@ -149,7 +149,7 @@ def _hint(method: Method) -> str:
         return f": {firm[0]} drops no single tokens (requantise=True, where it has that, or a format by token)"
     if any(getattr(stage, "interval", None) == 0 for stage in stages):
         return ": its interval is 0"
-    slug = next(stage.info.slug for stage in stages if hasattr(stage, "budget"))
+    slug = keeping(stages)[0].info.slug
     try:
         parse("decoding", score=slug)
     except ValueError:

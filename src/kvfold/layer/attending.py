@@ -59,11 +59,13 @@ class Asking:
         return out.reshape(b, hq, n, -1), lse.reshape(b, hq, n)
 
     def stored(
-        self, stored: Stored, *, read: Tensor | None = None, after: bool = False, weights: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, stored: Stored, *, read: Tensor | None = None, after: bool = False, weights: bool = False,
+        few: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         """(out, lse, weights) of the queries over all segments.
 
-        `after`: the queries' own tokens are not stored yet.
+        `after`: the queries' own tokens are not stored yet. `few`: they are generated tokens, one a row, and read what
+        an index chooses, where there is one.
         """
         counts = stored.counts()
         (b, hq, n, d), h, compact = self.q.shape, counts.shape[1], self.compact
@@ -72,5 +74,5 @@ class Asking:
             slots = torch.from_numpy(counts - (0 if after else n)).to(self.q.device)
             grouped = compact.rotate_queries(grouped, self.first, slots)
             compact = replace(compact, slots=stored.slots())
-        out, lse, left = stored.attend(grouped, self.scale, compact, read, weights)
+        out, lse, left = stored.attend(grouped, self.scale, compact, read, weights, few)
         return out.reshape(b, hq, n, -1), lse.reshape(b, hq, n), left

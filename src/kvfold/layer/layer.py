@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvfold.formats import Chunk, Dense, Format, Spec
+from kvfold.formats import Chunk, Dense, Format, Indexed, Spec
 from kvfold.layer.attending import Asking
 from kvfold.layer.carrying import commit
 from kvfold.layer.deciding import Moment
@@ -19,7 +19,7 @@ from kvfold.layer.rows import Rows
 from kvfold.layer.segments import new_tokens
 from kvfold.layer.stored import Stored
 from kvfold.rotation import Compact
-from kvfold.views import ATTENTION, LayerView, Queries, fade_of, faded
+from kvfold.views import ATTENTION, LayerView, Queries, Site, fade_of, faded
 
 DENSE = Dense()
 
@@ -69,7 +69,7 @@ class KVLayer(Held):
             self.stored.append(new_tokens(k, v, None, places), even=True)
             read = moment.read(q, places)
             weights = ATTENTION in plan.asks and asking.compact is None and read is None
-            out, lse, left = asking.stored(self.stored, read=read, weights=weights)
+            out, lse, left = asking.stored(self.stored, read=read, weights=weights, few=read is None)
             queries, memo = Queries(q, everyone, lse, places, read=out), {} if left is None else {ATTENTION: left}
             self._store(moment, queries, None, memo, even=True)
             return out
@@ -194,7 +194,9 @@ class KVLayer(Held):
             Spec(b, h, d, v.shape[3], k.dtype, k.device, site.layer, site.rope, artefact=found, arena=self.arena)
         )
         for group in rows.groups:
-            self.stored.opened[... if group.rows is None else group.rows] = self.stored.number(format_of(group.method))
+            self.stored.opened[... if group.rows is None else group.rows] = self.stored.number(
+                format_of(group.method, site)
+            )
 
     def _compact(self, device: torch.device) -> Compact | None:
         """How keys are read where a method has compact positions."""
@@ -218,6 +220,8 @@ class KVLayer(Held):
         return other
 
 
-def format_of(method: Any) -> Format:
-    """The format that a method's tokens go to."""
-    return DENSE if method.format is None else method.format
+def format_of(method: Any, site: Site) -> Format:
+    """The format that a method's tokens go to in a layer, with an index where its generated tokens read a part."""
+    form: Format = DENSE if method.format is None else method.format
+    chosen = method.selection(site) if method.listens("selection") else None
+    return form if chosen is None else Indexed(form, chosen)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvfold.formats import POSITION, Chunk
-from kvfold.formats.parts import Answer, answers, attend_parts, merged
+from kvfold.formats.parts import Answer, Choosing, answers, attend_parts, merged
 from kvfold.formats.segment import Folding
 from kvfold.layer.recent import Recent
 from kvfold.layer.segments import Segments, new_tokens
@@ -19,10 +19,15 @@ class Stored(Segments):
     """A layer's segments, and what is done to all of them."""
 
     def attend(
-        self, q: Float[Tensor, "B H G Q D"], scale: float, compact: Compact | None, read: Tensor | None, weights: bool
-    ) -> Answer:
-        """(out, lse) over all segments, merged; `weights` (see `Segment.attend`) of all their slots."""
-        return attend_parts([segment for _, segment in self.segments], q, scale, read, compact, weights=weights)
+        self, q: Float[Tensor, "B H G Q D"], scale: float, compact: Compact | None, read: Tensor | None, weights: bool,
+        few: bool = False,
+    ) -> Answer:  # fmt: skip
+        """(out, lse) over all segments, merged; `weights` (see `Segment.attend`) of all their slots.
+
+        `few`: segments with an index choose what of them is read.
+        """
+        parts = [segment for _, segment in self.segments]
+        return attend_parts(parts, q, scale, read, compact, weights=weights, few=few)
 
     def step(
         self, q: Float[Tensor, "B H G 1 D"], k: Tensor, v: Tensor, positions: Int[Tensor, "B 1"], scale: float,
@@ -41,7 +46,8 @@ class Stored(Segments):
             if segment is opened:
                 parts.append(segment.step(q, k, v, positions, scale, weights=weights))
             elif answers(segment):
-                parts.append(segment.attend(q, scale, weights=weights and not own))
+                ask = segment.attend_few if isinstance(segment, Choosing) else segment.attend
+                parts.append(ask(q, scale, weights=weights and not own))
         return merged(parts, weights=weights, first=own)
 
     def append(self, chunk: Chunk, *, even: bool = False) -> None:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.mustafar import Mustafar as Mustafar
     from kvfold.methods.prefixkv import PrefixKV as PrefixKV
     from kvfold.methods.pyramidkv import PyramidKV as PyramidKV
+    from kvfold.methods.quest import Quest as Quest
     from kvfold.methods.r_kv import RKV as RKV
     from kvfold.methods.razorattention import RazorAttention as RazorAttention
     from kvfold.methods.scissorhands import Scissorhands as Scissorhands

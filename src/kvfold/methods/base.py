@@ -1,7 +1,7 @@
 """What a method is: a frozen dataclass of options, with events that return decisions."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from inspect import cleandoc
@@ -13,7 +13,8 @@ from torch import Tensor
 from kvfold.formats import Format
 from kvfold.methods.events import EVENTS, TRAITS, Event
 from kvfold.rotation import Frame, Measured
-from kvfold.views import CacheView, HiddenView, LayerView, PromptView, RawPrompt, Requests
+from kvfold.selectors import Selection
+from kvfold.views import CacheView, HiddenView, LayerView, PromptView, RawPrompt, Requests, Site
 from kvfold.views.decisions import Decisions, Read, decided
 
 __all__ = ["Compound", "Decisions", "Method", "MethodInfo", "Pipeline", "decided", "method", "registry"]
@@ -107,6 +108,12 @@ class Method:
 
     def before_attend(self, view: LayerView) -> Read | None:
         """Before a generated token attends: which of the stored tokens it reads. The view ends with its own token."""
+
+    def selection(self, site: Site) -> Selection | None:
+        """What generated tokens read of a layer, by an index that its segments then remember; None: all.
+
+        Asked before the layer holds its first token. What a method stores in further formats is read whole.
+        """
 
     def after_layer(self, cache: CacheView, ordinal: int) -> Mapping[int, Decisions]:
         """After layer `ordinal` is stored: decisions for it and for layers before it."""
@@ -271,7 +278,7 @@ class Pipeline(Compound):
     stages: tuple[Method, ...]
 
     def __post_init__(self) -> None:
-        steps = [stage for stage in self.stages if stage.listens("after_decode") and hasattr(stage, "budget")]
+        steps = [stage for stage in keeping(self.stages) if stage.listens("after_decode")]
         if steps or not all(form.traits.drops for form in formats_of(self.stages)):
             object.__setattr__(self, "stages", tuple(stage.of_prompts() for stage in self.stages))
         for name, event in EVENTS.items():
@@ -307,7 +314,7 @@ class Pipeline(Compound):
         """Raise ValueError where a stage may drop tokens of some heads that a format holds for all heads together."""
         if self.format is None or self.format.traits.addressed != "whole":
             return
-        reading = ("read_order", "before_attend")  # those drop nothing
+        reading = ("read_order", "before_attend", "selection")  # those drop nothing
         decide = [stage for stage in self.stages if any(stage.listens(e) for e in EVENTS if e not in reading)]
         if decide or self.compact:
             which = decide[0] if decide else next(stage for stage in self.stages if stage.compact)
@@ -342,3 +349,8 @@ def formats_of(stages: tuple[Method, ...]) -> Iterator[Format]:
 def stages_of(method: Method) -> tuple[Method, ...]:
     """Those of a composition; a method alone is one."""
     return method.stages if isinstance(method, Pipeline) else (method,)
+
+
+def keeping(stages: Iterable[Method]) -> list[Any]:
+    """Those whose `budget` is of the tokens that are kept; of others it is of what is read."""
+    return [stage for stage in stages if hasattr(stage, "budget") and not stage.listens("selection")]

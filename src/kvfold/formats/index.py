@@ -1,0 +1,114 @@
+"""What every index promises: it remembers little of each unit of tokens, and says what a query would find there.
+
+The indexes themselves, and the choice among units, are in `kvfold.selectors`.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kvfold.formats.segment import Spec
+
+
+@runtime_checkable
+class Remembered(Protocol):
+    """What an index holds of one segment's tokens. Tokens are counted through each (row, KV head), in their order.
+
+    A row's tokens from number n * unit on are its unit n; the last may still be growing.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held."""
+        ...
+
+    def nbytes_with(self, units: int) -> int:
+        """`nbytes` once the longest row has so many units; no room beyond."""
+        ...
+
+    def row_nbytes(self) -> np.ndarray:
+        """Bytes of each sequence's part, (B,)."""
+        ...
+
+    def extend(self, keys: Float[Tensor, "B H N D"], valid: Bool[Tensor, "B H N"], start: np.ndarray) -> None:
+        """The valid ones are tokens `start[b, h]` and on of their row: one by one or all at once, it is the same."""
+        ...
+
+    def forget(self, units: np.ndarray) -> None:
+        """Units `units[b, h]` and on are as if nothing of them had come."""
+        ...
+
+    def scores(self, q: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
+        """What each unit is worth to each query, float32; -inf behind a row's `units[b, h]`."""
+        ...
+
+    def select(self, rows: np.ndarray) -> "Remembered":
+        """Sequence i becomes what sequence `rows[i]` was."""
+        ...
+
+    def join(self, other: "Remembered") -> None:
+        """Take the sequences of another behind ours."""
+        ...
+
+    def clear(self) -> None:
+        """Forget everything."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What it holds, for a file."""
+        ...
+
+
+@runtime_checkable
+class Index(Protocol):
+    """A recipe for what is remembered; equal ones are one, as formats are."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def unit(self) -> int:
+        """Tokens that are read, or not, together."""
+        ...
+
+    def open(self, spec: Spec) -> Remembered:
+        """Of no token yet."""
+        ...
+
+    def check(self, spec: Spec, tensors: Mapping[str, Tensor], counts: Int[np.ndarray, "B H"]) -> None:
+        """Raise ValueError unless `tensors` are what `Remembered.state` gives of rows with so many tokens."""
+        ...
+
+    def restore(self, spec: Spec, tensors: Mapping[str, Tensor]) -> Remembered:
+        """What `state` gave and `check` has looked at."""
+        ...
+
+
+@runtime_checkable
+class Chooser(Protocol):
+    """What says which units of its tokens a query reads, by an index; equal ones are one, as formats are."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def index(self) -> Index:
+        """What it goes by."""
+        ...
+
+    @property
+    def unit(self) -> int:
+        """Tokens of a unit."""
+        ...
+
+    def room(self, seen: Int[np.ndarray, " B"]) -> Int[np.ndarray, " B"]:
+        """Units that a query reads at most in rows whose texts are so long."""
+        ...
+
+    def choose(
+        self, remembered: Remembered, q: Float[Tensor, "B H G D"], counts: Int[np.ndarray, "B H"],
+        seen: Int[np.ndarray, " B"],
+    ) -> Bool[np.ndarray, "B H S N"] | None:  # fmt: skip
+        """Which units each query head (S = G) or KV head (S = 1) reads; None: all of them, in every row."""
+        ...

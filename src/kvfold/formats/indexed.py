@@ -1,0 +1,256 @@
+"""A format whose segments remember an index of their tokens, so that a generated token reads few of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvfold.formats.few import attend_few
+from kvfold.formats.index import Chooser, Remembered
+from kvfold.formats.parts import Answer
+from kvfold.formats.segment import Folding, Format, Hearing, Segment, Spec, Traits
+from kvfold.formats.tokens import POSITION, Chunk
+from kvfold.pages import PagePool
+from kvfold.rotation import Compact
+
+INNER, INDEX = "tokens.", "index."
+"""What tensors of a state are called after."""
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """Tokens in `form`, and of each unit of them what `selection` chooses by.
+
+    Whatever is done to the tokens is done to the index: what comes later than a change of units is remembered anew from
+    the tokens as they are stored. Prompts, and passes of several tokens, read everything.
+    """
+
+    form: Format
+    selection: Chooser
+
+    @property
+    def traits(self) -> Traits:
+        return replace(self.form.traits, graphs=False)
+
+    def open(self, spec: Spec) -> "IndexedSegment":
+        inner = self.form.open(spec)
+        if isinstance(inner, Hearing | Folding):
+            raise ValueError(f"form={self.form} is told of its rows beside their tokens: it can't be read in parts")
+        return IndexedSegment(self, inner, self.selection.index.open(spec), np.zeros(spec.rows, dtype=np.int64))
+
+    def check(
+        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
+    ) -> None:
+        """See `Format.check`."""
+        inner, index = _parts(tensors)
+        read = said.get("read")
+        whole = isinstance(read, list) and len(read) == spec.rows and all(type(x) is int and x >= 0 for x in read)
+        if not whole or (seen is not None and (np.array(read) > seen).any()):
+            raise ValueError(f"read={read!r} must be {spec.rows} ints, no more than each row has read")
+        self.form.check(spec, said, inner, seen)
+        counts = np.array(said["counts"], dtype=np.int64).reshape(spec.rows, spec.heads)
+        self.selection.index.check(spec, index, counts)
+
+    def restore(
+        self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
+    ) -> "IndexedSegment":
+        """See `Format.restore`."""
+        inner, index = _parts(tensors)
+        if isinstance(twin, IndexedSegment):
+            segment = self.form.restore(spec, said, inner, twin.inner)
+            return IndexedSegment(self, segment, twin.index.select(np.arange(spec.rows)), np.array(said["read"]))
+        segment = self.form.restore(spec, said, inner, twin)
+        return IndexedSegment(self, segment, self.selection.index.restore(spec, index), np.array(said["read"]))
+
+
+class IndexedSegment:
+    """`inner` holds the tokens; `index` is of them as they are counted through, without gaps."""
+
+    def __init__(self, form: Indexed, inner: Segment, index: Remembered, seen: np.ndarray):
+        self.form, self.inner, self.index, self.seen = form, inner, index, seen
+
+    # -- sizes -------------------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        return self.bytes_beside(set())
+
+    def bytes_beside(self, counted: set[int]) -> int:
+        total: int = self.inner.bytes_beside(counted) + self.index.nbytes + self.seen.nbytes
+        return total
+
+    def nbytes_with(self, more: np.ndarray) -> int:
+        """See `Segment.nbytes_with`."""
+        units = -(-int((self.counts() + more).max(initial=0)) // self.form.selection.unit)
+        total: int = self.inner.nbytes_with(more) + self.index.nbytes_with(units) + self.seen.nbytes
+        return total
+
+    def row_nbytes(self) -> np.ndarray:
+        sizes: np.ndarray = self.inner.row_nbytes() + self.index.row_nbytes()
+        return sizes
+
+    @property
+    def longest(self) -> int:
+        return self.inner.longest
+
+    def counts(self) -> np.ndarray:
+        return self.inner.counts()
+
+    def lengths(self) -> np.ndarray:
+        return self.inner.lengths()
+
+    def pages_for(self, more: np.ndarray) -> dict[PagePool, int]:
+        """See `Segment.pages_for`."""
+        return self.inner.pages_for(more)
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def attend(
+        self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None,
+        weights: bool = False,
+    ) -> Answer:  # fmt: skip
+        """Over all that `read` says: see `Segment.attend`."""
+        return self.inner.attend(q, scale, read=read, compact=compact, weights=weights)
+
+    def attend_few(self, q: Tensor, scale: float, *, weights: bool = False) -> Answer:
+        """A generated token reads what is chosen for it; it is stored already."""
+        chosen = self.form.selection.choose(self.index, q[:, :, :, 0], self.inner.counts(), self.seen)
+        if chosen is None:
+            return self.inner.attend(q, scale, weights=weights)
+        return attend_few(self.inner, q, scale, chosen, self.form.selection.unit, weights=weights)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool) -> Answer:
+        counts, selection = self.inner.counts(), self.form.selection
+        everyone = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
+        self.seen = np.maximum(self.seen, positions[:, -1].cpu().numpy().astype(np.int64) + 1)
+        if (-(-(counts + 1) // selection.unit) <= selection.room(self.seen)[:, None]).all():
+            answer: Answer = self.inner.step(q, k, v, positions, scale, weights=weights)
+            self.index.extend(k, everyone, counts)
+            return answer
+        wide = positions[:, None].expand(-1, k.shape[1], -1)
+        self.inner.append(Chunk(k, v, everyone, {POSITION: wide}), even=True)
+        self.index.extend(k, everyone, counts)
+        return self.attend_few(q, scale, weights=weights)
+
+    def columns(self) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return self.inner.columns()
+
+    def dense(self) -> Chunk:
+        return self.inner.dense()
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    def append(self, chunk: Chunk, *, even: bool = False) -> None:
+        """See `Segment.append`; the index is of the keys as they come."""
+        counts = self.inner.counts()
+        self.inner.append(chunk, even=even)
+        self.index.extend(chunk.keys, chunk.valid, counts)
+        last = chunk.positions.masked_fill(~chunk.valid, -1).amax((1, 2)) if chunk.valid.numel() else None
+        if last is not None:
+            self.seen = np.maximum(self.seen, last.cpu().numpy().astype(np.int64) + 1)
+
+    def keep(self, mask: Tensor, columns: Mapping[str, Tensor], *, slack: bool = False) -> None:
+        """See `Segment.keep`. No slot stays empty: what is counted through has no gaps."""
+        valid, _ = self.inner.columns()
+        gone = valid & ~mask
+        first = torch.where(gone, valid.cumsum(-1) - 1, valid.shape[-1]).amin(-1) if gone.shape[-1] else gone.sum(-1)
+        self.inner.keep(mask, columns, slack=False)
+        self._renew(np.minimum(first.cpu().numpy(), self.inner.counts()))
+
+    def amend(self, slots: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
+        """See `Segment.amend`."""
+        self.inner.amend(slots, keys, values)
+        if keys is not None and slots.shape[-1]:
+            valid, _ = self.inner.columns()
+            ranks = (valid.cumsum(-1) - 1).gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, valid.shape[-1])
+            self._renew(np.minimum(ranks.amin(-1).cpu().numpy(), self.inner.counts()))
+
+    def truncate(self, counts: np.ndarray, *, slack: bool = False) -> None:
+        """See `Segment.truncate`."""
+        before = self.inner.counts()
+        self.inner.truncate(counts, slack=slack)
+        self._renew(np.minimum(counts, before))
+
+    def cropped(self, limit: np.ndarray) -> None:
+        """See `Segment.cropped`."""
+        self.inner.cropped(limit)
+        self.seen = np.minimum(self.seen, limit)
+
+    def clear(self) -> None:
+        self.inner.clear()
+        self.index.clear()
+        self.seen = np.zeros_like(self.seen)
+
+    def drop_tokens(self) -> None:
+        self.inner.drop_tokens()
+        self.index.clear()
+
+    def _renew(self, first: np.ndarray) -> None:
+        """Remember tokens `first[b, h]` and on of each row anew, and what lies in the same unit before them."""
+        unit = self.form.selection.unit
+        units, counts = first // unit, self.inner.counts()
+        changed = (first < counts) | (first % unit > 0)
+        if not changed.any():
+            self.index.forget(-(-counts // unit))
+            return
+        units = np.where(changed, units, -(-counts // unit))
+        self.index.forget(units)
+        tokens, start = self.inner.dense(), units * unit
+        begin = torch.from_numpy(start).to(tokens.valid.device)[..., None]
+        wanted = tokens.valid & (tokens.valid.cumsum(-1) > begin)
+        most = int(wanted.sum(-1).max()) if wanted.numel() else 0
+        order = torch.argsort((~wanted).byte(), dim=-1, stable=True)[..., :most]
+        some = tokens.take(order)
+        self.index.extend(some.keys, wanted.gather(-1, order), start)
+
+    # -- rows and pages ----------------------------------------------------------------------------------------
+
+    def select(self, rows: np.ndarray) -> "IndexedSegment":
+        """See `Segment.select`."""
+        return IndexedSegment(self.form, self.inner.select(rows), self.index.select(rows), self.seen[np.asarray(rows)])
+
+    def join(self, other: Any) -> None:
+        """Raises ValueError where it is no segment of the same format and sizes."""
+        if not isinstance(other, IndexedSegment) or other.form != self.form:
+            raise ValueError(f"other={getattr(other, 'form', type(other).__name__)!r} must be of format {self.form}")
+        self.inner.join(other.inner)
+        self.index.join(other.index)
+        self.seen = np.concatenate([self.seen, other.seen])
+
+    def compact(self) -> None:
+        self.inner.compact()
+
+    def reserve(self) -> list[Tensor]:
+        raise NotImplementedError(f"{type(self).__name__}: the traits of its format say graphs=False")
+
+    def replayed(self) -> None:
+        self.reserve()
+
+    @property
+    def shared(self) -> bool:
+        return self.inner.shared
+
+    def same_pages(self, other: Any) -> bool:
+        """See `Segment.same_pages`."""
+        return isinstance(other, IndexedSegment) and self.inner.same_pages(other.inner)
+
+    def state(self, *, of: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `Segment.state`."""
+        said, tensors = self.inner.state(of=of)
+        mine, told = {f"{INNER}{name}": x for name, x in tensors.items()}, {**said, "read": self.seen.tolist()}
+        if of is not None:
+            return told, mine
+        self.index.forget(-(-self.inner.counts() // self.form.selection.unit))  # no room beyond what there is
+        return told, mine | {f"{INDEX}{name}": x for name, x in self.index.state().items()}
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a state has of tokens and of the index. ValueError for what is of neither."""
+    strange = sorted(name for name in tensors if not name.startswith((INNER, INDEX)))
+    if strange:
+        raise ValueError(f"tensors: {strange[0]!r} must begin with {INNER!r} or {INDEX!r}")
+    inner, index = ({n.removeprefix(p): x for n, x in tensors.items() if n.startswith(p)} for p in (INNER, INDEX))
+    return inner, index
