@@ -1,13 +1,21 @@
 """An index follows whatever is done to its tokens: at any time it is what it would be of those tokens alone."""
 
+import inspect
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kvfold
+from kvfold import ops
 from kvfold.formats import POSITION, Chunk, Dense, Indexed, Segment, Separable, Spec
+from kvfold.methods import parse
 from kvfold.selectors import Bounds, Selection
+from kvfold.testing import feed, follow, grow, steps, tokens
+from models import subject
 
 B, H, D = 2, 2, 8
 FORM = Indexed(Dense(page_size=4), Selection(Bounds(4), 12))
@@ -146,3 +154,87 @@ def test_what_is_always_read_counts_in_the_budget():
         segment.index, torch.randn(1, H, 3, D), segment.counts(), segment.seen
     )
     assert few[..., [0, 9]].all() and (few.sum(-1) == 2).all() and chosen.unit == 4
+
+
+STORING = {"kvquant", "less", "mikv", "think", "zipcache"}
+
+
+def test_methods_that_move_tokens_away_say_so():
+    """A stage that chooses what is read refuses them: of what lies elsewhere every query would read all."""
+    for info in kvfold.list_methods():
+        source = Path(inspect.getsourcefile(info.cls)).read_text(encoding="utf-8")
+        assert parse(info.slug).stores == ("Store(" in source) == (info.slug in STORING), info.slug
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("quest | mikv", "has mikv.* hold some tokens in a format of their own"),
+        ("think | quest", "has think.* hold some tokens"),
+        ("minicache | quest", "has minicache.* hold some tokens"),
+        ("quest | streamingllm(positions='compact')", "compact ones are others"),
+        ("quest | quest(page=32)", "two stages that choose what a query reads"),
+    ],
+)
+def test_what_would_not_be_chosen_is_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        parse(text)
+
+
+THREE = "kvfold(budget=0.5) | quest(budget=40, page=32, dense=0) | kivi(bits=4, residual=32)"
+
+
+@pytest.mark.parametrize(
+    "text", [THREE, "h2o(budget=0.5) | quest(budget=40, dense=0)", "quest(budget=40, dense=0) | fp8"]
+)
+def test_evicts_then_stores_then_reads_few(text):
+    """Each stage does its part: as many tokens as without the choice, and few of them read; all read is no choice."""
+    model, prompt, said = subject("llama"), tokens(200, 150), steps(2, 40)
+    plain = " | ".join(stage for stage in text.split(" | ") if "quest" not in stage)
+    got, want = (kvfold.Cache(model, each) for each in (text, plain))
+    few, all_read = (follow(model, cache, *prompt.values(), said) for cache in (got, want))
+    assert got.kept_tokens == want.kept_tokens or "h2o" in text  # which drops by what was read
+    assert (got.nbytes > want.nbytes or "h2o" in text) and not torch.allclose(few[:, 1:], all_read[:, 1:], atol=1e-3)
+    torch.testing.assert_close(few[:, 0], all_read[:, 0])
+    whole = kvfold.Cache(model, text.replace("budget=40", "budget=1.0"))
+    torch.testing.assert_close(follow(model, whole, *prompt.values(), said), all_read, atol=1e-4, rtol=0)
+
+
+def test_rows_of_other_methods_read_what_is_theirs():
+    """A batch that was joined of two caches gives what each gives alone."""
+    model, said = subject("llama"), steps(2, 30)
+    caches = [kvfold.Cache(model, method) for method in ("quest(budget=32, dense=0)", "full")]
+    texts = [tokens(120, seed=3), tokens(70, seed=4)]
+    for cache, text in zip(caches, texts, strict=True):
+        feed(model, cache, *text.values())
+    apart = [cache.fork() for cache in caches]
+    caches[0].join(caches[1])
+    mask = torch.zeros(2, 120, dtype=torch.long)
+    mask[0], mask[1, 50:] = 1, 1
+    own = [text["attention_mask"] for text in texts]
+    for step in said.T:
+        mask, own = grow(mask), [grow(each) for each in own]
+        both = feed(model, caches[0], step[:, None], mask)
+        for row in range(2):
+            alone = feed(model, apart[row], step[row : row + 1, None], own[row])
+            torch.testing.assert_close(both[row : row + 1], alone, atol=1e-4, rtol=0)
+
+
+def test_a_step_costs_what_it_reads(monkeypatch):
+    """The kernel is handed few pages, and never a mask of all slots."""
+    model, seen = subject("llama"), []
+    cache = kvfold.Cache(model, "quest(budget=48, dense=0)")
+    prompt = tokens(400)
+    feed(model, cache, *prompt.values())
+    plain = ops.attend_pages
+
+    def counted(q, table, *args, read=None, **more):
+        seen.append((int(table.lengths.max()), read))
+        return plain(q, table, *args, read=read, **more)
+
+    monkeypatch.setattr(ops, "attend_pages", counted)
+    mask = prompt["attention_mask"]
+    for step in steps(1, 20).T:
+        mask = grow(mask)
+        feed(model, cache, step[:, None], mask)
+    assert len(seen) == 3 * 20 and all(read is None and length <= 48 for length, read in seen)

@@ -54,6 +54,8 @@ class Method:
     """What was measured on the model for its formats, which find it in `Spec.artefact`."""
     windows: Format | None = None
     """The format that sliding-window layers hold their tokens in; None: as transformers does."""
+    stores: bool = False
+    """Whether some of its tokens move to formats of their own (`Store`); new ones go where all do."""
     firm: tuple[Format, ...] = ()
     """Formats that its `Store` moves tokens to and that can't drop single ones."""
 
@@ -286,6 +288,7 @@ class Pipeline(Compound):
         for name, trait in TRAITS.items():
             self._at_most_one(trait.alone, [stage for stage in self.stages if getattr(stage, name)])
         self._check_whole()
+        self._check_selection()
         if (dropping := self.drops_stored()) is not None:
             raise ValueError(
                 f"method={self} would drop single tokens of {self.format}, which it holds by the page: {dropping} "
@@ -302,6 +305,19 @@ class Pipeline(Compound):
                 f"method={self} lets layers share tokens that {late[0]} would drop afterwards: it decides when a "
                 "prompt has been read once more"
             )
+
+    def _check_selection(self) -> None:
+        """Raise ValueError where a stage chooses what is read, and another moves tokens away from its index."""
+        if not self.listens("selection"):
+            return
+        away = next((stage for stage in self.stages if stage.stores or stage.shares_layers), None)
+        if away is not None:
+            raise ValueError(
+                f"method={self} has {away} hold some tokens in a format of their own, which every query would read "
+                "whole; a stage that chooses what is read needs all tokens in one format"
+            )
+        if self.compact:
+            raise ValueError(f"method={self} chooses what is read by keys at text positions; compact ones are others")
 
     def drops_stored(self) -> Method | None:
         """A stage that may drop, whatever is read, single stored tokens of a format that can't; None: there is none."""

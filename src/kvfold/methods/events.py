@@ -140,6 +140,7 @@ TRAITS: dict[str, Trait] = {
     "narrows": Trait(any),
     "shares_layers": Trait(any),
     "format": Trait(_only, alone="with a format for all tokens"),
+    "stores": Trait(any),
     "firm": Trait(_chained),
     "own_frame": Trait(_only, alone="with a frame of their own"),
     "needs": Trait(_chained),

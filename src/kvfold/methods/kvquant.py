@@ -58,6 +58,8 @@ class KVQuant(Method):
     norm: bool | None = None
     calibration: str | None = None
 
+    stores = True
+
     def __post_init__(self) -> None:
         check_int("sinks", self.sinks, 0)
         check_choice("norm", self.norm, (None, False, True))

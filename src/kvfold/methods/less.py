@@ -42,6 +42,8 @@ class LESS(Merging):
 
     calibration: str | None = None
 
+    stores = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_name("calibration", self.calibration, "a file of feature maps")

@@ -57,6 +57,8 @@ class MiKV(Compound):
     policy: str = "h2o"
     balance: bool = True
 
+    stores = True
+
     def __post_init__(self) -> None:
         check_number("ratio", self.ratio, 0.0, 1.0)
         check_choice("balance", self.balance, (False, True))

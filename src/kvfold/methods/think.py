@@ -42,6 +42,8 @@ class ThinK(Method):
     recent: int = 32
     window: int = 32
 
+    stores = True
+
     def __post_init__(self) -> None:
         Thin(self.ratio)  # raises for a ratio that can't be
         check_int("recent", self.recent, 0)

@@ -70,6 +70,8 @@ class ZipCache(Method):
     group: int = 64
     seed: int = 0
 
+    stores = True
+
     def __post_init__(self) -> None:
         check_number("ratio", self.ratio, 0.0, 1.0)
         check_number("probes", self.probes, 0.0, 0.5)

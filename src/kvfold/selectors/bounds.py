@@ -67,7 +67,7 @@ class BoundsOf:
 
     def extend(self, keys: Float[Tensor, "B H N D"], valid: Bool[Tensor, "B H N"], start: np.ndarray) -> None:
         """See `Remembered.extend`."""
-        if not keys.shape[2]:
+        if not bool(valid.any()):
             return
         new, unit = keys.to(self.held.dtype), self.unit
         first = int(start.flat[0]) if start.size else 0

@@ -1,0 +1,136 @@
+"""What a step costs that reads few of its tokens: one layer's append, index, choice and attention beside dense pages.
+
+    python benchmarks/selection.py --methods "quest(budget=1024);quest(budget=1024,group='max')" --contexts 16384,65536
+
+Random keys and values in a layer's segment (the heads are SmolLM2's unless told), one token appended and attended at a
+time, as a decode step does it; dense pages and methods take turns in one run, and the ratio is the median over rounds of
+dense time over the method's. `index`, `choice` and `reading` are the method's own parts: what it remembers of the new
+token and what each unit is worth, which are the best, and the attention over those. `bound` is dense bytes over the
+bytes that the method must read (index and units), each query head's own where those have units of their own: no ratio
+can be above it for that. Everything is counted; nothing is left out of a step.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from kvfold.bench.machine import describe
+from kvfold.evaluation.compare import split_names
+from kvfold.formats import POSITION, Chunk, IndexedSegment, Segment, Spec
+from kvfold.layer.layer import DENSE, format_of
+from kvfold.methods import parse
+from kvfold.views import Site
+
+LAYER = 5
+
+
+def filled(form: Any, spec: Spec, tokens: int) -> Segment:
+    """A segment with so many random tokens."""
+    rng = torch.Generator().manual_seed(0)
+    shape = spec.rows, spec.heads, tokens
+    keys, values = (torch.randn(*shape, spec.key_size, generator=rng).to(spec.dtype) for _ in range(2))
+    places = torch.arange(tokens, dtype=torch.int32).expand(shape)
+    segment: Segment = form.open(spec)
+    segment.append(Chunk(keys, values, torch.ones(shape, dtype=torch.bool), {POSITION: places}), even=True)
+    return segment
+
+
+def step(segment: Segment, spec: Spec, group: int, place: int) -> float:
+    """Seconds of one decode step."""
+    q = torch.randn(spec.rows, spec.heads, group, 1, spec.key_size, dtype=spec.dtype)
+    k, v = (torch.randn(spec.rows, spec.heads, 1, spec.key_size, dtype=spec.dtype) for _ in range(2))
+    positions = torch.full((spec.rows, 1), place, dtype=torch.int32)
+    start = perf_counter()
+    segment.step(q, k, v, positions, 0.125, weights=False)
+    return perf_counter() - start
+
+
+class Parts:
+    """Seconds that a segment's index, choice and reading took since they were last asked for."""
+
+    def __init__(self, segment: IndexedSegment):
+        self.seconds = {"index": 0.0, "choice": 0.0}
+        index, chooser = segment.index, segment.form.selection
+        for owner, name, part in ((index, "extend", "index"), (index, "scores", "index")):
+            setattr(owner, name, partial(self._timed, getattr(owner, name), part))
+        chosen = chooser.choose
+        object.__setattr__(chooser, "choose", partial(self._timed, chosen, "choice"))
+
+    def _timed(self, run: Any, part: str, *given: Any, **more: Any) -> Any:
+        start = perf_counter()
+        found = run(*given, **more)
+        self.seconds[part] += perf_counter() - start
+        return found
+
+    def taken(self) -> dict[str, float]:
+        """By part; the choice asks the index, whose time is not its own."""
+        found = dict(self.seconds)
+        found["choice"] = max(0.0, found["choice"] - found["index"])
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default="quest(budget=1024);quest(budget=1024,group='max')", help="by semicolons")
+    parser.add_argument("--contexts", default="16384,65536")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=3, help="KV heads")
+    parser.add_argument("--group", type=int, default=3, help="query heads of each")
+    parser.add_argument("--size", type=int, default=64, help="numbers of a head")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    dtype: torch.dtype = getattr(torch, args.dtype)
+    spec = Spec(args.batch, args.heads, args.size, args.size, dtype, torch.device("cpu"), LAYER)
+    site = Site(LAYER, LAYER, tuple(range(30)), 30)
+    methods = [name for text in args.methods.split(";") for name in split_names(text)]
+    machine = describe(spec.device)
+    print(f"{machine['cpu']}, {machine['threads']} threads; {args.batch} rows, {args.heads} x {args.group} heads of {args.size}, {args.dtype}\n")
+    print("| tokens | method | ms | dense ms | dense over it | bound | index | choice | reading | index bytes |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    rows = []
+    for context in map(int, args.contexts.split(",")):
+        dense = filled(DENSE, spec, context)
+        for name in methods:
+            form = format_of(parse(name), site)
+            segment = filled(form, spec, context)
+            if not isinstance(segment, IndexedSegment):
+                parser.error(f"methods={name!r} has no index in layer {LAYER}")
+            parts, times = Parts(segment), []
+            for number in range(args.rounds):
+                place = context + number
+                pair = step(dense, spec, args.group, place), step(segment, spec, args.group, place)
+                times.append((*pair, parts.taken()))
+            times = times[1:]  # the first makes room
+            mine, other = median(x[1] for x in times), median(x[0] for x in times)
+            index, choice = (median(x[2][part] for x in times) for part in ("index", "choice"))
+            read = segment.form.selection.room(segment.seen)[0] * segment.form.selection.unit
+            lists = args.group if getattr(segment.form.selection, "heads", "") == "each" else 1
+            token = 2 * args.size * dtype.itemsize
+            held = args.batch * args.heads * token
+            bound = held * context / (segment.index.nbytes + held * read * lists)
+            row = {
+                "tokens": context, "method": name, "ms": 1e3 * mine, "dense_ms": 1e3 * other,
+                "ratio": median(x[0] / x[1] for x in times), "bound": bound, "index_ms": 1e3 * index,
+                "choice_ms": 1e3 * choice, "reading_ms": 1e3 * (mine - index - choice), "index_bytes": segment.index.nbytes,
+            }  # fmt: skip
+            rows.append(row)
+            print(
+                f"| {context:,} | `{name}` | {row['ms']:.3f} | {row['dense_ms']:.3f} | {row['ratio']:.2f} | {bound:.2f} | "
+                f"{row['index_ms']:.3f} | {row['choice_ms']:.3f} | {row['reading_ms']:.3f} | {row['index_bytes']:,} |",
+                flush=True,
+            )
+    if args.json is not None:
+        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
