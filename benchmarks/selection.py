@@ -3,8 +3,8 @@
     python benchmarks/selection.py --methods "quest(budget=1024);quest(budget=1024,group='max')" --contexts 16384,65536
 
 Random keys and values in a layer's segment (the heads are SmolLM2's unless told), one token appended and attended at a
-time, as a decode step does it; dense pages and methods take turns in one run, and the ratio is the median over rounds of
-dense time over the method's. `index`, `choice` and `reading` are the method's own parts: what it remembers of the new
+time, as a decode step does it; dense pages and methods take turns in one run, and the ratio is the median over rounds
+of dense time over the method's. `index`, `choice` and `reading` are the method's own parts: what it remembers of the new
 token and what each unit is worth, which are the best, and the attention over those. `bound` is dense bytes over the
 bytes that the method must read (index and units), each query head's own where those have units of their own: no ratio
 can be above it for that. Everything is counted; nothing is left out of a step.
@@ -93,7 +93,8 @@ def main() -> None:
     site = Site(LAYER, LAYER, tuple(range(30)), 30)
     methods = [name for text in args.methods.split(";") for name in split_names(text)]
     machine = describe(spec.device)
-    print(f"{machine['cpu']}, {machine['threads']} threads; {args.batch} rows, {args.heads} x {args.group} heads of {args.size}, {args.dtype}\n")
+    heads = f"{args.batch} rows, {args.heads} x {args.group} heads of {args.size}"
+    print(f"{machine['cpu']}, {machine['threads']} threads; {heads}, {args.dtype}\n")
     print("| tokens | method | ms | dense ms | dense over it | bound | index | choice | reading | index bytes |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     rows = []
@@ -120,11 +121,13 @@ def main() -> None:
             row = {
                 "tokens": context, "method": name, "ms": 1e3 * mine, "dense_ms": 1e3 * other,
                 "ratio": median(x[0] / x[1] for x in times), "bound": bound, "index_ms": 1e3 * index,
-                "choice_ms": 1e3 * choice, "reading_ms": 1e3 * (mine - index - choice), "index_bytes": segment.index.nbytes,
+                "choice_ms": 1e3 * choice, "reading_ms": 1e3 * (mine - index - choice),
+                "index_bytes": segment.index.nbytes,
             }  # fmt: skip
             rows.append(row)
             print(
-                f"| {context:,} | `{name}` | {row['ms']:.3f} | {row['dense_ms']:.3f} | {row['ratio']:.2f} | {bound:.2f} | "
+                f"| {context:,} | `{name}` | {row['ms']:.3f} | {row['dense_ms']:.3f} | {row['ratio']:.2f} | "
+                f"{bound:.2f} | "
                 f"{row['index_ms']:.3f} | {row['choice_ms']:.3f} | {row['reading_ms']:.3f} | {row['index_bytes']:,} |",
                 flush=True,
             )
