@@ -4,8 +4,8 @@
 
 Random keys and values in a layer's segment (the heads are SmolLM2's unless told), one token appended and attended at a
 time, as a decode step does it; dense pages and methods take turns in one run, and the ratio is the median over rounds
-of dense time over the method's. `index`, `choice` and `reading` are the method's own parts: what it remembers of the new
-token and what each unit is worth, which are the best, and the attention over those. `bound` is dense bytes over the
+of dense time over the method's. `index`, `choice` and `reading` are the method's own parts: what it remembers of the
+new token and what each unit is worth, which are the best, and the attention over those. `bound` is dense bytes over the
 bytes that the method must read (index and units), each query head's own where those have units of their own: no ratio
 can be above it for that. Everything is counted; nothing is left out of a step.
 """
