@@ -55,10 +55,10 @@ class Parts:
     """Seconds that a segment's index, choice and reading took since they were last asked for."""
 
     def __init__(self, segment: IndexedSegment):
-        self.seconds = {"index": 0.0, "choice": 0.0}
+        self.seconds = {"index": 0.0, "scores": 0.0, "choice": 0.0}
         index, chooser = segment.index, segment.form.selection
-        for owner, name, part in ((index, "extend", "index"), (index, "scores", "index")):
-            setattr(owner, name, partial(self._timed, getattr(owner, name), part))
+        for name, part in (("extend", "index"), ("scores", "scores")):
+            setattr(index, name, partial(self._timed, getattr(index, name), part))
         chosen = chooser.choose
         object.__setattr__(chooser, "choose", partial(self._timed, chosen, "choice"))
 
@@ -71,7 +71,8 @@ class Parts:
     def taken(self) -> dict[str, float]:
         """By part; the choice asks the index, whose time is not its own."""
         found = dict(self.seconds)
-        found["choice"] = max(0.0, found["choice"] - found["index"])
+        scores = found.pop("scores")
+        found["index"], found["choice"] = found["index"] + scores, found["choice"] - scores
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         return found
 

@@ -122,10 +122,10 @@ def stored(
     tokens = torch.full((heads,), context, dtype=torch.int64)
     for real in view.asked:
         tokens = torch.minimum(tokens, real[0])
-    budget = next((stage.budget for stage in keeping(stages_of(method))), None)
-    if not view.asked and budget is not None:
+    budgets = [stage.budget for stage in keeping(stages_of(method)) if stage.budget is not None]
+    if not view.asked and len(budgets) == 1:
         # A method that decides when all layers are done: its split is its own, the sum is the budget's.
-        tokens = torch.tensor(allocate(budget, context, context, len(paged), heads)[ordinal], dtype=torch.int64)
+        tokens = torch.tensor(allocate(budgets[0], context, context, len(paged), heads)[ordinal], dtype=torch.int64)
     columns = tuple((name, column.dtype) for name, column in view.columns.items() if name != POSITION)
     own: Format = format_of(method, Site(paged[ordinal], ordinal, tuple(paged), depth))
     left, parts = tokens.clone(), list[tuple[Format, tuple[int, ...]]]()

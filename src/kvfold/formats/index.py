@@ -102,10 +102,6 @@ class Chooser(Protocol):
         """Tokens of a unit."""
         ...
 
-    def room(self, seen: Int[np.ndarray, " B"]) -> Int[np.ndarray, " B"]:
-        """Units that a query reads at most in rows whose texts are so long."""
-        ...
-
     def choose(
         self, remembered: Remembered, q: Float[Tensor, "B H G D"], counts: Int[np.ndarray, "B H"],
         seen: Int[np.ndarray, " B"],

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kvfold.formats.few import attend_few
 from kvfold.formats.index import Chooser, Remembered
+from kvfold.formats.paged import one_each
 from kvfold.formats.parts import Answer
-from kvfold.formats.segment import Folding, Format, Hearing, Segment, Spec, Traits
-from kvfold.formats.tokens import POSITION, Chunk
+from kvfold.formats.segment import Folding, Format, Hearing, Segment, Spec, Traits, Uncaptured
+from kvfold.formats.tokens import Chunk
 from kvfold.pages import PagePool
 from kvfold.rotation import Compact
 
@@ -66,7 +67,7 @@ class Indexed:
         return IndexedSegment(self, segment, self.selection.index.restore(spec, index), np.array(said["read"]))
 
 
-class IndexedSegment:
+class IndexedSegment(Uncaptured):
     """`inner` holds the tokens; `index` is of them as they are counted through, without gaps."""
 
     def __init__(self, form: Indexed, inner: Segment, index: Remembered, seen: np.ndarray):
@@ -122,17 +123,10 @@ class IndexedSegment:
             return self.inner.attend(q, scale, weights=weights)
         return attend_few(self.inner, q, scale, chosen, self.form.selection.unit, weights=weights)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool) -> Answer:
-        counts, selection = self.inner.counts(), self.form.selection
-        everyone = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
-        self.seen = np.maximum(self.seen, positions[:, -1].cpu().numpy().astype(np.int64) + 1)
-        if (-(-(counts + 1) // selection.unit) <= selection.room(self.seen)[:, None]).all():
-            answer: Answer = self.inner.step(q, k, v, positions, scale, weights=weights)
-            self.index.extend(k, everyone, counts)
-            return answer
-        wide = positions[:, None].expand(-1, k.shape[1], -1)
-        self.inner.append(Chunk(k, v, everyone, {POSITION: wide}), even=True)
-        self.index.extend(k, everyone, counts)
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool
+    ) -> Answer:  # fmt: skip
+        self.append(one_each(k, v, positions), even=True)
         return self.attend_few(q, scale, weights=weights)
 
     def columns(self) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -156,7 +150,10 @@ class IndexedSegment:
         """See `Segment.keep`. No slot stays empty: what is counted through has no gaps."""
         valid, _ = self.inner.columns()
         gone = valid & ~mask
-        first = torch.where(gone, valid.cumsum(-1) - 1, valid.shape[-1]).amin(-1) if gone.shape[-1] else gone.sum(-1)
+        if not bool(gone.any()):
+            self.inner.keep(mask, columns, slack=slack)
+            return
+        first = torch.where(gone, valid.cumsum(-1) - 1, valid.shape[-1]).amin(-1)
         self.inner.keep(mask, columns, slack=False)
         self._renew(np.minimum(first.cpu().numpy(), self.inner.counts()))
 
@@ -222,12 +219,6 @@ class IndexedSegment:
 
     def compact(self) -> None:
         self.inner.compact()
-
-    def reserve(self) -> list[Tensor]:
-        raise NotImplementedError(f"{type(self).__name__}: the traits of its format say graphs=False")
-
-    def replayed(self) -> None:
-        self.reserve()
 
     @property
     def shared(self) -> bool:

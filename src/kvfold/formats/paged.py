@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from kvfold.formats.segment import Spec
+from kvfold.formats.segment import Spec, Uncaptured
 from kvfold.formats.tokens import LOG_MASS, POSITION, Chunk, LateChunk
 from kvfold.pages import PagePool, PageTable, Plane
 from kvfold.rotation import Compact
@@ -19,7 +19,7 @@ MOST_ROOM = 64
 """Times the tokens of a file that its pages may have room for; a page of so many is always allowed."""
 
 
-class PagedSegment(ABC):
+class PagedSegment(Uncaptured, ABC):
     """Tokens on pages, one row of the page table for each (sequence, KV head)."""
 
     codes: tuple[str, ...] = ("keys", "values")
@@ -167,9 +167,6 @@ class PagedSegment(ABC):
 
     def compact(self) -> None:
         self.table.compact()
-
-    def reserve(self) -> list[Tensor]:
-        raise NotImplementedError(f"{type(self).__name__}: the traits of its format say graphs=False")
 
     def replayed(self) -> None:
         self.table.step()

@@ -56,13 +56,12 @@ def attend_parts(
     for part in parts:
         stop = start + part.longest
         if answers(part) or (part is parts[-1] and not found):
-            here = None if read is None else read[..., start:stop]
-            turn = None if compact is None else compact.of(start, stop)
             if few and isinstance(part, Choosing):
                 found.append(part.attend_few(q, scale, weights=weights))
-                start = stop
-                continue
-            found.append(part.attend(q, scale, read=here, compact=turn, weights=weights))
+            else:
+                here = None if read is None else read[..., start:stop]
+                turn = None if compact is None else compact.of(start, stop)
+                found.append(part.attend(q, scale, read=here, compact=turn, weights=weights))
         start = stop
     return merged(found, weights=weights)
 

@@ -222,6 +222,18 @@ class Segment(Protocol):
         ...
 
 
+class Uncaptured:
+    """A segment of a format whose traits say `graphs=False`."""
+
+    def reserve(self) -> list[Tensor]:
+        """Raises NotImplementedError: no step is captured."""
+        raise NotImplementedError(f"{type(self).__name__}: the traits of its format say graphs=False")
+
+    def replayed(self) -> None:
+        """As `reserve`."""
+        self.reserve()
+
+
 @runtime_checkable
 class Hearing(Protocol):
     """A segment that is told something of its rows, beside their tokens, by `Store`."""

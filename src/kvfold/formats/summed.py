@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvfold.formats.feature_maps import FeatureMaps, maps_of
 from kvfold.formats.paged import one_each, said_counts
-from kvfold.formats.segment import Segment, Spec, Traits
+from kvfold.formats.segment import Segment, Spec, Traits, Uncaptured
 from kvfold.formats.tokens import POSITION, Chunk
 from kvfold.options import check_int, shown
 from kvfold.pages import PagePool
@@ -90,7 +90,7 @@ class Summed:
         return SummedSegment(self, spec.key_size, spec.dtype, sums, mass, said_counts(spec, said, "upto"))
 
 
-class SummedSegment:
+class SummedSegment(Uncaptured):
     """`sums` and `mass` of the tokens that were folded in, and `upto`: the place behind the last of them, 0: none."""
 
     def __init__(
@@ -251,12 +251,6 @@ class SummedSegment:
 
     def compact(self) -> None:
         return  # nothing is held that no row has
-
-    def reserve(self) -> list[Tensor]:
-        raise NotImplementedError(f"{type(self).__name__}: the traits of its format say graphs=False")
-
-    def replayed(self) -> None:
-        self.reserve()
 
     @property
     def shared(self) -> bool:

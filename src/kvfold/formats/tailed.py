@@ -23,7 +23,7 @@ from kvfold.formats.paged import (
     said_counts,
 )
 from kvfold.formats.parts import attend_parts
-from kvfold.formats.segment import Segment, Spec
+from kvfold.formats.segment import Segment, Spec, Uncaptured
 from kvfold.formats.tokens import POSITION, Chunk, join
 from kvfold.options import shown
 from kvfold.pages import PAGE_SIZE, PagePool, Plane
@@ -111,7 +111,7 @@ def _parts(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     return [{n.removeprefix(p): x for n, x in tensors.items() if n.startswith(p)} for p in ("coded.", "tail.")]
 
 
-class TailedSegment(ABC, Generic[C]):
+class TailedSegment(Uncaptured, ABC, Generic[C]):
     """Slots are those of the longest coded row, then those of the longest tail. See `Tailed`."""
 
     def __init__(self, form: Any, coded: C, tail: DenseSegment):
@@ -269,12 +269,6 @@ class TailedSegment(ABC, Generic[C]):
     def compact(self) -> None:
         for part in self.parts:
             part.compact()
-
-    def reserve(self) -> list[Tensor]:
-        raise NotImplementedError(f"{type(self).__name__}: the traits of its format say graphs=False")
-
-    def replayed(self) -> None:
-        self.reserve()
 
     @property
     def shared(self) -> bool:

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from kvfold.hf.argument import cache_in, with_cache
 from kvfold.hf.cache import Cache
 from kvfold.hf.layers import PagedLayer
-from kvfold.layer.layer import DENSE
+from kvfold.layer.layer import format_of
 
 
 @contextmanager
@@ -51,10 +51,11 @@ class DecodeGraph:
         other = sorted({type(layer).__name__ for layer in cache.layers if not isinstance(layer, PagedLayer)})
         if other:
             raise ValueError(f"{type(model).__name__} has layers that are no pages ({', '.join(other)}): no graph")
-        formats = [str(g.method) for g in cache.rows.groups if not (g.method.format or DENSE).traits.graphs]
+        groups, sites = cache.rows.groups, [core.site for core in cache.paged]
+        formats = [str(g.method) for g in groups for site in sites if not format_of(g.method, site).traits.graphs]
         if formats:
             raise ValueError(f"method={formats[0]} stores tokens in a format whose steps can't be captured: no graph")
-        events = ("after_decode", "after_interval", "before_attend", "selection", "after_layer", "after_forward")
+        events = ("after_decode", "after_interval", "before_attend", "after_layer", "after_forward")
         busy = [event for event in events if cache.method.listens(event)]
         if busy or cache.method.compact:
             why = ", ".join(busy) or "compact positions"

@@ -7,13 +7,12 @@ from itertools import chain
 from operator import and_
 from typing import Any
 
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from kvfold.formats import Format
 from kvfold.rotation import Frame
-from kvfold.selectors import Selection
-from kvfold.views import CacheView, HiddenView, LayerView, PromptView, RawPrompt, Requests, Site
+from kvfold.views import CacheView, HiddenView, LayerView, PromptView, Requests
 from kvfold.views.decisions import Decision, Decisions, Read, Share, decided
 
 Heard = Sequence[Callable[..., Any]]
@@ -22,12 +21,8 @@ Found = dict[int, list[Decision]]
 """Decisions for layers, by their place among the paged ones."""
 
 
-def _first(heard: Heard, prompt: RawPrompt) -> Int[Tensor, "B N"] | None:
-    return heard[0](prompt) if heard else None
-
-
-def _chosen(heard: Heard, site: Site) -> Selection | None:
-    return heard[0](site) if heard else None
+def _first(heard: Heard, given: Any) -> Any:
+    return heard[0](given) if heard else None
 
 
 def _let_in_by_all(heard: Heard, view: HiddenView) -> Bool[Tensor, "B H Q"] | None:
@@ -102,7 +97,7 @@ EVENTS: dict[str, Event] = {
     "after_decode": Event("after a forward pass over one generated token, layer by layer", _in_turn, stored=True),
     "after_interval": Event("after a number of generated tokens, layer by layer", _in_turn, stored=True),
     "before_attend": Event("before a generated token attends, layer by layer", _read_for_all),
-    "selection": Event("before a layer holds its first token", _chosen, alone="that choose what a query reads"),
+    "selection": Event("before a layer holds its first token", _first, alone="that choose what a query reads"),
     "after_layer": Event("after a layer is stored", _of_one_layer, stored=True),
     "after_forward": Event("after the last layer is stored", _of_all_layers, stored=True),
     "after_prompt": Event("after the forward pass over a prompt is over", _after_questions, stored=True),

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvfold.budgets import Budget, check_budget
+from kvfold.budgets import Budget, check_budget, is_all
 from kvfold.formats import Index, Remembered, register
 from kvfold.ops import top_mask
 from kvfold.options import check_choice, check_int
@@ -57,11 +57,8 @@ class Selection:
         seen: Int[np.ndarray, " B"],
     ) -> Bool[np.ndarray, "B H S N"] | None:  # fmt: skip
         """Which units each query head (S = G) or KV head (S = 1) reads; None: all of them, in every row."""
-        units = -(-counts // self.unit)
-        room = self.room(seen)
-        if isinstance(self.budget, float) and self.budget == 1.0:
-            return None
-        if (units <= room[:, None]).all():
+        units, room = -(-counts // self.unit), self.room(seen)
+        if is_all(self.budget) or (units <= room[:, None]).all():
             return None
         scores = remembered.scores(q, units)
         if self.heads != "each":
@@ -76,8 +73,8 @@ class Selection:
         self, scores: Float[Tensor, "B H S N"], units: Int[np.ndarray, "B H"], room: Int[np.ndarray, " B"]
     ) -> Float[Tensor, "B H S N"]:
         """What is always read is worth more than all else, and the more surely, the more."""
-        low, high = torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max
-        scores = scores.nan_to_num(low, posinf=high / 8, neginf=-torch.inf).clamp(max=high / 8)
+        high = torch.finfo(scores.dtype).max
+        scores = scores.clamp(max=high / 8)  # NaN stays, which is never chosen before a number
         place = torch.arange(scores.shape[-1], device=scores.device)
         behind = (torch.from_numpy(units).to(scores.device)[..., None] - 1 - place)[:, :, None]  # 0: the last one
         there = behind >= 0
