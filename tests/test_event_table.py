@@ -29,8 +29,8 @@ TEXTS = [info.slug for info in list_methods()] + [
 """All methods, and options by which some listen to more, or say more."""
 SAID = {
     "compact": True, "asks": frozenset({"images"}), "narrows": True, "shares_layers": True, "stores": True,
-    "format": Dense(torch.bfloat16), "windows": Dense(torch.bfloat16), "firm": (Dense(torch.bfloat16),), "period": 5,
-    "staggered": True, "own_frame": EliteFrame(None, None), "needs": (EliteFrame(None, None),),
+    "together": True, "format": Dense(torch.bfloat16), "windows": Dense(torch.bfloat16), "period": 5,
+    "firm": (Dense(torch.bfloat16),), "staggered": True, "own_frame": EliteFrame(None, None), "needs": (EliteFrame(None, None),),
 }  # fmt: skip
 """Of each trait something that not every method says."""
 REFUSAL = (

@@ -12,13 +12,20 @@ from hypothesis import strategies as st
 import kvfold
 from kvfold import ops
 from kvfold.formats import POSITION, Chunk, Dense, Indexed, Segment, Separable, Spec
+from kvfold.hf.rope import find_ropes
 from kvfold.methods import parse
-from kvfold.selectors import Bounds, Selection
+from kvfold.selectors import Alike, Always, Bounds, Every, Keys, Selection, Vote
 from kvfold.testing import feed, follow, grow, steps, tokens
 from models import subject
 
-B, H, D = 2, 2, 8
+B, H, D, G = 2, 2, 16, 2
 FORM = Indexed(Dense(page_size=4), Selection(Bounds(4), 12))
+FORMS = {
+    "bounds": FORM,
+    "bounds-every": Indexed(Dense(page_size=4), Selection(Bounds(4), 12, reuse=Every(3))),
+    "keys": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("sum", layer=True, softmax=True), slots=True)),
+    "keys-alike": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("max"), Always(1, 2), reuse=Alike(-1.0))),
+}
 
 
 def some(counts: list[list[int]], seed: int, start: int = 0) -> Chunk:
@@ -33,28 +40,39 @@ def some(counts: list[list[int]], seed: int, start: int = 0) -> Chunk:
     )
 
 
-def fresh(rows: int = B) -> Segment:
-    return FORM.open(Spec(rows, H, D, D, torch.float32, torch.device("cpu")))
+def spec(rows: int = B) -> Spec:
+    rope = find_ropes(subject("llama"))[0]
+    return Spec(rows, H, D, D, torch.float32, torch.device("cpu"), rope=rope, group=G)
+
+
+def fresh(rows: int = B, form: Indexed = FORM) -> Segment:
+    return form.open(spec(rows))
 
 
 def anew(segment: Segment) -> torch.Tensor:
     """The index of its tokens as they stand."""
     tokens = segment.dense()
     order = torch.argsort((~tokens.valid).byte(), dim=-1, stable=True)
-    packed = tokens.take(order)
     b = len(tokens.valid)
-    index = Bounds(4).open(Spec(b, H, D, D, torch.float32, torch.device("cpu")))
-    index.extend(packed.keys, packed.valid, np.zeros((b, H), dtype=np.int64))
+    index = segment.form.selection.index.open(spec(b))
+    index.extend(tokens.take(order), np.zeros((b, H), dtype=np.int64))
     return index.held
 
 
 def agrees(segment: Segment) -> None:
-    mine, theirs = segment.index.held, anew(segment)
-    units = -(-segment.counts() // 4)
+    mine, theirs, unit = segment.index.held, anew(segment), segment.form.selection.unit
+    units = -(-segment.counts() // unit)
     for row, head in np.ndindex(units.shape):
         number = units[row, head]
-        assert torch.equal(mine[row, head, :number], theirs[row, head, :number]), (row, head)
-        assert bool(mine[row, head, number:].eq(-torch.inf).all())
+        torch.testing.assert_close(mine[row, head, :number], theirs[row, head, :number], atol=1e-6, rtol=0)
+        assert bool(mine[row, head, number:].eq(segment.index.fill).all())
+    assert segment.index.nbytes == segment.index.held.untyped_storage().nbytes()
+    if segment.choice is not None:
+        assert segment.choice.units.shape[:3] == (*units.shape, segment.form.selection.vote.lists(G))
+        # What stands there is of units that are still there.
+        chosen, known = segment.choice.units, segment.choice.made >= 0
+        there = np.arange(chosen.shape[-1]) < units[..., None]
+        assert not (chosen & ~there[:, :, None])[known].any()
 
 
 COUNTS = st.lists(st.lists(st.integers(0, 9), min_size=H, max_size=H), min_size=B, max_size=B)
@@ -74,10 +92,11 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @given(steps=STEPS, seed=st.integers(0, 99))
-@settings(max_examples=150, deadline=None)
-def test_whatever_happens_the_index_is_of_the_tokens(steps, seed):
-    segment, at = fresh(), 0
+@settings(max_examples=60, deadline=None)
+def test_whatever_happens_the_index_is_of_the_tokens(form, steps, seed):
+    segment, at = fresh(form=form), 0
     segment.append(some([[7, 12], [0, 5]], seed))
     rng = torch.Generator().manual_seed(seed)
     for number, (what, value) in enumerate(steps):
@@ -88,7 +107,7 @@ def test_whatever_happens_the_index_is_of_the_tokens(steps, seed):
             segment.append(some(more, seed + number, at))
         elif what == "step":
             one = some([[1] * H] * b, seed + number)
-            q = torch.randn(b, H, 2, 1, D, generator=rng)
+            q = torch.randn(b, H, G, 1, D, generator=rng)
             segment.step(q, one.keys, one.values, torch.full((b, 1), at), 0.3, weights=False)
         elif what == "keep":
             segment.keep(valid & (torch.rand(valid.shape, generator=rng) < value), {}, slack=bool(seed % 2))
@@ -100,17 +119,17 @@ def test_whatever_happens_the_index_is_of_the_tokens(steps, seed):
         elif what == "select":
             segment = segment.select(np.array(value))
         elif what == "join" and b < 6:
-            other = fresh()
+            other = fresh(form=form)
             other.append(some(value, seed - number))
             segment.join(other)
         elif what == "file":
             said, tensors = segment.state()
-            form = Spec(b, H, D, D, torch.float32, torch.device("cpu"))
-            segment = FORM.restore(form, said, {name: x.clone() for name, x in tensors.items()})
+            tensors = {name: x.clone() for name, x in tensors.items()}
+            form.check(spec(b), said, tensors, None)
+            segment = form.restore(spec(b), said, tensors)
         elif what == "clear":
             segment.clear()
         agrees(segment)
-        assert segment.index.nbytes == segment.index.held.untyped_storage().nbytes()
 
 
 def test_a_crop_takes_back_what_was_read_of_the_text():
@@ -130,8 +149,7 @@ def test_a_segment_that_is_told_of_its_rows_is_refused():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"budget": 0}, "budget=0"), ({"heads": "all"}, "heads='all'"), ({"sinks": -1}, "sinks=-1"),
-        ({"recent": -5}, "recent=-5"), ({"least": 0}, "least=0"),
+        ({"budget": 0}, "budget=0"), ({"least": 0}, "least=0"),
     ],
 )  # fmt: skip
 def test_bad_options_are_named(options, said):
@@ -139,21 +157,37 @@ def test_bad_options_are_named(options, said):
         Selection(Bounds(4), **{"budget": 4, **options})
 
 
+@pytest.mark.parametrize(
+    ("part", "options", "said"),
+    [
+        (Vote, {"heads": "all"}, "heads='all'"), (Vote, {"pool": 0}, "pool=0"),
+        (Vote, {"layer": True}, "layer=True lets all heads read the same"), (Always, {"sinks": -1}, "sinks=-1"),
+        (Always, {"recent": -5}, "recent=-5"), (Always, {"share": 1.5}, "share=1.5"),
+        (Every, {"steps": 0}, "steps=0"),
+        (Alike, {"cosine": -2.0}, "cosine=-2"), (Keys, {"distance": -1}, "distance=-1"),
+        (Bounds, {"unit": 0}, "unit=0"),
+    ],
+)  # fmt: skip
+def test_bad_options_of_parts_are_named(part, options, said):
+    with pytest.raises(ValueError, match=said):
+        part(**options)
+
+
 def test_what_is_always_read_counts_in_the_budget():
     segment = fresh(1)
     segment.append(some([[40, 40]], 1))
-    chosen = Selection(Bounds(4), 20, sinks=4, recent=8)
+    always = Always(sinks=4, recent=8)
     for heads, lists in (("each", 3), ("sum", 1)):
-        picked = Selection(Bounds(4), 20, heads=heads, sinks=4, recent=8).choose(
+        picked, _ = Selection(Bounds(4), 20, Vote(heads), always).choose(
             segment.index, torch.randn(1, H, 3, D), segment.counts(), segment.seen
         )
         assert picked.shape == (1, H, lists, 10) and (picked.sum(-1) == 5).all()
         assert picked[..., [0, 7, 8, 9]].all()
     # Too few for all of them: the newest first, then the first ones.
-    few = Selection(Bounds(4), 8, sinks=4, recent=8).choose(
+    few, _ = Selection(Bounds(4), 8, always=always).choose(
         segment.index, torch.randn(1, H, 3, D), segment.counts(), segment.seen
     )
-    assert few[..., [0, 9]].all() and (few.sum(-1) == 2).all() and chosen.unit == 4
+    assert few[..., [0, 9]].all() and (few.sum(-1) == 2).all()
 
 
 STORING = {"kvquant", "less", "mikv", "think", "zipcache"}

@@ -79,12 +79,14 @@ def test_the_prompt_is_exact_and_steps_are_near(slug, form):
     plain, (_, cache) = kvfold.Cache(model, slug, **options), made(slug, form)
     truth, got = feed(model, plain, *prompt.values()), feed(model, cache, *prompt.values())
     torch.testing.assert_close(got[:, -1], truth[:, -1], atol=1e-4, rtol=0)
-    reads_on = parse(slug, **options).listens("after_prompt")  # from what is stored, so that it may choose others
+    method = parse(slug, **options)
+    reads_on = method.listens("after_prompt")  # from what is stored, so that it may choose others
     assert reads_on or [cache.kept(i) for i in range(3)] == [plain.kept(i) for i in range(3)]
     assert cache.nbytes < plain.nbytes or form not in ("bf16", "fp8")  # pages and tails are long for so short a text
     mask = grow(prompt["attention_mask"])
     truth, got = (feed(model, c, STEPS[:, :1], mask) for c in (plain, cache))
-    assert (truth - got).norm() < FORMATS[form] * truth.norm() * (3 if reads_on else 1)
+    reads_others = reads_on or method.listens("selection")  # by queries of layers behind others that read codes
+    assert (truth - got).norm() < FORMATS[form] * truth.norm() * (3 if reads_others else 1)
 
 
 @each_method

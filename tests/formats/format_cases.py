@@ -29,7 +29,7 @@ from kvfold.formats import (
 )
 from kvfold.formats.key_basis import KeyBasis
 from kvfold.pages import Arena
-from kvfold.selectors import Bounds, Selection
+from kvfold.selectors import Bounds, Selection, Vote
 
 B, H, G, D, DV = 3, 2, 2, 16, 8
 LENGTHS = [[41, 17], [0, 30], [9, 8]]
@@ -49,7 +49,7 @@ FORMATS: dict[str, Format] = {
     "rotated-basis": Rotated(key="known", page_size=8),
     "uneven": Uneven(exact=2, page_size=8),
     "bounds": Indexed(Dense(page_size=4), Selection(Bounds(4), 12)),
-    "bounds-kivi": Indexed(Kivi(group=8, residual=8, requantise=True), Selection(Bounds(8), 0.5, heads="sum")),
+    "bounds-kivi": Indexed(Kivi(group=8, residual=8, requantise=True), Selection(Bounds(8), 0.5, Vote("sum"))),
 }
 
 

@@ -8,17 +8,21 @@ from torch.testing import assert_close
 import kvfold
 from kvfold.formats import POSITION, Chunk, Dense, Indexed, Spec
 from kvfold.methods.quest import Quest
-from kvfold.selectors import Bounds, Selection
+from kvfold.selectors import Bounds, Selection, Vote
 from kvfold.testing import steps as forced
 from models import dynamic, feed, follow, grow, reference, subject, tokens
 
 
 def bounds(keys: torch.Tensor, page: int) -> torch.Tensor:
     """What is remembered of keys (B, H, T, D), from scratch."""
-    b, h, t, d = keys.shape
+    b, h, _, d = keys.shape
     held = Bounds(page).open(Spec(b, h, d, d, keys.dtype, keys.device))
-    held.extend(keys, torch.ones(b, h, t, dtype=torch.bool), np.zeros((b, h), dtype=np.int64))
+    held.extend(of(keys), np.zeros((b, h), dtype=np.int64))
     return held
+
+
+def of(keys: torch.Tensor, valid: torch.Tensor | None = None) -> Chunk:
+    return Chunk(keys, keys, torch.ones(keys.shape[:3], dtype=torch.bool) if valid is None else valid)
 
 
 def pages(t: int, page: int, b: int = 1, h: int = 1) -> np.ndarray:
@@ -42,7 +46,7 @@ TINY = torch.tensor([[1.0, 0], [0, 1], [2, 2], [0, 0], [3, 3], [3, 3], [0, 0], [
 def test_oracle_2_a_loose_bound_wins():
     held, q = bounds(TINY, 2), torch.tensor([[[[1.0, -1.0]]]])
     assert held.scores(q, pages(8, 2)).flatten().tolist() == [1, 2, 0, 0]
-    chosen = Selection(Bounds(2), 4).choose(held, q, np.array([[8]]), np.array([8]))
+    chosen, _ = Selection(Bounds(2), 4).choose(held, q, np.array([[8]]), np.array([8]))
     assert chosen[0, 0, 0].nonzero()[0].tolist() == [1, 3]
 
 
@@ -51,7 +55,7 @@ def test_oracle_3_pages_of_one_token_are_exact():
     keys, q = torch.randn(1, 2, 40, 8, generator=rng), torch.randn(1, 2, 3, 8, generator=rng)
     products = torch.einsum("bhgd,bhtd->bhgt", q, keys)
     assert_close(bounds(keys, 1).scores(q, pages(40, 1, 1, 2)), products)
-    chosen = Selection(Bounds(1), 9).choose(bounds(keys, 1), q, np.full((1, 2), 40), np.array([40]))
+    chosen, _ = Selection(Bounds(1), 9).choose(bounds(keys, 1), q, np.full((1, 2), 40), np.array([40]))
     for head, query in np.ndindex(2, 3):
         best = products[0, head, query, :39].topk(8).indices.tolist()
         assert chosen[0, head, query].nonzero()[0].tolist() == sorted([*best, 39])
@@ -82,7 +86,7 @@ def test_oracle_5_one_by_one_is_all_at_once():
     keys = torch.randn(2, 2, 45, 8, generator=rng)
     whole, grown = bounds(keys, 8), bounds(keys[:, :, :0], 8)
     for t in range(45):
-        grown.extend(keys[:, :, t : t + 1], torch.ones(2, 2, 1, dtype=torch.bool), np.full((2, 2), t))
+        grown.extend(of(keys[:, :, t : t + 1]), np.full((2, 2), t))
     assert torch.equal(grown.held[:, :, :6], whole.held[:, :, :6]) and bool(grown.held[:, :, 6:].isinf().all())
 
 
@@ -91,11 +95,11 @@ def test_a_page_without_a_token_is_never_read():
     held = Bounds(4).open(Spec(2, 1, 8, 8, torch.float32, torch.device("cpu")))
     valid = torch.ones(2, 1, 20, dtype=torch.bool)
     valid[0, :, :13] = False
-    held.extend(torch.randn(2, 1, 20, 8), valid, np.zeros((2, 1), dtype=np.int64))
+    held.extend(of(torch.randn(2, 1, 20, 8), valid), np.zeros((2, 1), dtype=np.int64))
     units = np.array([[2], [5]])
     scores = held.scores(-100 * torch.ones(2, 1, 1, 8), units)
     assert scores[0, ..., 2:].eq(-torch.inf).all() and scores[1].isfinite().all()
-    chosen = Selection(Bounds(4), 12).choose(held, torch.ones(2, 1, 1, 8), np.array([[7], [20]]), np.array([7, 20]))
+    chosen, _ = Selection(Bounds(4), 12).choose(held, torch.ones(2, 1, 1, 8), np.array([[7], [20]]), np.array([7, 20]))
     assert chosen.sum(-1).tolist() == [[[2]], [[3]]]
 
 
@@ -105,9 +109,9 @@ def test_query_heads_have_pages_of_their_own_or_share_them(group):
     keys, q = torch.randn(1, 1, 64, 8, generator=rng), torch.randn(1, 1, 4, 8, generator=rng)
     held = bounds(keys, 8)
     scores = held.scores(q, pages(64, 8))[0, 0]
-    chosen = Selection(Bounds(8), 24, heads=group).choose(held, q, np.array([[64]]), np.array([64]))[0, 0]
+    chosen, _ = Selection(Bounds(8), 24, Vote(group)).choose(held, q, np.array([[64]]), np.array([64]))
     worth = {"each": scores, "sum": scores.sum(0, keepdim=True), "max": scores.amax(0, keepdim=True)}[group]
-    for row, own in zip(chosen, worth, strict=True):
+    for row, own in zip(chosen[0, 0], worth, strict=True):
         assert row.nonzero()[0].tolist() == sorted([*own[:7].topk(2).indices.tolist(), 7])
 
 

@@ -150,10 +150,10 @@ class ModelShape:
         """
         paged = tuple(i for i, layer in enumerate(self.layers) if layer.paged)
         for index, layer in enumerate(self.layers):
-            spec = Spec(1, layer.heads, layer.key_size, layer.value_size, self.kind(dtype), CPU)
+            group = max(1, self.query_heads // max(1, layer.heads))
+            spec = Spec(1, layer.heads, layer.key_size, layer.value_size, self.kind(dtype), CPU, group=group)
             found = None
             if layer.paged:
-                group = self.query_heads // layer.heads
                 found = stored(method, context, paged.index(index), paged, len(self.layers), layer.heads, group)
             yield layer, spec, found
 

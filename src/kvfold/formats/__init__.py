@@ -11,6 +11,7 @@ from kvfold.formats.kinds import KINDS, dtype_from, format_from, format_to, regi
 from kvfold.formats.kivi import Kivi, KiviSegment
 from kvfold.formats.levels import Levels
 from kvfold.formats.paged import PagedSegment
+from kvfold.formats.picked import Picked
 from kvfold.formats.rotated import Rotated, RotatedSegment
 from kvfold.formats.segment import Format, Segment, Spec, Traits
 from kvfold.formats.separable import WEIGHTS, Separable, SeparableSegment
@@ -49,6 +50,7 @@ __all__ = [
     "LateChunk",
     "Levels",
     "PagedSegment",
+    "Picked",
     "Remembered",
     "Rotated",
     "RotatedSegment",

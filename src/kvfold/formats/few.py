@@ -14,25 +14,28 @@ from kvfold.formats.parts import Answer, merged
 from kvfold.formats.segment import Segment
 from kvfold.formats.tailed import TailedSegment
 from kvfold.pages import FewPages, PageTable
+from kvfold.rotation import Compact, Rope
 
 Chosen = Bool[np.ndarray, "B H S N"]
 """Which units of a (row, head)'s tokens, counted through them in order, each of S lists has; S divides its group."""
 
 
 def attend_few(
-    segment: Segment, q: Float[Tensor, "B H G 1 D"], scale: float, chosen: Chosen, unit: int, *, weights: bool = False
-) -> Answer:
+    segment: Segment, q: Float[Tensor, "B H G 1 D"], scale: float, chosen: Chosen, unit: int, *, weights: bool = False,
+    slots: Rope | None = None, seen: Int[np.ndarray, " B"] | None = None,
+) -> Answer:  # fmt: skip
     """(out, lse, what each slot got) over the tokens of the units that are chosen, `unit` tokens each.
 
     Where units are whole pages of what holds them, those pages are all that is read, and what it costs is theirs;
-    elsewhere the segment is told which slots to read.
+    elsewhere the segment is told which slots to read. `slots`: what is read attends at positions 0, 1, 2, ... in its
+    order, and the query, which stands at text position `seen[b]` - 1, at the last of them.
     """
-    if not weights:
+    if slots is None and not weights:
         parts = segment.parts if isinstance(segment, TailedSegment) else (segment,)
         pages = _pages(parts, chosen, unit)
         if pages is not None:
             return merged([_listed(part, q, scale, some) for part, some in pages], weights=False)
-    return _masked(segment, q, scale, chosen, unit, weights)
+    return _masked(segment, q, scale, chosen, unit, weights, slots, seen)
 
 
 def _pages(
@@ -67,13 +70,21 @@ def _listed(part: PagedSegment, q: Tensor, scale: float, pages: Bool[np.ndarray,
     return out.reshape(b, h, g, n, -1), lse.reshape(b, h, g, n), None
 
 
-def _masked(segment: Segment, q: Tensor, scale: float, chosen: Chosen, unit: int, weights: bool) -> Answer:
+def _masked(
+    segment: Segment, q: Tensor, scale: float, chosen: Chosen, unit: int, weights: bool, rope: Rope | None,
+    seen: np.ndarray | None,
+) -> Answer:  # fmt: skip
     valid, _ = segment.columns()
     number = ((valid.cumsum(-1) - 1).clamp(min=0) // unit).clamp(max=chosen.shape[-1] - 1)
     units, lists = torch.from_numpy(chosen).to(valid.device), chosen.shape[2]
     found = []
     for some, asked in zip(units.unbind(2), q.chunk(lists, 2), strict=True):
-        found.append(segment.attend(asked, scale, read=valid & some.gather(-1, number), weights=weights))
+        read, compact, asks = valid & some.gather(-1, number), None, asked
+        if rope is not None and seen is not None:
+            compact = Compact(rope, read.cumsum(-1) - 1)
+            place = torch.from_numpy(seen - 1).to(read.device)[:, None]
+            asks = compact.rotate_queries(asked, place, read.sum(-1) - 1)
+        found.append(segment.attend(asks, scale, read=read, compact=compact, weights=weights))
     if lists == 1:
         return found[0]
     outs, norms, lefts = zip(*found, strict=True)

@@ -10,7 +10,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kvfold.formats.picked import Picked
 from kvfold.formats.segment import Spec
+from kvfold.formats.tokens import Chunk
 
 
 @runtime_checkable
@@ -33,7 +35,7 @@ class Remembered(Protocol):
         """Bytes of each sequence's part, (B,)."""
         ...
 
-    def extend(self, keys: Float[Tensor, "B H N D"], valid: Bool[Tensor, "B H N"], start: np.ndarray) -> None:
+    def extend(self, tokens: Chunk, start: Int[np.ndarray, "B H"]) -> None:
         """The valid ones are tokens `start[b, h]` and on of their row: one by one or all at once, it is the same."""
         ...
 
@@ -41,8 +43,12 @@ class Remembered(Protocol):
         """Units `units[b, h]` and on are as if nothing of them had come."""
         ...
 
-    def scores(self, q: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
-        """What each unit is worth to each query, float32; -inf behind a row's `units[b, h]`."""
+    def asks(self, q: Float[Tensor, "B H G D"], seen: Int[np.ndarray, " B"]) -> Float[Tensor, "B H G D"]:
+        """The query of text position `seen[b]` - 1 as it is compared with what is remembered."""
+        ...
+
+    def scores(self, asked: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
+        """What each unit is worth to what is `asked`, float32; -inf behind a row's `units[b, h]`."""
         ...
 
     def select(self, rows: np.ndarray) -> "Remembered":
@@ -102,9 +108,26 @@ class Chooser(Protocol):
         """Tokens of a unit."""
         ...
 
+    @property
+    def slots(self) -> bool:
+        """Whether what is read attends at positions of its own (see `kvfold.selectors.Selection`)."""
+        ...
+
+    @property
+    def reuses(self) -> bool:
+        """Whether what was chosen may be read again (the last of `choose`)."""
+        ...
+
+    def nbytes_with(self, spec: Spec, units: int) -> int:
+        """Bytes of a choice that is kept for later, once the longest row has so many units."""
+        ...
+
     def choose(
         self, remembered: Remembered, q: Float[Tensor, "B H G D"], counts: Int[np.ndarray, "B H"],
-        seen: Int[np.ndarray, " B"],
-    ) -> Bool[np.ndarray, "B H S N"] | None:  # fmt: skip
-        """Which units each query head (S = G) or KV head (S = 1) reads; None: all of them, in every row."""
+        seen: Int[np.ndarray, " B"], last: Picked | None = None,
+    ) -> tuple[Bool[np.ndarray, "B H S N"] | None, Picked | None]:  # fmt: skip
+        """Which units each query head (S = G) or KV head (S = 1) reads, and what is to be handed in the next time.
+
+        None: all of them, in every row. Tokens are `counts`, of texts of `seen`. `last`: what was chosen before.
+        """
         ...

@@ -12,12 +12,13 @@ from kvfold.formats.few import attend_few
 from kvfold.formats.index import Chooser, Remembered
 from kvfold.formats.paged import one_each
 from kvfold.formats.parts import Answer
+from kvfold.formats.picked import Picked, check_picked, joined
 from kvfold.formats.segment import Folding, Format, Hearing, Segment, Spec, Traits, Uncaptured
 from kvfold.formats.tokens import Chunk
 from kvfold.pages import PagePool
 from kvfold.rotation import Compact
 
-INNER, INDEX = "tokens.", "index."
+INNER, INDEX, CHOICE = "tokens.", "index.", "choice."
 """What tensors of a state are called after."""
 
 
@@ -40,13 +41,15 @@ class Indexed:
         inner = self.form.open(spec)
         if isinstance(inner, Hearing | Folding):
             raise ValueError(f"form={self.form} is told of its rows beside their tokens: it can't be read in parts")
-        return IndexedSegment(self, inner, self.selection.index.open(spec), np.zeros(spec.rows, dtype=np.int64))
+        if self.selection.slots and spec.rope is None:
+            raise ValueError(f"selection={self.selection} needs the model's RoPE, and layer {spec.layer} has none")
+        return IndexedSegment(self, spec, inner, self.selection.index.open(spec), np.zeros(spec.rows, dtype=np.int64))
 
     def check(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
     ) -> None:
         """See `Format.check`."""
-        inner, index = _parts(tensors)
+        inner, index, choice = _parts(tensors)
         read = said.get("read")
         whole = isinstance(read, list) and len(read) == spec.rows and all(type(x) is int and x >= 0 for x in read)
         if not whole or (seen is not None and (np.array(read) > seen).any()):
@@ -54,24 +57,36 @@ class Indexed:
         self.form.check(spec, said, inner, seen)
         counts = np.array(said["counts"], dtype=np.int64).reshape(spec.rows, spec.heads)
         self.selection.index.check(spec, index, counts)
+        if choice and not self.selection.reuses:
+            raise ValueError(f"choice={sorted(choice)} of a selection that chooses at every step")
+        check_picked(choice, spec.rows, -(-counts // self.selection.unit))
 
     def restore(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
     ) -> "IndexedSegment":
         """See `Format.restore`."""
-        inner, index = _parts(tensors)
+        inner, index, choice = _parts(tensors)
+        seen = np.array(said["read"], dtype=np.int64)
         if isinstance(twin, IndexedSegment):
-            segment = self.form.restore(spec, said, inner, twin.inner)
-            return IndexedSegment(self, segment, twin.index.select(np.arange(spec.rows)), np.array(said["read"]))
+            segment, known = self.form.restore(spec, said, inner, twin.inner), twin.index.select(np.arange(spec.rows))
+            return IndexedSegment(self, spec, segment, known, seen)
         segment = self.form.restore(spec, said, inner, twin)
-        return IndexedSegment(self, segment, self.selection.index.restore(spec, index), np.array(said["read"]))
+        held = Picked.restore(choice, spec.device) if choice else None
+        return IndexedSegment(self, spec, segment, self.selection.index.restore(spec, index), seen, held)
 
 
 class IndexedSegment(Uncaptured):
-    """`inner` holds the tokens; `index` is of them as they are counted through, without gaps."""
+    """`inner` holds the tokens; `index` is of them as they are counted through, without gaps.
 
-    def __init__(self, form: Indexed, inner: Segment, index: Remembered, seen: np.ndarray):
-        self.form, self.inner, self.index, self.seen = form, inner, index, seen
+    `choice` is what was chosen last, where a selection uses it again; rows whose tokens change choose anew.
+    """
+
+    def __init__(
+        self, form: Indexed, spec: Spec, inner: Segment, index: Remembered, seen: np.ndarray,
+        choice: Picked | None = None,
+    ):  # fmt: skip
+        self.form, self.spec, self.inner, self.index = form, spec, inner, index
+        self.seen, self.choice = seen, choice
 
     # -- sizes -------------------------------------------------------------------------------------------------
 
@@ -80,18 +95,21 @@ class IndexedSegment(Uncaptured):
         return self.bytes_beside(set())
 
     def bytes_beside(self, counted: set[int]) -> int:
-        total: int = self.inner.bytes_beside(counted) + self.index.nbytes + self.seen.nbytes
+        chosen = 0 if self.choice is None else self.choice.nbytes
+        total: int = self.inner.bytes_beside(counted) + self.index.nbytes + self.seen.nbytes + chosen
         return total
 
     def nbytes_with(self, more: np.ndarray) -> int:
         """See `Segment.nbytes_with`."""
         units = -(-int((self.counts() + more).max(initial=0)) // self.form.selection.unit)
-        total: int = self.inner.nbytes_with(more) + self.index.nbytes_with(units) + self.seen.nbytes
+        selection, spec = self.form.selection, replace(self.spec, rows=len(self.seen))
+        own: int = self.index.nbytes_with(units) + selection.nbytes_with(spec, units) + self.seen.nbytes
+        total: int = self.inner.nbytes_with(more) + own
         return total
 
     def row_nbytes(self) -> np.ndarray:
         sizes: np.ndarray = self.inner.row_nbytes() + self.index.row_nbytes()
-        return sizes
+        return sizes if self.choice is None else sizes + self.choice.row_nbytes()
 
     @property
     def longest(self) -> int:
@@ -118,10 +136,12 @@ class IndexedSegment(Uncaptured):
 
     def attend_few(self, q: Tensor, scale: float, *, weights: bool = False) -> Answer:
         """A generated token reads what is chosen for it; it is stored already."""
-        chosen = self.form.selection.choose(self.index, q[:, :, :, 0], self.inner.counts(), self.seen)
+        selection = self.form.selection
+        chosen, self.choice = selection.choose(self.index, q[:, :, :, 0], self.inner.counts(), self.seen, self.choice)
         if chosen is None:
             return self.inner.attend(q, scale, weights=weights)
-        return attend_few(self.inner, q, scale, chosen, self.form.selection.unit, weights=weights)
+        rope = self.spec.rope if selection.slots else None
+        return attend_few(self.inner, q, scale, chosen, selection.unit, weights=weights, slots=rope, seen=self.seen)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool
@@ -141,7 +161,7 @@ class IndexedSegment(Uncaptured):
         """See `Segment.append`; the index is of the keys as they come."""
         counts = self.inner.counts()
         self.inner.append(chunk, even=even)
-        self.index.extend(chunk.keys, chunk.valid, counts)
+        self.index.extend(chunk, counts)
         last = chunk.positions.masked_fill(~chunk.valid, -1).amax((1, 2)) if chunk.valid.numel() else None
         if last is not None:
             self.seen = np.maximum(self.seen, last.cpu().numpy().astype(np.int64) + 1)
@@ -155,6 +175,7 @@ class IndexedSegment(Uncaptured):
             return
         first = torch.where(gone, valid.cumsum(-1) - 1, valid.shape[-1]).amin(-1)
         self.inner.keep(mask, columns, slack=False)
+        self._stale(gone.any((1, 2)).cpu().numpy())
         self._renew(np.minimum(first.cpu().numpy(), self.inner.counts()))
 
     def amend(self, slots: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
@@ -163,27 +184,36 @@ class IndexedSegment(Uncaptured):
         if keys is not None and slots.shape[-1]:
             valid, _ = self.inner.columns()
             ranks = (valid.cumsum(-1) - 1).gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, valid.shape[-1])
+            self._stale((slots >= 0).any(2).any(1).cpu().numpy())
             self._renew(np.minimum(ranks.amin(-1).cpu().numpy(), self.inner.counts()))
 
     def truncate(self, counts: np.ndarray, *, slack: bool = False) -> None:
         """See `Segment.truncate`."""
         before = self.inner.counts()
         self.inner.truncate(counts, slack=slack)
+        self._stale(np.any(counts < before, axis=1))
         self._renew(np.minimum(counts, before))
 
     def cropped(self, limit: np.ndarray) -> None:
         """See `Segment.cropped`."""
         self.inner.cropped(limit)
+        self._stale(limit < self.seen)
         self.seen = np.minimum(self.seen, limit)
 
     def clear(self) -> None:
         self.inner.clear()
         self.index.clear()
-        self.seen = np.zeros_like(self.seen)
+        self.seen, self.choice = np.zeros_like(self.seen), None
 
     def drop_tokens(self) -> None:
         self.inner.drop_tokens()
         self.index.clear()
+        self.choice = None
+
+    def _stale(self, rows: np.ndarray) -> None:
+        """What these rows (B,) chose is of tokens that are others now."""
+        if self.choice is not None:
+            self.choice.forget(rows)
 
     def _renew(self, first: np.ndarray) -> None:
         """Remember tokens `first[b, h]` and on of each row anew, and what lies in the same unit before them."""
@@ -201,13 +231,16 @@ class IndexedSegment(Uncaptured):
         most = int(wanted.sum(-1).max()) if wanted.numel() else 0
         order = torch.argsort((~wanted).byte(), dim=-1, stable=True)[..., :most]
         some = tokens.take(order)
-        self.index.extend(some.keys, wanted.gather(-1, order), start)
+        self.index.extend(some.but(wanted.gather(-1, order)), start)
 
     # -- rows and pages ----------------------------------------------------------------------------------------
 
     def select(self, rows: np.ndarray) -> "IndexedSegment":
         """See `Segment.select`."""
-        return IndexedSegment(self.form, self.inner.select(rows), self.index.select(rows), self.seen[np.asarray(rows)])
+        at = np.asarray(rows)
+        chosen = None if self.choice is None else self.choice.select(at)
+        spec = replace(self.spec, rows=len(at))
+        return IndexedSegment(self.form, spec, self.inner.select(rows), self.index.select(rows), self.seen[at], chosen)
 
     def join(self, other: Any) -> None:
         """Raises ValueError where it is no segment of the same format and sizes."""
@@ -215,7 +248,9 @@ class IndexedSegment(Uncaptured):
             raise ValueError(f"other={getattr(other, 'form', type(other).__name__)!r} must be of format {self.form}")
         self.inner.join(other.inner)
         self.index.join(other.index)
+        self.choice = joined(self.choice, other.choice, (len(self.seen), len(other.seen)))
         self.seen = np.concatenate([self.seen, other.seen])
+        self.spec = replace(self.spec, rows=len(self.seen))
 
     def compact(self) -> None:
         self.inner.compact()
@@ -235,13 +270,17 @@ class IndexedSegment(Uncaptured):
         if of is not None:
             return told, mine
         self.index.forget(-(-self.inner.counts() // self.form.selection.unit))  # no room beyond what there is
-        return told, mine | {f"{INDEX}{name}": x for name, x in self.index.state().items()}
+        known = mine | {f"{INDEX}{name}": x for name, x in self.index.state().items()}
+        chosen = {} if self.choice is None else self.choice.state()
+        return told, known | {f"{CHOICE}{name}": x for name, x in chosen.items()}
 
 
-def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a state has of tokens and of the index. ValueError for what is of neither."""
-    strange = sorted(name for name in tensors if not name.startswith((INNER, INDEX)))
+def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """What a state has of tokens, of the index and of a choice. ValueError for what is of none of them."""
+    strange = sorted(name for name in tensors if not name.startswith((INNER, INDEX, CHOICE)))
     if strange:
-        raise ValueError(f"tensors: {strange[0]!r} must begin with {INNER!r} or {INDEX!r}")
-    inner, index = ({n.removeprefix(p): x for n, x in tensors.items() if n.startswith(p)} for p in (INNER, INDEX))
-    return inner, index
+        raise ValueError(f"tensors: {strange[0]!r} must begin with {INNER!r}, {INDEX!r} or {CHOICE!r}")
+    inner, index, choice = (
+        {n.removeprefix(p): x for n, x in tensors.items() if n.startswith(p)} for p in (INNER, INDEX, CHOICE)
+    )
+    return inner, index, choice

@@ -57,6 +57,8 @@ class Spec:
     rope: Rope | None = None
     artefact: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """What was measured on the model for this layer, by the key that a format names."""
+    group: int = 1
+    """Query heads of each KV head, G."""
     arena: Any = None
     """The `kvfold.pages.Arena` that the pages come from; None: they are the segment's own."""
 

@@ -46,7 +46,7 @@ class KVLayer(Held):
         `parts`: these are some of the pass's tokens, and `valid` is of all; they are stored when the last are there.
         """
         if k.shape[0] != self.stored.spec.rows:
-            self._open(k, v)
+            self._open(k, v, q.shape[1])
         if not plan.number or plan.number != self.rows.number:
             self.rows.begin(plan, k.shape[0], k.shape[2] if parts is None else parts.total, valid, k.device)
         self.number, self.scale, self.module = plan.number, scale, module
@@ -172,7 +172,7 @@ class KVLayer(Held):
             raise ValueError(
                 f"layer {self.layer} has read {self.width} tokens; only an empty cache can adopt a prefill"
             )
-        self._open(view.keys, view.values)
+        self._open(view.keys, view.values, view.queries.states.shape[1])
         if not plan.number or plan.number != self.rows.number:
             self.rows.begin(plan, len(view.valid), view.new, view.queries.valid, view.valid.device)
         self.number, self.scale, self.module = plan.number, view.place.scale, view.place.module
@@ -182,7 +182,7 @@ class KVLayer(Held):
             view = moment.decide(view)
         commit(self.stored, view, view.tokens)
 
-    def _open(self, k: Tensor, v: Tensor) -> None:
+    def _open(self, k: Tensor, v: Tensor, queries: int) -> None:
         rows = self.rows
         if rows.batch and k.shape[0] != rows.batch:
             raise ValueError(f"the batch has {k.shape[0]} rows, but the cache holds {rows.batch}")
@@ -191,7 +191,7 @@ class KVLayer(Held):
         (b, h, _, d), site = k.shape, self.site
         found = measured((group.method for group in rows.groups), site)
         self.stored = Stored(
-            Spec(b, h, d, v.shape[3], k.dtype, k.device, site.layer, site.rope, artefact=found, arena=self.arena)
+            Spec(b, h, d, v.shape[3], k.dtype, k.device, site.layer, site.rope, found, queries // h, self.arena)
         )
         for group in rows.groups:
             self.stored.opened[... if group.rows is None else group.rows] = self.stored.number(

@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.specpc import SpecPC as SpecPC
     from kvfold.methods.streamingllm import StreamingLLM as StreamingLLM
     from kvfold.methods.think import ThinK as ThinK
+    from kvfold.methods.tokenselect import TokenSelect as TokenSelect
     from kvfold.methods.tova import TOVA as TOVA
     from kvfold.methods.turboquant import TurboQuant as TurboQuant
     from kvfold.methods.windowkv import WindowKV as WindowKV

@@ -56,6 +56,8 @@ class Method:
     """The format that sliding-window layers hold their tokens in; None: as transformers does."""
     stores: bool = False
     """Whether some of its tokens move to formats of their own (`Store`); new ones go where all do."""
+    together: bool = False
+    """Whether all heads of a layer read the same tokens (`selection`), so that they must hold the same."""
     firm: tuple[Format, ...] = ()
     """Formats that its `Store` moves tokens to and that can't drop single ones."""
 
@@ -316,6 +318,13 @@ class Pipeline(Compound):
                 f"method={self} has {away} hold some tokens in a format of their own, which every query would read "
                 "whole; a stage that chooses what is read needs all tokens in one format"
             )
+        dropping = next(iter(self._deciding()), None)
+        choosing = next(stage for stage in self.stages if stage.listens("selection"))
+        if choosing.together and dropping is not None:
+            raise ValueError(
+                f"method={self} has {choosing} let all heads read the same tokens, and {dropping} may leave each head "
+                "others; give it the option with which heads choose for themselves"
+            )
         if self.compact:
             raise ValueError(f"method={self} chooses what is read by keys at text positions; compact ones are others")
 
@@ -330,14 +339,18 @@ class Pipeline(Compound):
         """Raise ValueError where a stage may drop tokens of some heads that a format holds for all heads together."""
         if self.format is None or self.format.traits.addressed != "whole":
             return
-        reading = ("read_order", "before_attend", "selection")  # those drop nothing
-        decide = [stage for stage in self.stages if any(stage.listens(e) for e in EVENTS if e not in reading)]
+        decide = self._deciding()
         if decide or self.compact:
             which = decide[0] if decide else next(stage for stage in self.stages if stage.compact)
             raise ValueError(
                 f"method={self} would drop or move tokens of single heads of {self.format}, which holds those of all "
                 f"heads together: {which} can't stand before it"
             )
+
+    def _deciding(self) -> list[Method]:
+        """The stages that may drop tokens."""
+        reading = ("read_order", "before_attend", "selection")
+        return [stage for stage in self.stages if any(stage.listens(e) for e in EVENTS if e not in reading)]
 
     def _at_most_one(self, what: str, stages: list[Method]) -> None:
         if what and len(stages) > 1:

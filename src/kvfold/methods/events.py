@@ -136,6 +136,7 @@ TRAITS: dict[str, Trait] = {
     "shares_layers": Trait(any),
     "format": Trait(_only, alone="with a format for all tokens"),
     "stores": Trait(any),
+    "together": Trait(any),
     "firm": Trait(_chained),
     "own_frame": Trait(_only, alone="with a frame of their own"),
     "needs": Trait(_chained),

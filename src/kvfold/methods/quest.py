@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from kvfold.budgets import Budget, check_budget
 from kvfold.methods.base import Method, method
 from kvfold.options import check_choice, check_int
-from kvfold.selectors import Bounds, Selection
-from kvfold.selectors.selection import HEADS
+from kvfold.selectors import HEADS, Bounds, Selection, Vote
 from kvfold.views import Site
 
 
@@ -49,4 +48,4 @@ class Quest(Method):
     def selection(self, site: Site) -> Selection | None:
         if site.layer < self.dense:
             return None
-        return Selection(Bounds(self.page), self.budget, heads=self.group)
+        return Selection(Bounds(self.page), self.budget, Vote(self.group))

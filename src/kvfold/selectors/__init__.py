@@ -1,6 +1,10 @@
 """What a query reads of all that is stored: an index of stretches of tokens, and a choice by what it says of them."""
 
+from kvfold.selectors.always import Always
 from kvfold.selectors.bounds import Bounds
+from kvfold.selectors.keys import Keys
+from kvfold.selectors.reuse import Alike, Every, Reuse
 from kvfold.selectors.selection import Selection
+from kvfold.selectors.votes import HEADS, Vote
 
-__all__ = ["Bounds", "Selection"]
+__all__ = ["HEADS", "Alike", "Always", "Bounds", "Every", "Keys", "Reuse", "Selection", "Vote"]

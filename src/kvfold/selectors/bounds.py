@@ -2,19 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvfold.formats import Spec, register
+from kvfold.formats import Chunk, Spec, register
 from kvfold.options import check_int
 from kvfold.pages import PAGE_SIZE
-
-HELD = "bounds"
+from kvfold.selectors.held import HELD, HeldUnits, behind, check_held, nothing
 
 
 @dataclass(frozen=True)
@@ -32,100 +30,46 @@ class Bounds:
         check_int("unit", self.unit, 1)
 
     def open(self, spec: Spec) -> "BoundsOf":
-        none = torch.empty(spec.rows, spec.heads, 0, 2 * spec.key_size, dtype=spec.dtype, device=spec.device)
-        return BoundsOf(self.unit, none)
+        return BoundsOf(self, spec, nothing(spec, 2 * spec.key_size))
 
     def check(self, spec: Spec, tensors: Mapping[str, Tensor], counts: Int[np.ndarray, "B H"]) -> None:
-        units = -(-int(counts.max(initial=0)) // self.unit)
-        want = (spec.rows, spec.heads, units, 2 * spec.key_size), spec.dtype
-        found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        if found != {HELD: want}:
-            raise ValueError(f"index={found} must be { ({HELD: want}) } (shape, dtype)")
+        check_held(spec, tensors, counts, self.unit, 2 * spec.key_size)
 
     def restore(self, spec: Spec, tensors: Mapping[str, Tensor]) -> "BoundsOf":
-        return BoundsOf(self.unit, tensors[HELD].to(spec.device).clone())
+        return BoundsOf(self, spec, tensors[HELD].to(spec.device).clone())
 
 
-class BoundsOf:
+class BoundsOf(HeldUnits):
     """`held` (B, H, N, 2 D): of each unit the largest of k, then the largest of -k; -inf where no token has come."""
 
-    def __init__(self, unit: int, held: Float[Tensor, "B H N E"]):
-        self.unit, self.held = unit, held
+    fill = -torch.inf
 
-    @property
-    def nbytes(self) -> int:
-        return self.held.nbytes
-
-    def nbytes_with(self, units: int) -> int:
-        """See `Remembered.nbytes_with`."""
-        rows, heads, known, width = self.held.shape
-        return rows * heads * max(known, units) * width * self.held.itemsize
-
-    def row_nbytes(self) -> np.ndarray:
-        rows = len(self.held)
-        return np.full(rows, self.held.nbytes // max(1, rows))
-
-    def extend(self, keys: Float[Tensor, "B H N D"], valid: Bool[Tensor, "B H N"], start: np.ndarray) -> None:
+    def extend(self, tokens: Chunk, start: Int[np.ndarray, "B H"]) -> None:
         """See `Remembered.extend`."""
+        keys, valid, unit = tokens.keys, tokens.valid, self.unit
         if not bool(valid.any()):
             return
-        new, unit = keys.to(self.held.dtype), self.unit
+        new = keys.to(self.held.dtype)
         first = int(start.flat[0]) if start.size else 0
         if bool((start == first).all()) and bool(valid.all()):
-            before, behind = first % unit, -(first + keys.shape[2]) % unit
-            self._reach(-(-(first + keys.shape[2]) // unit))
+            before, after = first % unit, -(first + keys.shape[2]) % unit
+            self.reach(-(-(first + keys.shape[2]) // unit))
             units = slice(first // unit, -(-(first + keys.shape[2]) // unit))
             for some, sign in zip(self.held[:, :, units].chunk(2, -1), (1, -1), strict=True):
-                padded = F.pad(new * sign if sign < 0 else new, (0, 0, before, behind), value=-torch.inf)
+                padded = F.pad(new * sign if sign < 0 else new, (0, 0, before, after), value=-torch.inf)
                 torch.maximum(some, padded.view(*padded.shape[:2], -1, unit, padded.shape[3]).amax(3), out=some)
             return
         begin = torch.from_numpy(np.ascontiguousarray(start)).to(keys.device)
         number = (begin[..., None] + valid.cumsum(-1) - 1) // unit
-        self._reach(int(number.max()) + 1)
+        self.reach(int(number.max()) + 1)
         place = number.clamp(min=0)[..., None].expand(*number.shape, self.held.shape[-1])
         both = torch.cat([new, -new], -1).masked_fill(~valid[..., None], -torch.inf)
         self.held.scatter_reduce_(2, place, both, "amax")
 
-    def forget(self, units: np.ndarray) -> None:
-        """See `Remembered.forget`."""
-        most = int(units.max(initial=0))
-        if most < self.held.shape[2]:
-            self.held = self.held[:, :, :most].clone()
-        gone = torch.arange(self.held.shape[2]) >= torch.from_numpy(np.ascontiguousarray(units))[..., None]
-        self.held.masked_fill_(gone.to(self.held.device)[..., None], -torch.inf)
-
-    def scores(self, q: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
+    def scores(self, asked: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
         """See `Remembered.scores`; not scaled, which changes no order."""
-        number = int(units.max(initial=0))
-        asked = torch.cat([q.relu(), (-q).relu()], -1).float()
-        found = asked @ self.held[:, :, :number].float().mT
-        if (units == number).all():
-            return found
-        none = torch.arange(number) >= torch.from_numpy(np.ascontiguousarray(units))[..., None]
-        return found.masked_fill(none.to(q.device)[:, :, None], -torch.inf)
-
-    def select(self, rows: np.ndarray) -> "BoundsOf":
-        """See `Remembered.select`."""
-        return BoundsOf(self.unit, self.held[torch.from_numpy(np.asarray(rows)).to(self.held.device)])
-
-    def join(self, other: Any) -> None:
-        """See `Remembered.join`."""
-        most = max(self.held.shape[2], other.held.shape[2])
-        wide = [F.pad(x, (0, 0, 0, most - x.shape[2]), value=-torch.inf) for x in (self.held, other.held)]
-        self.held = torch.cat(wide)
-
-    def clear(self) -> None:
-        self.held = self.held[:, :, :0].clone()
-
-    def state(self) -> dict[str, Tensor]:
-        return {HELD: self.held}
-
-    def _reach(self, units: int) -> None:
-        """Room for so many units in each row, and for 1/16 more once there are some: a step adds one now and then."""
-        known = self.held.shape[2]
-        if units > known:
-            more = units - known + (units // 16 if known else 0)
-            self.held = F.pad(self.held, (0, 0, 0, more), value=-torch.inf)
+        both = torch.cat([asked.relu(), (-asked).relu()], -1).float()
+        return behind(both @ self.held[:, :, : int(units.max(initial=0))].float().mT, units)
 
 
 register("bounds", Bounds)

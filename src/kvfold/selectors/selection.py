@@ -1,6 +1,6 @@
 """Which units of its tokens a query reads: the best by an index, and some whatever that says."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -8,41 +8,54 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget, is_all
-from kvfold.formats import Index, Remembered, register
+from kvfold.formats import Index, Picked, Remembered, Spec, register
+from kvfold.formats.picked import NEVER
 from kvfold.ops import top_mask
 from kvfold.options import check_choice, check_int
-
-HEADS = ("each", "sum", "max")
-"""Whether each query head of a group has units of its own, or all read what has the largest sum, or maximum."""
+from kvfold.selectors.always import Always
+from kvfold.selectors.reuse import Reuse
+from kvfold.selectors.votes import Vote
 
 
 @dataclass(frozen=True)
 class Selection:
     """`budget` tokens of each KV head (a fraction: of the row's text so far) in whole units, never fewer than `least`.
 
-    The unit that is still growing, or was the last to grow, is always read, then the first `sinks` and the last
-    `recent` tokens as far as the budget goes; the others are those that `index` says are worth most to the query. What
-    it reads whatever the index says counts in the budget.
+    What is `always` read counts in the budget; of the other units those are read that `index` says are worth most to
+    the query, by the `vote` of its heads. With `reuse` what is worth most stays what it was until that rule says
+    otherwise; what is always read is found anew at each step. `slots`: what is read attends at positions 0, 1, 2, ...
+    in its order, as if nothing lay between, the query at the last of them; where all is read positions are the text's.
     """
 
     index: Index
     budget: Budget
-    heads: str = "each"
-    sinks: int = 0
-    recent: int = 0
+    vote: Vote = field(default_factory=Vote)
+    always: Always = field(default_factory=Always)
     least: int = 1
+    reuse: Reuse | None = None
+    slots: bool = False
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        check_choice("heads", self.heads, HEADS)
-        check_int("sinks", self.sinks, 0)
-        check_int("recent", self.recent, 0)
         check_int("least", self.least, 1)
+        check_choice("slots", self.slots, (True, False))
 
     @property
     def unit(self) -> int:
         """Tokens of a unit."""
         return self.index.unit
+
+    @property
+    def reuses(self) -> bool:
+        """Whether what was chosen may be read again."""
+        return self.reuse is not None
+
+    def nbytes_with(self, spec: Spec, units: int) -> int:
+        """Bytes of a choice that is kept for later, once the longest row has so many units."""
+        if self.reuse is None:
+            return 0
+        query = spec.heads * spec.group * spec.key_size if self.reuse.compares else 0
+        return Picked.nbytes_with(spec.rows, spec.heads, self.vote.lists(spec.group), units, query)
 
     def room(self, seen: Int[np.ndarray, " B"]) -> Int[np.ndarray, " B"]:
         """Units that a query reads at most in rows whose texts are so long."""
@@ -54,35 +67,51 @@ class Selection:
 
     def choose(
         self, remembered: Remembered, q: Float[Tensor, "B H G D"], counts: Int[np.ndarray, "B H"],
-        seen: Int[np.ndarray, " B"],
-    ) -> Bool[np.ndarray, "B H S N"] | None:  # fmt: skip
-        """Which units each query head (S = G) or KV head (S = 1) reads; None: all of them, in every row."""
+        seen: Int[np.ndarray, " B"], last: Picked | None = None,
+    ) -> tuple[Bool[np.ndarray, "B H S N"] | None, Picked | None]:  # fmt: skip
+        """See `Chooser.choose`."""
         units, room = -(-counts // self.unit), self.room(seen)
         if is_all(self.budget) or (units <= room[:, None]).all():
-            return None
-        scores = remembered.scores(q, units)
-        if self.heads != "each":
-            scores = scores.sum(2, keepdim=True) if self.heads == "sum" else scores.amax(2, keepdim=True)
-        scores = self._forced(scores, units, room)
-        (b, h, lists, n), wide = scores.shape, np.broadcast_to(room[:, None], units.shape).repeat(scores.shape[2], 1)
-        best = top_mask(scores.reshape(b, h * lists, n), torch.from_numpy(wide.copy()).to(scores.device))
-        chosen: np.ndarray = best.view(b, h, lists, n).cpu().numpy()
-        return chosen
+            return None, None
+        number = int(units.max())
+        always = self.always.units(self.unit, units, room)
+        short = (units <= room[:, None]).all(1)  # a row that reads all chooses nothing
+        asked = remembered.asks(q, seen)
+        asks, query = self._stale(asked, seen, last)
+        picked = np.zeros((0,), dtype=bool) if last is None else last.wide(number)
+        if asks.any():
+            there = np.arange(number) < units[..., None]
+            fresh = self._best(remembered, asked, units, there & ~always, room[:, None] - always.sum(-1))
+            picked = fresh if last is None else np.where(asks[:, None, None, None], fresh, picked)
+        read = picked | always[:, :, None]
+        if self.reuse is None:
+            return read, None
+        made = np.where(asks, seen, NEVER if last is None else last.made)
+        if last is not None and self.reuse.compares:
+            stale = torch.from_numpy(asks).to(query.device)[:, None]
+            query = torch.where(stale, query, last.query)
+        return read, Picked(picked, query, np.where(short, NEVER, made))
 
-    def _forced(
-        self, scores: Float[Tensor, "B H S N"], units: Int[np.ndarray, "B H"], room: Int[np.ndarray, " B"]
-    ) -> Float[Tensor, "B H S N"]:
-        """What is always read is worth more than all else, and the more surely, the more."""
-        high = torch.finfo(scores.dtype).max
-        scores = scores.clamp(max=high / 8)  # NaN stays, which is never chosen before a number
-        place = torch.arange(scores.shape[-1], device=scores.device)
-        behind = (torch.from_numpy(units).to(scores.device)[..., None] - 1 - place)[:, :, None]  # 0: the last one
-        there = behind >= 0
-        if self.recent:
-            scores = scores.masked_fill(there & (behind <= -(-self.recent // self.unit)), high / 4)
-        if self.sinks:
-            scores = scores.masked_fill(there & (place < -(-self.sinks // self.unit)), high / 2)
-        return scores.masked_fill(behind == 0, high)
+    def _stale(
+        self, asked: Tensor, seen: np.ndarray, last: Picked | None
+    ) -> tuple[Bool[np.ndarray, " B"], Float[Tensor, "B E"]]:
+        """Which rows choose anew, and what they ask as a rule of reuse compares it."""
+        compares = self.reuse is not None and self.reuse.compares
+        query = asked.flatten(1).float() if compares else asked.new_zeros(len(asked), 0, dtype=torch.float32)
+        if self.reuse is None or last is None:
+            return np.ones(len(seen), dtype=bool), query
+        return (last.made == NEVER) | self.reuse.stale(last, query, seen), query
+
+    def _best(
+        self, remembered: Remembered, asked: Tensor, units: np.ndarray, about: np.ndarray, room: Int[np.ndarray, "B H"]
+    ) -> Bool[np.ndarray, "B H S N"]:
+        """Of the units that are asked `about` those that the heads say are worth most, `room[b, h]` of them."""
+        scores = remembered.scores(asked, units)
+        worth = self.vote.worth(scores, torch.from_numpy(about).to(scores.device), asked.shape[-1])
+        b, h, lists, n = worth.shape
+        wide = torch.from_numpy(np.maximum(room, 0).repeat(lists, 1)).to(scores.device)
+        best: np.ndarray = top_mask(worth.reshape(b, h * lists, n), wide).view(b, h, lists, n).cpu().numpy()
+        return best
 
 
 register("selection", Selection)

@@ -1,0 +1,49 @@
+"""What every query reads, whatever an index says."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from kvfold.formats import register
+from kvfold.options import check_int, check_number
+
+
+@dataclass(frozen=True)
+class Always:
+    """The unit that still grows, or was the last to grow, then the first `sinks` and the last `recent` tokens.
+
+    All of it counts in the budget. Sinks and recent tokens take at most `share` of it together, and get fewer in the
+    same proportion where they would take more, so that a small budget is not all of them; sinks go before recent ones
+    where it does not reach for both.
+    """
+
+    sinks: int = 0
+    recent: int = 0
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_int("sinks", self.sinks, 0)
+        check_int("recent", self.recent, 0)
+        check_number("share", self.share, 0.0, 1.0)
+
+    def units(self, unit: int, units: Int[np.ndarray, "B H"], room: Int[np.ndarray, " B"]) -> Bool[np.ndarray, "B H N"]:
+        """Of rows with so many units of `unit` tokens, where a query reads `room` of them; padding is not read."""
+        first, last = (-(-tokens // unit) for tokens in (self.sinks, self.recent))
+        most = np.maximum(room - 1, 0)
+        if self.share < 1 and first + last:
+            allowed = np.minimum((most * self.share).astype(np.int64), first + last)
+            first_of = allowed * first // (first + last)
+            last_of = allowed - first_of
+        else:
+            first_of, last_of = (np.full(len(room), number) for number in (first, last))
+        first_of = np.minimum(first_of, most)
+        last_of = np.minimum(last_of, most - first_of)
+        place = np.arange(int(units.max(initial=0)))
+        behind = units[..., None] - 1 - place
+        wanted = (place < first_of[:, None, None]) | (behind <= last_of[:, None, None])
+        read: np.ndarray = wanted & (behind >= 0)
+        return read
+
+
+register("always", Always)

@@ -1,0 +1,106 @@
+"""What indexes have in common that hold a few numbers of each unit, in one tensor."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvfold.formats import Spec
+
+HELD = "held"
+"""What the tensor is called in a state."""
+I = TypeVar("I", bound="HeldUnits")  # noqa: E741
+
+
+class HeldUnits:
+    """`held` (B, H, N, E): E numbers of each unit of `unit` tokens, `fill` where no token has come."""
+
+    fill: float = 0.0
+
+    def __init__(self, recipe: Any, spec: Spec, held: Float[Tensor, "B H N E"]):
+        self.recipe, self.spec, self.held = recipe, spec, held
+
+    @property
+    def unit(self) -> int:
+        """Tokens of a unit."""
+        unit: int = self.recipe.unit
+        return unit
+
+    @property
+    def nbytes(self) -> int:
+        return self.held.nbytes
+
+    def nbytes_with(self, units: int) -> int:
+        """See `Remembered.nbytes_with`."""
+        rows, heads, known, width = self.held.shape
+        return rows * heads * max(known, units) * width * self.held.itemsize
+
+    def row_nbytes(self) -> np.ndarray:
+        rows = len(self.held)
+        return np.full(rows, self.held.nbytes // max(1, rows))
+
+    def forget(self, units: Int[np.ndarray, "B H"]) -> None:
+        """See `Remembered.forget`."""
+        most = int(units.max(initial=0))
+        if most < self.held.shape[2]:
+            self.held = self.held[:, :, :most].clone()
+        gone = torch.arange(self.held.shape[2]) >= torch.from_numpy(np.ascontiguousarray(units))[..., None]
+        self.held.masked_fill_(gone.to(self.held.device)[..., None], self.fill)
+
+    def asks(self, q: Float[Tensor, "B H G D"], seen: Int[np.ndarray, " B"]) -> Float[Tensor, "B H G D"]:
+        """See `Remembered.asks`: as it attends."""
+        return q
+
+    def select(self: I, rows: np.ndarray) -> I:
+        """See `Remembered.select`."""
+        at = torch.from_numpy(np.asarray(rows)).to(self.held.device)
+        return type(self)(self.recipe, replace(self.spec, rows=len(at)), self.held[at])
+
+    def join(self, other: Any) -> None:
+        """See `Remembered.join`."""
+        most = max(self.held.shape[2], other.held.shape[2])
+        wide = [F.pad(x, (0, 0, 0, most - x.shape[2]), value=self.fill) for x in (self.held, other.held)]
+        self.held = torch.cat(wide)
+        self.spec = replace(self.spec, rows=len(self.held))
+
+    def clear(self) -> None:
+        self.held = self.held[:, :, :0].clone()
+
+    def state(self) -> dict[str, Tensor]:
+        return {HELD: self.held}
+
+    def reach(self, units: int) -> None:
+        """Room for so many units in each row, and for 1/16 more once there are some: a step adds one now and then."""
+        known = self.held.shape[2]
+        if units > known:
+            more = units - known + (units // 16 if known else 0)
+            self.held = F.pad(self.held, (0, 0, 0, more), value=self.fill)
+
+
+def nothing(spec: Spec, width: int) -> Float[Tensor, "B H 0 E"]:
+    """What is held of no unit: `width` numbers of each, in the model's dtype."""
+    return torch.empty(spec.rows, spec.heads, 0, width, dtype=spec.dtype, device=spec.device)
+
+
+def behind(scores: Float[Tensor, "B H G N"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
+    """Scores with -inf behind each row's units."""
+    number = scores.shape[-1]
+    if (units == number).all():
+        return scores
+    none = torch.arange(number) >= torch.from_numpy(np.ascontiguousarray(units))[..., None]
+    return scores.masked_fill(none.to(scores.device)[:, :, None], -torch.inf)
+
+
+def check_held(
+    spec: Spec, tensors: Mapping[str, Tensor], counts: Int[np.ndarray, "B H"], unit: int, width: int
+) -> None:
+    """Raise ValueError unless `tensors` are what `HeldUnits.state` gives of rows with so many tokens."""
+    want = (spec.rows, spec.heads, -(-int(counts.max(initial=0)) // unit), width), spec.dtype
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    if found != {HELD: want}:
+        raise ValueError(f"index={found} must be { ({HELD: want}) } (shape, dtype)")

@@ -1,0 +1,80 @@
+"""Every key by itself, as a query would meet it at one distance: no unit is larger than a token (TokenSelect)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvfold.formats import Chunk, Spec, register
+from kvfold.options import check_int
+from kvfold.selectors.held import HELD, HeldUnits, behind, check_held, nothing
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A copy of each key without its rotation, of which a query is asked that stands `distance` behind all of them.
+
+    Scores of TokenSelect (arXiv:2411.02886): what a token says counts, and not how far away it says it. The cache holds
+    keys as they attend, and the rotation of each could be undone at every step instead; a copy costs half of what keys
+    and values take, and a step reads it as it lies. Its rounding is that of the model's dtype.
+    """
+
+    distance: int = 512
+
+    def __post_init__(self) -> None:
+        check_int("distance", self.distance, 0)
+
+    @property
+    def unit(self) -> int:
+        """Tokens of a unit."""
+        return 1
+
+    def open(self, spec: Spec) -> "KeysOf":
+        """Raises ValueError where the layer's rotation is not known."""
+        if spec.rope is None:
+            raise ValueError(f"index={self} needs the model's RoPE, and layer {spec.layer} has none that is known")
+        return KeysOf(self, spec, nothing(spec, spec.key_size))
+
+    def check(self, spec: Spec, tensors: Mapping[str, Tensor], counts: Int[np.ndarray, "B H"]) -> None:
+        check_held(spec, tensors, counts, 1, spec.key_size)
+
+    def restore(self, spec: Spec, tensors: Mapping[str, Tensor]) -> "KeysOf":
+        return KeysOf(self, spec, tensors[HELD].to(spec.device).clone())
+
+
+class KeysOf(HeldUnits):
+    """`held` (B, H, N, D): keys as the model made them, before RoPE; zeros where no token has come."""
+
+    def extend(self, tokens: Chunk, start: Int[np.ndarray, "B H"]) -> None:
+        """See `Remembered.extend`."""
+        assert self.spec.rope is not None  # `Keys.open` asks for it
+        valid = tokens.valid
+        if not bool(valid.any()):
+            return
+        plain = self.spec.rope.shift(tokens.keys, -tokens.positions).to(self.held.dtype)
+        first, number = int(start.flat[0]), valid.shape[-1]
+        if bool((start == first).all()) and bool(valid.all()):
+            self.reach(first + number)
+            self.held[:, :, first : first + number] = plain
+            return
+        begin = torch.from_numpy(np.ascontiguousarray(start)).to(valid.device)
+        self.reach(int((begin + valid.sum(-1)).max()))
+        row, head, slot = valid.nonzero(as_tuple=True)
+        place = (begin[..., None] + valid.cumsum(-1) - 1)[row, head, slot]
+        self.held[row, head, place] = plain[row, head, slot]
+
+    def asks(self, q: Float[Tensor, "B H G D"], seen: Int[np.ndarray, " B"]) -> Float[Tensor, "B H G D"]:
+        """See `Remembered.asks`: as far behind all keys as the recipe says."""
+        assert self.spec.rope is not None
+        steps = torch.from_numpy(self.recipe.distance - (seen - 1)).to(q.device, torch.int32)
+        return self.spec.rope.shift(q, steps[:, None, None].expand(q.shape[:3]))
+
+    def scores(self, asked: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
+        """See `Remembered.scores`; not divided by sqrt(D)."""
+        return behind(asked.float() @ self.held[:, :, : int(units.max(initial=0))].float().mT, units)
+
+
+register("keys", Keys)

@@ -1,0 +1,65 @@
+"""Whose query says what a unit is worth: each query head's for itself, or all of a group, or of the layer, together."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kvfold.formats import register
+from kvfold.options import check_choice, check_int
+
+HEADS = ("each", "sum", "max")
+"""Whether each query head reads units of its own, or all of them what has the largest sum, or maximum, over them."""
+
+
+@dataclass(frozen=True)
+class Vote:
+    """How the scores (B, H, G, N) of G query heads for each KV head become what units are worth to a list of them.
+
+    `layer`: the query heads of all KV heads vote together, and all of these read the same. `softmax`: what is added, or
+    compared, is each query head's softmax over the units that are not read anyhow (TokenSelect's soft vote,
+    arXiv:2411.02886); with `scaled` its logits are divided by sqrt(D), as in attention. `pool`: the worth of a unit is
+    the most among so many around it, (pool - 1) // 2 of them before it.
+    """
+
+    heads: str = "each"
+    layer: bool = False
+    softmax: bool = False
+    scaled: bool = True
+    pool: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("heads", self.heads, HEADS)
+        check_int("pool", self.pool, 1)
+        for name in ("layer", "softmax", "scaled"):
+            check_choice(name, getattr(self, name), (True, False))
+        if self.layer and self.heads == "each":
+            raise ValueError("layer=True lets all heads read the same, and heads='each' each of them its own")
+
+    def lists(self, group: int) -> int:
+        """Lists of each KV head, whose group has so many query heads."""
+        return group if self.heads == "each" else 1
+
+    def worth(
+        self, scores: Float[Tensor, "B H G N"], asked: Bool[Tensor, "B H N"], size: int
+    ) -> Float[Tensor, "B H S N"]:
+        """What each unit that is `asked` about is worth, float32; -inf for the others. `size`: numbers of a key."""
+        others = ~asked[:, :, None]
+        worth = scores.masked_fill(others, -torch.inf)
+        if self.softmax:
+            logits = worth / size**0.5 if self.scaled else worth
+            worth = logits.softmax(-1).masked_fill(others, -torch.inf)
+        if self.heads != "each":
+            over = (1, 2) if self.layer else (2,)
+            worth = worth.sum(over, keepdim=True) if self.heads == "sum" else worth.amax(over, keepdim=True)
+        if self.pool > 1:
+            before = (self.pool - 1) // 2
+            padded = F.pad(worth, (before, self.pool - 1 - before), value=-torch.inf)
+            worth = F.max_pool1d(padded.flatten(0, 2), self.pool, 1).view(worth.shape)
+        worth = worth.expand(-1, scores.shape[1], -1, -1) if self.layer else worth
+        return worth.masked_fill(others, -torch.inf)
+
+
+register("vote", Vote)
