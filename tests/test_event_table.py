@@ -30,7 +30,8 @@ TEXTS = [info.slug for info in list_methods()] + [
 SAID = {
     "compact": True, "asks": frozenset({"images"}), "narrows": True, "shares_layers": True, "stores": True,
     "together": True, "format": Dense(torch.bfloat16), "windows": Dense(torch.bfloat16), "period": 5,
-    "firm": (Dense(torch.bfloat16),), "staggered": True, "own_frame": EliteFrame(None, None), "needs": (EliteFrame(None, None),),
+    "firm": (Dense(torch.bfloat16),), "staggered": True, "own_frame": EliteFrame(None, None),
+    "needs": (EliteFrame(None, None),),
 }  # fmt: skip
 """Of each trait something that not every method says."""
 REFUSAL = (
