@@ -61,6 +61,13 @@ def held_at_most(cache: Cache) -> int:
     return max((int(core.counts().max(initial=0)) for core in cache.paged), default=0)
 
 
+def held_on_average(cache: Cache) -> int:
+    """Tokens of a head on average over a row's layers and heads, of that row which holds most, rounded up."""
+    counts = [core.counts() for core in cache.paged if core.counts().size]
+    heads = sum(each.shape[1] for each in counts)
+    return -(-int(sum(each.sum(1) for each in counts).max()) // heads) if heads else 0
+
+
 @torch.no_grad()
 def fed(model: PreTrainedModel, cache: HFCache, ids: Int[Tensor, "B T"]) -> Iterator[Step]:
     """Feed tokens one by one, the same number to every row, as if the model had said them."""

@@ -59,8 +59,8 @@ class Cache(Adopting):
     What a prompt keeps is known when it was read, and new columns of a method when it makes them: then OutOfPages
     leaves this cache to be `reset()`.
     With `memory` (bytes, "512MiB", or a share of a dense float16 cache of `context` tokens) the budget is the largest
-    with which `batch` rows never hold more, all included (hf/memory.py). With `context` and no format bits are chosen,
-    too (hf/bits.py), unless `quantize=False`.
+    with which `batch` rows never hold more, all included (hf/memory.py); more rows are refused. With `context` and no
+    format bits are chosen, too (hf/bits.py), unless `quantize=False`.
     A wrapper around a model (a PeftModel, torch.compile's) will do: the cache belongs to the model in it.
     Raises ValueError for a model that can't work, naming what is missing, and for options that don't fit.
     """
@@ -88,6 +88,7 @@ class Cache(Adopting):
         self.model, self.prefill_chunk, self.part_size = model, prefill_chunk, part_size
         self.arena, self.call = arena, Call()
         self.rows = Rows(chosen.bind(model) if paged else chosen)
+        self.rows.most = None if memory is None else batch
         super().__init__(self._layers(plan))
         if paged:
             use_kvfold(model)

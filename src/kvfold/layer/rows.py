@@ -33,6 +33,8 @@ class Rows:
     def __init__(self, method: Method):
         self.own = method
         """The method of rows that no other batch brought."""
+        self.most: int | None = None
+        """Rows that a limit of memory was given for; None: there may be any number."""
         self.clear()
 
     def clear(self) -> None:
@@ -63,6 +65,14 @@ class Rows:
     def listens(self, event: str) -> bool:
         """Whether some row's method does anything at `event`."""
         return any(group.method.listens(event) for group in self.groups)
+
+    def check_most(self, batch: int) -> None:
+        """Raise ValueError where so many rows are more than a limit of memory was given for."""
+        if self.most is not None and batch > self.most:
+            raise ValueError(
+                f"{batch} rows, and memory= was given for batch={self.most}, which they would exceed: say how many "
+                "rows there are, beams and samples counted"
+            )
 
     # -- passes ----------------------------------------------------------------------------------------------
 
@@ -208,7 +218,7 @@ class Rows:
     def fork(self) -> "Rows":
         """The same, by itself."""
         other = Rows(self.own)
-        other.groups, other.seen, other.prompt = self.groups, self.seen, self.prompt
+        other.groups, other.seen, other.prompt, other.most = self.groups, self.seen, self.prompt, self.most
         other.width, other.width_before, other.number = self.width, self.width, self.number
         return other
 

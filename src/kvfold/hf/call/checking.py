@@ -38,13 +38,15 @@ class Checked(Modal):
         """Whether a pass over so many tokens would count as a prompt, not as generated ones."""
         return tokens > 1 or self.rows.width == 0 or bool(self.mode.prefilling)
 
-    def check_pass(self, tokens: int) -> None:
-        """Raise, before any layer has read, where a pass over so many tokens can't be.
+    def check_pass(self, tokens: int, rows: int) -> None:
+        """Raise, before any layer has read, where a pass over so many tokens of so many rows can't be.
 
-        ValueError where a method would drop tokens that their format can't drop alone, or reads prompts in its own way
-        beside rows of others, or where the model would forget its recurrent states; OutOfPages where an arena has no
-        room for a generated token in every layer. (What a prompt leaves of its tokens is known when they were read.)
+        ValueError where there are more rows than `memory` was given for, where a method would drop tokens that their
+        format can't drop alone, or reads prompts in its own way beside rows of others, or where the model would forget
+        its recurrent states; OutOfPages where an arena has no room for a generated token in every layer. (What a prompt
+        leaves of its tokens is known when they were read.)
         """
+        self.rows.check_most(rows)
         if tokens > 1 and any(map(is_recurrent, self.layers)):
             check_carried(self.model)
         if not self.rows.width:
