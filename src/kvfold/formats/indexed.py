@@ -1,6 +1,7 @@
 """A format whose segments remember an index of their tokens, so that a generated token reads few of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.formats.few import attend_few
+from kvfold.formats.few import Chosen, attend_few
 from kvfold.formats.index import Chooser, Remembered
 from kvfold.formats.paged import one_each
 from kvfold.formats.parts import Answer
@@ -20,6 +21,22 @@ from kvfold.rotation import Compact
 
 INNER, INDEX, CHOICE = "tokens.", "index.", "choice."
 """What tensors of a state are called after."""
+SEEN: list[Callable[..., None]] = []
+"""Who is told of every choice, see `choices_seen`."""
+
+
+@contextmanager
+def choices_seen(see: Callable[["IndexedSegment", Tensor, float, Chosen | None], None]) -> Iterator[None]:
+    """In this block `see(segment, q, scale, chosen)` is called for each query (B, H, G, 1, D) that is about to attend.
+
+    `chosen` are the units that are read for it, (B, H, S, N); None: all. For measurements: what is given is not to be
+    changed.
+    """
+    SEEN.append(see)
+    try:
+        yield
+    finally:
+        SEEN.remove(see)
 
 
 @dataclass(frozen=True)
@@ -138,6 +155,8 @@ class IndexedSegment(Uncaptured):
         """A generated token reads what is chosen for it; it is stored already."""
         selection = self.form.selection
         chosen, self.choice = selection.choose(self.index, q[:, :, :, 0], self.inner.counts(), self.seen, self.choice)
+        for see in SEEN:
+            see(self, q, scale, chosen)
         if chosen is None:
             return self.inner.attend(q, scale, weights=weights)
         rope = self.spec.rope if selection.slots else None
