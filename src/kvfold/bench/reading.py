@@ -15,6 +15,7 @@ from kvfold.evaluation.forced import fed
 from kvfold.formats import LOG_MASS, IndexedSegment
 from kvfold.formats.few import Chosen, read_slots
 from kvfold.formats.indexed import choices_seen
+from kvfold.formats.parts import Choosing
 from kvfold.hf.cache import Cache
 from kvfold.hf.shared_prefill import prefill_many
 from kvfold.methods import Method
@@ -84,7 +85,7 @@ class Watch:
 def index_bytes(cache: Cache) -> int:
     """Bytes of the indexes of all layers."""
     segments = [segment for core in cache.paged for _, segment in core.segments]
-    return sum(segment.index.nbytes for segment in segments if isinstance(segment, IndexedSegment))
+    return sum(segment.index_nbytes for segment in segments if isinstance(segment, Choosing))
 
 
 @torch.no_grad()

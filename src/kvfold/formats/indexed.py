@@ -116,6 +116,11 @@ class IndexedSegment(Uncaptured):
         total: int = self.inner.bytes_beside(counted) + self.index.nbytes + self.seen.nbytes + chosen
         return total
 
+    @property
+    def index_nbytes(self) -> int:
+        """Bytes of the index."""
+        return self.index.nbytes
+
     def nbytes_with(self, more: np.ndarray) -> int:
         """See `Segment.nbytes_with`."""
         units = -(-int((self.counts() + more).max(initial=0)) // self.form.selection.unit)
@@ -195,7 +200,7 @@ class IndexedSegment(Uncaptured):
         first = torch.where(gone, valid.cumsum(-1) - 1, valid.shape[-1]).amin(-1)
         self.inner.keep(mask, columns, slack=False)
         self._stale(gone.any((1, 2)).cpu().numpy())
-        self._renew(np.minimum(first.cpu().numpy(), self.inner.counts()))
+        renew(self, np.minimum(first.cpu().numpy(), self.inner.counts()))
 
     def amend(self, slots: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
         """See `Segment.amend`."""
@@ -204,19 +209,20 @@ class IndexedSegment(Uncaptured):
             valid, _ = self.inner.columns()
             ranks = (valid.cumsum(-1) - 1).gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, valid.shape[-1])
             self._stale((slots >= 0).any(2).any(1).cpu().numpy())
-            self._renew(np.minimum(ranks.amin(-1).cpu().numpy(), self.inner.counts()))
+            renew(self, np.minimum(ranks.amin(-1).cpu().numpy(), self.inner.counts()))
 
     def truncate(self, counts: np.ndarray, *, slack: bool = False) -> None:
         """See `Segment.truncate`."""
         before = self.inner.counts()
         self.inner.truncate(counts, slack=slack)
         self._stale(np.any(counts < before, axis=1))
-        self._renew(np.minimum(counts, before))
+        renew(self, np.minimum(counts, before))
 
     def cropped(self, limit: np.ndarray) -> None:
         """See `Segment.cropped`."""
         self.inner.cropped(limit)
         self._stale(limit < self.seen)
+        self.index.cropped(limit < self.seen)
         self.seen = np.minimum(self.seen, limit)
 
     def clear(self) -> None:
@@ -233,24 +239,6 @@ class IndexedSegment(Uncaptured):
         """What these rows (B,) chose is of tokens that are others now."""
         if self.choice is not None:
             self.choice.forget(rows)
-
-    def _renew(self, first: np.ndarray) -> None:
-        """Remember tokens `first[b, h]` and on of each row anew, and what lies in the same unit before them."""
-        unit = self.form.selection.unit
-        units, counts = first // unit, self.inner.counts()
-        changed = (first < counts) | (first % unit > 0)
-        if not changed.any():
-            self.index.forget(-(-counts // unit))
-            return
-        units = np.where(changed, units, -(-counts // unit))
-        self.index.forget(units)
-        tokens, start = self.inner.dense(), units * unit
-        begin = torch.from_numpy(start).to(tokens.valid.device)[..., None]
-        wanted = tokens.valid & (tokens.valid.cumsum(-1) > begin)
-        most = int(wanted.sum(-1).max()) if wanted.numel() else 0
-        order = torch.argsort((~wanted).byte(), dim=-1, stable=True)[..., :most]
-        some = tokens.take(order)
-        self.index.extend(some.but(wanted.gather(-1, order)), start)
 
     # -- rows and pages ----------------------------------------------------------------------------------------
 
@@ -292,6 +280,24 @@ class IndexedSegment(Uncaptured):
         known = mine | {f"{INDEX}{name}": x for name, x in self.index.state().items()}
         chosen = {} if self.choice is None else self.choice.state()
         return told, known | {f"{CHOICE}{name}": x for name, x in chosen.items()}
+
+
+def renew(segment: IndexedSegment, first: np.ndarray) -> None:
+    """Remember tokens `first[b, h]` and on of each row anew, and what lies in the same unit before them."""
+    unit, begins, counts = segment.form.selection.unit, segment.index.begins(first), segment.inner.counts()
+    units, changed = begins // unit, (first < counts) | (begins < first)
+    if not changed.any():
+        segment.index.forget(-(-counts // unit))
+        return
+    units = np.where(changed, units, -(-counts // unit))
+    segment.index.forget(units)
+    tokens, start = segment.inner.dense(), units * unit
+    begin = torch.from_numpy(start).to(tokens.valid.device)[..., None]
+    wanted = tokens.valid & (tokens.valid.cumsum(-1) > begin)
+    most = int(wanted.sum(-1).max()) if wanted.numel() else 0
+    order = torch.argsort((~wanted).byte(), dim=-1, stable=True)[..., :most]
+    some = tokens.take(order)
+    segment.index.extend(some.but(wanted.gather(-1, order)), start)
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

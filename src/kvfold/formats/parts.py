@@ -38,6 +38,11 @@ class Choosing(Protocol):
         """Over what is chosen for it."""
         ...
 
+    @property
+    def index_nbytes(self) -> int:
+        """Bytes of what it chooses by."""
+        ...
+
 
 def answers(part: Answering) -> bool:
     """Whether a query gets anything of it."""

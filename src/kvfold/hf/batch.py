@@ -13,6 +13,7 @@ from kvfold.hf.call.given import Given
 from kvfold.hf.call.hooks import watch
 from kvfold.hf.call.host import Host
 from kvfold.hf.layers import PagedLayer, WindowLayer
+from kvfold.layer.rows import check_most
 from kvfold.options import check_rows, shown
 
 
@@ -66,13 +67,13 @@ class Batch(Host):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, side by side."""
-        self.rows.check_most(repeats * self.rows.batch)
+        check_most(self.rows, repeats * self.rows.batch)
         super().batch_repeat_interleave(repeats)
         self._rows_are(np.repeat(np.arange(self.rows.batch), repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows."""
-        self.rows.check_most(len(indices) if indices.dtype != torch.bool else int(indices.sum()))
+        check_most(self.rows, len(indices) if indices.dtype != torch.bool else int(indices.sum()))
         super().batch_select_indices(indices)
         self._rows_are(np.arange(self.rows.batch)[indices.cpu().numpy()])
 
@@ -110,7 +111,7 @@ class Batch(Host):
                 check_join(mine, theirs)
         if not other.rows.batch:
             return
-        self.rows.check_most(self.rows.batch + other.rows.batch)
+        check_most(self.rows, self.rows.batch + other.rows.batch)
         fresh, self.given = not self.rows.batch, Given()  # from now on nobody knows which columns are whose
         for cache in (self, other):
             cache.name_columns()

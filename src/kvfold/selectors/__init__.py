@@ -5,6 +5,7 @@ from kvfold.selectors.bounds import Bounds
 from kvfold.selectors.keys import Keys
 from kvfold.selectors.reuse import Alike, Every, Reuse
 from kvfold.selectors.selection import Selection
+from kvfold.selectors.sentences import SENTENCE, Sentences
 from kvfold.selectors.votes import HEADS, Vote
 
-__all__ = ["HEADS", "Alike", "Always", "Bounds", "Every", "Keys", "Reuse", "Selection", "Vote"]
+__all__ = ["HEADS", "SENTENCE", "Alike", "Always", "Bounds", "Every", "Keys", "Reuse", "Selection", "Sentences", "Vote"]
