@@ -81,6 +81,15 @@ def fed(model: PreTrainedModel, cache: HFCache, ids: Int[Tensor, "B T"]) -> Iter
             yield Step(number, logits, time.perf_counter() - start)
 
 
+@torch.no_grad()
+def swallowed(model: PreTrainedModel, cache: HFCache, ids: Int[Tensor, "B T"]) -> None:
+    """Feed tokens one by one as `fed` does, and ask of none what comes next: a vocabulary is most of a small model."""
+    decoder = model.base_model
+    with as_long_as(model, cache.get_seq_length() + ids.shape[1]):
+        for token in ids.to(model.device).split(1, 1):
+            decoder(input_ids=token, **with_cache(model, cache))
+
+
 @contextmanager
 def watched(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """What goes into the model's output layer, (B, Q, E) for each forward."""
