@@ -2,6 +2,8 @@
 
 #include "kernels.hpp"
 
+#include "bounds.hpp"
+#include "choosing.hpp"
 #include "coded.hpp"
 #include "lanes.hpp"
 #include "linear.hpp"
@@ -171,7 +173,7 @@ double multiply_add(const MultiplyAdd& on) {
 
 extern const Kernels kernels;
 const Kernels kernels{TEXT(ISA),   LANES,      attend, attend_codes,   attend_sparse, attend_tokens, causal,
-                      column_sums, most_alike, linear, exponential_of, widen,         read,          read_pages,
-                      multiply_add};
+                      column_sums, most_alike, linear, bound_scores,   choose_units,  exponential_of, widen,
+                      read,        read_pages, multiply_add};
 
 }  // namespace kvfold::ISA

@@ -118,6 +118,17 @@ struct Linear {
     float* out;
 };
 
+// What units are worth by the bounds of their keys: held (rows, room, 2 d) has the largest of k, then of -k.
+struct BoundScores {
+    int64_t rows, g, d, room, width;
+    const float* q;  // (rows, g, d)
+    const void* held;
+    Kind kind;
+    const int64_t* units;  // (rows,)
+    int threads;
+    float* scores;  // (rows, g, width), -inf behind a row's units
+};
+
 // Pages in the order in which rows hold them, to be read and nothing else.
 struct Pages {
     const char *keys, *values;
@@ -135,6 +146,8 @@ struct MultiplyAdd {
     int threads;
 };
 
+struct UnitChoice;  // choice.hpp
+
 struct Kernels {
     const char* name;
     int lanes;
@@ -146,6 +159,8 @@ struct Kernels {
     void (*column_sums)(const ColumnSums&);
     void (*most_alike)(const Alike&);
     void (*linear)(const Linear&);
+    void (*bound_scores)(const BoundScores&);
+    void (*choose_units)(const UnitChoice&);
     void (*exponential)(const float* x, float* out, int64_t count);         // for tests
     void (*widen)(const void* x, Kind kind, float* out, int64_t count);     // for tests
     double (*read)(const float* x, int64_t count, int threads);             // a plain read, for benchmarks

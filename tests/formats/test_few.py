@@ -6,7 +6,7 @@ import torch
 from format_cases import ALL, LENGTHS, B, G, H, chunk, opened, query, softmax
 from torch.testing import assert_close
 
-from kvfold.formats import Dense, Format, Segment
+from kvfold.formats import Chosen, Dense, Format, Segment
 from kvfold.formats.few import attend_few
 from kvfold.formats.paged import PagedSegment
 from kvfold.pages import FewPages
@@ -36,7 +36,7 @@ def by_mask(segment: Segment, chosen: np.ndarray, unit: int, n: int = 1) -> tupl
 def test_units_are_the_tokens_that_they_name(form: Format, unit: int, lists: int, lengths):
     segment = opened(form, chunk(lengths))
     chosen = drawn(segment, unit, lists)
-    out, lse, _ = attend_few(segment, query(), 0.3, chosen, unit)
+    out, lse, _ = attend_few(segment, query(), 0.3, Chosen.of(chosen), unit)
     want, norm = by_mask(segment, chosen, unit)
     assert_close(out, want, atol=2e-5, rtol=1e-5)
     assert_close(lse, norm, atol=2e-5, rtol=1e-5)
@@ -46,7 +46,7 @@ def test_units_are_the_tokens_that_they_name(form: Format, unit: int, lists: int
 def test_weights_are_those_of_the_tokens_that_were_read(form: Format):
     segment = opened(form, chunk(LENGTHS))
     chosen = drawn(segment, 8, G)
-    *_, left = attend_few(segment, query(), 0.3, chosen, 8, weights=True)
+    *_, left = attend_few(segment, query(), 0.3, Chosen.of(chosen), 8, weights=True)
     assert left is None or (
         left.shape == (B, H, G, 1, segment.longest) and bool(((left.sum(-1) - 1).abs() < 1e-5).any())
     )
@@ -56,10 +56,10 @@ def test_what_is_not_read_is_not_looked_at():
     segment = opened(Dense(page_size=8), chunk(40))
     chosen = drawn(segment, 8, G, seed=1)
     chosen[..., 2] = False
-    clean, *_ = attend_few(segment, query(), 0.3, chosen, 8)
+    clean, *_ = attend_few(segment, query(), 0.3, Chosen.of(chosen), 8)
     for name in ("keys", "values"):
         segment.table.pool.planes[name][torch.from_numpy(segment.table.table[:, 2].astype(np.int64))] = torch.nan
-    found, *_ = attend_few(segment, query(), 0.3, chosen, 8)
+    found, *_ = attend_few(segment, query(), 0.3, Chosen.of(chosen), 8)
     assert torch.equal(clean, found)
 
 
@@ -69,9 +69,9 @@ def test_pages_are_read_as_pages_where_they_can_be(monkeypatch):
     plain = PagedSegment.columns
     monkeypatch.setattr(PagedSegment, "columns", lambda self: asked.append(self) or plain(self))
     segment = opened(Dense(page_size=8), chunk(LENGTHS))
-    attend_few(segment, query(), 0.3, drawn(segment, 16, G), 16)
+    attend_few(segment, query(), 0.3, Chosen.of(drawn(segment, 16, G)), 16)
     assert not asked
-    attend_few(segment, query(), 0.3, drawn(segment, 12, G), 12)
+    attend_few(segment, query(), 0.3, Chosen.of(drawn(segment, 12, G)), 12)
     assert asked
 
 
@@ -79,11 +79,11 @@ def test_a_list_holds_no_page_and_copies_none():
     segment = opened(Dense(page_size=8), chunk(40))
     table = segment.table
     used, tables = table.pool.used, len(table.pool.tables)
-    few = FewPages(table, np.ones((B * H, 1, 5), dtype=bool))
+    few = FewPages(table, np.arange(5)[None, None].repeat(B * H, 0))
     assert few.table.tolist() == table.table[:, :5].tolist() and few.lengths.tolist() == table.lengths.tolist()
     del few
     assert table.pool.used == used and len(table.pool.tables) == tables
     segment.keep(torch.arange(segment.longest) != 3 + torch.zeros(B, H, 1), {}, slack=True)
     if segment.table.holed:
         with pytest.raises(ValueError, match="holes"):
-            FewPages(table, np.ones((B * H, 1, 5), dtype=bool))
+            FewPages(table, np.arange(5)[None, None].repeat(B * H, 0))

@@ -6,17 +6,15 @@ from typing import cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from kvfold.formats.chosen import Chosen
 from kvfold.formats.paged import PagedSegment
 from kvfold.formats.parts import Answer, merged
 from kvfold.formats.segment import Segment
 from kvfold.formats.tailed import TailedSegment
 from kvfold.pages import FewPages, PageTable
-
-Chosen = Bool[np.ndarray, "B H S N"]
-"""Which units of a (row, head)'s tokens, counted through them in order, each of S lists has; S divides its group."""
 
 
 def attend_few(
@@ -37,10 +35,10 @@ def attend_few(
 
 def _pages(
     parts: Sequence[object], chosen: Chosen, unit: int
-) -> list[tuple[PagedSegment, Bool[np.ndarray, "B H S M"]]] | None:
-    """Each part that holds tokens, and which of its pages those units are; None where they are no whole pages."""
+) -> list[tuple[PagedSegment, Int[np.ndarray, "B H S M"]]] | None:
+    """Each part that holds tokens, and the places of those units' pages in it; None where they are no whole pages."""
     found: list[tuple[PagedSegment, np.ndarray]] = []
-    start: Int[np.ndarray, "B H"] = np.zeros(chosen.shape[:2], dtype=np.int64)
+    start: Int[np.ndarray, "B H"] = np.zeros(chosen.counts.shape[:2], dtype=np.int64)
     for part in parts:
         if not isinstance(part, PagedSegment) or not part.listed or part.table.holed:
             return None
@@ -48,20 +46,23 @@ def _pages(
         if unit % size or (start % size).any():
             return None
         if part.longest:
-            place = start[..., None] + np.arange(part.table.table.shape[1]) * size
-            number = np.minimum(place // unit, chosen.shape[-1] - 1)
-            some = np.take_along_axis(
-                chosen, np.broadcast_to(number[:, :, None], (*chosen.shape[:3], number.shape[-1])), -1
-            )
-            found.append((part, some))
+            found.append((part, _places(chosen, unit // size, start // size)))
         start = start + counts
     return found
 
 
-def _listed(part: PagedSegment, q: Tensor, scale: float, pages: Bool[np.ndarray, "B H S M"]) -> Answer:
-    (b, h, g, n, d), lists = q.shape, pages.shape[2]
+def _places(chosen: Chosen, pages: int, before: Int[np.ndarray, "B H"]) -> Int[np.ndarray, "B H S M"]:
+    """The places of units of so many pages behind `before` others; negative where there is none."""
+    if pages == 1 and not before.any():
+        return chosen.numbers
+    first = np.where(chosen.numbers < 0, -1 - before.max(initial=0), chosen.numbers) * pages - before[..., None, None]
+    return (first[..., None] + np.arange(pages)).reshape(*first.shape[:3], -1)
+
+
+def _listed(part: PagedSegment, q: Tensor, scale: float, places: Int[np.ndarray, "B H S M"]) -> Answer:
+    (b, h, g, n, d), lists = q.shape, places.shape[2]
     few = copy(part)
-    few.table = cast(PageTable, FewPages(part.table, pages.reshape(b * h, lists, -1)))  # as far as reading goes
+    few.table = cast(PageTable, FewPages(part.table, places.reshape(b * h, lists, -1)))  # as far as reading goes
     few.heads = h * lists
     out, lse, _ = few.attend(q.reshape(b, h * lists, g // lists, n, d), scale)
     return out.reshape(b, h, g, n, -1), lse.reshape(b, h, g, n), None
@@ -69,8 +70,8 @@ def _listed(part: PagedSegment, q: Tensor, scale: float, pages: Bool[np.ndarray,
 
 def _masked(segment: Segment, q: Tensor, scale: float, chosen: Chosen, unit: int, weights: bool) -> Answer:
     valid, _ = segment.columns()
-    number = ((valid.cumsum(-1) - 1).clamp(min=0) // unit).clamp(max=chosen.shape[-1] - 1)
-    units, lists = torch.from_numpy(chosen).to(valid.device), chosen.shape[2]
+    number = ((valid.cumsum(-1) - 1).clamp(min=0) // unit).clamp(max=chosen.total - 1)
+    units, lists = torch.from_numpy(chosen.mask).to(valid.device), chosen.counts.shape[2]
     found = []
     for some, asked in zip(units.unbind(2), q.chunk(lists, 2), strict=True):
         found.append(segment.attend(asked, scale, read=valid & some.gather(-1, number), weights=weights))

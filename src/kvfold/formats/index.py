@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kvfold.formats.chosen import Chosen
 from kvfold.formats.segment import Spec
 
 
@@ -105,6 +106,6 @@ class Chooser(Protocol):
     def choose(
         self, remembered: Remembered, q: Float[Tensor, "B H G D"], counts: Int[np.ndarray, "B H"],
         seen: Int[np.ndarray, " B"],
-    ) -> Bool[np.ndarray, "B H S N"] | None:  # fmt: skip
+    ) -> Chosen | None:  # fmt: skip
         """Which units each query head (S = G) or KV head (S = 1) reads; None: all of them, in every row."""
         ...

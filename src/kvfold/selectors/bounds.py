@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kvfold import ops
 from kvfold.formats import Spec, register
 from kvfold.options import check_int
 from kvfold.pages import PAGE_SIZE
@@ -69,22 +70,8 @@ class BoundsOf:
         """See `Remembered.extend`."""
         if not bool(valid.any()):
             return
-        new, unit = keys.to(self.held.dtype), self.unit
-        first = int(start.flat[0]) if start.size else 0
-        if bool((start == first).all()) and bool(valid.all()):
-            before, behind = first % unit, -(first + keys.shape[2]) % unit
-            self._reach(-(-(first + keys.shape[2]) // unit))
-            units = slice(first // unit, -(-(first + keys.shape[2]) // unit))
-            for some, sign in zip(self.held[:, :, units].chunk(2, -1), (1, -1), strict=True):
-                padded = F.pad(new * sign if sign < 0 else new, (0, 0, before, behind), value=-torch.inf)
-                torch.maximum(some, padded.view(*padded.shape[:2], -1, unit, padded.shape[3]).amax(3), out=some)
-            return
-        begin = torch.from_numpy(np.ascontiguousarray(start)).to(keys.device)
-        number = (begin[..., None] + valid.cumsum(-1) - 1) // unit
-        self._reach(int(number.max()) + 1)
-        place = number.clamp(min=0)[..., None].expand(*number.shape, self.held.shape[-1])
-        both = torch.cat([new, -new], -1).masked_fill(~valid[..., None], -torch.inf)
-        self.held.scatter_reduce_(2, place, both, "amax")
+        self._reach(-(-int((start + valid.sum(-1).cpu().numpy()).max()) // self.unit))
+        ops.raise_bounds(self.held, keys.to(self.held.dtype), valid, start, self.unit)
 
     def forget(self, units: np.ndarray) -> None:
         """See `Remembered.forget`."""
@@ -96,13 +83,7 @@ class BoundsOf:
 
     def scores(self, q: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
         """See `Remembered.scores`; not scaled, which changes no order."""
-        number = int(units.max(initial=0))
-        asked = torch.cat([q.relu(), (-q).relu()], -1).float()
-        found = asked @ self.held[:, :, :number].float().mT
-        if (units == number).all():
-            return found
-        none = torch.arange(number) >= torch.from_numpy(np.ascontiguousarray(units))[..., None]
-        return found.masked_fill(none.to(q.device)[:, :, None], -torch.inf)
+        return ops.bound_scores(q, self.held, units)
 
     def select(self, rows: np.ndarray) -> "BoundsOf":
         """See `Remembered.select`."""

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget, is_all
-from kvfold.formats import Index, Remembered, register
-from kvfold.ops import top_mask
+from kvfold.formats import Chosen, Index, Remembered, register
+from kvfold.ops import choose_units
 from kvfold.options import check_choice, check_int
 
 HEADS = ("each", "sum", "max")
@@ -55,34 +54,15 @@ class Selection:
     def choose(
         self, remembered: Remembered, q: Float[Tensor, "B H G D"], counts: Int[np.ndarray, "B H"],
         seen: Int[np.ndarray, " B"],
-    ) -> Bool[np.ndarray, "B H S N"] | None:  # fmt: skip
+    ) -> Chosen | None:  # fmt: skip
         """Which units each query head (S = G) or KV head (S = 1) reads; None: all of them, in every row."""
         units, room = -(-counts // self.unit), self.room(seen)
         if is_all(self.budget) or (units <= room[:, None]).all():
             return None
         scores = remembered.scores(q, units)
-        if self.heads != "each":
-            scores = scores.sum(2, keepdim=True) if self.heads == "sum" else scores.amax(2, keepdim=True)
-        scores = self._forced(scores, units, room)
-        (b, h, lists, n), wide = scores.shape, np.broadcast_to(room[:, None], units.shape).repeat(scores.shape[2], 1)
-        best = top_mask(scores.reshape(b, h * lists, n), torch.from_numpy(wide.copy()).to(scores.device))
-        chosen: np.ndarray = best.view(b, h, lists, n).cpu().numpy()
-        return chosen
-
-    def _forced(
-        self, scores: Float[Tensor, "B H S N"], units: Int[np.ndarray, "B H"], room: Int[np.ndarray, " B"]
-    ) -> Float[Tensor, "B H S N"]:
-        """What is always read is worth more than all else, and the more surely, the more."""
-        high = torch.finfo(scores.dtype).max
-        scores = scores.clamp(max=high / 8)  # NaN stays, which is never chosen before a number
-        place = torch.arange(scores.shape[-1], device=scores.device)
-        behind = (torch.from_numpy(units).to(scores.device)[..., None] - 1 - place)[:, :, None]  # 0: the last one
-        there = behind >= 0
-        if self.recent:
-            scores = scores.masked_fill(there & (behind <= -(-self.recent // self.unit)), high / 4)
-        if self.sinks:
-            scores = scores.masked_fill(there & (place < -(-self.sinks // self.unit)), high / 2)
-        return scores.masked_fill(behind == 0, high)
+        sinks, recent = -(-self.sinks // self.unit), -(-self.recent // self.unit)
+        best = choose_units(scores, units, room, heads=self.heads, sinks=sinks, recent=recent)
+        return Chosen(*best, scores.shape[-1])
 
 
 register("selection", Selection)

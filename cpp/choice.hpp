@@ -1,0 +1,44 @@
+// What is remembered of units of tokens, and the choice among them; N = (row, KV head).
+#pragma once
+
+#include "kernels.hpp"
+
+namespace kvfold {
+
+enum class Reduce { each, sum, max };  // whether each head of a group has a list of its own, or all share one
+
+struct UnitChoice {
+    int64_t rows, g, width;
+    const float* scores;           // (rows, g, width)
+    const int64_t *units, *room;   // (rows,) units there are, and units to choose at most
+    Reduce reduce;
+    int64_t sinks, recent;  // units that are always read, the last one beside
+    int64_t most;
+    int threads;
+    int32_t *numbers, *counts;  // (rows * lists, most) ascending, then -1; (rows * lists,)
+};
+
+struct RaiseBounds {
+    int64_t rows, count, d, room, unit;
+    void* held;        // (rows, room, 2 d)
+    const void* keys;  // (rows, count, d), of the same kind
+    Kind kind;
+    const bool* valid;     // (rows, count)
+    const int64_t* start;  // (rows,) tokens that came before
+    int threads;
+};
+
+struct Candidate {
+    float score;
+    int32_t unit;
+};
+
+// The number that is in place `most`, counted from 1, from the highest on.
+float highest_of(float* numbers, int64_t most, int64_t count);
+// The `most` best of `count` come first, in any order: of equal scores the earlier units.
+void best_first(Candidate* of, int64_t most, int64_t count);
+void ascending(const Candidate* of, int64_t count, int32_t* units);
+
+void raise_bounds(const RaiseBounds& on);
+
+}  // namespace kvfold
