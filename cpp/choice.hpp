@@ -28,6 +28,15 @@ struct RaiseBounds {
     int threads;
 };
 
+// Units that are chosen, as the pages of each list: a unit is some pages, and the first of a row lie elsewhere.
+struct PageLists {
+    Rows on;                 // what the lists are of: table, lengths and page_size count
+    int64_t lists, most, pages;  // lists of all rows, side by side; numbers of each; pages of a unit
+    const int32_t* numbers;  // (lists, most) ascending, then -1
+    const int64_t* before;   // (rows,) pages
+    int32_t *listed, *lengths;  // (lists, most * pages), then -1; (lists,)
+};
+
 struct Candidate {
     float score;
     int32_t unit;
@@ -39,6 +48,7 @@ float highest_of(float* numbers, int64_t most, int64_t count);
 void best_first(Candidate* of, int64_t most, int64_t count);
 void ascending(const Candidate* of, int64_t count, int32_t* units);
 
+void list_pages(const PageLists& on);
 void raise_bounds(const RaiseBounds& on);
 
 }  // namespace kvfold

@@ -554,6 +554,28 @@ void chosen_units(Array<const float, 3> scores, Array<const int64_t, 1> units, A
     sets.front()->choose_units(on);
 }
 
+// The pages of units of each row's lists: see `PageLists`.
+void listed_pages(Table numbers, Table table, Counts lengths, int64_t page_size, int64_t pages,
+                  Array<const int64_t, 1> before, Array<int32_t, 2> listed, Array<int32_t, 1> list_lengths) {
+    PageLists on{};
+    on.on.rows = table.shape(0), on.on.page_size = page_size, on.on.table = table.data(), on.on.width = table.shape(1);
+    on.on.lengths = lengths.data(), on.lists = numbers.shape(0), on.most = numbers.shape(1), on.pages = pages;
+    check(page_size > 0 && pages > 0, "page_size and pages must be at least 1");
+    check(lengths.shape(0) == table.shape(0) && before.shape(0) == table.shape(0) &&
+              (on.on.rows ? on.lists % on.on.rows == 0 : on.lists == 0),
+          "numbers must have lists for each of the table's rows");
+    check(listed.shape(0) == numbers.shape(0) && static_cast<int64_t>(listed.shape(1)) == on.most * pages &&
+              list_lengths.shape(0) == numbers.shape(0),
+          "shapes of numbers, listed and their lengths don't fit");
+    for (int64_t r = 0; r < on.on.rows; r++)
+        check(before.data()[r] >= 0 && lengths.data()[r] >= 0 &&
+                  (lengths.data()[r] + page_size - 1) / page_size <= on.on.width,
+              "lengths go beyond the table");
+    on.numbers = numbers.data(), on.before = before.data(), on.listed = listed.data(), on.lengths = list_lengths.data();
+    const Free free;
+    list_pages(on);
+}
+
 // Bounds of units (N, room, 2 D) rise to hold keys (N, T, D) too; token i of those that are valid is number start + i.
 void raised(nb::ndarray<nb::ndim<3>, nb::c_contig, nb::device::cpu> held, Const3 keys, Array<const bool, 2> valid,
             Array<const int64_t, 1> start, int64_t unit, int threads) {
@@ -674,6 +696,7 @@ NB_MODULE(_cpu, m) {
           "out"_a.noconvert());
     m.def("bound_scores", bound_scores, "q"_a.noconvert(), "held"_a.noconvert(), "units"_a.noconvert(), "threads"_a, "scores"_a.noconvert());
     m.def("choose_units", chosen_units, "scores"_a.noconvert(), "units"_a.noconvert(), "room"_a.noconvert(), "heads"_a, "sinks"_a, "recent"_a, "threads"_a, "numbers"_a.noconvert(), "counts"_a.noconvert());
+    m.def("list_pages", listed_pages, "numbers"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "pages"_a, "before"_a.noconvert(), "listed"_a.noconvert(), "list_lengths"_a.noconvert());
     m.def("raise_bounds", raised, "held"_a.noconvert(), "keys"_a.noconvert(), "valid"_a.noconvert(), "start"_a.noconvert(), "unit"_a, "threads"_a);
     m.def("read", [](Array<const float, 1> x, int threads) {
         const Free free;

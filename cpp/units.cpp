@@ -52,6 +52,25 @@ void ascending(const Candidate* of, int64_t count, int32_t* units) {
     std::sort(units, units + count);
 }
 
+void list_pages(const PageLists& on) {
+    const int64_t each = on.lists / on.on.rows, most = on.most * on.pages;
+    for (int64_t list = 0; list < on.lists; list++) {
+        const int64_t row = list / each, needed = (on.on.lengths[row] + on.on.page_size - 1) / on.on.page_size;
+        const int32_t *number = on.numbers + list * on.most, *held = on.on.table + row * on.on.width;
+        int32_t* out = on.listed + list * most;
+        int64_t count = 0, slack = 0;
+        for (int64_t k = 0; k < on.most && number[k] >= 0; k++) {
+            const int64_t first = number[k] * on.pages - on.before[row];
+            for (int64_t i = std::max<int64_t>(first, 0); i < std::min(first + on.pages, needed); i++) {
+                out[count++] = held[i];
+                if (i == needed - 1) slack = needed * on.on.page_size - on.on.lengths[row];
+            }
+        }
+        std::fill(out + count, out + most, -1);
+        on.lengths[list] = static_cast<int32_t>(count * on.on.page_size - slack);
+    }
+}
+
 void raise_bounds(const RaiseBounds& on) {
     const Task task = on.kind == Kind::f32    ? raise_row<uint32_t, 0x7f800000u>
                       : on.kind == Kind::bf16 ? raise_row<uint16_t, 0x7f80>

@@ -7,9 +7,8 @@ from format_cases import ALL, LENGTHS, B, G, H, chunk, opened, query, softmax
 from torch.testing import assert_close
 
 from kvfold.formats import Chosen, Dense, Format, Segment
-from kvfold.formats.few import attend_few
+from kvfold.formats.few import attend_few, few_pages
 from kvfold.formats.paged import PagedSegment
-from kvfold.pages import FewPages
 
 
 def drawn(segment: Segment, unit: int, lists: int, seed: int = 0, share: float = 0.5) -> np.ndarray:
@@ -79,11 +78,12 @@ def test_a_list_holds_no_page_and_copies_none():
     segment = opened(Dense(page_size=8), chunk(40))
     table = segment.table
     used, tables = table.pool.used, len(table.pool.tables)
-    few = FewPages(table, np.arange(5)[None, None].repeat(B * H, 0))
+    every = Chosen.of(np.ones((B, H, 1, 5), dtype=bool))
+    few = few_pages(table, every, 1, np.zeros((B, H), dtype=np.int64))
     assert few.table.tolist() == table.table[:, :5].tolist() and few.lengths.tolist() == table.lengths.tolist()
     del few
     assert table.pool.used == used and len(table.pool.tables) == tables
     segment.keep(torch.arange(segment.longest) != 3 + torch.zeros(B, H, 1), {}, slack=True)
     if segment.table.holed:
         with pytest.raises(ValueError, match="holes"):
-            FewPages(table, np.arange(5)[None, None].repeat(B * H, 0))
+            few_pages(table, every, 1, np.zeros((B, H), dtype=np.int64))

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kvfold import ops
 from kvfold.formats.chosen import Chosen
 from kvfold.formats.paged import PagedSegment
 from kvfold.formats.parts import Answer, merged
@@ -35,9 +36,9 @@ def attend_few(
 
 def _pages(
     parts: Sequence[object], chosen: Chosen, unit: int
-) -> list[tuple[PagedSegment, Int[np.ndarray, "B H S M"]]] | None:
-    """Each part that holds tokens, and the places of those units' pages in it; None where they are no whole pages."""
-    found: list[tuple[PagedSegment, np.ndarray]] = []
+) -> list[tuple[PagedSegment, FewPages]] | None:
+    """Each part that holds tokens, and the pages of those units in it; None where they are no whole pages."""
+    found: list[tuple[PagedSegment, FewPages]] = []
     start: Int[np.ndarray, "B H"] = np.zeros(chosen.counts.shape[:2], dtype=np.int64)
     for part in parts:
         if not isinstance(part, PagedSegment) or not part.listed or part.table.holed:
@@ -46,24 +47,21 @@ def _pages(
         if unit % size or (start % size).any():
             return None
         if part.longest:
-            found.append((part, _places(chosen, unit // size, start // size)))
+            found.append((part, few_pages(part.table, chosen, unit // size, start // size)))
         start = start + counts
     return found
 
 
-def _places(chosen: Chosen, pages: int, before: Int[np.ndarray, "B H"]) -> Int[np.ndarray, "B H S M"]:
-    """The places of units of so many pages behind `before` others; negative where there is none."""
-    if pages == 1 and not before.any():
-        return chosen.numbers
-    first = np.where(chosen.numbers < 0, -1 - before.max(initial=0), chosen.numbers) * pages - before[..., None, None]
-    return (first[..., None] + np.arange(pages)).reshape(*first.shape[:3], -1)
+def few_pages(table: PageTable, chosen: Chosen, pages: int, before: Int[np.ndarray, "B H"]) -> FewPages:
+    """What a table of (row, head)s holds of units of so many pages each, which begin with `before` pages elsewhere."""
+    lists, most = chosen.numbers.shape[2:]
+    return FewPages(table, *ops.list_pages(table, chosen.numbers.reshape(-1, lists, most), pages, before.reshape(-1)))
 
 
-def _listed(part: PagedSegment, q: Tensor, scale: float, places: Int[np.ndarray, "B H S M"]) -> Answer:
-    (b, h, g, n, d), lists = q.shape, places.shape[2]
-    few = copy(part)
-    few.table = cast(PageTable, FewPages(part.table, places.reshape(b * h, lists, -1)))  # as far as reading goes
-    few.heads = h * lists
+def _listed(part: PagedSegment, q: Tensor, scale: float, pages: FewPages) -> Answer:
+    (b, h, g, n, d), few = q.shape, copy(part)
+    lists = len(pages.lengths) // (b * h)
+    few.table, few.heads = cast(PageTable, pages), h * lists  # a table as far as reading goes
     out, lse, _ = few.attend(q.reshape(b, h * lists, g // lists, n, d), scale)
     return out.reshape(b, h, g, n, -1), lse.reshape(b, h, g, n), None
 

@@ -68,9 +68,10 @@ class BoundsOf:
 
     def extend(self, keys: Float[Tensor, "B H N D"], valid: Bool[Tensor, "B H N"], start: np.ndarray) -> None:
         """See `Remembered.extend`."""
-        if not bool(valid.any()):
+        new = valid.cpu().numpy().sum(-1)
+        if not new.any():
             return
-        self._reach(-(-int((start + valid.sum(-1).cpu().numpy()).max()) // self.unit))
+        self._reach(-(-int((start + new).max()) // self.unit))
         ops.raise_bounds(self.held, keys.to(self.held.dtype), valid, start, self.unit)
 
     def forget(self, units: np.ndarray) -> None:

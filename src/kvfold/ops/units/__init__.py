@@ -3,6 +3,8 @@
 A unit is some tokens of a (row, KV head) that follow each other, N of them in the longest row.
 """
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from kvfold.ops.dispatch import select
 from kvfold.ops.units import cpu, naive  # noqa: F401  (each registers itself)
 
-__all__ = ["bound_scores", "choose_units", "raise_bounds"]
+__all__ = ["bound_scores", "choose_units", "list_pages", "raise_bounds"]
 
 
 def raise_bounds(
@@ -56,5 +58,19 @@ def choose_units(
     """
     found: tuple[np.ndarray, np.ndarray] = select("choose_units", scores)(
         scores, units, room, heads=heads, sinks=sinks, recent=recent
+    )
+    return found
+
+
+def list_pages(
+    table: Any, numbers: Int32[np.ndarray, "R S K"], pages: int, before: Int[np.ndarray, " R"]
+) -> tuple[Int32[np.ndarray, "L M"], Int32[np.ndarray, " L"]]:
+    """The pages of some units of each row of a page table, and the slots on them; list s of row r is r * S + s of L.
+
+    A unit is `pages` pages, whose numbers are counted from `before[r]` pages before the row's first one. Units, or pages
+    of them, that the row has not are left out. `numbers` ascend, and then are -1, as the pages are.
+    """
+    found: tuple[np.ndarray, np.ndarray] = select("list_pages", next(iter(table.pool.planes.values())))(
+        table, numbers, pages, before
     )
     return found

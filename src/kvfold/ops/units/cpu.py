@@ -1,5 +1,7 @@
 """Units of tokens with the compiled kernels: the index is read once for all heads of a group, and no mask is made."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -58,6 +60,19 @@ def choose_units(
         numbers.reshape(b * h * lists, most), counts.reshape(-1),
     )  # fmt: skip
     return numbers, counts
+
+
+@register("list_pages", "cpu", rank=10, fits=lambda x: x.device.type == "cpu" and library() is not None)
+def list_pages(table: Any, numbers: np.ndarray, pages: int, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    from kvfold.ops import _cpu
+
+    rows, lists, most = numbers.shape
+    listed, lengths = np.empty((rows * lists, most * pages), dtype=np.int32), np.empty(rows * lists, dtype=np.int32)
+    _cpu.list_pages(
+        np.ascontiguousarray(numbers).reshape(rows * lists, most), table.table, table.lengths, table.pool.page_size, pages,
+        _whole(before), listed, lengths,
+    )  # fmt: skip
+    return listed, lengths
 
 
 def _whole(counts: np.ndarray) -> np.ndarray:

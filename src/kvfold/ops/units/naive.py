@@ -1,5 +1,7 @@
 """Units of tokens in plain torch."""
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,19 @@ def choose_units(
     (b, h, lists, n), wide = worth.shape, np.broadcast_to(room[:, None], units.shape).repeat(worth.shape[2], 1)
     best = top_mask(worth.reshape(b, h * lists, n), torch.from_numpy(wide.copy()).to(worth.device))
     return listed(best.view(b, h, lists, n).cpu().numpy())
+
+
+@register("list_pages", "naive", rank=0)
+def list_pages(table: Any, numbers: np.ndarray, pages: int, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    size, needed, (rows, lists, most) = table.pool.page_size, table.needed[:, None, None], numbers.shape
+    first = numbers.astype(np.int64) * pages - before[:, None, None]
+    places = (first[..., None] + np.arange(pages)).reshape(rows, lists, most * pages)
+    held = (places >= 0) & (places < needed) & (numbers >= 0).repeat(pages, -1)
+    counts, whole = held.sum(-1), (held & (places == needed - 1)).any(-1)
+    found = np.full(held.shape, -1, dtype=np.int32)
+    found[np.arange(held.shape[2]) < counts[..., None]] = table.table[held.nonzero()[0], places[held]]
+    lengths = counts * size - np.where(whole, (-table.lengths % size)[:, None], 0)  # what a row's last page has not
+    return found.reshape(rows * lists, most * pages), lengths.astype(np.int32).reshape(-1)
 
 
 def listed(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
