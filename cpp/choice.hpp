@@ -28,13 +28,14 @@ struct RaiseBounds {
     int threads;
 };
 
-// Units that are chosen, as the pages of each list: a unit is some pages, and the first of a row lie elsewhere.
+// Units that are chosen, as the pages of each list, or as its slots among all of the pool; the first of a row lie elsewhere.
 struct PageLists {
-    Rows on;                 // what the lists are of: table, lengths and page_size count
-    int64_t lists, most, pages;  // lists of all rows, side by side; numbers of each; pages of a unit
-    const int32_t* numbers;  // (lists, most) ascending, then -1
-    const int64_t* before;   // (rows,) pages
-    int32_t *listed, *lengths;  // (lists, most * pages), then -1; (lists,)
+    Rows on;  // what the lists are of: table, lengths and page_size count
+    bool slots;
+    int64_t lists, most, each;  // lists of all rows, side by side; numbers of each; pages, or slots, of a unit
+    const int32_t* numbers;     // (lists, most) ascending, then -1
+    const int64_t* before;      // (rows,) pages, or slots
+    int32_t *listed, *lengths;  // (lists, most * each), then -1; (lists,) slots
 };
 
 struct Candidate {

@@ -152,6 +152,7 @@ struct Kernels {
     const char* name;
     int lanes;
     void (*attend)(const Attend&);
+    void (*attend_singles)(const Attend&);  // pages of one token
     void (*attend_codes)(const Codes&);
     void (*attend_sparse)(const Sparse&);
     void (*attend_tokens)(const Tokens&);

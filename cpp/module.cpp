@@ -119,11 +119,12 @@ size_t bytes_of(const A& array) {
 using Table = Array<const int32_t, 2>;
 using Counts = Array<const int32_t, 1>;
 
-Rows rows_of(const Table& table, const Counts& lengths, const Table& holes, const Counts& hole_count, int64_t page_size) {
+Rows rows_of(const Table& table, const Counts& lengths, const Table& holes, const Counts& hole_count, int64_t page_size,
+             bool singles = false) {
     const size_t rows = table.shape(0);
     check(lengths.shape(0) == rows && hole_count.shape(0) == rows && holes.shape(0) == rows,
           "table, lengths, holes and hole_count must have the same rows");
-    check(page_size > 0 && page_size % 4 == 0, "page_size must be a multiple of 4");
+    check((page_size > 0 && page_size % 4 == 0) || (singles && page_size == 1), "page_size must be a multiple of 4");
     return {static_cast<int64_t>(rows), page_size, table.data(), static_cast<int64_t>(table.shape(1)), lengths.data(),
             holes.data(), static_cast<int64_t>(holes.shape(1)), hole_count.data()};
 }
@@ -178,15 +179,15 @@ void attend(Array<const float, 3> q, Const2 keys, Const2 values, std::optional<A
             int64_t page_size, float scale, int threads, Array<float, 3> out, Array<float, 2> lse,
             std::optional<Array<float, 3>> weights) {
     Attend on{};
-    on.on = rows_of(table, lengths, holes, hole_count, page_size);
-    check(page_size <= BLOCK && BLOCK % page_size == 0, "page_size must be 4, 8, 16, 32 or 64");
+    on.on = rows_of(table, lengths, holes, hole_count, page_size, true);
+    check(page_size <= BLOCK && BLOCK % page_size == 0, "page_size must be 1, 4, 8, 16, 32 or 64");
     check(keys.shape(1) == q.shape(2) && keys.shape(0) == values.shape(0), "shapes of q, keys, values, out and lse don't fit");
     ask(on, q, values.shape(0), values.shape(1), mass, read, table, lengths, holes, hole_count, scale, threads, out, lse, weights);
     on.keys = keys.data(), on.values = values.data();
     on.key_kind = kind_of(keys), on.value_kind = kind_of(values);
     const Kernels& set = kernels_for({on.d, on.dv});
     const Free free;
-    set.attend(on);
+    (page_size == 1 ? set.attend_singles : set.attend)(on);
 }
 
 using Bytes = Array<const uint8_t, 2>;
@@ -554,17 +555,17 @@ void chosen_units(Array<const float, 3> scores, Array<const int64_t, 1> units, A
     sets.front()->choose_units(on);
 }
 
-// The pages of units of each row's lists: see `PageLists`.
-void listed_pages(Table numbers, Table table, Counts lengths, int64_t page_size, int64_t pages,
+// The pages, or slots, of units of each row's lists: see `PageLists`.
+void listed_pages(Table numbers, Table table, Counts lengths, int64_t page_size, bool slots, int64_t each,
                   Array<const int64_t, 1> before, Array<int32_t, 2> listed, Array<int32_t, 1> list_lengths) {
     PageLists on{};
     on.on.rows = table.shape(0), on.on.page_size = page_size, on.on.table = table.data(), on.on.width = table.shape(1);
-    on.on.lengths = lengths.data(), on.lists = numbers.shape(0), on.most = numbers.shape(1), on.pages = pages;
-    check(page_size > 0 && pages > 0, "page_size and pages must be at least 1");
+    on.on.lengths = lengths.data(), on.lists = numbers.shape(0), on.most = numbers.shape(1), on.each = each, on.slots = slots;
+    check(page_size > 0 && each > 0, "page_size and each must be at least 1");
     check(lengths.shape(0) == table.shape(0) && before.shape(0) == table.shape(0) &&
               (on.on.rows ? on.lists % on.on.rows == 0 : on.lists == 0),
           "numbers must have lists for each of the table's rows");
-    check(listed.shape(0) == numbers.shape(0) && static_cast<int64_t>(listed.shape(1)) == on.most * pages &&
+    check(listed.shape(0) == numbers.shape(0) && static_cast<int64_t>(listed.shape(1)) == on.most * each &&
               list_lengths.shape(0) == numbers.shape(0),
           "shapes of numbers, listed and their lengths don't fit");
     for (int64_t r = 0; r < on.on.rows; r++)
@@ -696,7 +697,7 @@ NB_MODULE(_cpu, m) {
           "out"_a.noconvert());
     m.def("bound_scores", bound_scores, "q"_a.noconvert(), "held"_a.noconvert(), "units"_a.noconvert(), "threads"_a, "scores"_a.noconvert());
     m.def("choose_units", chosen_units, "scores"_a.noconvert(), "units"_a.noconvert(), "room"_a.noconvert(), "heads"_a, "sinks"_a, "recent"_a, "threads"_a, "numbers"_a.noconvert(), "counts"_a.noconvert());
-    m.def("list_pages", listed_pages, "numbers"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "pages"_a, "before"_a.noconvert(), "listed"_a.noconvert(), "list_lengths"_a.noconvert());
+    m.def("list_pages", listed_pages, "numbers"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "slots"_a, "each"_a, "before"_a.noconvert(), "listed"_a.noconvert(), "list_lengths"_a.noconvert());
     m.def("raise_bounds", raised, "held"_a.noconvert(), "keys"_a.noconvert(), "valid"_a.noconvert(), "start"_a.noconvert(), "unit"_a, "threads"_a);
     m.def("read", [](Array<const float, 1> x, int threads) {
         const Free free;

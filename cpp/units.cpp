@@ -53,21 +53,22 @@ void ascending(const Candidate* of, int64_t count, int32_t* units) {
 }
 
 void list_pages(const PageLists& on) {
-    const int64_t each = on.lists / on.on.rows, most = on.most * on.pages;
+    const int64_t lists = on.on.rows ? on.lists / on.on.rows : 0, most = on.most * on.each, size = on.on.page_size;
     for (int64_t list = 0; list < on.lists; list++) {
-        const int64_t row = list / each, needed = (on.on.lengths[row] + on.on.page_size - 1) / on.on.page_size;
-        const int32_t *number = on.numbers + list * on.most, *held = on.on.table + row * on.on.width;
+        const int64_t row = list / lists, length = on.on.lengths[row];
+        const int64_t held = on.slots ? length : (length + size - 1) / size;
+        const int32_t *number = on.numbers + list * on.most, *pages = on.on.table + row * on.on.width;
         int32_t* out = on.listed + list * most;
         int64_t count = 0, slack = 0;
         for (int64_t k = 0; k < on.most && number[k] >= 0; k++) {
-            const int64_t first = number[k] * on.pages - on.before[row];
-            for (int64_t i = std::max<int64_t>(first, 0); i < std::min(first + on.pages, needed); i++) {
-                out[count++] = held[i];
-                if (i == needed - 1) slack = needed * on.on.page_size - on.on.lengths[row];
+            const int64_t first = number[k] * on.each - on.before[row];
+            for (int64_t i = std::max<int64_t>(first, 0); i < std::min(first + on.each, held); i++) {
+                out[count++] = static_cast<int32_t>(on.slots ? pages[i / size] * size + i % size : pages[i]);
+                if (!on.slots && i == held - 1) slack = held * size - length;
             }
         }
         std::fill(out + count, out + most, -1);
-        on.lengths[list] = static_cast<int32_t>(count * on.on.page_size - slack);
+        on.lengths[list] = static_cast<int32_t>(on.slots ? count : count * size - slack);
     }
 }
 

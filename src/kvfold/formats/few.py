@@ -15,7 +15,7 @@ from kvfold.formats.paged import PagedSegment
 from kvfold.formats.parts import Answer, merged
 from kvfold.formats.segment import Segment
 from kvfold.formats.tailed import TailedSegment
-from kvfold.pages import FewPages, PageTable
+from kvfold.pages import FewPages, FewSlots, PageTable
 
 
 def attend_few(
@@ -23,8 +23,8 @@ def attend_few(
 ) -> Answer:
     """(out, lse, what each slot got) over the tokens of the units that are chosen, `unit` tokens each.
 
-    Where units are whole pages of what holds them, those pages are all that is read, and what it costs is theirs;
-    elsewhere the segment is told which slots to read.
+    Where units are whole pages of what holds them those pages are all that is read, else their tokens are, where the
+    format reads tokens one by one: it costs what is read. Elsewhere the segment is told which slots to read.
     """
     if not weights:
         parts = segment.parts if isinstance(segment, TailedSegment) else (segment,)
@@ -37,25 +37,37 @@ def attend_few(
 def _pages(
     parts: Sequence[object], chosen: Chosen, unit: int
 ) -> list[tuple[PagedSegment, FewPages]] | None:
-    """Each part that holds tokens, and the pages of those units in it; None where they are no whole pages."""
+    """Each part that holds tokens, and the pages of those units in it, or their slots; None where it reads neither."""
     found: list[tuple[PagedSegment, FewPages]] = []
     start: Int[np.ndarray, "B H"] = np.zeros(chosen.counts.shape[:2], dtype=np.int64)
     for part in parts:
         if not isinstance(part, PagedSegment) or not part.listed or part.table.holed:
             return None
         size, counts = part.pool.page_size, part.counts()
-        if unit % size or (start % size).any():
+        whole = not (unit % size or (start % size).any())
+        if not whole and not (part.singled and part.pool.device.type == "cpu"):
             return None
         if part.longest:
-            found.append((part, few_pages(part.table, chosen, unit // size, start // size)))
+            table = part.table
+            found.append((part, few_pages(table, chosen, unit, start) if whole else few_slots(table, chosen, unit, start)))
         start = start + counts
     return found
 
 
-def few_pages(table: PageTable, chosen: Chosen, pages: int, before: Int[np.ndarray, "B H"]) -> FewPages:
-    """What a table of (row, head)s holds of units of so many pages each, which begin with `before` pages elsewhere."""
-    lists, most = chosen.numbers.shape[2:]
-    return FewPages(table, *ops.list_pages(table, chosen.numbers.reshape(-1, lists, most), pages, before.reshape(-1)))
+def few_pages(table: PageTable, chosen: Chosen, unit: int, before: Int[np.ndarray, "B H"]) -> FewPages:
+    """The pages of a table of (row, head)s that units are, of which `before` tokens lie elsewhere."""
+    size = table.pool.page_size
+    return FewPages(table, *ops.list_pages(table, _by_row(chosen), unit // size, before.reshape(-1) // size))
+
+
+def few_slots(table: PageTable, chosen: Chosen, unit: int, before: Int[np.ndarray, "B H"]) -> FewSlots:
+    """The tokens of a table of (row, head)s that are of those units, of which `before` tokens lie elsewhere."""
+    return FewSlots(table, *ops.list_slots(table, _by_row(chosen), unit, before.reshape(-1)))
+
+
+def _by_row(chosen: Chosen) -> Int[np.ndarray, "R S K"]:
+    numbers: np.ndarray = chosen.numbers.reshape(-1, *chosen.numbers.shape[2:])
+    return numbers
 
 
 def _listed(part: PagedSegment, q: Tensor, scale: float, pages: FewPages) -> Answer:

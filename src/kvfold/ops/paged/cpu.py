@@ -107,7 +107,7 @@ def _readable(pool: Any, queries: int, d: int, mass: str | None) -> bool:
         keys.dtype in FLOATS and values.dtype in FLOATS and (mass is None or pool.specs[mass].dtype == torch.float32)
     )
     # As `answers` says, but in place: each layer asks at every step.
-    sizes = 0 < queries <= ROWS and d > 0 and pool.page_size in PAGE_SIZES and not (d % 4 or values.width % 4)
+    sizes = 0 < queries <= ROWS and d > 0 and pool.page_size in (1, *PAGE_SIZES) and not (d % 4 or values.width % 4)
     return kinds and sizes and pool.device.type == "cpu" and library() is not None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvfold.ops.dispatch import select
 from kvfold.ops.units import cpu, naive  # noqa: F401  (each registers itself)
 
-__all__ = ["bound_scores", "choose_units", "list_pages", "raise_bounds"]
+__all__ = ["bound_scores", "choose_units", "list_pages", "list_slots", "raise_bounds"]
 
 
 def raise_bounds(
@@ -72,5 +72,15 @@ def list_pages(
     """
     found: tuple[np.ndarray, np.ndarray] = select("list_pages", next(iter(table.pool.planes.values())))(
         table, numbers, pages, before
+    )
+    return found
+
+
+def list_slots(
+    table: Any, numbers: Int32[np.ndarray, "R S K"], unit: int, before: Int[np.ndarray, " R"]
+) -> tuple[Int32[np.ndarray, "L M"], Int32[np.ndarray, " L"]]:
+    """As `list_pages`, but for units of `unit` slots: where each lies among all slots of the pool."""
+    found: tuple[np.ndarray, np.ndarray] = select("list_slots", next(iter(table.pool.planes.values())))(
+        table, numbers, unit, before
     )
     return found

@@ -11,8 +11,14 @@ from kvfold.ops.dispatch import register
 from kvfold.ops.units import naive
 
 
+def is_here(x: Tensor) -> bool:
+    """Whether its tables are read by kernels of this machine, whatever lies on its pages."""
+    return x.device.type == "cpu" and library() is not None
+
+
 def is_float32(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and library() is not None
+    """Whether the kernel can take such scores; no gradient is lost, as numbers of units have none."""
+    return x.dtype == torch.float32 and is_here(x)
 
 
 @register("raise_bounds", "cpu", rank=10, fits=fits)
@@ -62,15 +68,26 @@ def choose_units(
     return numbers, counts
 
 
-@register("list_pages", "cpu", rank=10, fits=lambda x: x.device.type == "cpu" and library() is not None)
+@register("list_pages", "cpu", rank=10, fits=is_here)
 def list_pages(table: Any, numbers: np.ndarray, pages: int, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return _listed(table, numbers, pages, before, slots=False)
+
+
+@register("list_slots", "cpu", rank=10, fits=is_here)
+def list_slots(table: Any, numbers: np.ndarray, unit: int, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return _listed(table, numbers, unit, before, slots=True)
+
+
+def _listed(
+    table: Any, numbers: np.ndarray, each: int, before: np.ndarray, *, slots: bool
+) -> tuple[np.ndarray, np.ndarray]:
     from kvfold.ops import _cpu
 
     rows, lists, most = numbers.shape
-    listed, lengths = np.empty((rows * lists, most * pages), dtype=np.int32), np.empty(rows * lists, dtype=np.int32)
+    listed, lengths = np.empty((rows * lists, most * each), dtype=np.int32), np.empty(rows * lists, dtype=np.int32)
     _cpu.list_pages(
-        np.ascontiguousarray(numbers).reshape(rows * lists, most), table.table, table.lengths, table.pool.page_size, pages,
-        _whole(before), listed, lengths,
+        np.ascontiguousarray(numbers).reshape(rows * lists, most), table.table, table.lengths, table.pool.page_size,
+        slots, each, _whole(before), listed, lengths,
     )  # fmt: skip
     return listed, lengths
 

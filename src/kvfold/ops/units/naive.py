@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Int, Int32
 from torch import Tensor
 
 from kvfold.ops.choose import top_mask
@@ -58,15 +59,41 @@ def choose_units(
 
 @register("list_pages", "naive", rank=0)
 def list_pages(table: Any, numbers: np.ndarray, pages: int, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    size, needed, (rows, lists, most) = table.pool.page_size, table.needed[:, None, None], numbers.shape
-    first = numbers.astype(np.int64) * pages - before[:, None, None]
-    places = (first[..., None] + np.arange(pages)).reshape(rows, lists, most * pages)
-    held = (places >= 0) & (places < needed) & (numbers >= 0).repeat(pages, -1)
-    counts, whole = held.sum(-1), (held & (places == needed - 1)).any(-1)
-    found = np.full(held.shape, -1, dtype=np.int32)
-    found[np.arange(held.shape[2]) < counts[..., None]] = table.table[held.nonzero()[0], places[held]]
-    lengths = counts * size - np.where(whole, (-table.lengths % size)[:, None], 0)  # what a row's last page has not
-    return found.reshape(rows * lists, most * pages), lengths.astype(np.int32).reshape(-1)
+    size, needed = table.pool.page_size, table.needed
+    places, held = _places(numbers, pages, before, needed)
+    counts, last = held.sum(-1), (held & (places == needed[:, None, None] - 1)).any(-1)
+    lengths = counts * size - np.where(last, (-table.lengths % size)[:, None], 0)
+    return _packed(table.table[held.nonzero()[0], places[held]], counts, held.shape[2]), _flat(lengths)
+
+
+@register("list_slots", "naive", rank=0)
+def list_slots(table: Any, numbers: np.ndarray, unit: int, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    size = table.pool.page_size
+    places, held = _places(numbers, unit, before, table.lengths)
+    slots, counts = places[held], held.sum(-1)
+    found = table.table[held.nonzero()[0], slots // size] * size + slots % size
+    return _packed(found, counts, held.shape[2]), _flat(counts)
+
+
+def _places(
+    numbers: np.ndarray, each: int, before: np.ndarray, there: np.ndarray
+) -> tuple[Int[np.ndarray, "R S M"], Bool[np.ndarray, "R S M"]]:
+    """The places in a row of what units are made of, and which of them it has."""
+    first = numbers.astype(np.int64) * each - before[:, None, None]
+    places = (first[..., None] + np.arange(each)).reshape(*numbers.shape[:2], -1)
+    return places, (places >= 0) & (places < there[:, None, None]) & (numbers >= 0).repeat(each, -1)
+
+
+def _packed(found: np.ndarray, counts: np.ndarray, most: int) -> Int32[np.ndarray, "L M"]:
+    """What was found, list by list, each from its front on and then -1."""
+    packed = np.full((counts.size, most), -1, dtype=np.int32)
+    packed[np.arange(most) < counts.reshape(-1, 1)] = found
+    return packed
+
+
+def _flat(lengths: np.ndarray) -> Int32[np.ndarray, " L"]:
+    flat: np.ndarray = lengths.astype(np.int32).reshape(-1)
+    return flat
 
 
 def listed(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
