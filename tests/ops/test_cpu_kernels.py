@@ -171,7 +171,7 @@ def holed(table: PageTable) -> PageTable:
 
 @pytest.mark.parametrize("mass", [None, "log_mass"])
 @pytest.mark.parametrize(("masked", "holes"), [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("page", [4, 16, 32, 64])
+@pytest.mark.parametrize("page", [1, 4, 16, 32, 64])
 @pytest.mark.parametrize("scattered", [False, True])
 def test_attend_with_mass_read_masks_and_holes(mass, masked, holes, page, scattered, fallbacks):
     table = paged([*RAGGED[:4], 130, 70, 128, 5], page=page, scattered=scattered)
