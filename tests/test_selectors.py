@@ -144,15 +144,19 @@ def test_what_is_always_read_counts_in_the_budget():
     segment.append(some([[40, 40]], 1))
     chosen = Selection(Bounds(4), 20, sinks=4, recent=8)
     for heads, lists in (("each", 3), ("sum", 1)):
-        picked = Selection(Bounds(4), 20, heads=heads, sinks=4, recent=8).choose(
-            segment.index, torch.randn(1, H, 3, D), segment.counts(), segment.seen
-        ).mask
+        picked = (
+            Selection(Bounds(4), 20, heads=heads, sinks=4, recent=8)
+            .choose(segment.index, torch.randn(1, H, 3, D), segment.counts(), segment.seen)
+            .mask
+        )
         assert picked.shape == (1, H, lists, 10) and (picked.sum(-1) == 5).all()
         assert picked[..., [0, 7, 8, 9]].all()
     # Too few for all of them: the newest first, then the first ones.
-    few = Selection(Bounds(4), 8, sinks=4, recent=8).choose(
-        segment.index, torch.randn(1, H, 3, D), segment.counts(), segment.seen
-    ).mask
+    few = (
+        Selection(Bounds(4), 8, sinks=4, recent=8)
+        .choose(segment.index, torch.randn(1, H, 3, D), segment.counts(), segment.seen)
+        .mask
+    )
     assert few[..., [0, 9]].all() and (few.sum(-1) == 2).all() and chosen.unit == 4
 
 

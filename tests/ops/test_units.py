@@ -1,5 +1,7 @@
 """What is remembered of units, what they are worth, and which are the best: kernels against plain loops."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -29,9 +31,13 @@ def instructions(request):
 def handed_on(monkeypatch):
     """Operations that the CPU's versions left to the definition."""
     found = []
+
+    def noted(name, run, *args, **options):
+        found.append(name)
+        return run(*args, **options)
+
     for name in OPS:
-        plain = getattr(naive, name)
-        monkeypatch.setattr(naive, name, lambda *a, _name=name, _plain=plain, **k: (found.append(_name), _plain(*a, **k))[1])
+        monkeypatch.setattr(naive, name, functools.partial(noted, name, getattr(naive, name)))
     yield found
     torch.set_num_threads(1)
 
@@ -79,7 +85,8 @@ def test_scores_are_the_sums_of_what_bounds_allow(dtype, g, d, units, handed_on)
     with dispatch.use("cpu"):
         found = ops.bound_scores(q, held, number)
     high, low = held[:, :, : number.max()].double().nan_to_num().chunk(2, -1)
-    want = torch.maximum(q.double()[:, :, :, None] * high[:, :, None], -q.double()[:, :, :, None] * low[:, :, None]).sum(-1)
+    asked = q.double()[:, :, :, None]
+    want = torch.maximum(asked * high[:, :, None], -asked * low[:, :, None]).sum(-1)
     mask = there[:, :, None].expand(found.shape)
     assert found.shape == (2, 3, g, number.max()) and found[~mask].eq(-torch.inf).all()
     close("scores", found[mask], want[mask], share=1e-5)
@@ -119,7 +126,8 @@ def chosen_of(line: np.ndarray, units: int, room: int, sinks: int, recent: int) 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    counts=st.lists(st.integers(0, 90), min_size=4, max_size=4), room=st.lists(st.integers(0, 40), min_size=2, max_size=2),
+    counts=st.lists(st.integers(0, 90), min_size=4, max_size=4),
+    room=st.lists(st.integers(0, 40), min_size=2, max_size=2),
     heads=st.sampled_from(["each", "sum", "max"]), forced=st.tuples(st.integers(0, 4), st.integers(0, 4)),
     levels=st.sampled_from([1, 3, 1000]), strange=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
@@ -129,8 +137,8 @@ def test_the_best_units_are_chosen(counts, room, heads, forced, levels, strange,
     if strange:
         for value in (np.nan, np.inf, -np.inf):
             scores[rng.random(scores.shape) < 0.1] = value
-    all_heads = torch.from_numpy(scores)
-    line = {"each": all_heads, "sum": all_heads.sum(2, keepdim=True), "max": all_heads.amax(2, keepdim=True)}[heads].numpy()
+    every = torch.from_numpy(scores)
+    line = {"each": every, "sum": every.sum(2, keepdim=True), "max": every.amax(2, keepdim=True)}[heads].numpy()
     found = {}
     for way in ("cpu", "naive"):
         there = np.arange(scores.shape[-1]) < units[..., None]
@@ -155,7 +163,8 @@ def test_the_best_units_are_chosen(counts, room, heads, forced, levels, strange,
 @pytest.mark.parametrize("order", ["random", "rising", "falling", "level"])
 def test_many_units(heads, n, room, order):
     scores = torch.randint(0, 10_000, (2, 2, 3, n)).float()
-    scores = {"random": scores, "rising": scores.sort(-1)[0], "level": scores * 0}.get(order, scores.sort(-1)[0].flip(-1))
+    rising = scores.sort(-1)[0]
+    scores = {"random": scores, "rising": rising, "falling": rising.flip(-1), "level": scores * 0}[order]
     units, many = np.array([[n, n - 1], [n - 17, 3]]), np.array([room, room // 2 + 1])
     there = torch.arange(n) < torch.from_numpy(units)[..., None]
     scores = scores.masked_fill(~there[:, :, None], -torch.inf)
@@ -216,4 +225,5 @@ def test_arrays_that_do_not_fit_are_refused():
         _cpu.raise_bounds(held, np.zeros((2, 3, 8), np.float32), np.ones((2, 3), bool), np.array([0, 9]), 2, 1)
     table, lengths = np.zeros((1, 2), np.int32), np.array([9], np.int32)
     with pytest.raises(ValueError, match="lengths go beyond the table"):
-        _cpu.list_pages(np.zeros((1, 3), np.int32), table, lengths, 4, False, 1, np.array([0]), np.zeros((1, 3), np.int32), many[:1])
+        numbers = np.zeros((1, 3), np.int32)
+        _cpu.list_pages(numbers, table, lengths, 4, False, 1, np.array([0]), numbers.copy(), many[:1])

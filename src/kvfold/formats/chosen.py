@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32
+from jaxtyping import Bool, Int32
 
 from kvfold.ops.units.naive import listed
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """`numbers` ascending and then -1, `counts` of them, out of `total`; S lists of a (row, head), which divide its group.
+    """`numbers` ascending and then -1, `counts` of them, out of `total`.
 
-    Units are counted through a row's tokens in their order.
+    Units are counted through a row's tokens in their order; the query heads of a group share its S lists evenly.
     """
 
     numbers: Int32[np.ndarray, "B H S K"]

@@ -34,9 +34,7 @@ def attend_few(
     return _masked(segment, q, scale, chosen, unit, weights)
 
 
-def _pages(
-    parts: Sequence[object], chosen: Chosen, unit: int
-) -> list[tuple[PagedSegment, FewPages]] | None:
+def _pages(parts: Sequence[object], chosen: Chosen, unit: int) -> list[tuple[PagedSegment, FewPages]] | None:
     """Each part that holds tokens, and the pages of those units in it, or their slots; None where it reads neither."""
     found: list[tuple[PagedSegment, FewPages]] = []
     start: Int[np.ndarray, "B H"] = np.zeros(chosen.counts.shape[:2], dtype=np.int64)
@@ -48,8 +46,8 @@ def _pages(
         if not whole and not (part.singled and part.pool.device.type == "cpu"):
             return None
         if part.longest:
-            table = part.table
-            found.append((part, few_pages(table, chosen, unit, start) if whole else few_slots(table, chosen, unit, start)))
+            listed = few_pages if whole else few_slots
+            found.append((part, listed(part.table, chosen, unit, start)))
         start = start + counts
     return found
 

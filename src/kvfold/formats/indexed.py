@@ -126,7 +126,10 @@ class IndexedSegment(Uncaptured):
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool
     ) -> Answer:  # fmt: skip
-        self.append(one_each(k, v, positions), even=True)
+        one, counts = one_each(k, v, positions), self.inner.counts()
+        self.inner.append(one, even=True)
+        self.index.extend(k, one.valid, counts)
+        self.seen = np.maximum(self.seen, positions[:, 0].cpu().numpy().astype(np.int64) + 1)
         return self.attend_few(q, scale, weights=weights)
 
     def columns(self) -> tuple[Tensor, Mapping[str, Tensor]]:

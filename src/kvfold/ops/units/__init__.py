@@ -67,8 +67,8 @@ def list_pages(
 ) -> tuple[Int32[np.ndarray, "L M"], Int32[np.ndarray, " L"]]:
     """The pages of some units of each row of a page table, and the slots on them; list s of row r is r * S + s of L.
 
-    A unit is `pages` pages, whose numbers are counted from `before[r]` pages before the row's first one. Units, or pages
-    of them, that the row has not are left out. `numbers` ascend, and then are -1, as the pages are.
+    A unit is `pages` pages, whose numbers are counted from `before[r]` pages before the row's first one. Units, or
+    pages of them, that the row has not are left out. `numbers` ascend, and then are -1, as the pages are.
     """
     found: tuple[np.ndarray, np.ndarray] = select("list_pages", next(iter(table.pool.planes.values())))(
         table, numbers, pages, before
