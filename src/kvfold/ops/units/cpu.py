@@ -30,7 +30,7 @@ def raise_bounds(held: Tensor, keys: Tensor, valid: Tensor, start: np.ndarray, u
 
     (b, h, n, e), t = held.shape, keys.shape[2]
     _cpu.raise_bounds(
-        bits(held).reshape(b * h, n, e), bits(keys).reshape(b * h, t, e // 2),
+        bits(held).reshape(b * h, n, e), bits(keys.detach()).reshape(b * h, t, e // 2),
         valid.contiguous().numpy().reshape(b * h, t), _whole(start), unit, threads(),
     )  # fmt: skip
 
@@ -44,7 +44,7 @@ def bound_scores(q: Tensor, held: Tensor, units: np.ndarray) -> Tensor:
 
     scores = np.empty((b, h, g, number), dtype=np.float32)
     _cpu.bound_scores(
-        floats(q).reshape(b * h, g, d), bits(held).reshape(b * h, *held.shape[2:]), _whole(units), threads(),
+        floats(q.detach()).reshape(b * h, g, d), bits(held).reshape(b * h, *held.shape[2:]), _whole(units), threads(),
         scores.reshape(b * h, g, number),
     )  # fmt: skip
     return torch.from_numpy(scores)
