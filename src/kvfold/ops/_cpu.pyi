@@ -188,7 +188,7 @@ def list_pages(
 ) -> None:
     """The pages of units of `each` of them, or their slots among all of the pool, and how many slots those are.
 
-    numbers (R * S, K) ascend, and then are -1; they count from before[r] pages or slots before a row; listed (R * S, M).
+    numbers (R * S, K) ascend, and then are -1; before[r] pages or slots lie before a row; listed (R * S, M).
     """
 
 def causal(
