@@ -2,11 +2,14 @@
 
 #include "kernels.hpp"
 
+#include "bounds.hpp"
+#include "choosing.hpp"
 #include "coded.hpp"
 #include "lanes.hpp"
 #include "linear.hpp"
 #include "paged.hpp"
 #include "prefill.hpp"
+#include "singles.hpp"
 #include "sparse.hpp"
 #include "tokens.hpp"
 
@@ -170,8 +173,9 @@ double multiply_add(const MultiplyAdd& on) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels{TEXT(ISA),   LANES,      attend, attend_codes,   attend_sparse, attend_tokens, causal,
-                      column_sums, most_alike, linear, exponential_of, widen,         read,          read_pages,
-                      multiply_add};
+const Kernels kernels{TEXT(ISA),     LANES,      attend,         attend_singles, attend_codes,
+                      attend_sparse, attend_tokens, causal,      column_sums,    most_alike,
+                      linear,        bound_scores,  choose_units, exponential_of, widen,
+                      read,          read_pages,    multiply_add};
 
 }  // namespace kvfold::ISA

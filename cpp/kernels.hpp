@@ -118,6 +118,17 @@ struct Linear {
     float* out;
 };
 
+// What units are worth by the bounds of their keys: held (rows, room, 2 d) has the largest of k, then of -k.
+struct BoundScores {
+    int64_t rows, g, d, room, width;
+    const float* q;  // (rows, g, d)
+    const void* held;
+    Kind kind;
+    const int64_t* units;  // (rows,)
+    int threads;
+    float* scores;  // (rows, g, width), -inf behind a row's units
+};
+
 // Pages in the order in which rows hold them, to be read and nothing else.
 struct Pages {
     const char *keys, *values;
@@ -135,10 +146,13 @@ struct MultiplyAdd {
     int threads;
 };
 
+struct UnitChoice;  // choice.hpp
+
 struct Kernels {
     const char* name;
     int lanes;
     void (*attend)(const Attend&);
+    void (*attend_singles)(const Attend&);  // pages of one token
     void (*attend_codes)(const Codes&);
     void (*attend_sparse)(const Sparse&);
     void (*attend_tokens)(const Tokens&);
@@ -146,6 +160,8 @@ struct Kernels {
     void (*column_sums)(const ColumnSums&);
     void (*most_alike)(const Alike&);
     void (*linear)(const Linear&);
+    void (*bound_scores)(const BoundScores&);
+    void (*choose_units)(const UnitChoice&);
     void (*exponential)(const float* x, float* out, int64_t count);         // for tests
     void (*widen)(const void* x, Kind kind, float* out, int64_t count);     // for tests
     double (*read)(const float* x, int64_t count, int threads);             // a plain read, for benchmarks

@@ -241,9 +241,10 @@ inline void outer(const float* x, int64_t ldx, vec (&acc)[R][4], Four y) {
     }
 }
 
-// x[r] . y[0..3] for R rows, whose numbers lie in the order of `half`; `each(i)` comes before those from i on.
-template <int R, class T, class Each>
-inline void dots(const float* x, int64_t ldx, const T* y, int64_t ldy, int64_t count, quad (&out)[R], Each each) {
+// x[r] . y[t] for R rows and four vectors, wherever those are (`at(t)`), whose numbers lie in the order of `half`; `each(i)`
+// comes before those from i on.
+template <int R, class At, class Each>
+inline void dots_at(const float* x, int64_t ldx, At at, int64_t count, quad (&out)[R], Each each) {
     vec acc[R][4];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
@@ -252,12 +253,18 @@ inline void dots(const float* x, int64_t ldx, const T* y, int64_t ldy, int64_t c
     int64_t i = 0;
     for (; i + 2 * LANES <= count; i += 2 * LANES) {
         each(i);
-        outer<R>(x + i, ldx, acc, [&](int t) { return half<0>(y + t * ldy + i); });
-        outer<R>(x + i + LANES, ldx, acc, [&](int t) { return half<1>(y + t * ldy + i); });
+        outer<R>(x + i, ldx, acc, [&](int t) { return half<0>(at(t) + i); });
+        outer<R>(x + i + LANES, ldx, acc, [&](int t) { return half<1>(at(t) + i); });
     }
-    if (i < count) outer<R>(x + i, ldx, acc, [&](int t) { return load(y + t * ldy + i); });
+    if (i < count) outer<R>(x + i, ldx, acc, [&](int t) { return load(at(t) + i); });
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) out[r] = sums(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+}
+
+// The same for vectors that lie side by side.
+template <int R, class T, class Each>
+inline void dots(const float* x, int64_t ldx, const T* y, int64_t ldy, int64_t count, quad (&out)[R], Each each) {
+    dots_at<R>(x, ldx, [&](int t) { return y + t * ldy; }, count, out, each);
 }
 
 inline float sum(vec x) {

@@ -21,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "choice.hpp"
 #include "kernels.hpp"
 #include "threads.hpp"
 
@@ -118,11 +119,12 @@ size_t bytes_of(const A& array) {
 using Table = Array<const int32_t, 2>;
 using Counts = Array<const int32_t, 1>;
 
-Rows rows_of(const Table& table, const Counts& lengths, const Table& holes, const Counts& hole_count, int64_t page_size) {
+Rows rows_of(const Table& table, const Counts& lengths, const Table& holes, const Counts& hole_count, int64_t page_size,
+             bool singles = false) {
     const size_t rows = table.shape(0);
     check(lengths.shape(0) == rows && hole_count.shape(0) == rows && holes.shape(0) == rows,
           "table, lengths, holes and hole_count must have the same rows");
-    check(page_size > 0 && page_size % 4 == 0, "page_size must be a multiple of 4");
+    check((page_size > 0 && page_size % 4 == 0) || (singles && page_size == 1), "page_size must be a multiple of 4");
     return {static_cast<int64_t>(rows), page_size, table.data(), static_cast<int64_t>(table.shape(1)), lengths.data(),
             holes.data(), static_cast<int64_t>(holes.shape(1)), hole_count.data()};
 }
@@ -177,15 +179,15 @@ void attend(Array<const float, 3> q, Const2 keys, Const2 values, std::optional<A
             int64_t page_size, float scale, int threads, Array<float, 3> out, Array<float, 2> lse,
             std::optional<Array<float, 3>> weights) {
     Attend on{};
-    on.on = rows_of(table, lengths, holes, hole_count, page_size);
-    check(page_size <= BLOCK && BLOCK % page_size == 0, "page_size must be 4, 8, 16, 32 or 64");
+    on.on = rows_of(table, lengths, holes, hole_count, page_size, true);
+    check(page_size <= BLOCK && BLOCK % page_size == 0, "page_size must be 1, 4, 8, 16, 32 or 64");
     check(keys.shape(1) == q.shape(2) && keys.shape(0) == values.shape(0), "shapes of q, keys, values, out and lse don't fit");
     ask(on, q, values.shape(0), values.shape(1), mass, read, table, lengths, holes, hole_count, scale, threads, out, lse, weights);
     on.keys = keys.data(), on.values = values.data();
     on.key_kind = kind_of(keys), on.value_kind = kind_of(values);
     const Kernels& set = kernels_for({on.d, on.dv});
     const Free free;
-    set.attend(on);
+    (page_size == 1 ? set.attend_singles : set.attend)(on);
 }
 
 using Bytes = Array<const uint8_t, 2>;
@@ -513,6 +515,88 @@ void linear(Array<const float, 2> x, Const2 weight, std::optional<Array<const fl
     set.linear(on);
 }
 
+using Const3 = nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+// scores (N, G, width): what each unit is worth by its bounds, held (N, room, 2 D); -inf behind a row's units.
+void bound_scores(Array<const float, 3> q, Const3 held, Array<const int64_t, 1> units, int threads, Array<float, 3> scores) {
+    BoundScores on{};
+    on.rows = q.shape(0), on.g = q.shape(1), on.d = q.shape(2), on.room = held.shape(1), on.width = scores.shape(2);
+    check(held.shape(0) == q.shape(0) && held.shape(2) == 2 * q.shape(2) && units.shape(0) == q.shape(0) &&
+              scores.shape(0) == q.shape(0) && scores.shape(1) == q.shape(1) && on.d > 0,
+          "shapes of q, held, units and scores don't fit");
+    for (int64_t r = 0; r < on.rows; r++)
+        check(units.data()[r] >= 0 && units.data()[r] <= std::min(on.width, on.room), "units go beyond held or scores");
+    on.q = q.data(), on.held = held.data(), on.kind = kind_of(held), on.units = units.data(), on.threads = threads;
+    on.scores = scores.data();
+    const Kernels& set = kernels_for({2 * on.d});
+    const Free free;
+    set.bound_scores(on);
+}
+
+// The best units of each list: see `UnitChoice`. `heads`: "each", "sum" or "max".
+void chosen_units(Array<const float, 3> scores, Array<const int64_t, 1> units, Array<const int64_t, 1> room,
+                  const std::string& heads, int64_t sinks, int64_t recent, int threads, Array<int32_t, 2> numbers,
+                  Array<int32_t, 1> counts) {
+    check(heads == "each" || heads == "sum" || heads == "max", "heads must be each, sum or max");
+    UnitChoice on{};
+    on.rows = scores.shape(0), on.g = scores.shape(1), on.width = scores.shape(2), on.most = numbers.shape(1);
+    on.reduce = heads == "each" ? Reduce::each : heads == "sum" ? Reduce::sum : Reduce::max;
+    const int64_t lists = on.rows * (on.reduce == Reduce::each ? on.g : 1);
+    check(units.shape(0) == scores.shape(0) && room.shape(0) == scores.shape(0) && on.g > 0 &&
+              static_cast<int64_t>(numbers.shape(0)) == lists && static_cast<int64_t>(counts.shape(0)) == lists,
+          "shapes of scores, units, room, numbers and counts don't fit");
+    check(sinks >= 0 && recent >= 0 && on.width <= INT32_MAX, "sinks and recent must be at least 0");
+    for (int64_t r = 0; r < on.rows; r++)
+        check(units.data()[r] >= 0 && units.data()[r] <= on.width && std::min(units.data()[r], room.data()[r]) <= on.most,
+              "units go beyond scores, or what is chosen beyond numbers");
+    on.scores = scores.data(), on.units = units.data(), on.room = room.data(), on.sinks = sinks, on.recent = recent;
+    on.threads = threads, on.numbers = numbers.data(), on.counts = counts.data();
+    const Free free;
+    sets.front()->choose_units(on);
+}
+
+// The pages, or slots, of units of each row's lists: see `PageLists`.
+void listed_pages(Table numbers, Table table, Counts lengths, int64_t page_size, bool slots, int64_t each,
+                  Array<const int64_t, 1> before, Array<int32_t, 2> listed, Array<int32_t, 1> list_lengths) {
+    PageLists on{};
+    on.on.rows = table.shape(0), on.on.page_size = page_size, on.on.table = table.data(), on.on.width = table.shape(1);
+    on.on.lengths = lengths.data(), on.lists = numbers.shape(0), on.most = numbers.shape(1), on.each = each, on.slots = slots;
+    check(page_size > 0 && each > 0, "page_size and each must be at least 1");
+    check(lengths.shape(0) == table.shape(0) && before.shape(0) == table.shape(0) &&
+              (on.on.rows ? on.lists % on.on.rows == 0 : on.lists == 0),
+          "numbers must have lists for each of the table's rows");
+    check(listed.shape(0) == numbers.shape(0) && static_cast<int64_t>(listed.shape(1)) == on.most * each &&
+              list_lengths.shape(0) == numbers.shape(0),
+          "shapes of numbers, listed and their lengths don't fit");
+    for (int64_t r = 0; r < on.on.rows; r++)
+        check(before.data()[r] >= 0 && lengths.data()[r] >= 0 &&
+                  (lengths.data()[r] + page_size - 1) / page_size <= on.on.width,
+              "lengths go beyond the table");
+    on.numbers = numbers.data(), on.before = before.data(), on.listed = listed.data(), on.lengths = list_lengths.data();
+    const Free free;
+    list_pages(on);
+}
+
+// Bounds of units (N, room, 2 D) rise to hold keys (N, T, D) too; token i of those that are valid is number start + i.
+void raised(nb::ndarray<nb::ndim<3>, nb::c_contig, nb::device::cpu> held, Const3 keys, Array<const bool, 2> valid,
+            Array<const int64_t, 1> start, int64_t unit, int threads) {
+    RaiseBounds on{};
+    on.rows = keys.shape(0), on.count = keys.shape(1), on.d = keys.shape(2), on.room = held.shape(1), on.unit = unit;
+    check(held.shape(0) == keys.shape(0) && held.shape(2) == 2 * keys.shape(2) && held.dtype() == keys.dtype() &&
+              valid.shape(0) == keys.shape(0) && valid.shape(1) == keys.shape(1) && start.shape(0) == keys.shape(0),
+          "shapes or dtypes of held, keys, valid and start don't fit");
+    check(unit > 0, "unit must be at least 1");
+    for (int64_t r = 0; r < on.rows; r++) {
+        const bool* some = valid.data() + r * on.count;
+        const int64_t after = start.data()[r] + std::count(some, some + on.count, true);
+        check(start.data()[r] >= 0 && (after + unit - 1) / unit <= on.room, "tokens go beyond held");
+    }
+    on.held = held.data(), on.keys = keys.data(), on.kind = kind_of(keys), on.valid = valid.data();
+    on.start = start.data(), on.threads = threads;
+    const Free free;
+    raise_bounds(on);
+}
+
 uint32_t read_pages(Const2 keys, Const2 values, Table table, Counts lengths, int64_t page_size, int threads) {
     check(lengths.shape(0) == table.shape(0) && page_size > 0 && keys.shape(0) == values.shape(0) &&
               keys.shape(0) % page_size == 0,
@@ -611,6 +695,10 @@ NB_MODULE(_cpu, m) {
           "threads"_a, "best"_a.noconvert(), "first"_a.noconvert());
     m.def("linear", linear, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(), "threads"_a,
           "out"_a.noconvert());
+    m.def("bound_scores", bound_scores, "q"_a.noconvert(), "held"_a.noconvert(), "units"_a.noconvert(), "threads"_a, "scores"_a.noconvert());
+    m.def("choose_units", chosen_units, "scores"_a.noconvert(), "units"_a.noconvert(), "room"_a.noconvert(), "heads"_a, "sinks"_a, "recent"_a, "threads"_a, "numbers"_a.noconvert(), "counts"_a.noconvert());
+    m.def("list_pages", listed_pages, "numbers"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "slots"_a, "each"_a, "before"_a.noconvert(), "listed"_a.noconvert(), "list_lengths"_a.noconvert());
+    m.def("raise_bounds", raised, "held"_a.noconvert(), "keys"_a.noconvert(), "valid"_a.noconvert(), "start"_a.noconvert(), "unit"_a, "threads"_a);
     m.def("read", [](Array<const float, 1> x, int threads) {
         const Free free;
         return sets.front()->read(x.data(), static_cast<int64_t>(x.shape(0)), threads);

@@ -196,13 +196,13 @@ def test_what_is_always_read_counts_in_the_budget():
         picked, _ = Selection(Bounds(4), 20, Vote(heads), always).choose(
             segment.index, torch.randn(1, H, 3, D), segment.counts(), segment.seen
         )
-        assert picked.shape == (1, H, lists, 10) and (picked.sum(-1) == 5).all()
-        assert picked[..., [0, 7, 8, 9]].all()
+        assert picked.mask.shape == (1, H, lists, 10) and (picked.counts == 5).all()
+        assert picked.mask[..., [0, 7, 8, 9]].all()
     # Too few for all of them: the newest first, then the first ones.
     few, _ = Selection(Bounds(4), 8, always=always).choose(
         segment.index, torch.randn(1, H, 3, D), segment.counts(), segment.seen
     )
-    assert few[..., [0, 9]].all() and (few.sum(-1) == 2).all()
+    assert few.mask[..., [0, 9]].all() and (few.counts == 2).all()
 
 
 STORING = {"kvquant", "less", "mikv", "think", "zipcache"}

@@ -35,7 +35,7 @@ def test_a_choice_is_set_beside_exact_attention():
     recall, attention, read = [], [], 0
     for head in range(H):
         for group in range(G):
-            mine = {PAGE * u + i for u in seen[0][0, head, group].nonzero()[0] for i in range(PAGE)}
+            mine = {PAGE * u + i for u in seen[0].mask[0, head, group].nonzero()[0] for i in range(PAGE)}
             weights = (q[0, head, group, 0] @ keys[0, head].T * 0.5).softmax(-1)
             best = set(weights.topk(len(mine)).indices.tolist())
             recall.append(len(mine & best) / len(mine))

@@ -171,11 +171,11 @@ def holed(table: PageTable) -> PageTable:
 
 @pytest.mark.parametrize("mass", [None, "log_mass"])
 @pytest.mark.parametrize(("masked", "holes"), [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("page", [4, 16, 32, 64])
+@pytest.mark.parametrize("page", [1, 4, 16, 32, 64])
 @pytest.mark.parametrize("scattered", [False, True])
 def test_attend_with_mass_read_masks_and_holes(mass, masked, holes, page, scattered, fallbacks):
     table = paged([*RAGGED[:4], 130, 70, 128, 5], page=page, scattered=scattered)
-    table.pool.planes["log_mass"][table.table[4, 0], 1] = -torch.inf
+    table.pool.planes["log_mass"][table.table[4, 1 // page], 1 % page] = -torch.inf
     table = holed(table) if holes else table
     read = torch.rand(2, 4, table.longest) < 0.3
     read[0, 3] = read[1, 0, :64] = read[1, 2, 64:] = False  # nothing at all, or in a whole block

@@ -47,7 +47,7 @@ def test_oracle_2_a_loose_bound_wins():
     held, q = bounds(TINY, 2), torch.tensor([[[[1.0, -1.0]]]])
     assert held.scores(q, pages(8, 2)).flatten().tolist() == [1, 2, 0, 0]
     chosen, _ = Selection(Bounds(2), 4).choose(held, q, np.array([[8]]), np.array([8]))
-    assert chosen[0, 0, 0].nonzero()[0].tolist() == [1, 3]
+    assert chosen.mask[0, 0, 0].nonzero()[0].tolist() == [1, 3]
 
 
 def test_oracle_3_pages_of_one_token_are_exact():
@@ -58,7 +58,7 @@ def test_oracle_3_pages_of_one_token_are_exact():
     chosen, _ = Selection(Bounds(1), 9).choose(bounds(keys, 1), q, np.full((1, 2), 40), np.array([40]))
     for head, query in np.ndindex(2, 3):
         best = products[0, head, query, :39].topk(8).indices.tolist()
-        assert chosen[0, head, query].nonzero()[0].tolist() == sorted([*best, 39])
+        assert chosen.mask[0, head, query].nonzero()[0].tolist() == sorted([*best, 39])
 
 
 @pytest.mark.parametrize("method", [Quest(64), Quest(1.0), Quest(60, page=4)], ids=str)
@@ -100,7 +100,7 @@ def test_a_page_without_a_token_is_never_read():
     scores = held.scores(-100 * torch.ones(2, 1, 1, 8), units)
     assert scores[0, ..., 2:].eq(-torch.inf).all() and scores[1].isfinite().all()
     chosen, _ = Selection(Bounds(4), 12).choose(held, torch.ones(2, 1, 1, 8), np.array([[7], [20]]), np.array([7, 20]))
-    assert chosen.sum(-1).tolist() == [[[2]], [[3]]]
+    assert chosen.counts.tolist() == [[[2]], [[3]]]
 
 
 @pytest.mark.parametrize("group", ["each", "sum", "max"])
@@ -111,7 +111,7 @@ def test_query_heads_have_pages_of_their_own_or_share_them(group):
     scores = held.scores(q, pages(64, 8))[0, 0]
     chosen, _ = Selection(Bounds(8), 24, Vote(group)).choose(held, q, np.array([[64]]), np.array([64]))
     worth = {"each": scores, "sum": scores.sum(0, keepdim=True), "max": scores.amax(0, keepdim=True)}[group]
-    for row, own in zip(chosen[0, 0], worth, strict=True):
+    for row, own in zip(chosen.mask[0, 0], worth, strict=True):
         assert row.nonzero()[0].tolist() == sorted([*own[:7].topk(2).indices.tolist(), 7])
 
 

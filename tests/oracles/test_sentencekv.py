@@ -104,7 +104,7 @@ def test_oracle_5_everything_is_read_at_the_end_of_a_sentence_and_at_the_first_t
     whole = np.zeros((len(said), 2), dtype=bool)
     for number in range(len(said)):
         for _, chosen in seen[number * layers : (number + 1) * layers]:
-            counts = np.full((2, 1, 1), 61 + number) if chosen is None else chosen.sum(-1)
+            counts = np.full((2, 1, 1), 61 + number) if chosen is None else chosen.counts
             whole[number] = [bool((counts[row] == 61 + number).all()) for row in range(2)]
             assert ((counts == 16) | (counts == 61 + number)).all()
     # Row 0 ends a sentence with its third token (5), row 1 with its fifth (9).

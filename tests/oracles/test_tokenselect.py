@@ -53,9 +53,9 @@ def test_oracle_2_sinks_the_best_and_recent_ones(monkeypatch):
     chosen, _ = Selection(Keys(2), 6, Vote("sum", layer=True), always).choose(
         held, torch.zeros(1, H, G, D), np.full((1, H), 10), np.array([10])
     )
-    assert chosen.shape == (1, H, 1, 10)
+    assert chosen.mask.shape == (1, H, 1, 10)
     for head in range(H):
-        assert chosen[0, head, 0].nonzero()[0].tolist() == [0, 2, 4, 6, 8, 9]
+        assert chosen.mask[0, head, 0].nonzero()[0].tolist() == [0, 2, 4, 6, 8, 9]
 
 
 def test_oracle_2_what_is_read_stands_side_by_side():

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from kvfold.evaluation.agreement import agreement
 from kvfold.evaluation.forced import fed
-from kvfold.formats import LOG_MASS, IndexedSegment
-from kvfold.formats.few import Chosen, read_slots
+from kvfold.formats import LOG_MASS, Chosen, IndexedSegment
+from kvfold.formats.few import read_slots
 from kvfold.formats.indexed import choices_seen
 from kvfold.formats.parts import Choosing
 from kvfold.hf.cache import Cache

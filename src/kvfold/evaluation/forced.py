@@ -86,7 +86,7 @@ def swallowed(model: PreTrainedModel, cache: HFCache, ids: Int[Tensor, "B T"]) -
     """Feed tokens one by one as `fed` does, and ask of none what comes next: a vocabulary is most of a small model."""
     decoder = model.base_model
     with as_long_as(model, cache.get_seq_length() + ids.shape[1]):
-        for token in ids.to(model.device).split(1, 1):
+        for token in torch.split(ids.to(model.device), 1, dim=1):
             decoder(input_ids=token, **with_cache(model, cache))
 
 

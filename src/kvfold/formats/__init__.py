@@ -1,6 +1,7 @@
 """Formats: how a segment stores its tokens, and how it answers a query over them."""
 
 from kvfold.formats.balanced import BALANCER, Balanced, BalancedSegment
+from kvfold.formats.chosen import Chosen
 from kvfold.formats.dense import Dense, DenseSegment
 from kvfold.formats.depth import Depth, DepthSegment
 from kvfold.formats.elite import Basis, Elite, EliteSegment
@@ -32,6 +33,7 @@ __all__ = [
     "BalancedSegment",
     "Basis",
     "Chooser",
+    "Chosen",
     "Chunk",
     "Dense",
     "DenseSegment",

@@ -46,7 +46,7 @@ class Dense(ByToken):
 class DenseSegment(TokenSegment):
     """Keys and values as they are."""
 
-    listed = True
+    listed = singled = True
 
     def encode(self, what: str, states: Tensor) -> dict[str, Tensor]:
         return {what: states}

@@ -9,15 +9,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kvfold import ops
+from kvfold.formats.chosen import Chosen
 from kvfold.formats.paged import PagedSegment
 from kvfold.formats.parts import Answer, merged
 from kvfold.formats.segment import Segment
 from kvfold.formats.tailed import TailedSegment
-from kvfold.pages import FewPages, PageTable
+from kvfold.pages import FewPages, FewSlots, PageTable
 from kvfold.rotation import Compact, Rope
-
-Chosen = Bool[np.ndarray, "B H S N"]
-"""Which units of a (row, head)'s tokens, counted through them in order, each of S lists has; S divides its group."""
 
 
 def attend_few(
@@ -26,55 +25,79 @@ def attend_few(
 ) -> Answer:  # fmt: skip
     """(out, lse, what each slot got) over the tokens of the units that are chosen, `unit` tokens each.
 
-    Where units are whole pages of what holds them, those pages are all that is read, and what it costs is theirs;
-    elsewhere the segment is told which slots to read. `slots`: what is read attends at positions 0, 1, 2, ... in its
-    order, and the query, which stands at text position `seen[b]` - 1, at the last of them.
+    Where units are whole pages of what holds them those pages are all that is read, else their tokens are, where the
+    format reads tokens one by one: it costs what is read. Elsewhere the segment is told which slots to read. `slots`:
+    what is read attends at positions 0, 1, 2, ... in its order, and the query, which stands at text position `seen[b]`
+    - 1, at the last of them.
     """
-    if slots is None and not weights:
-        parts = segment.parts if isinstance(segment, TailedSegment) else (segment,)
+    parts = segment.parts if isinstance(segment, TailedSegment) else (segment,)
+    if not weights and (slots is None or len(parts) == 1):
         pages = _pages(parts, chosen, unit)
         if pages is not None:
-            return merged([_listed(part, q, scale, some) for part, some in pages], weights=False)
+            return merged([_listed(part, q, scale, some, slots, seen) for part, some in pages], weights=False)
     return _masked(segment, q, scale, chosen, unit, weights, slots, seen)
 
 
 def read_slots(valid: Bool[Tensor, "B H T"], chosen: Chosen, unit: int) -> Bool[Tensor, "B H S T"]:
     """The slots that each list has, of those that are `valid`."""
-    number = ((valid.cumsum(-1) - 1).clamp(min=0) // unit).clamp(max=chosen.shape[-1] - 1)
-    units = torch.from_numpy(chosen).to(valid.device)
+    number = ((valid.cumsum(-1) - 1).clamp(min=0) // unit).clamp(max=chosen.total - 1)
+    units = torch.from_numpy(chosen.mask).to(valid.device)
     slots = units.gather(-1, number[:, :, None].expand(*units.shape[:3], -1))
     return slots & valid[:, :, None]
 
 
-def _pages(
-    parts: Sequence[object], chosen: Chosen, unit: int
-) -> list[tuple[PagedSegment, Bool[np.ndarray, "B H S M"]]] | None:
-    """Each part that holds tokens, and which of its pages those units are; None where they are no whole pages."""
-    found: list[tuple[PagedSegment, np.ndarray]] = []
-    start: Int[np.ndarray, "B H"] = np.zeros(chosen.shape[:2], dtype=np.int64)
+def _turned(
+    q: Float[Tensor, "B H G 1 D"], compact: Compact, seen: Int[np.ndarray, " B"], counts: Int[Tensor, "B H"]
+) -> Float[Tensor, "B H G 1 D"]:
+    """The query of each text's last token where the last of `counts` slots is."""
+    return compact.rotate_queries(q, torch.from_numpy(seen - 1).to(q.device)[:, None], counts - 1)
+
+
+def _pages(parts: Sequence[object], chosen: Chosen, unit: int) -> list[tuple[PagedSegment, FewPages]] | None:
+    """Each part that holds tokens, and the pages of those units in it, or their slots; None where it reads neither."""
+    found: list[tuple[PagedSegment, FewPages]] = []
+    start: Int[np.ndarray, "B H"] = np.zeros(chosen.counts.shape[:2], dtype=np.int64)
     for part in parts:
         if not isinstance(part, PagedSegment) or not part.listed or part.table.holed:
             return None
         size, counts = part.pool.page_size, part.counts()
-        if unit % size or (start % size).any():
+        whole = not (unit % size or (start % size).any())
+        if not whole and not (part.singled and part.pool.device.type == "cpu"):
             return None
         if part.longest:
-            place = start[..., None] + np.arange(part.table.table.shape[1]) * size
-            number = np.minimum(place // unit, chosen.shape[-1] - 1)
-            some = np.take_along_axis(
-                chosen, np.broadcast_to(number[:, :, None], (*chosen.shape[:3], number.shape[-1])), -1
-            )
-            found.append((part, some))
+            listed = few_pages if whole else few_slots
+            found.append((part, listed(part.table, chosen, unit, start)))
         start = start + counts
     return found
 
 
-def _listed(part: PagedSegment, q: Tensor, scale: float, pages: Bool[np.ndarray, "B H S M"]) -> Answer:
-    (b, h, g, n, d), lists = q.shape, pages.shape[2]
-    few = copy(part)
-    few.table = cast(PageTable, FewPages(part.table, pages.reshape(b * h, lists, -1)))  # as far as reading goes
-    few.heads = h * lists
-    out, lse, _ = few.attend(q.reshape(b, h * lists, g // lists, n, d), scale)
+def few_pages(table: PageTable, chosen: Chosen, unit: int, before: Int[np.ndarray, "B H"]) -> FewPages:
+    """The pages of a table of (row, head)s that units are, of which `before` tokens lie elsewhere."""
+    size = table.pool.page_size
+    return FewPages(table, *ops.list_pages(table, _by_row(chosen), unit // size, before.reshape(-1) // size))
+
+
+def few_slots(table: PageTable, chosen: Chosen, unit: int, before: Int[np.ndarray, "B H"]) -> FewSlots:
+    """The tokens of a table of (row, head)s that are of those units, of which `before` tokens lie elsewhere."""
+    return FewSlots(table, *ops.list_slots(table, _by_row(chosen), unit, before.reshape(-1)))
+
+
+def _by_row(chosen: Chosen) -> Int[np.ndarray, "R S K"]:
+    numbers: np.ndarray = chosen.numbers.reshape(-1, *chosen.numbers.shape[2:])
+    return numbers
+
+
+def _listed(
+    part: PagedSegment, q: Tensor, scale: float, pages: FewPages, rope: Rope | None, seen: np.ndarray | None
+) -> Answer:
+    (b, h, g, n, d), few = q.shape, copy(part)
+    lists = len(pages.lengths) // (b * h)
+    few.table, few.heads = cast(PageTable, pages), h * lists  # a table as far as reading goes
+    asks, compact = q.reshape(b, h * lists, g // lists, n, d), None
+    if rope is not None and seen is not None:
+        compact, counts = Compact(rope), torch.from_numpy(pages.lengths.astype(np.int64)).to(q.device)
+        asks = _turned(asks, compact, seen, counts.view(b, -1))
+    out, lse, _ = few.attend(asks, scale, compact=compact)
     return out.reshape(b, h, g, n, -1), lse.reshape(b, h, g, n), None
 
 
@@ -83,13 +106,12 @@ def _masked(
     seen: np.ndarray | None,
 ) -> Answer:  # fmt: skip
     valid, _ = segment.columns()
-    slots, lists, found = read_slots(valid, chosen, unit), chosen.shape[2], list[Answer]()
+    slots, lists, found = read_slots(valid, chosen, unit), chosen.counts.shape[2], list[Answer]()
     for read, asked in zip(slots.unbind(2), q.chunk(lists, 2), strict=True):
         compact, asks = None, asked
         if rope is not None and seen is not None:
             compact = Compact(rope, read.cumsum(-1) - 1)
-            place = torch.from_numpy(seen - 1).to(read.device)[:, None]
-            asks = compact.rotate_queries(asked, place, read.sum(-1) - 1)
+            asks = _turned(asked, compact, seen, read.sum(-1))
         found.append(segment.attend(asks, scale, read=read, compact=compact, weights=weights))
     if lists == 1:
         return found[0]

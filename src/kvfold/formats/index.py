@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kvfold.formats.chosen import Chosen
 from kvfold.formats.picked import Picked
 from kvfold.formats.segment import Spec
 from kvfold.formats.tokens import Chunk
@@ -137,7 +138,7 @@ class Chooser(Protocol):
     def choose(
         self, remembered: Remembered, q: Float[Tensor, "B H G D"], counts: Int[np.ndarray, "B H"],
         seen: Int[np.ndarray, " B"], last: Picked | None = None,
-    ) -> tuple[Bool[np.ndarray, "B H S N"] | None, Picked | None]:  # fmt: skip
+    ) -> tuple[Chosen | None, Picked | None]:  # fmt: skip
         """Which units each query head (S = G) or KV head (S = 1) reads, and what is to be handed in the next time.
 
         None: all of them, in every row. Tokens are `counts`, of texts of `seen`. `last`: what was chosen before.

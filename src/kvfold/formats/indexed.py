@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.formats.few import Chosen, attend_few
+from kvfold.formats.chosen import Chosen
+from kvfold.formats.few import attend_few
 from kvfold.formats.index import Chooser, Remembered
 from kvfold.formats.paged import one_each
 from kvfold.formats.parts import Answer
@@ -29,7 +30,7 @@ SEEN: list[Callable[..., None]] = []
 def choices_seen(see: Callable[["IndexedSegment", Tensor, float, Chosen | None], None]) -> Iterator[None]:
     """In this block `see(segment, q, scale, chosen)` is called for each query (B, H, G, 1, D) that is about to attend.
 
-    `chosen` are the units that are read for it, (B, H, S, N); None: all. For measurements: what is given is not to be
+    `chosen` are the units that are read for it; None: all. For measurements: what is given is not to be
     changed.
     """
     SEEN.append(see)
@@ -170,7 +171,10 @@ class IndexedSegment(Uncaptured):
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool
     ) -> Answer:  # fmt: skip
-        self.append(one_each(k, v, positions), even=True)
+        one, counts = one_each(k, v, positions), self.inner.counts()
+        self.inner.append(one, even=True)
+        self.index.extend(one, counts)
+        self.seen = np.maximum(self.seen, positions[:, 0].cpu().numpy().astype(np.int64) + 1)
         return self.attend_few(q, scale, weights=weights)
 
     def columns(self) -> tuple[Tensor, Mapping[str, Tensor]]:

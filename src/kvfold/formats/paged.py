@@ -26,6 +26,8 @@ class PagedSegment(Uncaptured, ABC):
     """Planes that are no columns."""
     listed: bool = False
     """Whether nothing but its pages belongs to a (row, head): then some pages are a row as good as any (`few`)."""
+    singled: bool = False
+    """Whether tokens are read one by one too, as pages of one token each."""
 
     def __init__(self, table: PageTable, heads: int, compute: torch.dtype):
         self.table, self.heads, self.compute = table, heads, compute

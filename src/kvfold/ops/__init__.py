@@ -11,6 +11,7 @@ from kvfold.ops.prefill import causal, causal_admitted, causal_rows
 from kvfold.ops.scores import column_sums, window_attention
 from kvfold.ops.sparse import attend_sparse
 from kvfold.ops.tokens import attend_tokens
+from kvfold.ops.units import bound_scores, choose_units, list_pages, list_slots, raise_bounds
 
 __all__ = [
     "append_pages",
@@ -20,14 +21,19 @@ __all__ = [
     "attend_pages",
     "attend_sparse",
     "attend_tokens",
+    "bound_scores",
     "causal",
     "causal_admitted",
     "causal_rows",
+    "choose_units",
     "column_sums",
     "keep_pages",
     "linear",
+    "list_pages",
+    "list_slots",
     "merge",
     "most_alike",
+    "raise_bounds",
     "step_pages",
     "top_mask",
     "window_attention",

@@ -151,6 +151,46 @@ def punch_holes(mask: np.ndarray, lengths: np.ndarray, holes: np.ndarray, hole_c
 def top_mask(scores: np.ndarray, count: np.ndarray, chosen: np.ndarray, threads: int) -> None:
     """chosen[r] marks the count[r] highest of scores[r] (R, T); ties go to the earlier one, -inf is never chosen."""
 
+def raise_bounds(
+    held: np.ndarray, keys: np.ndarray, valid: np.ndarray, start: np.ndarray, unit: int, threads: int
+) -> None:
+    """Bounds of units (N, room, 2 D) rise to hold keys (N, T, D) too; valid token i of row r is number start[r] + i."""
+
+def bound_scores(q: np.ndarray, held: np.ndarray, units: np.ndarray, threads: int, scores: np.ndarray) -> None:
+    """What each unit is worth by its bounds, scores (N, G, width); -inf behind the units[r] of a row."""
+
+def choose_units(
+    scores: np.ndarray,
+    units: np.ndarray,
+    room: np.ndarray,
+    heads: str,
+    sinks: int,
+    recent: int,
+    threads: int,
+    numbers: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    """The room[r] best of units[r] units by scores (N, G, width) of each list, ascending and then -1, and how many.
+
+    numbers (N * S, K) and counts (N * S,), where S is G for heads="each" and else 1.
+    """
+
+def list_pages(
+    numbers: np.ndarray,
+    table: np.ndarray,
+    lengths: np.ndarray,
+    page_size: int,
+    slots: bool,
+    each: int,
+    before: np.ndarray,
+    listed: np.ndarray,
+    list_lengths: np.ndarray,
+) -> None:
+    """The pages of units of `each` of them, or their slots among all of the pool, and how many slots those are.
+
+    numbers (R * S, K) ascend, and then are -1; before[r] pages or slots lie before a row; listed (R * S, M).
+    """
+
 def causal(
     q: np.ndarray,
     k: np.ndarray,

@@ -6,9 +6,9 @@ page that two rows share is never written in place (copy-on-write). An arena lim
 """
 
 from kvfold.pages.arena import Arena, OutOfPages
-from kvfold.pages.few import FewPages
+from kvfold.pages.few import FewPages, FewSlots
 from kvfold.pages.pool import PagePool
 from kvfold.pages.storage import PAGE_SIZE, Plane
 from kvfold.pages.table import PageTable
 
-__all__ = ["PAGE_SIZE", "Arena", "FewPages", "OutOfPages", "PagePool", "PageTable", "Plane"]
+__all__ = ["PAGE_SIZE", "Arena", "FewPages", "FewSlots", "OutOfPages", "PagePool", "PageTable", "Plane"]

@@ -1,39 +1,58 @@
-"""Some pages of a table's rows, read as rows of their own: nothing is held, and nothing copied."""
+"""Some pages of a table's rows, or some slots, read as rows of their own: nothing is held, and nothing copied."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Int32
+from torch import Tensor
 
 from kvfold.pages.planes import Planes
 from kvfold.pages.rows import TableRows
 
 
 class FewPages(Planes):
-    """For each row of a table some lists of its pages, side by side: row `r * S + s` has those of list s.
+    """Rows of `lengths` slots on `listed` pages of a table's pool, some of those that its rows hold.
 
     To be read before the table's next write; kernels take it for a table of shorter rows. Raises ValueError where the
     table has holes, whose slots would not be known here.
     """
 
-    def __init__(self, table: TableRows, chosen: Bool[np.ndarray, "R S M"]):
+    def __init__(self, table: TableRows, listed: Int32[np.ndarray, "L M"], lengths: Int32[np.ndarray, " L"]):
         if table.holed:
             raise ValueError("table has holes; its rows must be closed before some of their pages are listed")
-        size, (rows, lists, _) = table.pool.page_size, chosen.shape
-        held = chosen[..., : table.table.shape[1]].reshape(rows * lists, -1)
-        held = held & (np.arange(held.shape[1]) < np.repeat(table.needed, lists)[:, None])
-        counts = held.sum(1)
-        at, place = held.nonzero()
-        listed = np.full((rows * lists, int(counts.max(initial=0))), -1, dtype=np.int32)
-        listed[at, np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)] = table.table[at // lists, place]
-        lengths = np.repeat(table.lengths, lists)
-        last = np.zeros(len(held), dtype=bool)
-        if held.shape[1]:
-            last = held[np.arange(len(held)), np.maximum(-(-lengths // size) - 1, 0)]
         # No pool knows of it, and nothing is let go of when it goes.
         self._pool, self.scattered, self.regular = table.pool, True, False
-        self.table = listed
-        self.lengths = (counts * size - np.where(last, -lengths % size, 0)).astype(np.int32)
+        self.table, self.lengths = listed, lengths
         self.fill_holes()
         self._room, self._known, self._sent = 0, [None] * 4, [None] * 4
 
     def __del__(self) -> None:
         return
+
+
+class FewSlots(FewPages):
+    """Rows of `lengths` of a table's tokens, each of which is a page of its own: `listed` are slots of the pool."""
+
+    def __init__(self, table: TableRows, listed: Int32[np.ndarray, "L M"], lengths: Int32[np.ndarray, " L"]):
+        super().__init__(table, listed, lengths)
+        self._pool: Any = Singles(table.pool)
+
+
+class Singles:
+    """A pool whose pages are the slots of another's, where they lie. What a page has once can't be read so."""
+
+    page_size = 1
+
+    def __init__(self, pool: Any):
+        self.pool, self.device, self.specs, self.arena = pool, pool.device, pool.specs, None
+
+    @property
+    def planes(self) -> Mapping[str, Tensor]:
+        """See `PagePool.planes`."""
+        return {name: plane.flatten(0, 1)[:, None] for name, plane in self.pool.planes.items()}
+
+    def array(self, name: str) -> np.ndarray:
+        """See `PagePool.array`."""
+        found: np.ndarray = self.pool.array(name)
+        return found

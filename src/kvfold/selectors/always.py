@@ -27,9 +27,13 @@ class Always:
         check_int("recent", self.recent, 0)
         check_number("share", self.share, 0.0, 1.0)
 
+    def most(self, unit: int) -> tuple[int, int]:
+        """Units of sinks, and of recent tokens, where the budget has room for all of them."""
+        return -(-self.sinks // unit), -(-self.recent // unit)
+
     def units(self, unit: int, units: Int[np.ndarray, "B H"], room: Int[np.ndarray, " B"]) -> Bool[np.ndarray, "B H N"]:
         """Of rows with so many units of `unit` tokens, where a query reads `room` of them; padding is not read."""
-        first, last = (-(-tokens // unit) for tokens in (self.sinks, self.recent))
+        first, last = self.most(unit)
         most = np.maximum(room - 1, 0)
         if self.share < 1 and first + last:
             allowed = np.minimum((most * self.share).astype(np.int64), first + last)

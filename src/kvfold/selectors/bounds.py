@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kvfold import ops
 from kvfold.formats import Chunk, Spec, register
 from kvfold.options import check_int
 from kvfold.pages import PAGE_SIZE
-from kvfold.selectors.held import HELD, HeldUnits, behind, check_held, nothing
+from kvfold.selectors.held import HELD, HeldUnits, check_held, nothing
 
 
 @dataclass(frozen=True)
@@ -46,30 +46,15 @@ class BoundsOf(HeldUnits):
 
     def extend(self, tokens: Chunk, start: Int[np.ndarray, "B H"]) -> None:
         """See `Remembered.extend`."""
-        keys, valid, unit = tokens.keys, tokens.valid, self.unit
-        if not bool(valid.any()):
+        new = tokens.valid.cpu().numpy().sum(-1)
+        if not new.any():
             return
-        new = keys.to(self.held.dtype)
-        first = int(start.flat[0]) if start.size else 0
-        if bool((start == first).all()) and bool(valid.all()):
-            before, after = first % unit, -(first + keys.shape[2]) % unit
-            self.reach(-(-(first + keys.shape[2]) // unit))
-            units = slice(first // unit, -(-(first + keys.shape[2]) // unit))
-            for some, sign in zip(self.held[:, :, units].chunk(2, -1), (1, -1), strict=True):
-                padded = F.pad(new * sign if sign < 0 else new, (0, 0, before, after), value=-torch.inf)
-                torch.maximum(some, padded.view(*padded.shape[:2], -1, unit, padded.shape[3]).amax(3), out=some)
-            return
-        begin = torch.from_numpy(np.ascontiguousarray(start)).to(keys.device)
-        number = (begin[..., None] + valid.cumsum(-1) - 1) // unit
-        self.reach(int(number.max()) + 1)
-        place = number.clamp(min=0)[..., None].expand(*number.shape, self.held.shape[-1])
-        both = torch.cat([new, -new], -1).masked_fill(~valid[..., None], -torch.inf)
-        self.held.scatter_reduce_(2, place, both, "amax")
+        self.reach(-(-int((start + new).max()) // self.unit))
+        ops.raise_bounds(self.held, tokens.keys.to(self.held.dtype), tokens.valid, start, self.unit)
 
     def scores(self, asked: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
         """See `Remembered.scores`; not scaled, which changes no order."""
-        both = torch.cat([asked.relu(), (-asked).relu()], -1).float()
-        return behind(both @ self.held[:, :, : int(units.max(initial=0))].float().mT, units)
+        return ops.bound_scores(asked, self.held, units)
 
 
 register("bounds", Bounds)

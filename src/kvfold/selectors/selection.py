@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget, is_all
-from kvfold.formats import Index, Picked, Remembered, Spec, register
+from kvfold.formats import Chosen, Index, Picked, Remembered, Spec, register
 from kvfold.formats.picked import NEVER
-from kvfold.ops import top_mask
+from kvfold.ops import choose_units, top_mask
 from kvfold.options import check_choice, check_int
 from kvfold.selectors.always import Always
 from kvfold.selectors.reuse import Reuse
@@ -68,14 +68,17 @@ class Selection:
     def choose(
         self, remembered: Remembered, q: Float[Tensor, "B H G D"], counts: Int[np.ndarray, "B H"],
         seen: Int[np.ndarray, " B"], last: Picked | None = None,
-    ) -> tuple[Bool[np.ndarray, "B H S N"] | None, Picked | None]:  # fmt: skip
+    ) -> tuple[Chosen | None, Picked | None]:  # fmt: skip
         """See `Chooser.choose`."""
         if is_all(self.budget):
             return None, None
         units, room, asked = -(-counts // self.unit), self.room(seen), remembered.asks(q, seen)
-        short = (units <= room[:, None]).all(1) | remembered.whole()
+        whole = remembered.whole()
+        short = (units <= room[:, None]).all(1) | whole
         if short.all():
             return None, None
+        if self.plain and not whole.any():
+            return self._lists(remembered.scores(asked, units), units, room), None
         number, always = int(units.max()), self.always.units(self.unit, units, room)
         there = np.arange(number) < units[..., None]
         asks, query = self._stale(asked, seen, last)
@@ -86,12 +89,25 @@ class Selection:
             picked = fresh if last is None else np.where(asks[:, None, None, None], fresh, picked)
         read = picked | (always | (there & short[:, None, None]))[:, :, None]
         if self.reuse is None:
-            return read, None
+            return Chosen.of(read), None
         made = np.where(asks, seen, NEVER if last is None else last.made)
         if last is not None and self.reuse.compares:
             stale = torch.from_numpy(asks).to(query.device)[:, None]
             query = torch.where(stale, query, last.query)
-        return read, Picked(picked, query, np.where(short, NEVER, made))
+        return Chosen.of(read), Picked(picked, query, np.where(short, NEVER, made))
+
+    @property
+    def plain(self) -> bool:
+        """Whether lists of the best are all that there is to it: nothing is shared out, voted on or used again."""
+        return self.reuse is None and self.vote.plain and self.always.share == 1.0
+
+    def _lists(
+        self, scores: Float[Tensor, "B H G N"], units: Int[np.ndarray, "B H"], room: Int[np.ndarray, " B"]
+    ) -> Chosen:
+        """What `_best` and what is always read come to, by a kernel that makes no mask."""
+        sinks, recent = self.always.most(self.unit)
+        best = choose_units(scores, units, room, heads=self.vote.heads, sinks=sinks, recent=recent)
+        return Chosen(*best, scores.shape[-1])
 
     def _stale(
         self, asked: Tensor, seen: np.ndarray, last: Picked | None

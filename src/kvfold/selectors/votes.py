@@ -38,6 +38,11 @@ class Vote:
         if self.layer and self.heads == "each":
             raise ValueError("layer=True lets all heads read the same, and heads='each' each of them its own")
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is a group's, by the scores as they are."""
+        return not self.layer and not self.softmax and self.pool == 1
+
     def lists(self, group: int) -> int:
         """Lists of each KV head, whose group has so many query heads."""
         return group if self.heads == "each" else 1

@@ -50,7 +50,7 @@ def step_pages(
 @register("append_pages", "cpu", rank=10, fits=holds)
 def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Tensor | None) -> None:
     count = planes["keys"].shape[1]
-    if valid is not None or (table.regular and table.even):
+    if valid is not None or (count > 1 and table.regular and table.even):  # a prompt is a copy for each plane
         naive.append_pages(table, planes, valid)
         return
     append(table, planes, count)
@@ -107,7 +107,7 @@ def _readable(pool: Any, queries: int, d: int, mass: str | None) -> bool:
         keys.dtype in FLOATS and values.dtype in FLOATS and (mass is None or pool.specs[mass].dtype == torch.float32)
     )
     # As `answers` says, but in place: each layer asks at every step.
-    sizes = 0 < queries <= ROWS and d > 0 and pool.page_size in PAGE_SIZES and not (d % 4 or values.width % 4)
+    sizes = 0 < queries <= ROWS and d > 0 and pool.page_size in (1, *PAGE_SIZES) and not (d % 4 or values.width % 4)
     return kinds and sizes and pool.device.type == "cpu" and library() is not None
 
 

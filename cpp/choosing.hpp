@@ -1,0 +1,110 @@
+// Which units are the best, list by list: scores are looked at some vectors at once, and few of them one by one.
+#pragma once
+
+#include <float.h>
+
+#include "choice.hpp"
+#include "lanes.hpp"
+#include "threads.hpp"
+
+namespace kvfold::ISA {
+namespace {
+
+constexpr float HIGH = FLT_MAX;
+constexpr int64_t GLANCE = LANES < 8 ? 2 * LANES : LANES;  // scores that are looked at together
+
+inline bool any(ivec x) {
+#if LANES == 16
+    return _mm512_test_epi32_mask((__m512i)x, (__m512i)x);
+#elif LANES == 8
+    return _mm256_movemask_ps((__m256)x);
+#else
+    return x[0] | x[1] | x[2] | x[3];
+#endif
+}
+
+// What heads make of a unit together; NaN stays NaN.
+inline vec reduced(Reduce how, vec a, vec b) {
+    if (how == Reduce::sum) return a + b;
+    const ivec first = (a > b) | (a != a);
+    return (vec)(((ivec)a & first) | ((ivec)b & ~first));
+}
+
+// What is not a number is the lowest number, and none is as high as what is always read.
+inline vec tamed(vec x) {
+    const vec low = x < HIGH / 8 ? x : everywhere(HIGH / 8);
+    return x == x ? low : everywhere(-HIGH);
+}
+
+inline void fill(float* line, int64_t from, int64_t to, float x) {
+    for (int64_t i = from < 0 ? 0 : from; i < to; i++) line[i] = x;
+}
+
+// The scores of a list's units, -inf behind them as far as one glances.
+void line_of(const UnitChoice& on, int64_t row, int64_t list, int64_t units, float* line) {
+    const float* from = on.scores + (row * on.g + list) * on.width;
+    const int64_t heads = on.reduce == Reduce::each ? 1 : on.g;
+    int64_t u = 0;
+    for (; u + LANES <= units; u += LANES) {
+        vec x = load(from + u);
+        for (int64_t h = 1; h < heads; h++) x = reduced(on.reduce, x, load(from + h * on.width + u));
+        store(line + u, tamed(x));
+    }
+    for (; u < units; u++) {
+        vec x = everywhere(from[u]);
+        for (int64_t h = 1; h < heads; h++) x = reduced(on.reduce, x, everywhere(from[h * on.width + u]));
+        line[u] = tamed(x)[0];
+    }
+    fill(line, units, units + GLANCE, -INFINITY);
+    fill(line, units - 1 - on.recent, units - 1, HIGH / 4);
+    fill(line, 0, smaller(units - 1, on.sinks), HIGH / 2);
+    line[units - 1] = HIGH;
+}
+
+// A score that at least `most` units reach, and few others: the one that as many of the largest of some units each do.
+inline float bar_of(const float* line, int64_t units, int64_t most, float* largest) {
+    const int64_t vectors = (units + LANES - 1) / LANES, each = vectors * LANES / (4 * most) + 1;
+    int64_t count = 0;
+    for (int64_t v = 0; v < vectors; v += each, count += LANES) {
+        vec high = load(line + v * LANES);
+        for (int64_t i = v + 1; i < smaller(vectors, v + each); i++) high = larger(high, load(line + i * LANES));
+        store(largest + count, high);
+    }
+    return count < most ? -INFINITY : highest_of(largest, most, count);
+}
+
+void choose_list(const void* context, int64_t index) {
+    const UnitChoice& on = *static_cast<const UnitChoice*>(context);
+    const int64_t lists = on.reduce == Reduce::each ? on.g : 1, row = index / lists, units = on.units[row];
+    const int64_t most = smaller(on.room[row], units);
+    int32_t* out = on.numbers + index * on.most;
+    int64_t count = 0;
+    if (most > 0) {
+        const int64_t length = (units + GLANCE + 15) / 16 * 16;
+        float *line = scratch(4 * length), *largest = line + length;
+        line_of(on, row, index % lists, units, line);
+        const float bar = larger(bar_of(line, units, most, largest), -FLT_MAX);  // -inf is never chosen
+        Candidate* able = reinterpret_cast<Candidate*>(largest + length);
+        for (int64_t u = 0; u < units; u += GLANCE) {
+            ivec some = load(line + u) >= bar;
+            for (int64_t i = LANES; i < GLANCE; i += LANES) some |= load(line + u + i) >= bar;
+            if (!any(some)) continue;
+            for (int64_t i = u; i < u + GLANCE; i++) {
+                able[count] = {line[i], static_cast<int32_t>(i)};
+                count += line[i] >= bar;
+            }
+        }
+        if (count > most) best_first(able, most, count), count = most;
+        ascending(able, count, out);
+    }
+    for (int64_t i = count; i < on.most; i++) out[i] = -1;
+    on.counts[index] = static_cast<int32_t>(count);
+}
+
+void choose_units(const UnitChoice& on) {
+    const int64_t lists = on.rows * (on.reduce == Reduce::each ? on.g : 1);
+    for_each(lists, on.rows * on.g * on.width < 4096 ? 1 : on.threads, choose_list, &on);
+}
+
+}  // namespace
+}  // namespace kvfold::ISA

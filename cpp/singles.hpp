@@ -1,0 +1,113 @@
+// Decode attention over tokens of which each is a page of its own: lists of some tokens of a row, read where they lie.
+#pragma once
+
+#include "kernels.hpp"
+#include "lanes.hpp"
+#include "paged.hpp"
+
+namespace kvfold::ISA {
+namespace {
+
+constexpr int64_t SOON = 8;  // tokens between the one that is worked on and the one that is asked for
+
+// logits[h * BLOCK + 0..3] = q[h] . key[0..3] for H heads, and four keys that are wanted soon.
+template <int H, class T>
+[[gnu::noinline]] void look_at_four(const float* q, const T* const (&keys)[4], const T* const (&soon)[4], int64_t d,
+                                    float* logits) {
+    constexpr int64_t LINE = 64 / sizeof(T), STEP = 2 * LANES;  // numbers
+    quad found[H];
+    dots_at<H>(q, d, [&](int t) { return keys[t]; }, d, found, [&](int64_t i) {
+        for (int64_t n = i; n < i + STEP; n += LINE)
+            if (STEP >= LINE || i % LINE == 0)
+#pragma GCC unroll 4
+                for (int t = 0; t < 4; t++) __builtin_prefetch(soon[t] + n);
+    });
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++) *reinterpret_cast<loose_quad*>(logits + h * BLOCK) = found[h];
+}
+
+template <class K, class V>
+struct SingleReader : Part<Attend> {
+    using Part::Part;
+
+    const K* key(int64_t slot) const { return static_cast<const K*>(on.keys) + pages()[slot] * on.d; }
+    const V* value(int64_t slot) const { return static_cast<const V*>(on.values) + pages()[slot] * on.dv; }
+
+    // Logits (g, BLOCK) of the slots from `block`, NEVER where no token is to be seen.
+    void look(const float* q, int64_t block, int64_t count, float* logits) const {
+        const int64_t d = on.d, last = block + count - 1;
+        for (int64_t at = 0; at < count; at += 4) {
+            const K *keys[4], *soon[4];
+            for (int t = 0; t < 4; t++) {
+                keys[t] = key(smaller(block + at + t, last));  // those behind the last are hidden
+                soon[t] = key(smaller(block + at + t + SOON, on.on.lengths[row] - 1));
+            }
+            for (int64_t h = 0; h < on.g;) {
+                const int64_t now = rows_of_four(on.g - h);
+                const float* from = q + h * d;
+                float* to = logits + h * BLOCK + at;
+                switch (now) {
+                    case 4: look_at_four<4>(from, keys, soon, d, to); break;
+                    case 3: look_at_four<3>(from, keys, soon, d, to); break;
+                    case 2: look_at_four<2>(from, keys, soon, d, to); break;
+                    default: look_at_four<1>(from, keys, soon, d, to);
+                }
+                h += now;
+            }
+        }
+        if (on.mass)
+            for (int64_t h = 0; h < on.g; h++)
+                for (int64_t i = 0; i < count; i++) logits[h * BLOCK + i] += on.mass[pages()[block + i]];
+        hide(block, count, logits);
+    }
+
+    // One row's slots from `start` to `stop` by online softmax.
+    void attend(float* out, float* lse) const {
+        const int64_t d = on.d, g = on.g, dv = on.dv, bytes = dv * static_cast<int64_t>(sizeof(V));
+        float* q = scratch(g * (d + BLOCK + 2));
+        float *logits = q + g * d, *top = logits + g * BLOCK, *total = top + g;
+        for (int64_t h = 0; h < g; h++) {
+            apart<K>(on.q + (row * g + h) * d, q + h * d, d);
+            for (int64_t i = 0; i < d; i++) q[h * d + i] *= on.scale;
+        }
+        for (int64_t h = 0; h < g; h++) top[h] = NEVER, total[h] = 0;
+        for (int64_t i = 0; i < g * dv; i++) out[i] = 0;
+        for (int64_t block = start; block < stop; block += BLOCK) {
+            const int64_t count = smaller(BLOCK, stop - block);
+            look(q, block, count, logits);
+            tell(block, count, logits, true);
+            Page<V> held[BLOCK];
+            int64_t used = 0;
+            for (int64_t i = 0; i < count; i++) {
+                if (logits[i] == NEVER) continue;  // so it is for all heads
+                const V* soon = value(smaller(block + i + SOON, on.on.lengths[row] - 1));
+                held[used++] = {value(block + i), 1, i, Soon{reinterpret_cast<const char*>(soon), bytes}};
+            }
+            for (int64_t i = 0; i < smaller(SOON, used); i++)
+                for (int64_t byte = 0; byte < bytes; byte += 64)
+                    __builtin_prefetch(reinterpret_cast<const char*>(held[i].values) + byte);
+            for (int64_t h = 0; h < g; h++) soften(logits + h * BLOCK, top + h, total + h, out + h * dv);
+            weigh_pages(logits, held, used, g, dv, out);
+        }
+        for (int64_t h = 0; h < g; h++) together<V>(out + h * dv, dv / STRETCH * STRETCH);
+        finish(top, total, out, lse);
+    }
+};
+
+template <class K>
+Task single_task_of(Kind value) {
+    switch (value) {
+        case Kind::f32: return attend_part<SingleReader<K, float>>;
+        case Kind::bf16: return attend_part<SingleReader<K, bf16>>;
+        default: return attend_part<SingleReader<K, f16>>;
+    }
+}
+
+void attend_singles(const Attend& on) {
+    attend_in_parts(on, on.key_kind == Kind::f32    ? single_task_of<float>(on.value_kind)
+                        : on.key_kind == Kind::bf16 ? single_task_of<bf16>(on.value_kind)
+                                                    : single_task_of<f16>(on.value_kind));
+}
+
+}  // namespace
+}  // namespace kvfold::ISA

@@ -1,0 +1,82 @@
+// What is remembered of units of tokens, and what of the choice among them no vector helps with.
+
+#include "choice.hpp"
+
+#include <algorithm>
+
+#include "threads.hpp"
+
+namespace kvfold {
+namespace {
+
+// The larger of two floats by their bits, NaN if one is: `ENDLESS` is infinity, and the sign is the highest bit.
+template <class U, U ENDLESS>
+inline U larger(U a, U b) {
+    constexpr U SIGN = U(1) << (8 * sizeof(U) - 1);
+    const U left = a & SIGN ? U(~a) : U(a | SIGN), right = b & SIGN ? U(~b) : U(b | SIGN);
+    const bool whole = U(a & ~SIGN) <= ENDLESS, other = U(b & ~SIGN) <= ENDLESS;
+    return whole & (!other | (right > left)) ? b : a;
+}
+
+template <class U, U ENDLESS>
+void raise_row(const void* context, int64_t row) {
+    constexpr U SIGN = U(1) << (8 * sizeof(U) - 1);
+    const RaiseBounds& on = *static_cast<const RaiseBounds*>(context);
+    const int64_t d = on.d;
+    U* held = static_cast<U*>(on.held) + row * on.room * 2 * d;
+    const U* key = static_cast<const U*>(on.keys) + row * on.count * d;
+    int64_t number = on.start[row];
+    for (int64_t t = 0; t < on.count; t++, key += d) {
+        if (!on.valid[row * on.count + t]) continue;
+        U* high = held + number++ / on.unit * 2 * d;
+        for (int64_t i = 0; i < d; i++) high[i] = larger<U, ENDLESS>(high[i], key[i]);
+        for (int64_t i = 0; i < d; i++) high[d + i] = larger<U, ENDLESS>(high[d + i], U(key[i] ^ SIGN));
+    }
+}
+
+}  // namespace
+
+float highest_of(float* numbers, int64_t most, int64_t count) {
+    std::nth_element(numbers, numbers + most - 1, numbers + count, [](float a, float b) { return a > b; });
+    return numbers[most - 1];
+}
+
+void best_first(Candidate* of, int64_t most, int64_t count) {
+    std::nth_element(of, of + most - 1, of + count, [](const Candidate& a, const Candidate& b) {
+        return a.score > b.score || (a.score == b.score && a.unit < b.unit);
+    });
+}
+
+void ascending(const Candidate* of, int64_t count, int32_t* units) {
+    for (int64_t i = 0; i < count; i++) units[i] = of[i].unit;
+    std::sort(units, units + count);
+}
+
+void list_pages(const PageLists& on) {
+    const int64_t lists = on.on.rows ? on.lists / on.on.rows : 0, most = on.most * on.each, size = on.on.page_size;
+    for (int64_t list = 0; list < on.lists; list++) {
+        const int64_t row = list / lists, length = on.on.lengths[row];
+        const int64_t held = on.slots ? length : (length + size - 1) / size;
+        const int32_t *number = on.numbers + list * on.most, *pages = on.on.table + row * on.on.width;
+        int32_t* out = on.listed + list * most;
+        int64_t count = 0, slack = 0;
+        for (int64_t k = 0; k < on.most && number[k] >= 0; k++) {
+            const int64_t first = number[k] * on.each - on.before[row];
+            for (int64_t i = std::max<int64_t>(first, 0); i < std::min(first + on.each, held); i++) {
+                out[count++] = static_cast<int32_t>(on.slots ? pages[i / size] * size + i % size : pages[i]);
+                if (!on.slots && i == held - 1) slack = held * size - length;
+            }
+        }
+        std::fill(out + count, out + most, -1);
+        on.lengths[list] = static_cast<int32_t>(on.slots ? count : count * size - slack);
+    }
+}
+
+void raise_bounds(const RaiseBounds& on) {
+    const Task task = on.kind == Kind::f32    ? raise_row<uint32_t, 0x7f800000u>
+                      : on.kind == Kind::bf16 ? raise_row<uint16_t, 0x7f80>
+                                              : raise_row<uint16_t, 0x7c00>;
+    for_each(on.rows, on.rows * on.count * on.d < 32768 ? 1 : on.threads, task, &on);
+}
+
+}  // namespace kvfold

@@ -1,0 +1,86 @@
+"""Operations on units of tokens: what is remembered of them, what they are worth to a query, and which are the best.
+
+A unit is some tokens of a (row, KV head) that follow each other, N of them in the longest row.
+"""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Int32
+from torch import Tensor
+
+from kvfold.ops.dispatch import select
+from kvfold.ops.units import cpu, naive  # noqa: F401  (each registers itself)
+
+__all__ = ["bound_scores", "choose_units", "list_pages", "list_slots", "raise_bounds"]
+
+
+def raise_bounds(
+    held: Float[Tensor, "B H N E"],
+    keys: Float[Tensor, "B H T D"],
+    valid: Bool[Tensor, "B H T"],
+    start: Int[np.ndarray, "B H"],
+    unit: int,
+) -> None:
+    """In place: `held` (E = 2 D: the largest of k, then the largest of -k) rises to hold new keys, of its dtype, too.
+
+    The tokens that are `valid` follow `start` others of their row; token n belongs to unit n // `unit`, for which there
+    is room. A NaN stays.
+    """
+    select("raise_bounds", held)(held, keys, valid, start, unit)
+
+
+def bound_scores(
+    q: Float[Tensor, "B H G D"], held: Float[Tensor, "B H N E"], units: Int[np.ndarray, "B H"]
+) -> Float[Tensor, "B H G M"]:
+    """What no product of a query with a key of a unit exceeds, by `raise_bounds`; float32.
+
+    Of the M units of the longest row, -inf behind a row's own.
+    """
+    found: Tensor = select("bound_scores", held)(q, held, units)
+    return found
+
+
+def choose_units(
+    scores: Float[Tensor, "B H G N"],
+    units: Int[np.ndarray, "B H"],
+    room: Int[np.ndarray, " B"],
+    *,
+    heads: str,
+    sinks: int,
+    recent: int,
+) -> tuple[Int32[np.ndarray, "B H S K"], Int32[np.ndarray, "B H S"]]:
+    """The best `room[b]` of `units[b, h]` units of each list: their numbers, ascending and then -1, and how many.
+
+    `heads`: "each" query head has a list (S = G), or all share that of the "sum" or the "max" of their scores (S = 1).
+    The last unit comes first, then the first `sinks` units, then the `recent` before the last, then the highest scores:
+    ties go to the earlier unit, -inf is never chosen, and what is not a number counts as the lowest number.
+    """
+    found: tuple[np.ndarray, np.ndarray] = select("choose_units", scores)(
+        scores, units, room, heads=heads, sinks=sinks, recent=recent
+    )
+    return found
+
+
+def list_pages(
+    table: Any, numbers: Int32[np.ndarray, "R S K"], pages: int, before: Int[np.ndarray, " R"]
+) -> tuple[Int32[np.ndarray, "L M"], Int32[np.ndarray, " L"]]:
+    """The pages of some units of each row of a page table, and the slots on them; list s of row r is r * S + s of L.
+
+    A unit is `pages` pages, whose numbers are counted from `before[r]` pages before the row's first one. Units, or
+    pages of them, that the row has not are left out. `numbers` ascend, and then are -1, as the pages are.
+    """
+    found: tuple[np.ndarray, np.ndarray] = select("list_pages", next(iter(table.pool.planes.values())))(
+        table, numbers, pages, before
+    )
+    return found
+
+
+def list_slots(
+    table: Any, numbers: Int32[np.ndarray, "R S K"], unit: int, before: Int[np.ndarray, " R"]
+) -> tuple[Int32[np.ndarray, "L M"], Int32[np.ndarray, " L"]]:
+    """As `list_pages`, but for units of `unit` slots: where each lies among all slots of the pool."""
+    found: tuple[np.ndarray, np.ndarray] = select("list_slots", next(iter(table.pool.planes.values())))(
+        table, numbers, unit, before
+    )
+    return found

@@ -1,0 +1,104 @@
+"""Units of tokens in plain torch."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int, Int32
+from torch import Tensor
+
+from kvfold.ops.choose import top_mask
+from kvfold.ops.dispatch import register
+
+
+@register("raise_bounds", "naive", rank=0)
+def raise_bounds(held: Tensor, keys: Tensor, valid: Tensor, start: np.ndarray, unit: int) -> None:
+    count, first = keys.shape[2], int(start.flat[0]) if start.size else 0
+    if bool((start == first).all()) and bool(valid.all()):  # a unit's tokens lie alike in every row
+        before, behind = first % unit, -(first + count) % unit
+        units = slice(first // unit, -(-(first + count) // unit))
+        for some, new in zip(held[:, :, units].chunk(2, -1), (keys, -keys), strict=True):
+            padded = F.pad(new, (0, 0, before, behind), value=-torch.inf)
+            torch.maximum(some, padded.view(*padded.shape[:2], -1, unit, padded.shape[3]).amax(3), out=some)
+        return
+    begin = torch.from_numpy(np.ascontiguousarray(start)).to(keys.device)
+    number = (begin[..., None] + valid.cumsum(-1) - 1) // unit
+    place = number.clamp(min=0)[..., None].expand(*number.shape, held.shape[-1])
+    both = torch.cat([keys, -keys], -1).masked_fill(~valid[..., None], -torch.inf)
+    held.scatter_reduce_(2, place, both, "amax")
+
+
+@register("bound_scores", "naive", rank=0)
+def bound_scores(q: Tensor, held: Tensor, units: np.ndarray) -> Tensor:
+    number = int(units.max(initial=0))
+    asked = torch.cat([q.relu(), (-q).relu()], -1).float()
+    found = asked @ held[:, :, :number].float().mT
+    if (units == number).all():
+        return found
+    none = torch.arange(number) >= torch.from_numpy(np.ascontiguousarray(units))[..., None]
+    return found.masked_fill(none.to(q.device)[:, :, None], -torch.inf)
+
+
+@register("choose_units", "naive", rank=0)
+def choose_units(
+    scores: Tensor, units: np.ndarray, room: np.ndarray, *, heads: str, sinks: int, recent: int
+) -> tuple[np.ndarray, np.ndarray]:
+    if heads != "each":
+        scores = scores.sum(2, keepdim=True) if heads == "sum" else scores.amax(2, keepdim=True)
+    high = torch.finfo(scores.dtype).max
+    worth = scores.clamp(max=high / 8)  # NaN stays, which is never chosen before a number
+    place = torch.arange(scores.shape[-1], device=scores.device)
+    behind = (torch.from_numpy(np.ascontiguousarray(units)).to(scores.device)[..., None] - 1 - place)[:, :, None]
+    worth = worth.masked_fill((behind >= 0) & (behind <= recent), high / 4)
+    worth = worth.masked_fill((behind >= 0) & (place < sinks), high / 2).masked_fill(behind == 0, high)
+    (b, h, lists, n), wide = worth.shape, np.broadcast_to(room[:, None], units.shape).repeat(worth.shape[2], 1)
+    best = top_mask(worth.reshape(b, h * lists, n), torch.from_numpy(wide.copy()).to(worth.device))
+    return listed(best.view(b, h, lists, n).cpu().numpy())
+
+
+@register("list_pages", "naive", rank=0)
+def list_pages(table: Any, numbers: np.ndarray, pages: int, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    size, needed = table.pool.page_size, table.needed
+    places, held = _places(numbers, pages, before, needed)
+    counts, last = held.sum(-1), (held & (places == needed[:, None, None] - 1)).any(-1)
+    lengths = counts * size - np.where(last, (-table.lengths % size)[:, None], 0)
+    return _packed(table.table[held.nonzero()[0], places[held]], counts, held.shape[2]), _flat(lengths)
+
+
+@register("list_slots", "naive", rank=0)
+def list_slots(table: Any, numbers: np.ndarray, unit: int, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    size = table.pool.page_size
+    places, held = _places(numbers, unit, before, table.lengths)
+    slots, counts = places[held], held.sum(-1)
+    found = table.table[held.nonzero()[0], slots // size] * size + slots % size
+    return _packed(found, counts, held.shape[2]), _flat(counts)
+
+
+def _places(
+    numbers: np.ndarray, each: int, before: np.ndarray, there: np.ndarray
+) -> tuple[Int[np.ndarray, "R S M"], Bool[np.ndarray, "R S M"]]:
+    """The places in a row of what units are made of, and which of them it has."""
+    first = numbers.astype(np.int64) * each - before[:, None, None]
+    places = (first[..., None] + np.arange(each)).reshape(*numbers.shape[:2], -1)
+    return places, (places >= 0) & (places < there[:, None, None]) & (numbers >= 0).repeat(each, -1)
+
+
+def _packed(found: np.ndarray, counts: np.ndarray, most: int) -> Int32[np.ndarray, "L M"]:
+    """What was found, list by list, each from its front on and then -1."""
+    packed = np.full((counts.size, most), -1, dtype=np.int32)
+    packed[np.arange(most) < counts.reshape(-1, 1)] = found
+    return packed
+
+
+def _flat(lengths: np.ndarray) -> Int32[np.ndarray, " L"]:
+    flat: np.ndarray = lengths.astype(np.int32).reshape(-1)
+    return flat
+
+
+def listed(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers (..., K) of what a mask (..., N) marks, ascending and then -1, and how many (...)."""
+    counts = mask.sum(-1, dtype=np.int32)
+    numbers = np.full((*counts.shape, int(counts.max(initial=0))), -1, dtype=np.int32)
+    numbers[np.arange(numbers.shape[-1]) < counts[..., None]] = mask.nonzero()[-1]
+    return numbers, counts
