@@ -32,6 +32,8 @@ class Traits:
     segment (`Folding`)."""
     graphs: bool = False
     """Whether a decode step may be captured as a CUDA graph (`Segment.reserve`)."""
+    spills: bool = True
+    """Whether all that grows with its tokens lies on pages of its own, which may be on disk."""
 
     @property
     def drops(self) -> bool:
@@ -59,6 +61,8 @@ class Spec:
     """What was measured on the model for this layer, by the key that a format names."""
     arena: Any = None
     """The `kvfold.pages.Arena` that the pages come from; None: they are the segment's own."""
+    memory: Any = None
+    """The `kvfold.pages.FastMemory` that its pages lie in; None: they are in memory."""
 
     @classmethod
     def of(cls, chunk: Chunk, **more: Any) -> "Spec":

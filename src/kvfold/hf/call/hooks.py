@@ -202,7 +202,7 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
     if call.marks is not None and isinstance(read, torch.Tensor):
         if _drafted(kwargs) >= read.shape[1] - 1 and cache.rows.width:
             cache.pending.opening = False  # one token and its candidates: nothing was added to the text
-        cache.check_pass(read.shape[1])
+        cache.check_pass(read.shape[1], read.shape[0])
     if isinstance(read, torch.Tensor):
         call.part = part_for(cache, read.shape[1], kwargs)
     return changed
