@@ -1,14 +1,16 @@
 """A cache that is larger than the memory it may take: what is asked of a model for it, and of a pass that comes."""
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from kvfold.files import check_folder, nameless
 from kvfold.formats import Spec
 from kvfold.formats.sizes import empty_segment
 from kvfold.hf.argument import with_cache
@@ -17,7 +19,7 @@ from kvfold.hf.memory import parse_size
 from kvfold.layer.layer import KVLayer, format_of
 from kvfold.methods.base import Method, formats_of, stages_of
 from kvfold.options import shown
-from kvfold.pages import FastMemory, PagePool, check_spill
+from kvfold.pages import FastMemory, PagePool, SpillFile
 
 
 def checked_fast(
@@ -40,7 +42,9 @@ def checked_fast(
         raise ValueError(f"{given}: method={method} lets layers share memory, and what is on disk belongs to one")
     if firm := [form for form in formats_of(stages_of(method)) if not form.traits.spills]:
         raise ValueError(f"{given}: method={method} holds tokens in {firm[0]}, which does not lie on pages alone")
-    check_spill(spill)
+    check_folder(spill, "spill")
+    if not sys.platform.startswith("linux"):
+        raise ValueError(f"{given}: memory can be given back to a file on Linux alone, not on {sys.platform}")
     return nbytes
 
 
@@ -71,7 +75,7 @@ class Spilled:
                 segment = empty_segment(format_of(group.method, core.site), spec)
                 for pool in segment.pages_for(np.zeros((1, spec.heads), dtype=np.int64)):
                     _check_least(nbytes, 0, pool, core, spec.heads)
-        return cls(FastMemory(nbytes, Path(spill)), shapes)
+        return cls(FastMemory(nbytes, SpillFile(nameless(spill, "spill"), os.fspath(spill))), shapes)
 
     def check_room(self, cores: Sequence[KVLayer], batch: int, tokens: int, wanted: Mapping[PagePool, int]) -> None:
         """Raise, before any layer has read, where so many more tokens have no room.
@@ -116,6 +120,6 @@ def _check_least(nbytes: int, beside: int, pool: PagePool, core: KVLayer, rows: 
     least = FastMemory.least(pool.specs.values(), pool.page_size, rows)
     if least > nbytes - beside:
         raise ValueError(
-            f"fast_memory={nbytes} is too little: a page of each of {rows} KV heads of layer {core.layer} takes {least} "
-            f"bytes of it, and {beside} are taken by indexes, tables and windows"
+            f"fast_memory={nbytes} is too little: a page of each of {rows} KV heads of layer {core.layer} takes "
+            f"{least} bytes of it, and {beside} are taken by indexes, tables and windows"
         )

@@ -190,21 +190,8 @@ class KVLayer(Held):
             return
         (b, h, _, d), site = k.shape, self.site
         found = measured((group.method for group in rows.groups), site)
-        self.stored = Stored(
-            Spec(
-                b,
-                h,
-                d,
-                v.shape[3],
-                k.dtype,
-                k.device,
-                site.layer,
-                site.rope,
-                artefact=found,
-                arena=self.arena,
-                memory=self.memory,
-            )  # fmt: skip
-        )
+        spec = Spec(b, h, d, v.shape[3], k.dtype, k.device, site.layer, site.rope, artefact=found, arena=self.arena)
+        self.stored = Stored(replace(spec, memory=self.memory))
         for group in rows.groups:
             self.stored.opened[... if group.rows is None else group.rows] = self.stored.number(
                 format_of(group.method, site)

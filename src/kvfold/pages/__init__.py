@@ -10,12 +10,12 @@ from kvfold.pages.arena import Arena, OutOfPages
 from kvfold.pages.few import FewPages
 from kvfold.pages.pool import PagePool
 from kvfold.pages.residency import Residency
-from kvfold.pages.spill import SpillFull, check_spill
+from kvfold.pages.spill import SpillFile, SpillFull
 from kvfold.pages.storage import PAGE_SIZE, Plane
 from kvfold.pages.table import PageTable
 from kvfold.pages.tier import FastMemory
 
 __all__ = [
     "PAGE_SIZE", "Arena", "FastMemory", "FewPages", "OutOfPages", "PagePool", "PageTable", "Plane", "Residency",
-    "SpillFull", "check_spill",
+    "SpillFile", "SpillFull",
 ]  # fmt: skip

@@ -41,9 +41,9 @@ class Holder(Protocol):
 class PagePool(Storage):
     """The storage of one segment: N pages of P tokens in each plane, and their reference counts.
 
-    With an `arena` it is that of many; with a `memory` its planes lie there, and not all of them are here. `moved_nbytes`
-    counts what was copied from page to page so that rows lie in runs and nothing is held in vain; a pool that takes
-    another one's place goes on counting.
+    With an `arena` it is that of many; with a `memory` its planes lie there, and not all of them are here.
+    `moved_nbytes` counts what was copied from page to page so that rows lie in runs and nothing is held in vain; a pool
+    that takes another one's place goes on counting.
     """
 
     def __init__(

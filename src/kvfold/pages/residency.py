@@ -1,4 +1,4 @@
-"""Which blocks are in a fast memory that holds not all of them: who comes, who goes, and what was moved.
+"""Which blocks are in a fast memory that has no room for all: who comes, who goes, and what was moved.
 
 A block is a number; what it is, and where it lies when it is not here, others know: a cache on disk, a scheduler.
 """
@@ -9,15 +9,15 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-Blocks = Int[np.ndarray, " N"]
+Blocks = Int[np.ndarray, " _"]
 OFTEN = 1 << 14
 """Uses that are counted of a block; whoever has as many has all counts halved."""
 LATEST = 1 << 48
-"""More touches than there will be."""
+"""More uses than there will be."""
 
 
 class Moves(NamedTuple):
-    """What a touch asks for: `back` is copied to where it lies otherwise, `go` goes, then `come` is copied."""
+    """What a use asks for: `back` is copied to where it lies otherwise, `go` goes, then `come` is copied."""
 
     come: Blocks
     """Those that are to be copied here; what was never elsewhere is just written."""
@@ -29,21 +29,22 @@ class Moves(NamedTuple):
 class Residency:
     """At most `nbytes` in blocks of `block_nbytes`; `policy` says who goes where room is wanted.
 
-    "lru": who was not touched for longest. "lfu": who was touched least often since it came, of those the latest, so
-    that a walk through more blocks than fit leaves most of what is here alone. "score": who has the least score, of
-    those the longest not touched. A block that is pinned, or that is being touched, never goes. One that was not
-    written since it came goes without being copied back. Raises ValueError for anything else.
+    "lru": who was not used for longest. "lfu": who was used least often since it came, of those the latest, so that a
+    walk through more blocks than fit leaves most of what is here alone. "score": who has the least score, of those the
+    longest not used. A block that is pinned, or that is being used, never goes. One that was not written since it came
+    goes without being copied back. Raises ValueError for anything else.
     """
 
     def __init__(self, nbytes: int, block_nbytes: int, policy: str = "lru"):
         if policy not in POLICIES:
             raise ValueError(f"policy={policy!r} must be one of {', '.join(map(repr, POLICIES))}")
-        for name, given in (("nbytes", nbytes), ("block_nbytes", block_nbytes)):
-            if not isinstance(given, int) or isinstance(given, bool) or given < (name == "block_nbytes"):
-                raise ValueError(f"{name}={given!r} must be an int >= {int(name == 'block_nbytes')}")
+        for name, given, low in (("nbytes", nbytes, 0), ("block_nbytes", block_nbytes, 1)):
+            size: object = given
+            if not isinstance(size, int) or isinstance(size, bool) or size < low:
+                raise ValueError(f"{name}={size!r} must be an int >= {low}")
         self.block_nbytes, self.policy = block_nbytes, policy
         self.capacity = nbytes // block_nbytes  # blocks
-        self.hits = self.misses = 0  # blocks that were here when they were touched, and those that were not
+        self.hits = self.misses = 0  # blocks that were here when they were used, and those that were not
         self.brought_nbytes = self.written_nbytes = 0
         self._here = self._dirty = self._known = np.zeros(0, dtype=bool)  # known: it lies elsewhere, too
         self._pins = np.zeros(0, dtype=np.int32)
@@ -58,17 +59,17 @@ class Residency:
 
     @property
     def room(self) -> int:
-        """Blocks that one touch may ask for: all but those that are pinned."""
+        """Blocks that one use may ask for: all but those that are pinned."""
         return self.capacity - int((self._pins > 0).sum())
 
-    def here(self, blocks: Blocks) -> Bool[np.ndarray, " N"]:
+    def here(self, blocks: Blocks) -> Bool[np.ndarray, " _"]:
         """Which of them are here."""
         found: np.ndarray = np.zeros(len(blocks), dtype=bool)
         some = blocks < len(self._here)
         found[some] = self._here[blocks[some]]
         return found
 
-    def touch(self, blocks: Blocks, *, written: Blocks | None = None, score: float = 0.0) -> Moves:
+    def use(self, blocks: Blocks, *, written: Blocks | None = None, score: float = 0.0) -> Moves:
         """These are about to be read, and `written` (some of them, or others) written: what that asks for.
 
         Raises ValueError, and changes nothing, where they are more than there is room for.

@@ -1,32 +1,22 @@
-"""The file of a cache that lies on disk, mapped into memory: ranges of it, on disk before anybody writes there.
+"""A file that is mapped into memory: ranges of it, on disk before anybody writes there.
 
 What is mapped is the process's only while it is used: a range that is let go is the file's again, and what was written
-goes to the disk when the system likes. The file has lost its name before its first byte is written, so that a process
-that is killed leaves nothing; one that is killed while the name is still there leaves an empty file, which the next
-start removes.
+goes to the disk when the system likes.
 """
 
 import ctypes
 import errno
 import os
-import re
-import secrets
-import stat
-import sys
 import weakref
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
-
-from kvfold.options import shown
 
 UNIT = 1 << 16
 """Bytes: ranges begin and end at multiples of it. As many the system maps around a page that is read."""
 VAST = 1 << 40
 """Bytes of addresses that are taken for a file, which take no memory; fewer where a process may not have them."""
 LEAST = 1 << 32
-NAME = re.compile(r"\.kvfold-(\d+)-[0-9a-f]{16}\.spill")
 PROT, MAP_SHARED, MAP_NORESERVE, FAILED = 3, 0x01, 0x4000, ctypes.c_void_p(-1).value
 WILLNEED, DONTNEED = 3, 4
 PUNCH_HOLE, WRITE_OUT = 3, 2
@@ -35,8 +25,8 @@ PUNCH_HOLE, WRITE_OUT = 3, 2
 class SpillFull(OSError):
     """The disk has no room for `needed` bytes more in folder `spill`; about `free` are there. Nothing has changed."""
 
-    def __init__(self, spill: Path, needed: int, free: int, reason: int):
-        text = f"spill={str(spill)!r} has no room for {needed} bytes more ({free} are free): {os.strerror(reason)}"
+    def __init__(self, spill: str, needed: int, free: int, reason: int):
+        text = f"spill={spill!r} has no room for {needed} bytes more ({free} are free): {os.strerror(reason)}"
         super().__init__(reason, text)
         self.needed, self.free = needed, free
 
@@ -54,74 +44,22 @@ class Range:
     nbytes: int = 0
 
 
-def check_spill(spill: object) -> Path:
-    """The folder. Raises ValueError where it is none, or one that this process can't write to."""
-    try:
-        named: Any = os.fspath(spill)  # type: ignore[call-overload]
-    except TypeError:
-        named = None
-    if not isinstance(named, str) or not named or "\0" in named:
-        raise ValueError(f"spill={shown(spill)} must be the path of a folder, as text")
-    folder = Path(named)
-    if not folder.is_dir():
-        raise ValueError(f"spill={named!r} is not a folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"spill={named!r} is a folder that this process can't write to")
-    if not sys.platform.startswith("linux"):
-        raise ValueError(f"spill={named!r}: memory can be given back to a file on Linux alone, not on {sys.platform}")
-    return folder
-
-
-def remove_stale(folder: Path) -> int:
-    """Remove what killed processes left in a folder, and say how many files: regular ones that are ours to remove."""
-    removed = 0
-    for path in folder.iterdir():
-        found = NAME.fullmatch(path.name)
-        if found is None or alive(int(found[1])):
-            continue
-        try:
-            status = path.lstat()
-            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
-                path.unlink()
-                removed += 1
-        except FileNotFoundError:  # another start was faster
-            continue
-    return removed
-
-
-def alive(process: int) -> bool:
-    """Whether there is a process of this number."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # somebody else's; no number of a process
-        return True
-    return True
-
-
 class SpillFile:
-    """One file without a name, of ranges that are allocated on disk before they are used. Freed ranges read as zeros.
+    """Ranges of a file that are allocated on disk before they are used. Freed ones read as zeros.
 
-    Made in `folder` (see `check_spill`), with a random name that nobody can have taken, for its owner alone.
+    `file`: the descriptor of one that is empty, and this object's from now on; `folder`: where it is, for errors.
+    Raises OSError where the process may not have the addresses.
     """
 
-    def __init__(self, folder: Path):
-        remove_stale(folder)
-        self.folder, self.nbytes = folder, 0  # bytes on disk
-        path = folder / f".kvfold-{os.getpid()}-{secrets.token_hex(8)}.spill"
+    def __init__(self, file: int, folder: str):
+        self.file, self.folder, self.nbytes = file, folder, 0  # bytes on disk
         try:
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise ValueError(f"spill={str(folder)!r} takes no file: {error.strerror}") from error
-        try:
-            path.unlink()
-            self.address, self.room = mapped(self.fd)
+            self.address, self.room = mapped(file)
         except BaseException:
-            os.close(self.fd)
+            os.close(file)
             raise
         self.top, self._free = 0, list[tuple[int, int]]()  # (start, bytes) below `top` that are nobody's
-        weakref.finalize(self, closed, self.fd, self.address, self.room).atexit = False
+        weakref.finalize(self, closed, file, self.address, self.room).atexit = False
 
     def take(self, nbytes: int, room: int) -> Range:
         """A range of zeros, `nbytes` on disk, that can grow in place up to `room`. Raises SpillFull."""
@@ -141,7 +79,7 @@ class SpillFile:
         return made
 
     def resize(self, some: Range, nbytes: int) -> None:
-        """So many bytes of a range are on disk from now on, at most its `room`. Raises SpillFull, and changes nothing."""
+        """So many bytes of a range are on disk from now on, at most its `room`. Raises SpillFull, changing nothing."""
         whole = -(-nbytes // UNIT) * UNIT
         if whole > some.nbytes:
             self._allocate(some.start + some.nbytes, whole - some.nbytes)
@@ -177,7 +115,7 @@ class SpillFile:
 
     def write_out(self, start: int, nbytes: int) -> None:
         """The system is asked to bring what the process let go of to the disk, while we do something else."""
-        call("sync_file_range", self.fd, start, nbytes, WRITE_OUT)
+        call("sync_file_range", self.file, start, nbytes, WRITE_OUT)
 
     def expect(self, start: int, nbytes: int) -> None:
         """These bytes are read soon: the system reads them from the disk meanwhile, into memory that is not ours."""
@@ -185,7 +123,7 @@ class SpillFile:
 
     def _allocate(self, start: int, nbytes: int) -> None:
         try:
-            os.posix_fallocate(self.fd, start, nbytes)
+            os.posix_fallocate(self.file, start, nbytes)
         except OSError as error:
             self._punch(start, nbytes)  # it may have got a part
             disk = os.statvfs(self.folder)
@@ -193,11 +131,11 @@ class SpillFile:
 
     def _punch(self, start: int, nbytes: int) -> None:
         """These bytes are zeros, and take no room. Where the file system can't do that they are written as zeros."""
-        if call("fallocate", self.fd, PUNCH_HOLE, start, nbytes) == 0 or start >= os.fstat(self.fd).st_size:
+        if call("fallocate", self.file, PUNCH_HOLE, start, nbytes) == 0 or start >= os.fstat(self.file).st_size:
             return
         zeros = bytes(UNIT)
-        for at in range(start, min(start + nbytes, os.fstat(self.fd).st_size), UNIT):
-            os.pwrite(self.fd, zeros[: min(UNIT, start + nbytes - at)], at)
+        for at in range(start, min(start + nbytes, os.fstat(self.file).st_size), UNIT):
+            os.pwrite(self.file, zeros[: min(UNIT, start + nbytes - at)], at)
 
 
 def mapped(file: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ class Plane:
         return tokens * width * self.dtype.itemsize
 
 
+@runtime_checkable
 class Memory(Protocol):
     """Where planes lie that need not be in memory: see `kvfold.pages.FastMemory`."""
 

@@ -3,7 +3,6 @@
 import ctypes
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,15 +25,14 @@ Wanted = Callable[[int, int], tuple[Blocks, Blocks]]
 
 
 class FastMemory:
-    """At most `nbytes` in memory: of the planes that are made here, in a file in `folder`, and of what stands beside.
+    """At most `nbytes` in memory: of the planes that are made here, in `file`, and of what stands beside.
 
     A plane's bytes are the process's from the moment when they are touched until their room is wanted for others. What
     is read without a word is let go of by the next `sweep`. All caches that share pages share one of these.
     """
 
-    def __init__(self, nbytes: int, folder: Path, policy: str = "lfu"):
-        self.nbytes, self.folder = nbytes, folder
-        self.file, self.residency = SpillFile(folder), Residency(nbytes, UNIT, policy)
+    def __init__(self, nbytes: int, file: SpillFile, policy: str = "lfu"):
+        self.nbytes, self.file, self.residency = nbytes, file, Residency(nbytes, UNIT, policy)
         self._ranges: dict[int, Range] = {}  # by the address of the plane
         self._memory: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # of ranges, while in use
         self._beside: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -84,7 +82,7 @@ class FastMemory:
 
     # -- who touches what ----------------------------------------------------------------------------------------
 
-    def blocks(self, plane: Tensor, pages: Int[np.ndarray, " N"]) -> Blocks:
+    def blocks(self, plane: Tensor, pages: Int[np.ndarray, " _"]) -> Blocks:
         """The blocks that pages of a plane lie on, each once; none of what is not here."""
         some = self._ranges.get(plane.data_ptr()) if len(plane) else None
         if some is None or not len(pages):
@@ -97,7 +95,7 @@ class FastMemory:
         return np.flatnonzero(marks) + some.start // UNIT
 
     def visits(
-        self, planes: Iterable[Tensor], pages: Int[np.ndarray, " N"], *, written: bool = False
+        self, planes: Iterable[Tensor], pages: Int[np.ndarray, " _"], *, written: bool = False
     ) -> Iterator[slice]:
         """Stretches of a list of pages that have room together; each is there until the next is asked for."""
         held = list(planes)
@@ -146,7 +144,7 @@ class FastMemory:
         found = np.concatenate([NONE, *(self.blocks(plane, table.held) for plane in table.pool.planes.values())])
         if len(found) > self.residency.room:
             return False
-        self._move(self.residency.touch(NONE, written=found))
+        self._move(self.residency.use(NONE, written=found))
         return True
 
     @staticmethod
@@ -166,7 +164,7 @@ class FastMemory:
                 continue
             if pool is not None:
                 self._last[pool] = np.concatenate([self._last[pool], read])
-            self._move(self.residency.touch(read, written=written))
+            self._move(self.residency.use(read, written=written))
             yield start, stop
 
     # -- what is in memory ---------------------------------------------------------------------------------------
