@@ -183,7 +183,7 @@ class Segments(RuleBasedStateMachine):
             model.extend(more)
             assert not other.longest and not len(other.table.held)
             needed = segment.table.needed
-            if segment.table.exclusive and len(set(needed.tolist())) == 1:
+            if segment.table.exclusive and not segment.table.scattered and len(set(needed.tolist())) == 1:
                 assert segment.table.regular
 
     @rule(data=st.data())

@@ -1,11 +1,6 @@
 """Pages in a file with little of them in memory: the same segments, through any order of operations and files."""
 
-import errno
 import os
-import resource
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant
 
 from kvfold.files import nameless
-from kvfold.formats import KIVI, POSITION, Chunk, Dense, Segment, Spec
-from kvfold.pages import FastMemory, SpillFile, SpillFull
+from kvfold.pages import FastMemory, SpillFile
 from kvfold.pages.spill import UNIT
 from test_pages_machine import Segments
 

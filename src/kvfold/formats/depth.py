@@ -33,7 +33,7 @@ class Depth(ByToken):
     side: int
     page_size: int = PAGE_SIZE
 
-    traits: ClassVar[Traits] = Traits(spills=False)
+    traits: ClassVar[Traits] = Traits()
     beside = "state"
 
     def __post_init__(self) -> None:

@@ -32,8 +32,6 @@ class Traits:
     segment (`Folding`)."""
     graphs: bool = False
     """Whether a decode step may be captured as a CUDA graph (`Segment.reserve`)."""
-    spills: bool = True
-    """Whether all that grows with its tokens lies on pages of its own, which may be on disk."""
 
     @property
     def drops(self) -> bool:

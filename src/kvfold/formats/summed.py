@@ -34,7 +34,7 @@ class Summed:
     maps: str
     layer: int
 
-    traits: ClassVar[Traits] = Traits(addressed="whole", holds=False, spills=False)
+    traits: ClassVar[Traits] = Traits(addressed="whole", holds=False)
 
     def __post_init__(self) -> None:
         given: object = self.maps

@@ -62,8 +62,8 @@ class Cache(Counted):
     with which `batch` rows never hold more, all included (hf/memory.py). With `context` and no format bits are chosen,
     too (hf/bits.py), unless `quantize=False`.
     With `fast_memory` (bytes, or "256MiB") no more than that is in memory, prompts included, and the rest in a file in
-    the folder `spill`, for this process alone and gone with it: on the CPU, in all formats that lie on pages (not in
-    `less`, nor `minicache`). SpillFull where the disk is full.
+    the folder `spill`, for this process alone and gone with it: on the CPU, for all methods but those that let layers
+    share memory (`minicache`). SpillFull where the disk is full.
     A wrapper around a model (a PeftModel, torch.compile's) will do: the cache belongs to the model in it.
     Raises ValueError for a model that can't work, naming what is missing, and for options that don't fit.
     """

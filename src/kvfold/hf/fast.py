@@ -16,8 +16,9 @@ from kvfold.formats.sizes import empty_segment
 from kvfold.hf.argument import with_cache
 from kvfold.hf.looking import has_weights, ids_device, looking
 from kvfold.hf.memory import parse_size
+from kvfold.layer.framing import measured
 from kvfold.layer.layer import KVLayer, format_of
-from kvfold.methods.base import Method, formats_of, stages_of
+from kvfold.methods.base import Method
 from kvfold.options import shown
 from kvfold.pages import FastMemory, PagePool, SpillFile
 
@@ -40,8 +41,6 @@ def checked_fast(
         raise ValueError(f"{given} is for models on the CPU; this {type(model).__name__} is on {sorted(devices)}")
     if method.shares_layers:
         raise ValueError(f"{given}: method={method} lets layers share memory, and what is on disk belongs to one")
-    if firm := [form for form in formats_of(stages_of(method)) if not form.traits.spills]:
-        raise ValueError(f"{given}: method={method} holds tokens in {firm[0]}, which does not lie on pages alone")
     check_folder(spill, "spill")
     if not sys.platform.startswith("linux"):
         raise ValueError(f"{given}: memory can be given back to a file on Linux alone, not on {sys.platform}")
@@ -69,7 +68,9 @@ class Spilled:
         if has_weights(model):
             with looking(model):
                 model(input_ids=torch.zeros(1, 2, dtype=torch.int64), **with_cache(model, empty), use_cache=True)
-            shapes = [replace(core.stored.spec, rows=1) for core in empty.paged]
+            for core, other in zip(cores, empty.paged, strict=True):
+                found = measured((group.method for group in core.rows.groups), core.site)
+                shapes.append(replace(other.stored.spec, rows=1, artefact=found))
         for core, spec in zip(cores, shapes, strict=False):
             for group in core.rows.groups:
                 segment = empty_segment(format_of(group.method, core.site), spec)
@@ -117,7 +118,7 @@ class Spilled:
 
 
 def _check_least(nbytes: int, beside: int, pool: PagePool, core: KVLayer, rows: int) -> None:
-    least = FastMemory.least(pool.specs.values(), pool.page_size, rows)
+    least = FastMemory.least(pool, rows)
     if least > nbytes - beside:
         raise ValueError(
             f"fast_memory={nbytes} is too little: a page of each of {rows} KV heads of layer {core.layer} takes "

@@ -14,7 +14,7 @@ from kvfold.pages.planes import Planes
 from kvfold.pages.pool import PagePool
 from kvfold.pages.residency import Blocks, Moves, Residency
 from kvfold.pages.spill import UNIT, Range, SpillFile
-from kvfold.pages.storage import Plane, copy_pages
+from kvfold.pages.storage import copy_pages
 from kvfold.pages.stretch import PageStretch
 
 ROOM = 2
@@ -148,10 +148,14 @@ class FastMemory:
         return True
 
     @staticmethod
-    def least(planes: Iterable[Plane], page_size: int, rows: int) -> int:
-        """Bytes that must have room together: a page of each of so many rows."""
-        sizes = [spec.page_nbytes(page_size) for spec in planes]
-        return rows * sum(UNIT if UNIT % size == 0 else -(-size // UNIT) * UNIT + UNIT for size in sizes)
+    def least(pool: PagePool, rows: int) -> int:
+        """Bytes that must have room together in the worst case: a page of each of so many rows, wherever they lie."""
+        blocks = 0
+        for spec in pool.specs.values():
+            size = spec.page_nbytes(pool.page_size)
+            each = -(-size // UNIT) + (UNIT % size != 0)
+            blocks += min(rows * each, -(-max(pool.pages, rows) * size // UNIT))
+        return blocks * UNIT
 
     def _in_turn(self, count: int, wanted: Wanted, pool: PagePool | None = None) -> Iterator[tuple[int, int]]:
         todo = [(0, count)] if count else []
