@@ -69,7 +69,7 @@ def measure(method: str, context: int, layers: int, tokens: int, limit: int | No
     ids = torch.randint(VOCAB, (1, context), generator=torch.Generator().manual_seed(1))
     given: dict[str, Any] = {} if limit is None else {"fast_memory": limit, "spill": spill}
     cache = kvfold.Cache(model, method, **given)
-    memory = None if cache.spilled is None else cache.spilled.memory
+    memory = cache.fast
     model(ids[:, :WARM], past_key_values=cache, logits_to_keep=1)
     cache.reset()
     gc.collect()
