@@ -28,17 +28,24 @@ class Dictionary:
 
     def worth(self, block: int) -> tuple[float, ...]:
         one = self.here[block]
-        return {"lru": (one["at"],), "lfu": (one["uses"], -one["at"]), "score": (one["score"], one["at"])}[self.policy]
+        own = {"lru": (one["at"],), "lfu": (one["uses"], -one["at"]), "score": (one["score"], one["at"])}[self.policy]
+        return one["dirty"], *own
 
     def leave(self, count: int, spared: set[int]) -> tuple[list[int], list[int]]:
         able = sorted((b for b in self.here if not self.pins.get(b) and b not in spared), key=self.worth)
         go = sorted(able[: max(0, count)])
-        back = [block for block in go if self.here[block]["dirty"]]
+        back = self.clean(go)
         for block in go:
             del self.here[block]
+        return go, back
+
+    def clean(self, blocks: list[int]) -> list[int]:
+        back = [block for block in blocks if self.here[block]["dirty"]]
+        for block in back:
+            self.here[block]["dirty"] = False
         self.elsewhere |= set(back)
         self.written += len(back)
-        return go, back
+        return back
 
     def use(self, read: list[int], written: list[int], score: float) -> tuple[list[int], list[int], list[int]] | None:
         every = sorted(set(read) | set(written))
@@ -101,6 +108,11 @@ class Residents(RuleBasedStateMachine):
             self.known.here.pop(block, None)
             self.known.elsewhere.discard(block)
 
+    @rule(numbers=numbers)
+    def clean(self, numbers):
+        some = sorted(set(numbers) & set(self.known.here))
+        assert self.real.clean(blocks(*some)).tolist() == self.known.clean(some)
+
     @rule(capacity=st.integers(0, 8))
     def limit(self, capacity):
         if sum(n > 0 for n in self.known.pins.values()) > capacity:
@@ -136,6 +148,10 @@ def test_a_new_block_is_written_once_and_a_clean_one_never():
         some.use(blocks(0, 1))
         some.use(blocks(2, 3))
     assert some.written_nbytes == 2 * BLOCK
+    some.use(blocks(0), written=blocks(1))
+    assert some.use(blocks(2)).go.tolist() == [0]  # 1 is older by far, and would have to be copied
+    assert some.clean(blocks(1)).tolist() == [1] and not len(some.clean(blocks(1)))
+    assert some.use(blocks(3)).go.tolist() == [1] and some.written_nbytes == 3 * BLOCK
 
 
 def test_a_walk_through_more_than_fits_keeps_most_of_what_is_here():

@@ -148,7 +148,7 @@ def test_what_is_beside_the_pages_counts(tmp_path):
     )
     assert index > 10_000 and memory.beside_nbytes >= index
     assert memory.residency.capacity * UNIT <= (1400 << 10) - memory.beside_nbytes
-    assert there.report().resident_nbytes == there.resident_nbytes <= 1400 << 10 < there.nbytes
+    assert there.report().resident_nbytes == there.resident_nbytes <= 1400 << 10
     assert there.report().to_dict()["spilled"]["brought_nbytes"] == memory.residency.brought_nbytes
 
 
@@ -208,34 +208,56 @@ def limited_files(nbytes: int | None) -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "quest(budget=64, page=16)"])
-def test_a_full_disk_leaves_a_cache_as_it_was(tmp_path, method):
+def test_a_disk_without_room_for_a_prompt_leaves_a_cache_as_it_was(tmp_path, method):
     model, here, there = both(tmp_path, method)
-    ids, forced = tokens(2000)["input_ids"], steps(1, 400)
+    ids = tokens(1500)["input_ids"]
     mask = torch.ones_like(ids)
+    limited_files(8 * UNIT)
     try:
-        limited_files(8 * UNIT)
         with pytest.raises(SpillFull, match=f"spill='{tmp_path}' has no room for [0-9]+ bytes more"):
             feed(model, there, ids, mask)
-        assert there.get_seq_length() == 0 and there.fast.file.nbytes == 0
-        limited_files(None)
-        assert torch.equal(feed(model, there, ids, mask), feed(model, here, ids, mask))
-        limited_files(UNIT)  # a file that is longer already gets no more
-        failed, mask = 0, grow(mask)
-        for at in range(400):
-            try:
-                got = feed(model, there, forced[:, at : at + 1], mask)
-            except SpillFull:
-                failed += 1
-                assert there.get_seq_length() == 2000 + at == there.paged[-1].width
-                limited_files(None)
-                got = feed(model, there, forced[:, at : at + 1], mask)
-            torch.testing.assert_close(got, feed(model, here, forced[:, at : at + 1], mask), atol=1e-5, rtol=0)
-            if failed:
-                break
-            mask = grow(mask)
-        assert failed == 1
     finally:
         limited_files(None)
+    assert there.get_seq_length() == 0 and there.fast.file.nbytes == 0
+    assert torch.equal(feed(model, there, ids, mask), feed(model, here, ids, mask))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 40 blocks."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={40 * UNIT}", "tmpfs", folder], capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"no disk can be mounted: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("method", ["full", "quest(budget=64, page=16)"])
+def test_a_disk_that_is_full_when_a_token_comes_leaves_a_cache_as_it_was(small_disk, method):
+    """It takes the prompt, and is full in the middle of the answer: with room again the same token comes."""
+    model, here, there = both(small_disk, method)
+    ids, forced, failed = tokens(1000)["input_ids"], steps(1, 60), 0
+    mask = torch.ones_like(ids)
+    assert torch.equal(feed(model, there, ids, mask), feed(model, here, ids, mask))
+    with (small_disk / "others").open("wb") as others:  # somebody else takes what is left
+        left = os.statvfs(small_disk)
+        os.posix_fallocate(others.fileno(), 0, left.f_bavail * left.f_frsize)
+    for at, token in enumerate(forced.T):
+        mask = grow(mask)
+        try:
+            got = feed(model, there, token[:, None], mask)
+        except SpillFull as full:
+            failed, before = failed + 1, there.kept(0)
+            assert full.free == 0 < full.needed and str(small_disk) in str(full)
+            assert there.get_seq_length() == 1000 + at == there.paged[-1].width and len(before[0][0]) == 1000 + at
+            (small_disk / "others").unlink()
+            got = feed(model, there, token[:, None], mask)
+        torch.testing.assert_close(got, feed(model, here, token[:, None], mask), atol=1e-5, rtol=0)
+    assert failed == 1
 
 
 CHILD = """
@@ -244,7 +266,13 @@ sys.path.insert(0, {tests!r})
 import torch, kvfold
 from models import build, tokens, feed
 if {named}:
-    pathlib.Path.unlink = lambda *_, **__: (print("ready", flush=True), time.sleep(600))
+    unlink = pathlib.Path.unlink
+    def killed(path, **given):
+        if path.suffix == ".part":
+            print("ready", flush=True)
+            time.sleep(600)
+        unlink(path, **given)
+    pathlib.Path.unlink = killed
 model = build("llama")
 cache = kvfold.Cache(model, "full", fast_memory="1MiB", spill={folder!r})
 ids = tokens(2000)["input_ids"]

@@ -99,10 +99,15 @@ class Spilled:
                 needed += rows * sum(pages * pool.page_nbytes for pool, pages in segment.pages_for(more).items())
         self.memory.file.check_room(needed)
 
-    def left(self, core: KVLayer) -> None:
-        """A layer has attended: what it read without a word goes, and what it holds beside its pages counts."""
+    def left(self, core: KVLayer, *, settle: bool) -> None:
+        """A layer has attended: what it read without a word goes, and what it holds beside its pages counts.
+
+        `settle`: what was written goes to the disk, once for all; else what rows are still filling waits for that.
+        """
         pools = self._pools(core)
         for pool in pools:
+            if settle:
+                self.memory.settle(pool)
             self.memory.sweep(pool)
         self.memory.hold(core, core.stored.bytes_beside({id(pool) for pool in pools}))
 

@@ -32,7 +32,7 @@ class Residency:
     "lru": who was not used for longest. "lfu": who was used least often since it came, of those the latest, so that a
     walk through more blocks than fit leaves most of what is here alone. "score": who has the least score, of those the
     longest not used. A block that is pinned, or that is being used, never goes. One that was not written since it came
-    goes without being copied back. Raises ValueError for anything else.
+    goes without being copied back, and so before all that were. Raises ValueError for anything else.
     """
 
     def __init__(self, nbytes: int, block_nbytes: int, policy: str = "lru"):
@@ -121,6 +121,13 @@ class Residency:
         np.subtract.at(self._pins, blocks, 1)
         assert not len(blocks) or int(self._pins[blocks].min()) >= 0, "a block was unpinned more often than pinned"
 
+    def clean(self, blocks: Blocks) -> Blocks:
+        """Those of them that were written since they came are copied back now, whether or not they go: which."""
+        back: np.ndarray = blocks[self._dirty[blocks]]
+        self.written_nbytes += len(back) * self.block_nbytes
+        self._dirty[back], self._known[back] = False, True
+        return back
+
     def forget(self, blocks: Blocks) -> None:
         """What these held is of no use any more: they are nowhere. None may be pinned."""
         some = blocks[blocks < len(self._here)]
@@ -135,12 +142,13 @@ class Residency:
             return none, none
         may = self._here & (self._pins == 0)
         may[spared] = False
-        able = np.flatnonzero(may)
-        go = np.sort(able[POLICIES[self.policy](self, able)[:count]])
-        back = go[self._dirty[go]]
-        self.written_nbytes += len(back) * self.block_nbytes
-        self._here[go] = self._dirty[go] = False
-        self._known[back] = True
+        go = none
+        for able in (np.flatnonzero(may & ~self._dirty), np.flatnonzero(may & self._dirty)):
+            if len(go) < count:
+                go = np.concatenate([go, able[POLICIES[self.policy](self, able)[: count - len(go)]]])
+        go = np.sort(go)
+        back = self.clean(go)
+        self._here[go] = False
         self._count -= len(go)
         return go, back
 

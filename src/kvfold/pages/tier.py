@@ -19,6 +19,8 @@ from kvfold.pages.stretch import PageStretch
 
 ROOM = 2
 """Times what a plane takes that it can grow to in place; then it is copied."""
+WRITTEN = 1024
+"""Tokens of a row that are written at once: kernels take them in copies, which are memory, too."""
 NONE: Blocks = np.zeros(0, dtype=np.int64)
 Wanted = Callable[[int, int], tuple[Blocks, Blocks]]
 """The blocks that a stretch reads, and those that it writes."""
@@ -36,7 +38,8 @@ class FastMemory:
         self._ranges: dict[int, Range] = {}  # by the address of the plane
         self._memory: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # of ranges, while in use
         self._beside: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self._last: weakref.WeakKeyDictionary[PagePool, Blocks] = weakref.WeakKeyDictionary()
+        self._last: weakref.WeakKeyDictionary[PagePool, Blocks] = weakref.WeakKeyDictionary()  # what was read
+        self._open: weakref.WeakKeyDictionary[PagePool, Blocks] = weakref.WeakKeyDictionary()  # where rows end
 
     # -- planes --------------------------------------------------------------------------------------------------
 
@@ -128,16 +131,28 @@ class FastMemory:
             yield start * size, table if stop - start == pages else PageStretch(table, start, stop)
 
     def appended(self, table: Planes, start: Int[np.ndarray, " R"], count: int) -> Iterator[tuple[int, int]]:
-        """Stretches of the `count` tokens that are written behind slot `start[r]` of each row."""
-        size, planes = table.pool.page_size, list(table.pool.planes.values())
-        index = np.arange(table.table.shape[1])
+        """Stretches of the `count` tokens that are written behind slot `start[r]` of each row, 1,024 at most.
+
+        A block that rows have filled goes to the disk, once; till then it is written in memory.
+        """
+        pool, planes = table.pool, list(table.pool.planes.values())
+        size, index = pool.page_size, np.arange(table.table.shape[1])
 
         def wanted(first: int, last: int) -> tuple[Blocks, Blocks]:
             low, high = (start + first) // size, (start + last - 1) // size
             some = table.table[(index >= low[:, None]) & (index <= high[:, None])]
             return NONE, np.concatenate([NONE, *(self.blocks(plane, some) for plane in planes)])
 
-        return self._in_turn(count, wanted)
+        for first, last in self._in_turn(count, wanted, most=WRITTEN):
+            now = np.unique(wanted(first, last)[1])
+            self._each(self.residency.clean(np.setdiff1d(self._open.get(pool, NONE), now)), self.file.write_out)
+            self._open[pool] = now
+            yield first, last
+
+    def settle(self, pool: PagePool) -> None:
+        """All that was written of a pool goes to the disk; it stays in memory."""
+        for every in self._own(pool):
+            self._each(self.residency.clean(every[self.residency.here(every)]), self.file.write_out)
 
     def holds(self, table: Planes) -> bool:
         """Whether all of a table's pages have room together; then they are there, to be read and written."""
@@ -157,12 +172,15 @@ class FastMemory:
             blocks += min(rows * each, -(-max(pool.pages, rows) * size // UNIT))
         return blocks * UNIT
 
-    def _in_turn(self, count: int, wanted: Wanted, pool: PagePool | None = None) -> Iterator[tuple[int, int]]:
+    def _in_turn(
+        self, count: int, wanted: Wanted, pool: PagePool | None = None, most: int | None = None
+    ) -> Iterator[tuple[int, int]]:
         todo = [(0, count)] if count else []
         while todo:
             start, stop = todo.pop()
-            read, written = wanted(start, stop)
-            if len(read) + len(written) > self.residency.room and stop - start > 1:
+            long = most is not None and stop - start > most
+            read, written = (NONE, NONE) if long else wanted(start, stop)
+            if long or (len(read) + len(written) > self.residency.room and stop - start > 1):
                 middle = (start + stop) // 2
                 todo += [(middle, stop), (start, middle)]
                 continue
@@ -191,11 +209,15 @@ class FastMemory:
 
     def sweep(self, pool: PagePool) -> None:
         """Let go of what of a pool's planes is here and was not to be."""
+        for every in self._own(pool):
+            self._each(every[~self.residency.here(every)], self.file.let_go)
+
+    def _own(self, pool: PagePool) -> Iterator[Blocks]:
+        """The blocks of each plane of a pool."""
         for plane in pool.planes.values():
             some = self._ranges.get(plane.data_ptr()) if len(plane) else None
             if some is not None:
-                every = np.arange(some.nbytes // UNIT) + some.start // UNIT
-                self._each(every[~self.residency.here(every)], self.file.let_go)
+                yield np.arange(some.nbytes // UNIT) + some.start // UNIT
 
     def expect(self, pool: PagePool) -> None:
         """A pool is read next, most likely as it was last: the disk may begin."""

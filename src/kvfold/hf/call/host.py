@@ -94,7 +94,7 @@ class Host(Checked):
         elif plan.late:
             self._late_events(ordinal, plan)
         if self.spilled is not None:
-            self.spilled.left(self.paged[ordinal])
+            self.spilled.left(self.paged[ordinal], settle=not plan.step)
 
     def expect(self, ordinal: int) -> None:
         """A paged layer is about to read what it has stored; the next one's is brought meanwhile."""
@@ -115,7 +115,7 @@ class Host(Checked):
         for ordinal, made in decisions.items():
             carry_out(self.paged, ordinal, made, plan, group)
             if self.spilled is not None:
-                self.spilled.left(self.paged[ordinal])
+                self.spilled.left(self.paged[ordinal], settle=not plan.step)
 
     def finish(self, plan: Plan | None, greedy: Any) -> None:
         """A forward pass is over: `after_prompt`, unless assisted decoding is to take some of the prompt back.
