@@ -5,9 +5,10 @@
 
 A random Llama (`--layers` of 4 KV heads of 64) reads `--context` random tokens and says `--tokens` more, greedily, for
 each method in memory, and with a `fast_memory` of a `--share`th of what a dense cache of the prompt takes. Each run is
-a process of its own. Printed: whether the tokens are those of memory; by how much the process's resident memory
-(anonymous, and mapped of files) has grown at its peak, in the prompt and in the tokens behind it; milliseconds a token,
-the median; and of the blocks that a token reads how many are in memory already, and what is moved for it.
+a process of its own, in which the C library gives back whatever of 1 MiB or more is freed. Printed: whether the tokens
+are those of memory; by how much the process's resident memory (anonymous, and mapped of files) has grown at its peak,
+in the prompt and in the tokens behind it; milliseconds a token, the median; and of the blocks that a token reads how
+many are in memory already, and what is moved for it.
 
 `cold`: before each token the file is brought to the disk and dropped from the system's own memory, so that whatever is
 read comes from the disk; else the system keeps what it has room for, which is not the process's.
@@ -110,8 +111,9 @@ def counts(residency: Any) -> tuple[int, int, int, int]:
 def alone(**given: Any) -> dict[str, Any]:
     """`measure` in a process of its own."""
     done = subprocess.run(
-        [sys.executable, __file__, "--one", json.dumps(given)], check=True, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, __file__, "--one", json.dumps(given)], check=True, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MIB)},
+    )  # fmt: skip
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
