@@ -65,6 +65,7 @@ def test_every_method_says_what_it_says_in_memory(tmp_path, slug):
     assert there.resident_nbytes <= 1400 << 10 and abs(there.nbytes - here.nbytes) <= 0.1 * here.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", KEEPS_ALL)
 def test_a_layer_that_has_no_room_is_read_in_stretches(tmp_path, method):
     model, here, there = both(tmp_path, method, limit=10 * UNIT)
@@ -76,6 +77,7 @@ def test_a_layer_that_has_no_room_is_read_in_stretches(tmp_path, method):
     assert moved(there) and there.resident_nbytes <= 10 * UNIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "quest(budget=64, page=16)"])
 def test_turns_crops_beams_and_copies(tmp_path, method):
     model, *caches = both(tmp_path, method)
@@ -102,6 +104,7 @@ def test_turns_crops_beams_and_copies(tmp_path, method):
     assert moved(caches[1]) and caches[1].resident_nbytes <= 1400 << 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "quest(budget=64, page=16)"])
 def test_generate_with_beams_and_with_chunks(tmp_path, method):
     model, ids = subject("llama"), tokens(1200)["input_ids"]
@@ -116,6 +119,7 @@ def test_generate_with_beams_and_with_chunks(tmp_path, method):
         assert torch.equal(*said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "quest(budget=64, page=16)", "h2o(budget=0.5)"])
 def test_a_file_goes_on_here_and_there(tmp_path, method):
     """Saved from disk and loaded to it, or to memory, or the other way round."""
@@ -236,6 +240,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "quest(budget=64, page=16)"])
 def test_a_disk_that_is_full_when_a_token_comes_leaves_a_cache_as_it_was(small_disk, method):
     """It takes the prompt, and is full in the middle of the answer: with room again the same token comes."""

@@ -1,32 +1,28 @@
 """Planes that lie in a file, and as much of them in memory as is allowed: who touches them says so first."""
 
-import ctypes
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from kvfold.pages.in_file import NONE, InFile
 from kvfold.pages.planes import Planes
 from kvfold.pages.pool import PagePool
 from kvfold.pages.residency import Blocks, Moves, Residency
-from kvfold.pages.spill import UNIT, Range, SpillFile
+from kvfold.pages.spill import UNIT, SpillFile
 from kvfold.pages.storage import copy_pages
 from kvfold.pages.stretch import PageStretch
 
-ROOM = 2
-"""Times what a plane takes that it can grow to in place; then it is copied."""
 WRITTEN = 1024
 """Tokens of a row that are written at once: kernels take them in copies, which are memory, too."""
-NONE: Blocks = np.zeros(0, dtype=np.int64)
 Wanted = Callable[[int, int], tuple[Blocks, Blocks]]
 """The blocks that a stretch reads, and those that it writes."""
 
 
-class FastMemory:
+class FastMemory(InFile):
     """At most `nbytes` in memory: of the planes that are made here, in `file`, and of what stands beside.
 
     A plane's bytes are the process's from the moment when they are touched until their room is wanted for others. What
@@ -34,36 +30,16 @@ class FastMemory:
     """
 
     def __init__(self, nbytes: int, file: SpillFile, policy: str = "lfu"):
-        self.nbytes, self.file, self.residency = nbytes, file, Residency(nbytes, UNIT, policy)
-        self._ranges: dict[int, Range] = {}  # by the address of the plane
-        self._memory: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # of ranges, while in use
+        super().__init__(file, Residency(nbytes, UNIT, policy))
+        self.nbytes = nbytes
         self._beside: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._last: weakref.WeakKeyDictionary[PagePool, Blocks] = weakref.WeakKeyDictionary()  # what was read
+        self._whole: weakref.WeakKeyDictionary[PagePool, tuple[np.ndarray, list[int], Blocks]] = (
+            weakref.WeakKeyDictionary()
+        )  # the blocks of a table that was read at once
         self._open: weakref.WeakKeyDictionary[PagePool, Blocks] = weakref.WeakKeyDictionary()  # where rows end
 
-    # -- planes --------------------------------------------------------------------------------------------------
-
-    def blank(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A plane of zeros, none of it in memory. Raises SpillFull."""
-        nbytes = int(np.prod(shape)) * dtype.itemsize
-        if not nbytes:
-            return torch.empty(tuple(shape), dtype=dtype)
-        made = self.file.take(nbytes, ROOM * nbytes)
-        memory = (ctypes.c_char * made.room).from_address(made.address)
-        self._ranges[made.address], self._memory[made.address] = made, memory
-        # The range is nobody's when the last tensor over its memory goes; at the process's end it simply ends.
-        weakref.finalize(memory, self._free, made).atexit = False
-        return over(memory, shape, dtype)
-
-    def resized(self, plane: Tensor, shape: Sequence[int]) -> Tensor | None:
-        """The same plane with more or fewer entries, where it is. None: it has no room there. Raises SpillFull."""
-        nbytes, some = int(np.prod(shape)) * plane.dtype.itemsize, self._ranges.get(plane.data_ptr())
-        if some is None or not 0 < nbytes <= some.room:
-            return None
-        before = some.nbytes
-        self.file.resize(some, nbytes)
-        self._forget(some.start + some.nbytes, before - some.nbytes)
-        return over(self._memory[some.address], shape, plane.dtype)
+    # -- who touches what ----------------------------------------------------------------------------------------
 
     def copy(self, made: Tensor, ids: np.ndarray, known: Tensor, origin: np.ndarray) -> None:
         """Entries `ids` of a plane get those at `origin` of another, a stretch after the other."""
@@ -73,29 +49,6 @@ class FastMemory:
 
         for start, stop in self._in_turn(len(ids), wanted):
             copy_pages(made, ids[start:stop], known, origin[start:stop])
-
-    def _free(self, some: Range) -> None:
-        self._ranges.pop(some.address, None)
-        self._forget(some.start, some.nbytes)
-        self.file.give_back(some)
-
-    def _forget(self, start: int, nbytes: int) -> None:
-        if nbytes > 0:
-            self.residency.forget(np.arange(start // UNIT, (start + nbytes) // UNIT))
-
-    # -- who touches what ----------------------------------------------------------------------------------------
-
-    def blocks(self, plane: Tensor, pages: Int[np.ndarray, " _"]) -> Blocks:
-        """The blocks that pages of a plane lie on, each once; none of what is not here."""
-        some = self._ranges.get(plane.data_ptr()) if len(plane) else None
-        if some is None or not len(pages):
-            return NONE
-        size = plane.nbytes // len(plane)
-        marks = np.zeros(some.nbytes // UNIT, dtype=bool)
-        first, last = pages.astype(np.int64) * size // UNIT, ((pages.astype(np.int64) + 1) * size - 1) // UNIT
-        for step in range(int((last - first).max()) + 1):
-            marks[np.minimum(first + step, last)] = True
-        return np.flatnonzero(marks) + some.start // UNIT
 
     def visits(
         self, planes: Iterable[Tensor], pages: Int[np.ndarray, " _"], *, written: bool = False
@@ -116,19 +69,27 @@ class FastMemory:
         Each is there until the next is asked for.
         """
         size, planes = table.pool.page_size, list(table.pool.planes.values())
-        held = np.where(np.arange(table.table.shape[1]) < table.needed[:, None], table.table, -1)
-        pages = int(table.needed.max(initial=0))
+        held, pages, whole = table.table, table.table.shape[1], self._whole.get(table.pool)
 
         def wanted(start: int, stop: int) -> tuple[Blocks, Blocks]:
+            nonlocal whole
+            if stop - start == pages and whole is not None and whole[0] is held and whole[1] == addresses:
+                return whole[2], NONE
             some = held[:, start:stop]
             some = some[some >= 0]
-            return np.concatenate([NONE, *(self.blocks(plane, some) for plane in planes)]), NONE
+            found = np.concatenate([NONE, *(self.blocks(plane, some) for plane in planes)])
+            if stop - start == pages:  # a table has another array as soon as it has other pages
+                self._whole[table.pool] = whole = held, addresses, found
+            return found, NONE
 
+        addresses = [plane.data_ptr() for plane in planes]
         if not pages:
             yield 0, table
         self._last[table.pool] = NONE
         for start, stop in self._in_turn(pages, wanted, table.pool):
-            yield start * size, table if stop - start == pages else PageStretch(table, start, stop)
+            part = table if stop - start == pages else PageStretch(table, start, stop)
+            if part.longest or part is table:  # else room that no token has taken yet
+                yield start * size, part
 
     def appended(self, table: Planes, start: Int[np.ndarray, " R"], count: int) -> Iterator[tuple[int, int]]:
         """Stretches of the `count` tokens that are written behind slot `start[r]` of each row, 1,024 at most.
@@ -138,28 +99,32 @@ class FastMemory:
         pool, planes = table.pool, list(table.pool.planes.values())
         size, index = pool.page_size, np.arange(table.table.shape[1])
 
+        now = NONE
+
         def wanted(first: int, last: int) -> tuple[Blocks, Blocks]:
+            nonlocal now
             low, high = (start + first) // size, (start + last - 1) // size
             some = table.table[(index >= low[:, None]) & (index <= high[:, None])]
-            return NONE, np.concatenate([NONE, *(self.blocks(plane, some) for plane in planes)])
+            now = np.concatenate([NONE, *(self.blocks(plane, some) for plane in planes)])
+            return NONE, now
 
         for first, last in self._in_turn(count, wanted, most=WRITTEN):
-            now = np.unique(wanted(first, last)[1])
-            self._each(self.residency.clean(np.setdiff1d(self._open.get(pool, NONE), now)), self.file.write_out)
-            self._open[pool] = now
+            before, self._open[pool] = self._open.get(pool, NONE), now
+            if not np.array_equal(before, now):
+                self._clean(np.setdiff1d(before, now))
             yield first, last
 
     def settle(self, pool: PagePool) -> None:
         """All that was written of a pool goes to the disk; it stays in memory."""
         for every in self._own(pool):
-            self._each(self.residency.clean(every[self.residency.here(every)]), self.file.write_out)
+            self._clean(every[self.residency.here(every)])
 
     def holds(self, table: Planes) -> bool:
         """Whether all of a table's pages have room together; then they are there, to be read and written."""
         found = np.concatenate([NONE, *(self.blocks(plane, table.held) for plane in table.pool.planes.values())])
         if len(found) > self.residency.room:
             return False
-        self._move(self.residency.use(NONE, written=found))
+        self._use(NONE, found)
         return True
 
     @staticmethod
@@ -186,7 +151,7 @@ class FastMemory:
                 continue
             if pool is not None:
                 self._last[pool] = np.concatenate([self._last[pool], read])
-            self._move(self.residency.use(read, written=written))
+            self._use(read, written)
             yield start, stop
 
     # -- what is in memory ---------------------------------------------------------------------------------------
@@ -205,24 +170,29 @@ class FastMemory:
         """So much stands beside the planes on `owner`'s account; as long as it lives."""
         if self._beside.get(owner) != nbytes:
             self._beside[owner] = nbytes
-            self._move(self.residency.limit(self.nbytes - self.beside_nbytes))
+            with self._undisturbed() as residency:
+                moves = residency.limit(self.nbytes - self.beside_nbytes)
+            self._move(moves)
 
     def sweep(self, pool: PagePool) -> None:
         """Let go of what of a pool's planes is here and was not to be."""
         for every in self._own(pool):
             self._each(every[~self.residency.here(every)], self.file.let_go)
 
-    def _own(self, pool: PagePool) -> Iterator[Blocks]:
-        """The blocks of each plane of a pool."""
-        for plane in pool.planes.values():
-            some = self._ranges.get(plane.data_ptr()) if len(plane) else None
-            if some is not None:
-                yield np.arange(some.nbytes // UNIT) + some.start // UNIT
-
     def expect(self, pool: PagePool) -> None:
         """A pool is read next, most likely as it was last: the disk may begin."""
         last = self._last.get(pool, NONE)
         self._each(last[~self.residency.here(last)], self.file.expect)
+
+    def _use(self, read: Blocks, written: Blocks) -> None:
+        with self._undisturbed() as residency:
+            moves = residency.use(read, written=written)
+        self._move(moves)
+
+    def _clean(self, blocks: Blocks) -> None:
+        with self._undisturbed() as residency:
+            back = residency.clean(blocks)
+        self._each(back, self.file.write_out)
 
     def _move(self, moves: Moves) -> None:
         self._each(moves.go, self.file.let_go)
@@ -236,10 +206,3 @@ class FastMemory:
         cuts = np.flatnonzero(np.diff(blocks) != 1) + 1
         for first, last in zip([0, *cuts.tolist()], [*cuts.tolist(), len(blocks)], strict=True):
             do(int(blocks[first]) * UNIT, (last - first) * UNIT)
-
-
-def over(memory: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor over memory that is there while it is. Under torch.inference_mode() too one that is written later on."""
-    count = int(np.prod(shape)) * dtype.itemsize
-    with torch.inference_mode(False):
-        return torch.frombuffer(memory, dtype=torch.uint8, count=count).view(dtype).view(tuple(shape))
