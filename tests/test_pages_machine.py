@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvfold.formats import POSITION, Chunk, Dense, DenseSegment, Spec
 from kvfold.ops.dispatch import use
-from kvfold.pages import Arena, OutOfPages, PagePool, PageTable, Plane
+from kvfold.pages import Arena, FastMemory, OutOfPages, PagePool, PageTable, Plane
 
 HEADS, WIDTH, PAGE = 2, 3, 4
 Token = tuple[int, float]  # its number, and the column "score" (0 where nobody set one)
@@ -45,6 +45,7 @@ class Segments(RuleBasedStateMachine):
         self.live: list[tuple[DenseSegment, list[list[Token]]]] = []
         self.pools: dict[int, PagePool] = {}
         self.arena: Arena | None = None
+        self.memory: FastMemory | None = None
         self.kernels = ExitStack()
         self.next = 0
 
@@ -72,7 +73,7 @@ class Segments(RuleBasedStateMachine):
 
     def open(self, batch: int, length: int) -> tuple[DenseSegment, list[list[Token]]]:
         chunk, model = self.chunk(torch.ones(batch, HEADS, length, dtype=torch.bool), scored=False)
-        segment = Dense(page_size=PAGE).open(Spec.of(chunk, arena=self.arena))
+        segment = Dense(page_size=PAGE).open(Spec.of(chunk, arena=self.arena, memory=self.memory))
         segment.append(chunk, even=True)
         return segment, model
 
@@ -182,7 +183,7 @@ class Segments(RuleBasedStateMachine):
             model.extend(more)
             assert not other.longest and not len(other.table.held)
             needed = segment.table.needed
-            if segment.table.exclusive and len(set(needed.tolist())) == 1:
+            if segment.table.exclusive and not segment.table.scattered and len(set(needed.tolist())) == 1:
                 assert segment.table.regular
 
     @rule(data=st.data())
@@ -194,7 +195,7 @@ class Segments(RuleBasedStateMachine):
         """A state is a segment of its own."""
         segment, model = self.pick(data)
         said, tensors = segment.state()
-        spec = Spec(len(model) // HEADS, HEADS, WIDTH, WIDTH, torch.float32, CPU, arena=self.arena)
+        spec = Spec(len(model) // HEADS, HEADS, WIDTH, WIDTH, torch.float32, CPU, arena=self.arena, memory=self.memory)
         self.live = [(x, y) for x, y in self.live if x is not segment]
         self.live.append((Dense(page_size=PAGE).restore(spec, said, tensors), model))
 

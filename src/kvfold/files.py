@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -14,6 +15,7 @@ from kvfold.options import shown
 
 JSON_LIMIT = 64 << 20
 """Bytes of the largest JSON file that is read: parsed it takes some thirty times as much."""
+NAMELESS = re.compile(r"\.kvfold-(\d+)-[0-9a-f]{16}\.part")
 KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -107,6 +109,67 @@ def write_whole(
 def write_json(path: str | os.PathLike[str], data: Any, *, indent: int = 1, argument: str = "path") -> None:
     """Write JSON by `replacing`."""
     write_whole(path, (json.dumps(data, indent=indent, ensure_ascii=False) + "\n").encode(), argument)
+
+
+def check_folder(path: object, argument: str = "path") -> Path:
+    """The folder. Raises ValueError where there is none, or one that this process may not write to."""
+    try:
+        named: Any = os.fspath(path)  # type: ignore[call-overload]
+    except TypeError:
+        named = None
+    if not isinstance(named, str) or not named or "\0" in named:
+        raise ValueError(f"{argument}={shown(path)} must be the path of a folder, as text")
+    folder = Path(named)
+    if not folder.is_dir():
+        raise ValueError(f"{argument}={named!r} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{argument}={named!r} is a folder that this process may not write to")
+    return folder
+
+
+def nameless(path: str | os.PathLike[str], argument: str = "path") -> int:
+    """The descriptor of a new file in a folder, to be read and written, for this process alone and gone with it.
+
+    It has a name, which nobody can have taken, only while it is made: a process that is killed leaves nothing, or if it
+    was just then an empty file, which the next call removes. Raises ValueError for no folder to write to.
+    """
+    folder = check_folder(path, argument)
+    remove_stale(folder)
+    made = folder / f".kvfold-{os.getpid()}-{secrets.token_hex(8)}.part"
+    try:
+        file = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ValueError(f"{argument}={os.fspath(path)!r} takes no file: {error.strerror}") from error
+    made.unlink(missing_ok=True)  # another process in another container may have thought that we are dead
+    return file
+
+
+def remove_stale(folder: Path) -> int:
+    """Remove what killed processes left of `nameless`, and say how many files: regular ones that are ours to remove."""
+    removed = 0
+    for path in folder.iterdir():
+        found = NAMELESS.fullmatch(path.name)
+        if found is None or is_alive(int(found[1])):
+            continue
+        try:
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+                path.unlink()
+                removed += 1
+        except FileNotFoundError:  # another start was faster
+            continue
+    return removed
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):  # the latter: no process has such a number
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def append(path: Path, data: bytes) -> None:

@@ -57,6 +57,27 @@ def test_run_equals_the_library(folder: Path, document: Path) -> None:
     assert [layer["tokens"] for layer in got["layers"]] == [40.0] * 3
 
 
+def test_run_reads_from_disk(folder: Path, document: Path, tmp_path: Path) -> None:
+    """The answer is that of memory; what was moved is said, and nothing is left."""
+    (spill := tmp_path / "spill").mkdir()
+    words = ["run", "--model", str(folder), "--file", str(document), "--method", "full", "--max-new-tokens", "12"]
+    here = json.loads(runner.invoke(app, [*words, "--json"]).stdout)
+    fast = [*words, "--fast-memory", "256KiB", "--spill", str(spill)]
+    there = json.loads(runner.invoke(app, [*fast, "--json"]).stdout)
+    assert there["answer"] == here["answer"] and here["spilled"] is None and there["spilled"]["brought_nbytes"]
+    assert there["resident_nbytes_at_end"] <= 256 * 1024 == there["spilled"]["fast_memory"]
+    assert here["resident_nbytes_at_end"] == here["nbytes_at_end"] and not list(spill.iterdir())
+    told = runner.invoke(app, fast)
+    assert "in memory" in told.stderr and "of blocks were in memory" in told.stderr
+    for wrong, said in (
+        (["--spill", "."], "spill='.' is for fast_memory="),
+        (["--fast-memory", "0.5"], "fast_memory='0.5' must be bytes"),
+        (["--fast-memory", "1MiB", "--spill", "none"], "spill='none' is not a folder"),
+    ):
+        result = runner.invoke(app, [*words, *wrong])
+        assert result.exit_code and said in str(result.exception)
+
+
 def test_run_keeps_to_a_memory(folder: Path, document: Path) -> None:
     """Bytes, or a share of a dense float16 cache of the prompt and the answer; not beside a budget."""
     words = ["run", "--model", str(folder), "--file", str(document), "--max-new-tokens", "40", "--json"]

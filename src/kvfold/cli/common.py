@@ -133,10 +133,12 @@ def number(text: str) -> float | int:
         raise ValueError(f"budget={text!r} must be a fraction (0.35) or tokens per KV head (512)") from None
 
 
-def memory(text: str) -> int | float:
-    """What a cache may hold, from the command line: 512MiB are bytes, 0.1 a share. Raises ValueError."""
-    from kvfold.hf.memory import parse_memory
+def memory(text: str, name: str = "memory") -> int | float:
+    """What a cache may hold, from the command line: 512MiB are bytes, 0.1 a share (of `memory`). Raises ValueError."""
+    from kvfold.hf.memory import parse_memory, parse_size
 
+    if name != "memory":
+        return parse_size(name, text)
     share = text.strip()
     return parse_memory(float(share) if share.replace(".", "", 1).isdigit() and "." in share else text)
 

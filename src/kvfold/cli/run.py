@@ -1,6 +1,8 @@
 """`kvfold run`: read a document with one method, answer a question, say what it took."""
 
-from typing import Annotated
+from collections.abc import Iterator
+from tempfile import gettempdir
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -19,6 +21,13 @@ def run(
     quantize: Annotated[
         bool, typer.Option("--quantize/--no-quantize", help="With --memory: choose bits with tokens.")
     ] = True,
+    fast_memory: Annotated[
+        str | None, typer.Option("--fast-memory", help="What of the cache may be in memory, 256MiB; the rest on disk.")
+    ] = None,
+    spill: Annotated[
+        str | None,
+        typer.Option("--spill", help="With --fast-memory: the folder for the rest (temporary files' own)."),
+    ] = None,
     option: Annotated[list[str], typer.Option("--option", "-o", help="Method option name=value.")] = [],  # noqa: B006
     ask: common.Ask = None,
     max_new_tokens: common.NewTokens = 64,
@@ -41,10 +50,16 @@ def run(
             raise ValueError(f"budget={budget!r} is given twice: option='budget={given['budget']}' says it, too")
         given["budget"] = common.number(budget)
 
+    from kvfold.files import check_folder
     from kvfold.methods import parse
 
     chosen = parse(method, **given)
     limit = None if memory is None else common.memory(memory)
+    if fast_memory is None and spill is not None:
+        raise ValueError(f"spill={spill!r} is for fast_memory=, which is not given")
+    if fast_memory is not None:
+        common.memory(fast_memory, "fast_memory")
+        spill = str(check_folder(gettempdir() if spill is None else spill, "spill"))
     if limit is None and not quantize:
         raise ValueError("quantize=False is for memory=, which is not given")
     if limit is not None and "budget" in given:
@@ -66,7 +81,7 @@ def run(
     )  # fmt: skip
     if limit is not None:
         chosen = limited(lm, chosen, limit, context=ids.shape[1] + max_new_tokens, quantize=quantize)
-    cache = Cache(lm, chosen)
+    cache = Cache(lm, chosen, fast_memory=fast_memory, spill=spill)
     before = resident_bytes()
     written = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
     with common.with_fast_linears(lm, fast_linears):
@@ -90,6 +105,8 @@ def run(
         "dense_nbytes": held.dense_nbytes,
         "ratio": held.ratio,
         "nbytes_at_end": cache.nbytes,
+        "resident_nbytes_at_end": cache.resident_nbytes,
+        "spilled": cache.report().to_dict()["spilled"],
         "resident_bytes_before": before,
         "resident_bytes_after_prefill": after,
         "new_tokens": len(answer.tokens),
@@ -113,6 +130,7 @@ def run(
         ("kept", f"{kept:.0f} tokens per KV head"),
         ("KV cache", f"{common.size(held.nbytes)} of {common.size(held.dense_nbytes)} ({held.ratio:.3f})"),
         ("decode", f"{rate}, fast linears" if fast_linears else rate),
+        *moved_rows(cache.report()),
     ):
         table.add_row(f"[dim]{name}[/dim]", value)
     common.stderr.print(table)
@@ -120,3 +138,13 @@ def run(
         common.stderr.print(note)
     if layers:
         common.stderr.print(held.table())
+
+
+def moved_rows(report: Any) -> Iterator[tuple[str, str]]:
+    """What of a cache is in memory, and what came and went, where some of it is on disk."""
+    some = report.spilled
+    if some is not None:
+        yield "in memory", f"{common.size(report.resident_nbytes)} of {common.size(some.fast_memory)}"
+        share = some.hits / max(1, some.hits + some.misses)
+        moved = f"{common.size(some.brought_nbytes)} read, {common.size(some.written_nbytes)} written"
+        yield "disk", f"{moved}; {share:.0%} of blocks were in memory"

@@ -62,7 +62,8 @@ def _pages(parts: Sequence[object], chosen: Chosen, unit: int) -> list[tuple[Pag
             return None
         size, counts = part.pool.page_size, part.counts()
         whole = not (unit % size or (start % size).any())
-        if not whole and not (part.singled and part.pool.device.type == "cpu"):
+        single = part.singled and part.pool.device.type == "cpu" and part.pool.memory is None  # a block is no token's
+        if not whole and not single:
             return None
         if part.longest:
             listed = few_pages if whole else few_slots

@@ -191,8 +191,14 @@ def one_each(k: Tensor, v: Tensor, positions: Tensor) -> Chunk:
 
 
 def open_table(form: Any, spec: Spec, planes: Mapping[str, Plane], page_size: int, **options: Any) -> PageTable:
-    """An empty table for a segment of `form`: over a pool of its own, or over the arena's for such segments."""
-    if spec.arena is None:
+    """An empty table for a segment of `form`: over a pool of its own, or over the arena's for such segments.
+
+    Where the pool lies in a fast memory pages keep their places while rows grow: nothing is copied on a disk.
+    """
+    if spec.memory is not None:
+        pool = PagePool(planes, spec.device, page_size, memory=spec.memory)
+        options["scattered"] = True
+    elif spec.arena is None:
         pool = PagePool(planes, spec.device, page_size)
     else:
         key = (spec.layer, form, page_size, spec.key_size, spec.value_size, spec.dtype, spec.device)

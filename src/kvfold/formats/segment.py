@@ -61,6 +61,8 @@ class Spec:
     """Query heads of each KV head, G."""
     arena: Any = None
     """The `kvfold.pages.Arena` that the pages come from; None: they are the segment's own."""
+    memory: Any = None
+    """The `kvfold.pages.FastMemory` that its pages lie in; None: they are in memory."""
 
     @classmethod
     def of(cls, chunk: Chunk, **more: Any) -> "Spec":

@@ -104,6 +104,11 @@ class Batch(Host):
                 raise ValueError(f"method={cache.method} chose what of its text was read: its rows can't join others")
         if self.arena is not other.arena:
             raise ValueError("other's pages come out of another arena than ours: rows keep theirs")
+        if self.spilled is not other.spilled:
+            raise ValueError(
+                "other's pages lie in another fast memory than ours, or in none: rows keep theirs (a fork's, or what "
+                "take() gave, may join)"
+            )
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             if isinstance(mine, PagedLayer):
                 mine.core.check_join(theirs.core)

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvfold.codecs import CacheGen, parse_codec
-from kvfold.hf.adopting import Adopting
 from kvfold.hf.anatomy import attention_modules
 from kvfold.hf.band import Band
 from kvfold.hf.call.call import Call
@@ -20,10 +19,11 @@ from kvfold.hf.call.checking import check_carried, check_reads_on
 from kvfold.hf.call.hooks import hook, use_kvfold, watch
 from kvfold.hf.call.host import Host
 from kvfold.hf.costs import Costs, measured
+from kvfold.hf.counted import Counted
+from kvfold.hf.fast import Spilled, checked_fast
 from kvfold.hf.latent import is_latent
-from kvfold.hf.layers import PagedLayer, WindowLayer, dense_bytes, held_bytes
+from kvfold.hf.layers import PagedLayer, WindowLayer
 from kvfold.hf.memory import within
-from kvfold.hf.report import Report, layer_report
 from kvfold.hf.rope import find_ropes
 from kvfold.hf.saving.file import load, save
 from kvfold.hf.source import unfit
@@ -38,11 +38,11 @@ from kvfold.options import check_int, shown
 from kvfold.pages import Arena
 
 
-class Cache(Adopting):
+class Cache(Counted):
     """A transformers cache that holds its tokens on pages and lets a method decide which.
 
     To use: pass it to `generate` or a model; `reset`, `fork`, `save`, `load`.
-    To look: `nbytes`, `dense_nbytes`, `kept_tokens`, `kept(layer)`, `report()`, `row_nbytes()`, `method`.
+    To look: `nbytes`, `resident_nbytes`, `dense_nbytes`, `kept_tokens`, `kept(layer)`, `report()`, `row_nbytes()`.
     Rows of many requests: `join`, `retire`, `take`. Blocks: `prefilling`, `undecided`, `observed`, `tentative`.
     What else help() lists is for transformers, hooks and kvfold itself.
 
@@ -63,6 +63,9 @@ class Cache(Adopting):
     With `memory` (bytes, "512MiB", or a share of a dense float16 cache of `context` tokens) the budget is the largest
     with which `batch` rows never hold more, all included (hf/memory.py); more rows are refused. With `context` and no
     format bits are chosen, too (hf/bits.py), unless `quantize=False`.
+    With `fast_memory` (bytes, or "256MiB") no more than that is in memory, prompts included, and the rest in a file in
+    the folder `spill`, for this process alone and gone with it: on the CPU, for all methods but those that let layers
+    share memory (`minicache`). SpillFull where the disk is full.
     A wrapper around a model (a PeftModel, torch.compile's) will do: the cache belongs to the model in it.
     Raises ValueError for a model that can't work, naming what is missing, and for options that don't fit.
     """
@@ -70,7 +73,8 @@ class Cache(Adopting):
     def __init__(
         self, model: nn.Module, method: str | Method = "full", *, prefill_chunk: int | None = None,
         part_size: int | None = None, arena: Arena | None = None, memory: int | float | str | None = None,
-        context: int | None = None, batch: int = 1, quantize: bool = True, **options: Any,
+        context: int | None = None, batch: int = 1, quantize: bool = True, fast_memory: int | str | None = None,
+        spill: str | os.PathLike[str] | None = None, **options: Any,
     ):  # fmt: skip
         chosen, model = parse(method, **options), unwrapped(model)
         chosen = limited(model, chosen, memory, context=context, batch=batch, quantize=quantize, cache=type(self))
@@ -84,6 +88,7 @@ class Cache(Adopting):
         check_model(model, chosen)
         plan = layers_of(model)
         check_windows(model, chosen, plan)
+        fast = checked_fast(model, chosen, fast_memory, spill, arena)
         if prefill_chunk is not None and any(hasattr(layer, "recurrent_states") for layer in plan):
             check_carried(model)
         paged = any(type(layer) is DynamicLayer for layer in plan)
@@ -92,6 +97,10 @@ class Cache(Adopting):
         bound, ends = chosen.bind(model) if paged else chosen, partial(sentence_ends, model.name_or_path)
         self.rows = Rows(bound, None if memory is None else batch, ends)
         super().__init__(self._layers(plan))
+        if fast is not None:
+            self.spilled = Spilled.opened(model, fast, spill, self.for_model(model), self.paged)
+            for core in self.paged:
+                core.memory = self.spilled.memory
         if paged:
             use_kvfold(model)
             watch(model, self.method)
@@ -117,7 +126,8 @@ class Cache(Adopting):
                         f"method={self.method} needs RoPE with fixed angles to move tokens; "
                         f"{type(self.model).__name__} has none that it could use in layer {index}"
                     )
-                core = KVLayer(self.rows, index, paged, len(plan), rope, self.arena)
+                memory = None if self.spilled is None else self.spilled.memory
+                core = KVLayer(self.rows, index, paged, len(plan), rope, self.arena, memory)
                 for need in self.method.needs:
                     need.of_layer(core.ordinal, rope)  # raises where it does not fit the layer
                 layers.append(PagedLayer(self, core, latent))
@@ -133,41 +143,6 @@ class Cache(Adopting):
         window = WindowLayer(sliding_window=size)
         window.band = Band(size) if paged and unfit(kind) is None else None
         return window
-
-    # -- what a user reads -----------------------------------------------------------------------------------
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors held: pages with their columns and tables, windows, recurrent states."""
-        return sum(held_bytes(self.layers))
-
-    @property
-    def dense_nbytes(self) -> int:
-        """Bytes that a dense cache would hold for the same tokens (padding not counted, windows as they are)."""
-        return sum(dense_bytes(layer, self.text_tokens) for layer in self.layers)
-
-    @property
-    def kept_tokens(self) -> float:
-        """Tokens held per KV head, a mean over the paged layers, rows and heads."""
-        counts = [layer.counts().mean() for layer in self.paged if layer.width]
-        return float(sum(counts) / len(counts)) if counts else 0.0
-
-    def kept(self, layer: int) -> list[list[list[int]]]:
-        """Text positions that model layer `layer` holds: kept[row][kv_head], ascending, padding not counted.
-
-        Raises ValueError for a layer that is not on pages.
-        """
-        if not 0 <= layer < len(self.layers) or not isinstance(self.layers[layer], PagedLayer):
-            paged = [core.layer for core in self.paged]
-            raise ValueError(f"layer={layer} is not one of the layers with full attention: {paged}")
-        found: list[list[list[int]]] = self.layers[layer].core.kept()
-        if self.reading is not None:
-            return [[self.reading.in_text(row, head) for head in heads] for row, heads in enumerate(found)]
-        return found
-
-    def report(self) -> Report:
-        """Tokens and bytes of each layer; prints as a table."""
-        return layer_report(self)
 
     # -- copies and files ------------------------------------------------------------------------------------
 
@@ -196,7 +171,8 @@ class Cache(Adopting):
         """
         other = type(self).__new__(type(self))
         other.model, other.prefill_chunk, other.part_size = self.model, self.prefill_chunk, self.part_size
-        other.arena, other.rows, other.call = self.arena, self.rows.fork(), Call()
+        other.arena, other.spilled = self.arena, self.spilled
+        other.rows, other.call = self.rows.fork(), Call()
         Host.__init__(other, [_forked(layer, other) for layer in self.layers])
         other.reading, other.given, other.pending = self.reading, self.given, self.pending.copied()
         other.stop_recording()
@@ -224,17 +200,18 @@ class Cache(Adopting):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], model: nn.Module, arena: Arena | None = None, *, allow: Collection[str] = ()
-    ) -> "Cache":
+        cls, path: str | os.PathLike[str], model: nn.Module, arena: Arena | None = None, *, allow: Collection[str] = (),
+        fast_memory: int | str | None = None, spill: str | os.PathLike[str] | None = None,
+    ) -> "Cache":  # fmt: skip
         """Read a cache that `save` wrote for this model. Raises ValueError where it does not fit the model.
 
         A file of which a byte was changed is refused, and so is one whose method would have a model or another file
         loaded (speckv's `draft`, a `calibration`), unless `allow` names it. `arena`: what its pages come out of;
-        OutOfPages where that has no room for it.
+        OutOfPages where that has no room for it. `fast_memory` and `spill`: as for a new cache; the file is read whole.
         """
 
         def make(method: Method, chunk: int | None) -> Cache:
-            return cls(model, method, prefill_chunk=chunk, arena=arena)
+            return cls(model, method, prefill_chunk=chunk, arena=arena, fast_memory=fast_memory, spill=spill)
 
         loaded: Cache = load(path, make, allow)
         return loaded

@@ -134,7 +134,7 @@ def measured(model: PreTrainedModel, method: Method, context: int, make: Make) -
             most, whole = _beside(layer, context)
             beside, dense = beside + most, dense + whole
             continue
-        core, spec = layer.core, replace(layer.core.stored.spec, rows=1, arena=None)
+        core, spec = layer.core, replace(layer.core.stored.spec, rows=1, arena=None, memory=None)
         forms = tuple((form, _columns(segment)) for form, segment in core.segments)
         paged.append(PagedShape(spec, forms, queries))
         dense += HALF * context * spec.heads * (spec.key_size + (0 if layer.latent else spec.value_size))

@@ -29,6 +29,10 @@ class Owner(Protocol):
         """A layer is about to attend `tokens` new tokens."""
         ...
 
+    def expect(self, ordinal: int) -> None:
+        """It is about to read what it has stored."""
+        ...
+
     def leave(self, ordinal: int, plan: Plan) -> None:
         """A layer has stored them."""
         ...
@@ -89,8 +93,9 @@ class PagedLayer(CacheLayerMixin):
         else:
             plan = owner.enter(ordinal, parts.total, q.shape[0]) if parts.start == 0 else owner.call.plan
             valid = parts.valid
+        owner.expect(ordinal)
         out = core.attend(q, k, v, valid, scale, plan, module, hidden, parts)
-        if (plan.defer or plan.late) and (parts is None or parts.last):
+        if parts is None or parts.last:
             owner.leave(ordinal, plan)
         if wants:
             return without_gradient(out, f"layer {core.layer} of {type(module).__name__}", *given)

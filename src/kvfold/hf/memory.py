@@ -24,19 +24,23 @@ def parse_memory(memory: object) -> int | float:
 
     Raises ValueError for anything else.
     """
-    allowed = 'bytes (int >= 1), a text such as "512MiB" or "2GB", or a share in (0, 1] of a dense float16 cache'
+    if isinstance(memory, float) and 0.0 < memory <= 1.0:
+        return memory
+    return parse_size("memory", memory, or_else=", or a share in (0, 1] of a dense float16 cache")
+
+
+def parse_size(name: str, given: object, or_else: str = "") -> int:
+    """Bytes, of 536870912, "512MiB" or "0.5GB". Raises ValueError for anything else, naming the argument."""
     size = 0
-    if isinstance(memory, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", memory.lower())):
+    if isinstance(given, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", given.lower())):
         number, unit = found.groups()
         if unit in UNITS and (unit or "." not in number):
             size = int(float(number) * UNITS[unit])
-    elif isinstance(memory, int) and not isinstance(memory, bool):
-        size = memory
-    elif isinstance(memory, float) and 0.0 < memory <= 1.0:
-        return memory
+    elif isinstance(given, int) and not isinstance(given, bool):
+        size = given
     if size >= 1:
         return size
-    raise ValueError(f"memory={shown(memory)} must be {allowed}")
+    raise ValueError(f'{name}={shown(given)} must be bytes (int >= 1), a text such as "512MiB" or "2GB"{or_else}')
 
 
 Cost = Callable[[Method], tuple[Costs, int]]

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvfold.hf.layers import WindowLayer, dense_bytes, held_bytes
+from kvfold.pages import FastMemory
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,40 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class SpillReport:
+    """What came and went between a fast memory of so many bytes and a disk, since the cache was made.
+
+    `hits` and `misses`: blocks that were in memory when they were read or written, and those that were not.
+    """
+
+    fast_memory: int
+    disk_nbytes: int
+    hits: int
+    misses: int
+    brought_nbytes: int
+    written_nbytes: int
+
+    @classmethod
+    def of(cls, memory: FastMemory) -> "SpillReport":
+        """What was counted so far."""
+        some = memory.residency
+        moved = some.hits, some.misses, some.brought_nbytes, some.written_nbytes
+        return cls(memory.nbytes, memory.file.nbytes, *moved)
+
+
+@dataclass(frozen=True)
 class Report:
-    """A cache: its method, totals, and each layer. `str()` gives a table."""
+    """A cache: its method, totals, and each layer. `str()` gives a table.
+
+    `resident_nbytes`: those of them in memory, all without a fast memory; `spilled`: what that moved.
+    """
 
     method: str
     nbytes: int
     dense_nbytes: int
     layers: tuple[LayerReport, ...]
+    resident_nbytes: int
+    spilled: SpillReport | None = None
 
     @property
     def ratio(self) -> float:
@@ -52,6 +80,8 @@ class Report:
             table.add_row(str(row.layer), row.kind, *cells)
         table.add_section()
         table.add_row("all", "", "", "", "", f"{self.nbytes:,}", f"{self.ratio:.3f}")
+        if self.spilled is not None:
+            table.add_row("in memory", "", "", "", "", f"{self.resident_nbytes:,}", "")
         return table
 
     def __str__(self) -> str:
@@ -75,6 +105,12 @@ class Reportable(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+    @property
+    def resident_nbytes(self) -> int: ...
+
+    @property
+    def fast(self) -> FastMemory | None: ...
 
     @property
     def dense_nbytes(self) -> int: ...
@@ -102,4 +138,5 @@ def layer_report(cache: Reportable) -> Report:
             mean = float(counts.mean()) if some else 0.0
             dense = dense_bytes(layer, cache.text_tokens)
             rows.append(LayerReport(index, "paged", mean, least, most, held, dense))
-    return Report(cache.method_text, cache.nbytes, cache.dense_nbytes, tuple(rows))
+    moved = None if cache.fast is None else SpillReport.of(cache.fast)
+    return Report(cache.method_text, cache.nbytes, cache.dense_nbytes, tuple(rows), cache.resident_nbytes, moved)

@@ -23,9 +23,9 @@ class Held:
 
     def __init__(
         self, rows: Rows, layer: int, paged: tuple[int, ...] = (0,), depth: int = 1, rope: Rope | None = None,
-        arena: Any = None,
+        arena: Any = None, memory: Any = None,
     ):  # fmt: skip
-        self.rows, self.arena = rows, arena
+        self.rows, self.arena, self.memory = rows, arena, memory
         self.site = Site(layer, paged.index(layer), paged, depth, rope)
         self._reset()
 

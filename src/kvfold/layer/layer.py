@@ -194,9 +194,8 @@ class KVLayer(Held):
             return
         (b, h, _, d), site = k.shape, self.site
         found = measured((group.method for group in rows.groups), site)
-        self.stored = Stored(
-            Spec(b, h, d, v.shape[3], k.dtype, k.device, site.layer, site.rope, found, queries // h, self.arena)
-        )
+        spec = Spec(b, h, d, v.shape[3], k.dtype, k.device, site.layer, site.rope, found, queries // h, self.arena)
+        self.stored = Stored(replace(spec, memory=self.memory))
         for group in rows.groups:
             self.stored.opened[... if group.rows is None else group.rows] = self.stored.number(
                 format_of(group.method, site)
@@ -219,7 +218,7 @@ class KVLayer(Held):
     def fork(self, rows: Rows) -> "KVLayer":
         """A second layer over the same pages; `rows`: its cache's."""
         site = self.site
-        other = KVLayer(rows, site.layer, site.paged, site.depth, site.rope, self.arena)
+        other = KVLayer(rows, site.layer, site.paged, site.depth, site.rope, self.arena, self.memory)
         other.stored, other.number, other.scale, other.module = self.stored.fork(), self.number, self.scale, self.module
         return other
 

@@ -7,7 +7,6 @@ every operation runs its version in plain torch.
 import logging
 import math
 import os
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -101,30 +100,3 @@ def bits(x: Tensor) -> np.ndarray:
     kind = BITS.get(x.dtype)
     array: np.ndarray = (x if kind is None else x.contiguous().view(kind)).contiguous().numpy()
     return array
-
-
-def attend_rows(
-    kernel: Callable[..., None], planes: tuple[Any, ...], q: Tensor, table: Any, scale: float, *, dv: int,
-    mass: str | None, read: Tensor | None, weights: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """What `attend_pages` returns, by a kernel over `planes` of a table's pages; values have `dv` numbers.
-
-    A step asks once a layer: NumPy makes its arrays in a tenth of the time of torch.
-    """
-    (b, h, g, n, d), pool, t = q.shape, table.pool, table.longest
-    rows = b * h, g * n
-    out = np.empty((b, h, g, n, dv), dtype=np.float32)
-    lse = np.empty((b, h, g, n), dtype=np.float32)
-    probabilities = np.empty((b, h, g, n, t), dtype=np.float32) if weights else None
-    kernel(
-        floats(q).reshape(*rows, d), *planes, None if mass is None else pool.array(mass),
-        None if read is None else read.reshape(b * h, -1).contiguous().numpy(),
-        table.table, table.lengths, table.holes, table.hole_count, pool.page_size, scale, threads(),
-        out.reshape(*rows, dv), lse.reshape(rows), None if probabilities is None else probabilities.reshape(*rows, t),
-    )  # fmt: skip
-    answer = torch.from_numpy(out)
-    return (
-        answer if q.dtype == torch.float32 else answer.to(q.dtype),
-        torch.from_numpy(lse),
-        None if probabilities is None else torch.from_numpy(probabilities),
-    )

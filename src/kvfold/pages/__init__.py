@@ -2,13 +2,20 @@
 
 A row is one (sequence, KV head). A pool has named planes, all indexed by page: `keys` (N, P, D), `values`
 (N, P, D_v), one (N, P) plane for each column, and (N, W) for what a whole page has once. Pages are reference counted; a
-page that two rows share is never written in place (copy-on-write). An arena limits what many pools hold together.
+page that two rows share is never written in place (copy-on-write). An arena limits what many pools hold together;
+a fast memory limits what of them is in memory, the rest is in a file.
 """
 
 from kvfold.pages.arena import Arena, OutOfPages
 from kvfold.pages.few import FewPages, FewSlots
 from kvfold.pages.pool import PagePool
+from kvfold.pages.residency import Residency
+from kvfold.pages.spill import SpillFile, SpillFull
 from kvfold.pages.storage import PAGE_SIZE, Plane
 from kvfold.pages.table import PageTable
+from kvfold.pages.tier import FastMemory
 
-__all__ = ["PAGE_SIZE", "Arena", "FewPages", "FewSlots", "OutOfPages", "PagePool", "PageTable", "Plane"]
+__all__ = [
+    "PAGE_SIZE", "Arena", "FastMemory", "FewPages", "FewSlots", "OutOfPages", "PagePool", "PageTable", "Plane",
+    "Residency", "SpillFile", "SpillFull",
+]  # fmt: skip

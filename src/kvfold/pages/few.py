@@ -45,7 +45,7 @@ class Singles:
     page_size = 1
 
     def __init__(self, pool: Any):
-        self.pool, self.device, self.specs, self.arena = pool, pool.device, pool.specs, None
+        self.pool, self.device, self.specs, self.arena, self.memory = pool, pool.device, pool.specs, None, None
 
     @property
     def planes(self) -> Mapping[str, Tensor]:

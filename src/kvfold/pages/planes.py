@@ -1,6 +1,6 @@
 """What lies on the pages that rows hold: planes read and written as dense tensors, or slot by slot."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -41,7 +41,8 @@ class Planes(TableRows):
             return plane[: self.table.size].view(*self.table.shape, *plane.shape[1:])[:, first:last]
         held = np.maximum(self.table[:, first:last], 0)
         ids = torch.from_numpy(held.reshape(-1)).to(plane.device)
-        return plane.index_select(0, ids).view(*held.shape, *plane.shape[1:])
+        found = [plane.index_select(0, ids[some]) for some in self._visits((name,), ids)]
+        return _joined(found).view(*held.shape, *plane.shape[1:])
 
     def block(self, name: str) -> Tensor:
         """A plane of a regular table as (R, M * P, ...), to read or to write in place."""
@@ -51,13 +52,28 @@ class Planes(TableRows):
     def read(self, names: Iterable[str], rows: np.ndarray, slots: np.ndarray) -> dict[str, Tensor]:
         """What planes hold at slots of rows, (N, ...) each."""
         pages, offsets = self._at(rows, slots)
-        return {name: self.pool.planes[name][pages, offsets] for name in names}
+        return self._gathered(names, pages, offsets)
 
     def flat(self) -> dict[str, Tensor]:
         """Every plane without gaps, row by row, as `PageTable.add` takes them: (N, ...), holes included."""
-        pages, offsets = self._at(*self.spans())
-        begun, specs = pages[offsets == 0], self.pool.specs
-        return {n: x[begun] if specs[n].per_page else x[pages, offsets] for n, x in self.pool.planes.items()}
+        return self._gathered(self.pool.planes, *self._at(*self.spans()))
+
+    def _gathered(self, names: Iterable[str], pages: Tensor, offsets: Tensor) -> dict[str, Tensor]:
+        """What planes hold at offsets of pages, (N, ...); what a page has once, where its first token is asked for."""
+        wanted = list(names)
+        found: dict[str, list[Tensor]] = {name: [] for name in wanted}
+        for some in self._visits(wanted, pages):
+            here, at = pages[some], offsets[some]
+            for name in wanted:
+                plane, once = self.pool.planes[name], self.pool.specs[name].per_page
+                found[name].append(plane[here[at == 0]] if once else plane[here, at])
+        return {name: _joined(parts) for name, parts in found.items()}
+
+    def _visits(self, names: Iterable[str], pages: Tensor, *, written: bool = False) -> Iterator[slice]:
+        """See `Storage.visits`; of an empty list one, too."""
+        if self.pool.memory is None or not len(pages):
+            return iter((slice(None),))
+        return self.pool.visits(names, pages.numpy(), written=written)
 
     def put(self, planes: Mapping[str, Tensor], start: int, stop: np.ndarray) -> None:
         """Write `planes` (R, T, ...) over the slots from `start` to `stop[r]` of row r; no page may be shared."""
@@ -73,9 +89,10 @@ class Planes(TableRows):
 
     def _scatter(self, pages: Tensor, offsets: Tensor, planes: Mapping[str, Tensor]) -> None:
         """Write `planes` (N, ...) at offsets of pages."""
-        for name, new in planes.items():
-            plane = self.pool.planes[name]
-            plane[pages, offsets] = new.to(plane.dtype)
+        for some in self._visits(planes, pages, written=True):
+            for name, new in planes.items():
+                plane = self.pool.planes[name]
+                plane[pages[some], offsets[some]] = new[some].to(plane.dtype)
 
     def _at(self, rows: np.ndarray, slots: np.ndarray) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
         """Page and offset of slots."""
@@ -84,3 +101,7 @@ class Planes(TableRows):
 
     def _index(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers.astype(np.int64)).to(self.pool.device)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

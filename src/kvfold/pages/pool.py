@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kvfold.pages.runs import RUN_BYTES, broken, laid, place
-from kvfold.pages.storage import PAGE_SIZE, Plane, Storage
+from kvfold.pages.storage import PAGE_SIZE, Memory, Plane, Storage
 
 BROKEN = 24
 """One part in so many of the pages in use may come to lie in short runs before an arena lays rows anew."""
@@ -41,14 +41,16 @@ class Holder(Protocol):
 class PagePool(Storage):
     """The storage of one segment: N pages of P tokens in each plane, and their reference counts.
 
-    With an `arena` it is that of many. `moved_nbytes` counts what was copied from page to page so that rows lie in runs
-    and nothing is held in vain; a pool that takes another one's place goes on counting.
+    With an `arena` it is that of many; with a `memory` its planes lie there, and not all of them are here.
+    `moved_nbytes` counts what was copied from page to page so that rows lie in runs and nothing is held in vain; a pool
+    that takes another one's place goes on counting.
     """
 
     def __init__(
-        self, planes: Mapping[str, Plane], device: torch.device, page_size: int = PAGE_SIZE, arena: Limit | None = None
-    ):
-        super().__init__(planes, device, page_size)
+        self, planes: Mapping[str, Plane], device: torch.device, page_size: int = PAGE_SIZE, arena: Limit | None = None,
+        memory: Memory | None = None,
+    ):  # fmt: skip
+        super().__init__(planes, device, page_size, memory)
         self.arena = arena
         self.refs = np.zeros(0, dtype=np.int32)
         self.used = 0  # pages that somebody holds
@@ -183,7 +185,7 @@ class PagePool(Storage):
 
     def empty_like(self) -> "PagePool":
         """A pool of the same planes that holds nothing."""
-        pool = PagePool(self.specs, self.device, self.page_size)
+        pool = PagePool(self.specs, self.device, self.page_size, memory=self.memory)
         pool.moved_nbytes = self.moved_nbytes
         return pool
 

@@ -1,7 +1,8 @@
 """What pages lie in: a tensor for each of the things that a pool stores for its tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -38,14 +39,37 @@ class Plane:
         return tokens * width * self.dtype.itemsize
 
 
-class Storage:
-    """N pages of P tokens in each plane."""
+@runtime_checkable
+class Memory(Protocol):
+    """Where planes lie that need not be in memory: see `kvfold.pages.FastMemory`."""
 
-    def __init__(self, planes: Mapping[str, Plane], device: torch.device, page_size: int):
+    def blank(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A plane of zeros."""
+        ...
+
+    def resized(self, plane: Tensor, shape: Sequence[int]) -> Tensor | None:
+        """The plane with more or fewer entries, where it is; None: it can't be."""
+        ...
+
+    def copy(self, made: Tensor, ids: np.ndarray, known: Tensor, origin: np.ndarray) -> None:
+        """See `copy_pages`."""
+        ...
+
+    def visits(self, planes: Iterable[Tensor], pages: np.ndarray, *, written: bool = False) -> Iterator[slice]:
+        """Stretches of a list of pages; each is there until the next is asked for."""
+        ...
+
+
+class Storage:
+    """N pages of P tokens in each plane, in a `memory` that brings them, or (None) in memory."""
+
+    def __init__(
+        self, planes: Mapping[str, Plane], device: torch.device, page_size: int, memory: Memory | None = None
+    ):  # fmt: skip
         self.specs = dict(planes)
         self.per_page = any(spec.per_page for spec in planes.values())  # whether some plane has one entry for a page
         self.page_size = page_size
-        self.device = device
+        self.device, self.memory = device, memory
         self.planes = {name: self.made(spec, 0) for name, spec in self.specs.items()}
         self._arrays: dict[str, tuple[Tensor, np.ndarray]] = {}
 
@@ -64,33 +88,68 @@ class Storage:
         origin: np.ndarray | None = None,
     ) -> Tensor:  # fmt: skip
         """A plane of so many pages: `ids` are what `origin` of the `known` ones are (None: the first as they were)."""
-        made = blank(spec.shape(pages, self.page_size), spec.dtype, self.device)
+        shape = spec.shape(pages, self.page_size)
+        memory = self.memory
+        made = blank(shape, spec.dtype, self.device) if memory is None else memory.blank(shape, spec.dtype)
         count = 0 if known is None else min(pages, len(known))
         ids, origin = (np.arange(count) if x is None else x for x in (ids, origin))
         if known is not None:
-            copy_pages(made, ids, known, origin)
+            self._copy(made, ids, known, origin)
+        if self.memory is not None and spec.fill == 0.0:  # as a file is where nothing was written
+            return made
         # Never read before it is written: lengths bound every read. Filled all the same, because the slack
         # of a page takes part (masked) in dense reads and NaN times zero is NaN.
         rest = np.ones(pages, dtype=bool)
         rest[ids] = False
         for start, length in zip(*stretches(rest), strict=True):
-            made[start : start + length] = spec.fill
+            for some in self._visited((made,), np.arange(start, start + length), written=True):
+                made[start : start + length][some] = spec.fill
         return made
+
+    def visits(self, names: Iterable[str], pages: np.ndarray, *, written: bool = False) -> Iterator[slice]:
+        """Stretches of a list of pages to be read or written in planes; each before the next is asked for."""
+        return self._visited([self.planes[name] for name in names], pages, written=written)
+
+    def _visited(self, planes: Iterable[Tensor], pages: np.ndarray, *, written: bool) -> Iterator[slice]:
+        return iter((slice(None),)) if self.memory is None else self.memory.visits(planes, pages, written=written)
+
+    def _copy(self, to: Tensor, ids: np.ndarray, source: Tensor, origin: np.ndarray) -> None:
+        """`copy_pages`, where one of the two need not be in memory."""
+        if self.memory is None:
+            copy_pages(to, ids, source, origin)
+        else:
+            self.memory.copy(to, ids, source, origin)
 
     def remake(self, pages: int, ids: np.ndarray | None = None, origin: np.ndarray | None = None) -> None:
         """So many pages from now on: see `made`."""
+        if self.memory is not None:  # all or none: a disk may be full
+            planes = {name: self._resized(name, pages, ids, origin) for name in self.specs}
+            self._arrays.clear()
+            self.planes.update(planes)
+            return
         self._arrays.clear()  # they would hold the old planes
         for name, spec in self.specs.items():
             self.planes[name] = self.made(spec, pages, self.planes[name], ids=ids, origin=origin)
+
+    def _resized(self, name: str, pages: int, ids: np.ndarray | None, origin: np.ndarray | None) -> Tensor:
+        """A plane of so many pages, in place where that can be."""
+        spec, plane = self.specs[name], self.planes[name]
+        if ids is None and self.memory is not None and len(plane):
+            grown = self.memory.resized(plane, spec.shape(pages, self.page_size))
+            if grown is not None:
+                return grown
+        return self.made(spec, pages, plane, ids=ids, origin=origin)
 
     def copy(self, ids: np.ndarray, source: "Storage", origin: np.ndarray) -> None:
         """Our pages `ids` get what pages `origin` of `source` hold; a plane that it lacks gets its fill."""
         for name, plane in self.planes.items():
             known = source.planes.get(name)
             if known is None:
-                plane[torch.from_numpy(ids.astype(np.int64)).to(self.device)] = self.specs[name].fill
+                here = torch.from_numpy(ids.astype(np.int64)).to(self.device)
+                for some in self._visited((plane,), ids, written=True):
+                    plane[here[some]] = self.specs[name].fill
             else:
-                copy_pages(plane, ids, known, origin)
+                self._copy(plane, ids, known, origin)
 
 
 def copy_pages(to: Tensor, ids: np.ndarray, source: Tensor, origin: np.ndarray) -> None:

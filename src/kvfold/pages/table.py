@@ -88,11 +88,15 @@ class PageTable(Moving):
         """
         rows, slots = self._claim(counts)
         pages, offsets = self._at(rows, slots)
-        begun = pages[offsets == 0]
-        for name, spec in self.pool.specs.items():
-            plane, new = self.pool.planes[name], planes.get(name)
-            place = (begun,) if spec.per_page else (pages, offsets)
-            plane[place] = spec.fill if new is None else new.to(plane.dtype)
+        begins = offsets == 0
+        number = begins.cumsum(0) - 1  # the how-manieth page that they begin
+        for some in self._visits(self.pool.specs, pages, written=True):
+            begun = pages[some][begins[some]], number[some][begins[some]]
+            for name, spec in self.pool.specs.items():
+                plane, new = self.pool.planes[name], planes.get(name)
+                place = (begun[0],) if spec.per_page else (pages[some], offsets[some])
+                mine = begun[1] if spec.per_page else some
+                plane[place] = spec.fill if new is None else new[mine].to(plane.dtype)
 
     def fork(self) -> "PageTable":
         """A second table over the same pages."""

@@ -5,10 +5,15 @@ from typing import Any
 import numpy as np
 
 from kvfold.hf.call.modes import Modal
+from kvfold.hf.fast import Spilled
+from kvfold.hf.layers import PagedLayer, beside_bytes
 from kvfold.hf.recurrence import carries_state, is_recurrent
 from kvfold.hf.source import NAME
 from kvfold.layer.rows import check_most
 from kvfold.methods.base import Method
+
+LEAVING = ("after_prefill", "after_layer", "after_forward", "after_prompt")
+"""Events that may leave a part of a prompt."""
 
 
 def check_reads_on(method: Method) -> None:
@@ -44,12 +49,15 @@ class Checked(Modal):
 
         ValueError where there are more rows than `memory` was given for, where a method would drop tokens that their
         format can't drop alone, or reads prompts in its own way beside rows of others, or where the model would forget
-        its recurrent states; OutOfPages where an arena has no room for a generated token in every layer. (What a prompt
-        leaves of its tokens is known when they were read.)
+        its recurrent states; OutOfPages where an arena has no room for a generated token in every layer, SpillFull
+        where a disk has none. (What a prompt leaves of its tokens is known when they were read; a disk must have room
+        for one that leaves all.)
         """
         check_most(self.rows, rows)
         if tokens > 1 and any(map(is_recurrent, self.layers)):
             check_carried(self.model)
+        if self.spilled is not None:
+            self._check_spill(self.spilled, tokens, self.rows.batch or rows)
         if not self.rows.width:
             return
         if not self.reads_prompt(tokens):
@@ -64,16 +72,31 @@ class Checked(Modal):
             raise ValueError(f"method={named[0]} must know the tokens of a text: give input_ids")
 
     def _check_room(self) -> None:
-        if self.arena is None:
+        if self.arena is not None:
+            self.arena.check(self._wanted(1))
+
+    def _check_spill(self, spilled: Spilled, tokens: int, batch: int) -> None:
+        spilled.memory.hold(self, sum(beside_bytes(x) for x in self.layers if not isinstance(x, PagedLayer)))
+        wanted = self._wanted(tokens)
+        if self.reads_prompt(tokens):
+            if any(map(self.rows.listens, LEAVING)):
+                wanted, tokens = {}, 0  # a part is kept, nobody knows yet how much
+            spilled.check_room(self.paged, batch, tokens, wanted)
             return
+        spilled.check_room(self.paged, batch, 0, {})
+        for pool, pages in wanted.items():
+            pool.ensure(pages)
+
+    def _wanted(self, tokens: int) -> dict[Any, int]:
+        """The pages that so many more tokens in each row take, by pool."""
         wanted: dict[Any, int] = {}
         for core in self.paged:
             stored, heads = core.stored, core.stored.spec.heads
             for number in np.unique(stored.opened):
-                more = np.repeat((stored.opened == number).astype(np.int32)[:, None], heads, 1)
+                more = np.repeat((stored.opened == number).astype(np.int32)[:, None] * np.int32(tokens), heads, 1)
                 for pool, pages in stored.segments[number][1].pages_for(more).items():
                     wanted[pool] = wanted.get(pool, 0) + pages
-        self.arena.check(wanted)
+        return wanted
 
     def _check_further_prompt(self) -> None:
         reading, mixed = self.mode.prefilling, isinstance(self.mode.prefilling, tuple)

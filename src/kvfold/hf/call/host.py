@@ -93,6 +93,13 @@ class Host(Checked):
             self.pending.read(plan)
         elif plan.late:
             self._late_events(ordinal, plan)
+        if self.spilled is not None:
+            self.spilled.left(self.paged[ordinal], settle=not plan.step)
+
+    def expect(self, ordinal: int) -> None:
+        """A paged layer is about to read what it has stored; the next one's is brought meanwhile."""
+        if self.spilled is not None:
+            self.spilled.expect(self.paged[(ordinal + 1) % len(self.paged)])
 
     def _late_events(self, ordinal: int, plan: Plan) -> None:
         if plan.prompts is not None:  # whose rows read a prompt was refused, see `check_pass`
@@ -107,6 +114,8 @@ class Host(Checked):
     def _carry_out(self, decisions: Mapping[int, Decisions], plan: Plan, group: int) -> None:
         for ordinal, made in decisions.items():
             carry_out(self.paged, ordinal, made, plan, group)
+            if self.spilled is not None:
+                self.spilled.left(self.paged[ordinal], settle=not plan.step)
 
     def finish(self, plan: Plan | None, greedy: Any) -> None:
         """A forward pass is over: `after_prompt`, unless assisted decoding is to take some of the prompt back.

@@ -12,6 +12,7 @@ from kvfold.hf.call.call import Call
 from kvfold.hf.call.given import Given
 from kvfold.hf.call.pending import Pending
 from kvfold.hf.call.reading import Reading
+from kvfold.hf.fast import Spilled
 from kvfold.hf.layers import PagedLayer, WindowLayer
 from kvfold.hf.tables import kept_tables
 from kvfold.layer.layer import KVLayer
@@ -49,6 +50,8 @@ class Modal(HFCache):
     """Tokens of the parts in which a layer reads a long prompt; None: as the device says; 0: all at once."""
     arena: Arena | None
     """What its pages come out of; None: they are the cache's own."""
+    spilled: Spilled | None = None
+    """What brings its pages from a disk; None: they are in memory."""
     rows: Rows
     paged: list[KVLayer]
     """The layers whose tokens are on pages, in order."""

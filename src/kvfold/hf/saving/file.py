@@ -233,7 +233,7 @@ def _checked(found: Contents, cache: Host, methods: Sequence[Method]) -> Iterato
         core, device = layer.core, _device(cache.model, index)
         spec = Spec(
             len(rows.seen), *said.shape, said.dtype, device, index, core.site.rope,
-            measured(methods, core.site), max(1, queries // max(1, said.shape[0])), core.arena,
+            measured(methods, core.site), max(1, queries // max(1, said.shape[0])), core.arena, core.memory,
         )  # fmt: skip
         total = np.zeros((spec.rows, spec.heads), dtype=np.int64)
         for number, (form, each) in enumerate(said.formats):

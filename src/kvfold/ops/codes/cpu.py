@@ -5,8 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from kvfold.ops.codes import naive
-from kvfold.ops.cpu import answers, attend_rows, fits
+from kvfold.ops.cpu import answers, fits
 from kvfold.ops.dispatch import register
+from kvfold.ops.rows import attend_rows
 
 PLANES = ("keys", "key_scale", "key_zero", "values", "value_scale", "value_zero")
 

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.ops.cpu import PAGE_SIZES, answers, attend_rows, fits
+from kvfold.ops.cpu import PAGE_SIZES, answers, fits
 from kvfold.ops.dispatch import register
 from kvfold.ops.float8 import naive
+from kvfold.ops.rows import attend_rows
 
 PLANES = ("keys", "values", "key_scale", "value_scale")
 

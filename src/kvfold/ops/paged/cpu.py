@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.ops.cpu import BITS, FLOATS, PAGE_SIZES, ROWS, attend_rows, fits, holds, library, threads
+from kvfold.ops.cpu import BITS, FLOATS, PAGE_SIZES, ROWS, fits, holds, library, threads
 from kvfold.ops.dispatch import register
 from kvfold.ops.paged import naive
+from kvfold.ops.rows import attend_rows
 
 
 @register("attend_pages", "cpu", rank=10, fits=fits)
@@ -58,18 +59,31 @@ def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Tensor | None)
 
 def append(table: Any, planes: Mapping[str, Tensor], count: int) -> None:
     """`count` tokens to the end of each row: `planes` (R, count, ...), the pool's fill where one is missing."""
-    from kvfold.ops import _cpu
-
     start = table.extend(count)
     pool = table.pool
+    if pool.memory is not None:
+        for first, last in pool.memory.appended(table, start, count):
+            some = {name: plane[:, first:last] for name, plane in planes.items()}
+            _write(table, some, start + np.int32(first), start + np.int32(last))
+        return
+    _write(table, planes, start, table.lengths)
+
+
+def _write(table: Any, planes: Mapping[str, Tensor], start: np.ndarray, stop: np.ndarray) -> None:
+    """Slots `start[r]` to `stop[r]`, as many in each row, get `planes`, or the pool's fill."""
+    from kvfold.ops import _cpu
+
+    pool = table.pool
     for name, spec in pool.specs.items():
-        new = planes[name] if name in planes else _fill(spec, table.rows, count)
-        _cpu.write(pool.array(name), _rows(new, spec.dtype), table.table, start, table.lengths, pool.page_size)
+        new = planes[name] if name in planes else _fill(spec, table.rows, int(stop[0] - start[0]) if len(stop) else 0)
+        _cpu.write(pool.array(name), _rows(new, spec.dtype), table.table, start, stop, pool.page_size)
 
 
 @register("keep_pages", "cpu", rank=10, fits=holds)
 def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor], *, slack: bool) -> None:
-    if table.shared and (columns or not slack):
+    # What is in memory in part is moved stretch by stretch, unless all of it fits.
+    parts = table.pool.memory is not None and not table.pool.memory.holds(table)
+    if parts or (table.shared and (columns or not slack)):
         naive.keep_pages(table, mask, columns, slack=slack)
         return
     from kvfold.ops import _cpu

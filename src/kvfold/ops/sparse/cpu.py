@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from kvfold.ops.cpu import PAGE_SIZES, answers, attend_rows, fits
+from kvfold.ops.cpu import PAGE_SIZES, answers, fits
 from kvfold.ops.dispatch import register
+from kvfold.ops.rows import attend_rows
 from kvfold.ops.sparse import naive
 
 PLANES = ("keys", "key_map", "values", "value_map")

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from kvfold.ops.cpu import PAGE_SIZES, answers, attend_rows, fits
+from kvfold.ops.cpu import PAGE_SIZES, answers, fits
 from kvfold.ops.dispatch import register
+from kvfold.ops.rows import attend_rows
 from kvfold.ops.tokens import naive
 from kvfold.ops.tokens.coding import Coding
 

@@ -1,0 +1,131 @@
+"""A cache that is larger than the memory it may take: what is asked of a model for it, and of a pass that comes."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from kvfold.files import check_folder, nameless
+from kvfold.formats import Spec
+from kvfold.formats.sizes import empty_segment
+from kvfold.hf.argument import with_cache
+from kvfold.hf.looking import has_weights, ids_device, looking
+from kvfold.hf.memory import parse_size
+from kvfold.layer.framing import measured
+from kvfold.layer.layer import KVLayer, format_of
+from kvfold.methods.base import Method
+from kvfold.options import shown
+from kvfold.pages import FastMemory, PagePool, SpillFile
+
+
+def checked_fast(
+    model: PreTrainedModel, method: Method, fast_memory: object, spill: object, arena: object
+) -> int | None:
+    """The limit in bytes; None: there is none. Raises ValueError, before anything is made, where it can't be kept."""
+    if fast_memory is None and spill is None:
+        return None
+    if fast_memory is None or spill is None:
+        named, missing = ("spill", "fast_memory") if fast_memory is None else ("fast_memory", "spill")
+        value = spill if fast_memory is None else fast_memory
+        raise ValueError(f"{named}={shown(value)} goes with {missing}=, which is not given: a limit, and a folder")
+    nbytes, given = parse_size("fast_memory", fast_memory), f"fast_memory={shown(fast_memory)}"
+    if arena is not None:
+        raise ValueError(f"{given} can't be combined with arena=, whose pages are in memory")
+    devices = {weight.device.type for weight in model.parameters() if not weight.is_meta} | {ids_device(model).type}
+    if devices != {"cpu"}:
+        raise ValueError(f"{given} is for models on the CPU; this {type(model).__name__} is on {sorted(devices)}")
+    if method.shares_layers:
+        raise ValueError(f"{given}: method={method} lets layers share memory, and what is on disk belongs to one")
+    check_folder(spill, "spill")
+    if not sys.platform.startswith("linux"):
+        raise ValueError(f"{given}: memory can be given back to a file on Linux alone, not on {sys.platform}")
+    return nbytes
+
+
+class Spilled:
+    """The fast memory of a cache and of its forks; `shapes`: its layers on pages, each for one row (none: not known).
+
+    What lies on disk comes and goes by itself (`kvfold.pages.FastMemory`). Here is what has to be known of layers: what
+    counts in the limit beside their pages, whether a pass has room, and who is read next.
+    """
+
+    def __init__(self, memory: FastMemory, shapes: Sequence[Spec] = ()):
+        self.memory, self.shapes = memory, shapes
+
+    @classmethod
+    def opened(cls, model: PreTrainedModel, nbytes: int, spill: Any, empty: Any, cores: Sequence[KVLayer]) -> "Spilled":
+        """For a cache whose layers on pages are `cores`; `empty` is another cache of the model.
+
+        The model reads two tokens with it, which show the layers' shapes. Raises ValueError where the limit has no room
+        for a page of each of a sequence's heads, or the folder takes no file.
+        """
+        shapes = list[Spec]()
+        if has_weights(model):
+            with looking(model):
+                model(input_ids=torch.zeros(1, 2, dtype=torch.int64), **with_cache(model, empty), use_cache=True)
+            for core, other in zip(cores, empty.paged, strict=True):
+                found = measured((group.method for group in core.rows.groups), core.site)
+                shapes.append(replace(other.stored.spec, rows=1, artefact=found))
+        for core, spec in zip(cores, shapes, strict=False):
+            for group in core.rows.groups:
+                segment = empty_segment(format_of(group.method, core.site), spec)
+                for pool in segment.pages_for(np.zeros((1, spec.heads), dtype=np.int64)):
+                    _check_least(nbytes, 0, pool, core, spec.heads)
+        return cls(FastMemory(nbytes, SpillFile(nameless(spill, "spill"), os.fspath(spill))), shapes)
+
+    def check_room(self, cores: Sequence[KVLayer], batch: int, tokens: int, wanted: Mapping[PagePool, int]) -> None:
+        """Raise, before any layer has read, where so many more tokens have no room.
+
+        `wanted`: the pages that they take in pools that are there; layers that hold nothing yet are as `shapes` says.
+        SpillFull where the disk is full; ValueError where a page of each row, a (sequence, KV head), has no room in
+        memory beside indexes, tables and windows.
+        """
+        for core in cores:
+            for pool in self._pools(core):
+                _check_least(self.memory.nbytes, self.memory.beside_nbytes, pool, core, batch * core.stored.spec.heads)
+        needed = sum(max(0, pages - pool.free) * pool.page_nbytes for pool, pages in wanted.items())
+        for core, spec in zip(cores, self.shapes, strict=False):
+            for group in core.rows.groups if not core.segments else ():
+                rows = batch if group.rows is None else len(group.rows)
+                segment, more = (
+                    empty_segment(format_of(group.method, core.site), spec),
+                    np.full((1, spec.heads), tokens),
+                )
+                needed += rows * sum(pages * pool.page_nbytes for pool, pages in segment.pages_for(more).items())
+        self.memory.file.check_room(needed)
+
+    def left(self, core: KVLayer, *, settle: bool) -> None:
+        """A layer has attended: what it read without a word goes, and what it holds beside its pages counts.
+
+        `settle`: what was written goes to the disk, once for all; else what rows are still filling waits for that.
+        """
+        pools = self._pools(core)
+        for pool in pools:
+            if settle:
+                self.memory.settle(pool)
+            self.memory.sweep(pool)
+        self.memory.hold(core, core.stored.bytes_beside({id(pool) for pool in pools}))
+
+    def expect(self, core: KVLayer) -> None:
+        """A layer is read next: the disk may begin."""
+        for pool in self._pools(core):
+            self.memory.expect(pool)
+
+    def _pools(self, core: KVLayer) -> list[PagePool]:
+        """The pools that a layer's tokens lie in, on disk."""
+        none = np.zeros((core.stored.spec.rows, core.stored.spec.heads), dtype=np.int64)
+        return [pool for _, segment in core.segments for pool in segment.pages_for(none) if pool.memory is self.memory]
+
+
+def _check_least(nbytes: int, beside: int, pool: PagePool, core: KVLayer, rows: int) -> None:
+    least = FastMemory.least(pool, rows)
+    if least > nbytes - beside:
+        raise ValueError(
+            f"fast_memory={nbytes} is too little: a page of each of {rows} KV heads of layer {core.layer} takes "
+            f"{least} bytes of it, and {beside} are taken by indexes, tables and windows"
+        )

@@ -1,0 +1,29 @@
+"""Some pages of a table's rows that follow each other, read as rows of their own: nothing is held, nothing copied."""
+
+import numpy as np
+
+from kvfold.pages.planes import Planes
+from kvfold.pages.rows import TableRows
+
+
+class PageStretch(Planes):
+    """Pages `first` to `last` of each row, with its holes there; to be read before the table's next write."""
+
+    def __init__(self, table: TableRows, first: int, last: int):
+        size = table.pool.page_size
+        start, room = first * size, (last - first) * size
+        # No pool knows of it, and nothing is let go of when it goes.
+        self._pool, self.scattered, self.regular = table.pool, True, False
+        self.table = table.table[:, first:last].copy()
+        self.lengths = np.clip(table.lengths - start, 0, room).astype(np.int32)
+        self.fill_holes()
+        if table.holed:
+            known = np.arange(table.holes.shape[1]) < table.hole_count[:, None]
+            inside = known & (table.holes >= start) & (table.holes < start + room)
+            order = np.argsort(~inside, axis=1, kind="stable")
+            self.holes = np.take_along_axis(np.where(inside, table.holes - start, 0), order, 1).astype(np.int32)
+            self.hole_count = inside.sum(1).astype(np.int32)
+        self._room, self._known, self._sent = 0, [None] * 4, [None] * 4
+
+    def __del__(self) -> None:
+        return
