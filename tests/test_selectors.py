@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 import kvfold
 from kvfold import ops
-from kvfold.formats import POSITION, Chunk, Dense, Indexed, Segment, Separable, Spec
+from kvfold.formats import POSITION, Chunk, Dense, Indexed, Remembered, Segment, Separable, Spec
 from kvfold.hf.rope import find_ropes
 from kvfold.methods import parse
-from kvfold.selectors import Alike, Always, Bounds, Every, Keys, Selection, Vote
+from kvfold.selectors import Alike, Always, Bounds, Every, Keys, Means, Odd, Selection, Vote
 from kvfold.testing import feed, follow, grow, steps, tokens
 from models import subject
 
@@ -25,6 +25,7 @@ FORMS = {
     "bounds-every": Indexed(Dense(page_size=4), Selection(Bounds(4), 12, reuse=Every(3))),
     "keys": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("sum", layer=True, softmax=True), slots=True)),
     "keys-alike": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("max"), Always(1, 2), reuse=Alike(-1.0))),
+    "means": Indexed(Dense(page_size=4), Selection(Means(4), 12, Vote("max", softmax=True), odd=Odd(1))),
 }
 
 
@@ -49,24 +50,27 @@ def fresh(rows: int = B, form: Indexed = FORM) -> Segment:
     return form.open(spec(rows))
 
 
-def anew(segment: Segment) -> torch.Tensor:
+def anew(segment: Segment) -> Remembered:
     """The index of its tokens as they stand."""
     tokens = segment.dense()
     order = torch.argsort((~tokens.valid).byte(), dim=-1, stable=True)
     b = len(tokens.valid)
     index = segment.form.selection.index.open(spec(b))
     index.extend(tokens.take(order), np.zeros((b, H), dtype=np.int64))
-    return index.held
+    return index
 
 
 def agrees(segment: Segment) -> None:
-    mine, theirs, unit = segment.index.held, anew(segment), segment.form.selection.unit
+    fresh, mine = anew(segment), segment.index.held
+    theirs, unit = fresh.held, segment.form.selection.unit
     units = -(-segment.counts() // unit)
     for row, head in np.ndindex(units.shape):
         number = units[row, head]
         torch.testing.assert_close(mine[row, head, :number], theirs[row, head, :number], atol=1e-6, rtol=0)
         assert bool(mine[row, head, number:].eq(segment.index.fill).all())
-    assert segment.index.nbytes == segment.index.held.untyped_storage().nbytes()
+    own = segment.index.state()
+    assert segment.index.nbytes == sum(x.untyped_storage().nbytes() for x in own.values())
+    assert all(torch.equal(own[name], x) for name, x in fresh.state().items() if name != "held")
     if segment.choice is not None:
         assert segment.choice.units.shape[:3] == (*units.shape, segment.form.selection.vote.lists(G))
         # What stands there is of units that are still there.
@@ -150,6 +154,7 @@ def test_a_segment_that_is_told_of_its_rows_is_refused():
     ("options", "said"),
     [
         ({"budget": 0}, "budget=0"), ({"least": 0}, "least=0"),
+        ({"odd": Odd(1)}, r"odd=Odd\(.* needs an index that knows which units it stands for badly"),
     ],
 )  # fmt: skip
 def test_bad_options_are_named(options, said):
@@ -165,7 +170,8 @@ def test_bad_options_are_named(options, said):
         (Always, {"recent": -5}, "recent=-5"), (Always, {"share": 1.5}, "share=1.5"),
         (Every, {"steps": 0}, "steps=0"),
         (Alike, {"cosine": -2.0}, "cosine=-2"), (Keys, {"distance": -1}, "distance=-1"),
-        (Bounds, {"unit": 0}, "unit=0"),
+        (Bounds, {"unit": 0}, "unit=0"), (Means, {"unit": 0}, "unit=0"), (Odd, {"units": -1}, "units=-1"),
+        (Odd, {"share": 2.0}, "share=2"),
     ],
 )  # fmt: skip
 def test_bad_options_of_parts_are_named(part, options, said):

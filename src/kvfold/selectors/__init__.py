@@ -3,8 +3,10 @@
 from kvfold.selectors.always import Always
 from kvfold.selectors.bounds import Bounds
 from kvfold.selectors.keys import Keys
+from kvfold.selectors.means import Means
+from kvfold.selectors.odd import Odd
 from kvfold.selectors.reuse import Alike, Every, Reuse
 from kvfold.selectors.selection import Selection
 from kvfold.selectors.votes import HEADS, Vote
 
-__all__ = ["HEADS", "Alike", "Always", "Bounds", "Every", "Keys", "Reuse", "Selection", "Vote"]
+__all__ = ["HEADS", "Alike", "Always", "Bounds", "Every", "Keys", "Means", "Odd", "Reuse", "Selection", "Vote"]

@@ -13,6 +13,7 @@ from kvfold.formats.picked import NEVER
 from kvfold.ops import top_mask
 from kvfold.options import check_choice, check_int
 from kvfold.selectors.always import Always
+from kvfold.selectors.odd import Odd
 from kvfold.selectors.reuse import Reuse
 from kvfold.selectors.votes import Vote
 
@@ -25,6 +26,7 @@ class Selection:
     the query, by the `vote` of its heads. With `reuse` what is worth most stays what it was until that rule says
     otherwise; what is always read is found anew at each step. `slots`: what is read attends at positions 0, 1, 2, ...
     in its order, as if nothing lay between, the query at the last of them; where all is read positions are the text's.
+    `odd`: units that the index can't speak for (`Unlike`), which are read, too.
     """
 
     index: Index
@@ -34,11 +36,14 @@ class Selection:
     least: int = 1
     reuse: Reuse | None = None
     slots: bool = False
+    odd: Odd | None = None
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
         check_int("least", self.least, 1)
         check_choice("slots", self.slots, (True, False))
+        if self.odd is not None and not getattr(self.index, "unlike", False):
+            raise ValueError(f"odd={self.odd} needs an index that knows which units it stands for badly: {self.index}")
 
     @property
     def unit(self) -> int:
@@ -74,13 +79,14 @@ class Selection:
         if is_all(self.budget) or (units <= room[:, None]).all():
             return None, None
         number = int(units.max())
-        always = self.always.units(self.unit, units, room)
+        always, there = self.always.units(self.unit, units, room), np.arange(number) < units[..., None]
+        if self.odd is not None:
+            always = always | self.odd.among(remembered, there & ~always, room, room[:, None] - always.sum(-1))
         short = (units <= room[:, None]).all(1)  # a row that reads all chooses nothing
         asked = remembered.asks(q, seen)
         asks, query = self._stale(asked, seen, last)
         picked = np.zeros((0,), dtype=bool) if last is None else last.wide(number)
         if asks.any():
-            there = np.arange(number) < units[..., None]
             fresh = self._best(remembered, asked, units, there & ~always, room[:, None] - always.sum(-1))
             picked = fresh if last is None else np.where(asks[:, None, None, None], fresh, picked)
         read = picked | always[:, :, None]
