@@ -10,9 +10,7 @@ LEAST = 1e-300
 """Norms are no less: a key of zeros is like nothing."""
 
 
-def chunk_means(
-    keys: Float[Tensor, "B H T D"], unit: int
-) -> tuple[Float[Tensor, "B H N D"], Float[Tensor, "B H N"]]:
+def chunk_means(keys: Float[Tensor, "B H T D"], unit: int) -> tuple[Float[Tensor, "B H N D"], Float[Tensor, "B H N"]]:
     """Of each whole chunk of `unit` keys their mean, and the least cosine that one of them has with it.
 
     In the keys' dtype, rounded once from float64: whoever works them out of the same keys gets the same numbers,
