@@ -17,7 +17,8 @@ def chunk_means(keys: Float[Tensor, "B H T D"], unit: int) -> tuple[Float[Tensor
     whether they came one by one or together, so that what is decided by their order is decided alike everywhere.
     """
     whole = keys.shape[2] // unit
-    chunks = keys[:, :, : whole * unit].unflatten(2, (whole, unit))
+    b, h, _, d = keys.shape
+    chunks = keys[:, :, : whole * unit].reshape(b, h, whole, unit, d)
     step = max(1, blocked.BLOCK_ELEMENTS // max(1, chunks[:, :, :1].numel()))
     parts = [_means(some.double()) for some in torch.split(chunks, step, 2)] if whole else [_means(chunks.double())]
     means, alike = (torch.cat(found, 2).to(keys.dtype) for found in zip(*parts, strict=True))

@@ -75,11 +75,13 @@ class ShadowPages(PagedSegment):
         keys = int((known + apart).max(initial=0)) - self.exact.shape[2]
         each = self.exact.shape[-1] * self.exact.itemsize + self.exact_at.itemsize
         beside = rows * (max(0, pieces) * basis + max(0, keys) * self.heads * each)
-        return self.nbytes_with(more) + latents + beside
+        total: int = self.nbytes_with(more) + latents + beside
+        return total
 
     def row_nbytes(self) -> np.ndarray:
         pages: np.ndarray = (self.latents.table >= 0).sum(1) * self.latents.pool.page_nbytes
-        return super().row_nbytes() + pages + self._beside // max(1, self.batch)
+        sizes: np.ndarray = super().row_nbytes() + pages + self._beside // max(1, self.batch)
+        return sizes
 
     def pages_for(self, more: np.ndarray) -> dict[PagePool, int]:
         return super().pages_for(more) | {self.latents.pool: self.latents.pages_for(more[:, 0])}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from kvfold.budgets import Budget, check_budget
 from kvfold.formats import Shadowed
 from kvfold.methods.base import Method, method
-from kvfold.options import check_int
+from kvfold.options import LARGEST, check_int
 from kvfold.selectors import Always, Means, Odd, Selection, Vote
 from kvfold.views import Site
 
@@ -53,8 +53,9 @@ class ShadowKV(Method):
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        for name, least in (("rank", 1), ("chunk", 1), ("local", 0), ("outliers", 0)):
+        for name, least in (("rank", 1), ("chunk", 1), ("outliers", 0)):
             check_int(name, getattr(self, name), least)
+        check_int("local", self.local, 0, high=LARGEST // self.chunk)
 
     @property
     def format(self) -> Shadowed:  # type: ignore[override]

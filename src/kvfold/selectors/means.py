@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -37,26 +38,25 @@ class Means:
         check_int("unit", self.unit, 1)
 
     def open(self, spec: Spec) -> "MeansOf":
-        return MeansOf(self, spec, nothing(spec, spec.key_size + 1), _none_open(self, spec))
+        return MeansOf(self, spec, nothing(spec, spec.key_size + 1), nothing(spec, spec.key_size))
 
     def check(self, spec: Spec, tensors: Mapping[str, Tensor], counts: Int[np.ndarray, "B H"]) -> None:
         check_held(spec, {n: x for n, x in tensors.items() if n != OPEN}, counts, self.unit, spec.key_size + 1)
-        want, found = _none_open(self, spec), tensors.get(OPEN)
-        if found is None or found.shape != want.shape or found.dtype != want.dtype:
-            said = None if found is None else (tuple(found.shape), found.dtype)
-            raise ValueError(f"{OPEN}={said} must be {(tuple(want.shape), want.dtype)} (shape, dtype)")
+        still, least = tensors.get(OPEN), int((counts % self.unit).max(initial=0))
+        fits = still is not None and still.dim() == 4 and least <= still.shape[2] <= self.unit
+        want = (spec.rows, spec.heads, spec.key_size), spec.dtype
+        if still is None or not fits or ((*still.shape[:2], still.shape[3]), still.dtype) != want:
+            found = None if still is None else (tuple(still.shape), still.dtype)
+            shape = spec.rows, spec.heads, f"{least} to {self.unit}", spec.key_size
+            raise ValueError(f"{OPEN}={found} must be {(shape, spec.dtype)} (shape, dtype)")
 
     def restore(self, spec: Spec, tensors: Mapping[str, Tensor]) -> "MeansOf":
         held, still = (tensors[name].to(spec.device).clone() for name in (HELD, OPEN))
         return MeansOf(self, spec, held, still)
 
 
-def _none_open(form: Means, spec: Spec) -> Float[Tensor, "B H C D"]:
-    return torch.zeros(spec.rows, spec.heads, form.unit, spec.key_size, dtype=spec.dtype, device=spec.device)
-
-
 class MeansOf(HeldUnits):
-    """`held` (B, H, N, D + 1): the mean, then the cosine; of a unit that is not whole, 2. `still` (B, H, unit, D)."""
+    """`held` (B, H, N, D + 1): mean and cosine, 2 of an open unit; `still` (B, H, C, D): that one's keys."""
 
     fill = 2.0  # no cosine
 
@@ -73,7 +73,7 @@ class MeansOf(HeldUnits):
         return super().nbytes + self.still.nbytes
 
     def nbytes_with(self, units: int) -> int:
-        """See `Remembered.nbytes_with`."""
+        """See `Remembered.nbytes_with`; of keys of units that still grow as many as there are now."""
         return super().nbytes_with(units) + self.still.nbytes
 
     def row_nbytes(self) -> np.ndarray:
@@ -91,34 +91,37 @@ class MeansOf(HeldUnits):
         first, known = start // unit, start % unit
         there = known + more
         # What is still open and what comes, side by side from where the open unit begins.
-        wide = -(-int(there.max()) // unit) * unit
+        wide = max(int(there.max()), self.still.shape[2])
         keys = self.still.new_zeros(*more.shape, wide, self.still.shape[-1])
-        keys[:, :, :unit] = self.still
+        keys[:, :, : self.still.shape[2]] = self.still
         row, head, slot = valid.nonzero(as_tuple=True)
         place = (self._at(known)[..., None] + valid.cumsum(-1) - 1)[row, head, slot]
         keys[row, head, place] = tokens.keys[row, head, slot].to(keys.dtype)
         whole = np.where(more > 0, there // unit, 0)
         self.reach(int((-(-(start + more) // unit)).max()))
         if whole.any():
-            made = torch.cat([x if x.dim() == 4 else x[..., None] for x in chunk_means(keys, unit)], -1)
-            row, head, number = (torch.arange(made.shape[2], device=valid.device) < self._at(whole)[..., None]).nonzero(
-                as_tuple=True
-            )
+            means, alike = chunk_means(keys, unit)
+            made = torch.cat([means, alike[..., None]], -1)
+            closed = torch.arange(made.shape[2], device=valid.device) < self._at(whole)[..., None]
+            row, head, number = closed.nonzero(as_tuple=True)
             self.held[row, head, self._at(first)[row, head] + number] = made[row, head, number]
-        offset = torch.arange(unit, device=valid.device) + self._at(whole)[..., None] * unit
-        rest = keys.gather(2, offset.clamp(max=wide - 1)[..., None].expand(-1, -1, -1, keys.shape[-1]))
-        self.still = rest.masked_fill((offset >= self._at(there)[..., None])[..., None], 0.0)
+        left = there - whole * unit
+        offset = torch.arange(int(left.max()), device=valid.device)
+        slots = (offset + self._at(whole)[..., None] * unit).clamp(max=wide - 1)
+        rest = keys.gather(2, slots[..., None].expand(*slots.shape, keys.shape[-1]))
+        self.still = rest.masked_fill((offset >= self._at(left)[..., None])[..., None], 0.0)
 
     def forget(self, units: Int[np.ndarray, "B H"]) -> None:
-        """See `Remembered.forget`. The open unit stays where it is the last of them."""
+        """See `Remembered.forget`. The keys of an open unit stay where it is the last of them."""
         super().forget(units)
+        known = self.held.shape[2]
+        if not known:
+            self.still = self.still[:, :, :0].clone()
+            return
         last = self._at(units)[..., None] - 1
-        if self.held.shape[2]:
-            cosine = self.held[..., -1].gather(-1, last.clamp(min=0, max=self.held.shape[2] - 1))
-            closed = (cosine != self.fill) | (last < 0)
-            self.still = self.still.masked_fill(closed[..., None], 0.0)
-        else:
-            self.still = torch.zeros_like(self.still)
+        cosine = self.held[..., -1].gather(-1, last.clamp(min=0, max=known - 1))
+        closed = (cosine != self.fill) | (last < 0)
+        self.still = self.still.masked_fill(closed[..., None], 0.0)
 
     def _at(self, numbers: Int[np.ndarray, "B H"]) -> Int[Tensor, "B H"]:
         return torch.from_numpy(np.ascontiguousarray(numbers)).to(self.held.device)
@@ -143,11 +146,12 @@ class MeansOf(HeldUnits):
     def join(self, other: Any) -> None:
         """See `Remembered.join`."""
         super().join(other)
-        self.still = torch.cat([self.still, other.still])
+        most = max(self.still.shape[2], other.still.shape[2])
+        self.still = torch.cat([F.pad(x, (0, 0, 0, most - x.shape[2])) for x in (self.still, other.still)])
 
     def clear(self) -> None:
         super().clear()
-        self.still = torch.zeros_like(self.still)
+        self.still = self.still[:, :, :0].clone()
 
     def state(self) -> dict[str, Tensor]:
         return super().state() | {OPEN: self.still}
