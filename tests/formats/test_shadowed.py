@@ -7,7 +7,7 @@ from format_cases import held, same, softmax
 from torch.testing import assert_close
 
 from kvfold.formats import LOG_MASS, POSITION, Chunk, Shadowed, Spec, format_from, format_to
-from kvfold.formats.shadow_pages import low_rank
+from kvfold.formats.joint_keys import low_rank
 from kvfold.formats.sizes import empty_segment
 from kvfold.hf.rope import find_ropes
 from kvfold.pages import Arena, OutOfPages
@@ -74,7 +74,7 @@ def test_of_a_higher_rank_it_is_the_nearest_product():
     u, s, v = torch.linalg.svd(wide, full_matrices=False)
     near = ((u[:, :8] * s[:8]) @ v[:8]).view(80, H, D).transpose(0, 1)
     want = rope().shift(near[None], chunk.columns[POSITION][:, :, :80])[0]
-    got, exact = segment.dense().keys[0, :, :80], segment.coded.exact_at[0].long()
+    got, exact = segment.dense().keys[0, :, :80], segment.coded.joint.exact_at[0].long()
     for head in range(H):
         apart = torch.zeros(80, dtype=torch.bool).index_fill(0, exact[head], True)
         assert apart.sum() == 8 and not apart.view(20, 4).any(1).ne(apart.view(20, 4).all(1)).any()
@@ -92,7 +92,7 @@ def test_the_exact_chunks_are_those_least_like_their_mean():
     cosines = torch.cosine_similarity(groups, groups.mean(2, keepdim=True), dim=-1).amin(-1)
     for head in range(H):
         want = sorted(cosines[head].argsort()[:2].tolist())
-        assert segment.coded.exact_at[0, head].tolist() == [4 * c + i for c in want for i in range(4)]
+        assert segment.coded.joint.exact_at[0, head].tolist() == [4 * c + i for c in want for i in range(4)]
 
 
 def test_what_would_not_get_smaller_stays_as_it_is():
@@ -123,9 +123,9 @@ def test_it_answers_as_its_dense_tokens_do(mass):
 
 def test_only_what_is_read_is_rebuilt(monkeypatch):
     segment, seen = opened(tokens(LENGTHS)), []
-    plain = type(segment.coded).rebuilt
+    plain = type(segment.coded.joint).rebuilt
     monkeypatch.setattr(
-        type(segment.coded), "rebuilt", lambda self, *given: seen.append(given[0].shape) or plain(self, *given)
+        type(segment.coded.joint), "rebuilt", lambda self, *given: seen.append(given[0].shape) or plain(self, *given)
     )
     valid, _ = segment.columns()
     segment.attend(q(3), 0.2, read=valid & (valid.cumsum(-1) <= 12))
@@ -145,7 +145,7 @@ def test_a_further_turn_is_a_piece_of_its_own():
     first, second = tokens(LENGTHS), tokens([60, 80, 3], seed=7, start=100)
     segment = opened(first)
     segment.append(second)
-    assert segment.coded.pieces().tolist() == [2, 1, 1]
+    assert segment.coded.joint.pieces().tolist() == [2, 1, 1]
     assert segment.coded.counts()[:, 0].tolist() == [(150 // 4 - 2) * 4, (93 // 4 - 2) * 4, 60]
     for row, (one, two) in enumerate(zip(held(first)[::H], held(second)[::H], strict=True)):
         got = held(segment)[row * H]
@@ -174,7 +174,7 @@ def test_a_crop_leaves_what_is_coded(left):
         assert_close(x["keys"], y["keys"][:left], atol=1e-6, rtol=0)
         assert torch.equal(x["values"], y["values"][:left])
     assert same(held(other), before)
-    assert segment.coded.bases.shape[1] == (left >= 4)
+    assert segment.coded.joint.bases.shape[1] == (left >= 4)
     more = tokens([120, 7], seed=9, start=left)
     segment.append(more)
     assert segment.counts()[:, 0].tolist() == [left + 120, left + 7]

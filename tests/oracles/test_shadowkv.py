@@ -147,7 +147,7 @@ def test_oracle_5_a_group_that_asks_alike_selects_as_one_does():
 def test_outliers_of_the_index_are_held_as_they_are():
     """Whatever comes later: an outlier among the prompt's chunks is one of those that the format keeps exact."""
     segment, _ = stored(SMALL, 90)
-    held = segment.inner.coded.exact_at[0] // 4
+    held = segment.inner.coded.joint.exact_at[0] // 4
     room, about = np.array([300]), np.ones((1, H, 21), dtype=bool)
     found = SMALL.selection(SITE).odd.among(segment.index, about, room, np.full((1, H), 21))
     for head in range(H):

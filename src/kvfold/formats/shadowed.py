@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from kvfold.formats.flat import Flat
-from kvfold.formats.paged import open_table, refilled
-from kvfold.formats.segment import Segment, Spec, Traits
-from kvfold.formats.shadow_pages import (
+from kvfold.formats.joint_keys import (
     BASES,
-    BESIDE,
     EXACT,
     EXACT_AT,
+    JOINT,
     LATENT,
     MOST_PIECES,
     NOWHERE,
     PIECE,
-    ShadowPages,
+    JointKeys,
 )
+from kvfold.formats.paged import open_table, refilled
+from kvfold.formats.segment import Segment, Spec, Traits
+from kvfold.formats.shadow_pages import ShadowPages
 from kvfold.formats.tailed import Tailed, TailedSegment
 from kvfold.formats.tokens import POSITION, Chunk
 from kvfold.options import check_int
@@ -87,9 +88,8 @@ class Shadowed(Tailed):
         bases = torch.zeros(b, 0, h, d, self.rank_of(spec), dtype=dtype, device=spec.device)
         exact = torch.zeros(b, h, 0, d, dtype=dtype, device=spec.device)
         at = torch.zeros(b, h, 0, dtype=torch.int32, device=spec.device)
-        return ShadowedSegment(
-            self, ShadowPages(values, keys, h, dtype, spec.rope, bases, exact, at), self.open_tail(spec)
-        )
+        joint = JointKeys(keys, spec.rope, bases, exact, at)
+        return ShadowedSegment(self, ShadowPages(values, h, dtype, joint), self.open_tail(spec))
 
     def check(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], seen: np.ndarray | None = None
@@ -141,7 +141,7 @@ class Shadowed(Tailed):
 
 def _beside(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What a state has of keys that are coded, and all else."""
-    names = {f"{CODED}{name}": name for name in BESIDE}
+    names = {f"{CODED}{name}": name for name in JOINT}
     beside = {names[name]: x for name, x in tensors.items() if name in names}
     return beside, {name: x for name, x in tensors.items() if name not in names}
 
@@ -153,11 +153,11 @@ class ShadowedSegment(TailedSegment[ShadowPages]):
         """Tokens that are coded when so many more come together, (B, H): those that take less room so."""
         if not (more > 1).any():
             return np.zeros_like(more)
-        form, coded, rank = self.form, self.coded.counts(), self.coded.rank
-        wide = self.coded.heads * self.coded.exact.shape[-1]
+        form, coded, joint = self.form, self.coded.counts(), self.coded.joint
+        rank, wide = joint.rank, joint.heads * joint.exact.shape[-1]
         over = np.maximum(((coded + self.tail.counts() + more) // form.chunk - form.local) * form.chunk - coded, 0)
         pays = over * (wide - rank) > wide * (rank + np.minimum(form.outliers * form.chunk, over))
-        pays &= (self.coded.pieces() < MOST_PIECES)[:, None]
+        pays &= (joint.pieces() < MOST_PIECES)[:, None]
         return np.where((more > 1) & pays, over, 0)
 
     def _leave(self, tokens: Flat) -> None:
