@@ -14,7 +14,7 @@ from kvfold import ops
 from kvfold.formats import POSITION, Chunk, Dense, Indexed, Remembered, Segment, Separable, Spec
 from kvfold.hf.rope import find_ropes
 from kvfold.methods import parse
-from kvfold.selectors import Alike, Always, Bounds, Every, Keys, Means, Odd, Selection, Vote
+from kvfold.selectors import Alike, Always, Bounds, Every, Keys, Means, Odd, Representatives, Selection, Vote, looked
 from kvfold.testing import feed, follow, grow, steps, tokens
 from models import subject
 
@@ -26,6 +26,9 @@ FORMS = {
     "keys": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("sum", layer=True, softmax=True), slots=True)),
     "keys-alike": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("max"), Always(1, 2), reuse=Alike(-1.0))),
     "means": Indexed(Dense(page_size=4), Selection(Means(4), 12, Vote("max", softmax=True), odd=Odd(1))),
+    "representatives": Indexed(
+        Dense(page_size=4), Selection(Representatives(4, 2, 5), 12, Vote("sum", layer=True), Always(1, 2), far=6)
+    ),
 }
 
 
@@ -36,9 +39,9 @@ def some(counts: list[list[int]], seed: int, start: int = 0) -> Chunk:
     b, t = len(counts), int(number.max())
     valid = torch.arange(t) >= t - number[..., None]
     places = (valid.cumsum(-1) - 1 + start).clamp(min=0).to(torch.int32)
-    return Chunk(
-        torch.randn(b, H, t, D, generator=rng), torch.randn(b, H, t, D, generator=rng), valid, {POSITION: places}
-    )
+    keys, values = (torch.randn(b, H, t, D, generator=rng) for _ in range(2))
+    given = {looked(head): torch.rand(b, H, t, generator=rng) for head in range(G)}
+    return Chunk(keys, values, valid, {POSITION: places, **given})
 
 
 def spec(rows: int = B) -> Spec:
@@ -71,7 +74,7 @@ def agrees(segment: Segment) -> None:
     own = segment.index.state()
     assert segment.index.nbytes == sum(x.untyped_storage().nbytes() for x in own.values())
     for name, x in fresh.state().items():
-        if name != "held":  # keys of units that still grow; there may be room for more
+        if name != "held":  # tokens of units that are not whole; there may be room for more
             assert torch.equal(own[name][:, :, : x.shape[2]], x) and not own[name][:, :, x.shape[2] :].any()
     if segment.choice is not None:
         assert segment.choice.units.shape[:3] == (*units.shape, segment.form.selection.vote.lists(G))
@@ -156,6 +159,7 @@ def test_a_segment_that_is_told_of_its_rows_is_refused():
     ("options", "said"),
     [
         ({"budget": 0}, "budget=0"), ({"least": 0}, "least=0"),
+        ({"far": -1}, "far=-1"), ({"far": 4, "slots": True}, "far=4 says where keys stand"),
         ({"odd": Odd(1)}, r"odd=Odd\(.* needs an index that knows which units it stands for badly"),
     ],
 )  # fmt: skip
@@ -173,7 +177,8 @@ def test_bad_options_are_named(options, said):
         (Every, {"steps": 0}, "steps=0"),
         (Alike, {"cosine": -2.0}, "cosine=-2"), (Keys, {"distance": -1}, "distance=-1"),
         (Bounds, {"unit": 0}, "unit=0"), (Means, {"unit": 0}, "unit=0"), (Odd, {"units": -1}, "units=-1"),
-        (Odd, {"share": 2.0}, "share=2"),
+        (Odd, {"share": 2.0}, "share=2"), (Representatives, {"unit": 0}, "unit=0"),
+        (Representatives, {"number": 0}, "number=0"), (Representatives, {"distance": -1}, "distance=-1"),
     ],
 )  # fmt: skip
 def test_bad_options_of_parts_are_named(part, options, said):

@@ -13,6 +13,7 @@ from kvfold.formats.paged import PagedSegment
 from kvfold.formats.parts import Answer, merged
 from kvfold.formats.segment import Segment
 from kvfold.formats.tailed import TailedSegment
+from kvfold.formats.tokens import POSITION
 from kvfold.pages import FewPages, PageTable
 from kvfold.rotation import Compact, Rope
 
@@ -22,20 +23,33 @@ Chosen = Bool[np.ndarray, "B H S N"]
 
 def attend_few(
     segment: Segment, q: Float[Tensor, "B H G 1 D"], scale: float, chosen: Chosen, unit: int, *, weights: bool = False,
-    slots: Rope | None = None, seen: Int[np.ndarray, " B"] | None = None,
+    slots: Rope | None = None, seen: Int[np.ndarray, " B"] | None = None, compact: Compact | None = None,
 ) -> Answer:  # fmt: skip
     """(out, lse, what each slot got) over the tokens of the units that are chosen, `unit` tokens each.
 
     Where units are whole pages of what holds them, those pages are all that is read, and what it costs is theirs;
     elsewhere the segment is told which slots to read. `slots`: what is read attends at positions 0, 1, 2, ... in its
-    order, and the query, which stands at text position `seen[b]` - 1, at the last of them.
+    order, and the query, which stands at text position `seen[b]` - 1, at the last of them. `compact`: where keys stand
+    otherwise, and the query at its own place.
     """
-    if slots is None and not weights:
+    if slots is None and compact is None and not weights:
         parts = segment.parts if isinstance(segment, TailedSegment) else (segment,)
         pages = _pages(parts, chosen, unit)
         if pages is not None:
             return merged([_listed(part, q, scale, some) for part, some in pages], weights=False)
-    return _masked(segment, q, scale, chosen, unit, weights, slots, seen)
+    return _masked(segment, q, scale, chosen, unit, weights, slots, seen, compact)
+
+
+def near(segment: Segment, rope: Rope, seen: Int[np.ndarray, " B"], far: int) -> Compact | None:
+    """Keys more than `far` tokens behind the last of a text stand as far away as that one; None: there are none.
+
+    So two parts, one at true distances and one at a single distance, are read under one softmax (InfLLM).
+    """
+    if (seen <= far).all():
+        return None
+    _, columns = segment.columns()
+    least = torch.from_numpy(seen - far).to(columns[POSITION].device)[:, None, None]
+    return Compact(rope, torch.maximum(columns[POSITION], least.to(columns[POSITION].dtype)))
 
 
 def _pages(
@@ -72,14 +86,14 @@ def _listed(part: PagedSegment, q: Tensor, scale: float, pages: Bool[np.ndarray,
 
 def _masked(
     segment: Segment, q: Tensor, scale: float, chosen: Chosen, unit: int, weights: bool, rope: Rope | None,
-    seen: np.ndarray | None,
+    seen: np.ndarray | None, turned: Compact | None,
 ) -> Answer:  # fmt: skip
     valid, _ = segment.columns()
     number = ((valid.cumsum(-1) - 1).clamp(min=0) // unit).clamp(max=chosen.shape[-1] - 1)
     units, lists = torch.from_numpy(chosen).to(valid.device), chosen.shape[2]
     found = []
     for some, asked in zip(units.unbind(2), q.chunk(lists, 2), strict=True):
-        read, compact, asks = valid & some.gather(-1, number), None, asked
+        read, compact, asks = valid & some.gather(-1, number), turned, asked
         if rope is not None and seen is not None:
             compact = Compact(rope, read.cumsum(-1) - 1)
             place = torch.from_numpy(seen - 1).to(read.device)[:, None]

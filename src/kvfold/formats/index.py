@@ -114,6 +114,11 @@ class Chooser(Protocol):
         ...
 
     @property
+    def far(self) -> int:
+        """Tokens behind a query beyond which all stand as far away as the last of them; 0: each at its own place."""
+        ...
+
+    @property
     def reuses(self) -> bool:
         """Whether what was chosen may be read again (the last of `choose`)."""
         ...

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.formats.few import attend_few
+from kvfold.formats.few import attend_few, near
 from kvfold.formats.index import Chooser, Remembered
 from kvfold.formats.paged import one_each
 from kvfold.formats.parts import Answer
@@ -41,7 +41,7 @@ class Indexed:
         inner = self.form.open(spec)
         if isinstance(inner, Hearing | Folding):
             raise ValueError(f"form={self.form} is told of its rows beside their tokens: it can't be read in parts")
-        if self.selection.slots and spec.rope is None:
+        if (self.selection.slots or self.selection.far) and spec.rope is None:
             raise ValueError(f"selection={self.selection} needs the model's RoPE, and layer {spec.layer} has none")
         return IndexedSegment(self, spec, inner, self.selection.index.open(spec), np.zeros(spec.rows, dtype=np.int64))
 
@@ -138,10 +138,14 @@ class IndexedSegment(Uncaptured):
         """A generated token reads what is chosen for it; it is stored already."""
         selection = self.form.selection
         chosen, self.choice = selection.choose(self.index, q[:, :, :, 0], self.inner.counts(), self.seen, self.choice)
+        rope = self.spec.rope
+        turned = near(self.inner, rope, self.seen, selection.far) if selection.far and rope is not None else None
         if chosen is None:
-            return self.inner.attend(q, scale, weights=weights)
-        rope = self.spec.rope if selection.slots else None
-        return attend_few(self.inner, q, scale, chosen, selection.unit, weights=weights, slots=rope, seen=self.seen)
+            return self.inner.attend(q, scale, compact=turned, weights=weights)
+        slots = rope if selection.slots else None
+        return attend_few(
+            self.inner, q, scale, chosen, selection.unit, weights=weights, slots=slots, seen=self.seen, compact=turned
+        )
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool

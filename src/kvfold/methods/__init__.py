@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.full import Full as Full
     from kvfold.methods.h2o import H2O as H2O
     from kvfold.methods.headkv import HeadKV as HeadKV
+    from kvfold.methods.infllm import InfLLM as InfLLM
     from kvfold.methods.jrt_prompt import JRTPrompt as JRTPrompt
     from kvfold.methods.keepkv import KeepKV as KeepKV
     from kvfold.methods.keydiff import KeyDiff as KeyDiff

@@ -5,8 +5,23 @@ from kvfold.selectors.bounds import Bounds
 from kvfold.selectors.keys import Keys
 from kvfold.selectors.means import Means
 from kvfold.selectors.odd import Odd
+from kvfold.selectors.representatives import Representatives, looked
 from kvfold.selectors.reuse import Alike, Every, Reuse
 from kvfold.selectors.selection import Selection
 from kvfold.selectors.votes import HEADS, Vote
 
-__all__ = ["HEADS", "Alike", "Always", "Bounds", "Every", "Keys", "Means", "Odd", "Reuse", "Selection", "Vote"]
+__all__ = [
+    "HEADS",
+    "Alike",
+    "Always",
+    "Bounds",
+    "Every",
+    "Keys",
+    "Means",
+    "Odd",
+    "Representatives",
+    "Reuse",
+    "Selection",
+    "Vote",
+    "looked",
+]

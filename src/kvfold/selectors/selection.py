@@ -26,7 +26,8 @@ class Selection:
     the query, by the `vote` of its heads. With `reuse` what is worth most stays what it was until that rule says
     otherwise; what is always read is found anew at each step. `slots`: what is read attends at positions 0, 1, 2, ...
     in its order, as if nothing lay between, the query at the last of them; where all is read positions are the text's.
-    `odd`: units that the index can't speak for (`Unlike`), which are read, too.
+    `far`: what is further than so many tokens behind a query stands all at the distance of the last of them, far - 1,
+    and what is nearer at its own. `odd`: units that the index can't speak for (`Unlike`), which are read, too.
     """
 
     index: Index
@@ -37,11 +38,15 @@ class Selection:
     reuse: Reuse | None = None
     slots: bool = False
     odd: Odd | None = None
+    far: int = 0
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
         check_int("least", self.least, 1)
         check_choice("slots", self.slots, (True, False))
+        check_int("far", self.far, 0)
+        if self.slots and self.far:
+            raise ValueError(f"far={self.far} says where keys stand, and slots=True does, too; at most one is possible")
         if self.odd is not None and not getattr(self.index, "unlike", False):
             raise ValueError(f"odd={self.odd} needs an index that knows which units it stands for badly: {self.index}")
 
