@@ -74,8 +74,10 @@ def agrees(segment: Segment) -> None:
     own = segment.index.state()
     assert segment.index.nbytes == sum(x.untyped_storage().nbytes() for x in own.values())
     for name, x in fresh.state().items():
-        if name != "held":  # tokens of units that are not whole; there may be room for more
+        if name == "open":  # tokens of units that are not whole; there may be room for more
             assert torch.equal(own[name][:, :, : x.shape[2]], x) and not own[name][:, :, x.shape[2] :].any()
+        elif name != "held":
+            assert torch.equal(own[name], x)
     if segment.choice is not None:
         assert segment.choice.units.shape[:3] == (*units.shape, segment.form.selection.vote.lists(G))
         # What stands there is of units that are still there.

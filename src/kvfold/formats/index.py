@@ -23,6 +23,11 @@ class Remembered(Protocol):
     """
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns (float32) that it goes by: a token that comes without one has 0 there."""
+        ...
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
         ...

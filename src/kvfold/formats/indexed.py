@@ -163,6 +163,10 @@ class IndexedSegment(Uncaptured):
 
     def append(self, chunk: Chunk, *, even: bool = False) -> None:
         """See `Segment.append`; the index is of the keys as they come."""
+        lacking = [name for name in self.index.columns if name not in chunk.columns]
+        if lacking:  # what lies on a page where nothing is written may be another token's
+            none = torch.zeros(chunk.valid.shape, dtype=torch.float32, device=chunk.valid.device)
+            chunk = chunk.but(chunk.valid, {**chunk.columns, **dict.fromkeys(lacking, none)})
         counts = self.inner.counts()
         self.inner.append(chunk, even=even)
         self.index.extend(chunk, counts)

@@ -62,13 +62,16 @@ class Representatives:
 class RepresentativesOf(WholeUnits):
     """`held` (B, H, N, G D): of each query head of a KV head's group its mean key."""
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """See `Remembered.columns`."""
+        return tuple(map(looked, range(self.spec.group)))
+
     def told(self, tokens: Chunk) -> Float[Tensor, "B H T W"]:
         """See `WholeUnits.told`: the key as the model made it, before RoPE, and what each query head gave it."""
         assert self.spec.rope is not None  # `Representatives.open` asks for it
         plain = self.spec.rope.shift(tokens.keys.float(), -tokens.positions)
-        none = torch.zeros(tokens.valid.shape, dtype=torch.float32, device=plain.device)
-        given = [tokens.columns.get(looked(head), none).float() for head in range(self.spec.group)]
-        return torch.cat([plain, torch.stack(given, -1)], -1)
+        return torch.cat([plain, torch.stack([tokens.columns[name].float() for name in self.columns], -1)], -1)
 
     def made(self, told: Float[Tensor, "B H T W"]) -> Float[Tensor, "B H N E"]:
         """See `WholeUnits.made`."""

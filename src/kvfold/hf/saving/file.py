@@ -183,7 +183,8 @@ def _contents(header: Entry, tensors: Mapping[str, Tensor]) -> Contents:
         raise header.fail("reading", f"what the tensors {sorted(reading)} belong to")
     if reading:
         check_reading(header.part("reading"), reading, rows)
-    planes = (name.split(".", 2)[-1].removeprefix("coded.").removeprefix("tail.") for name in tensors)
+    planes = (name.split(".", 2)[-1].removeprefix("tokens.") for name in tensors)
+    planes = (plane.removeprefix("coded.").removeprefix("tail.") for plane in planes)
     held = {column for plane in planes for column in (plane, plane.removesuffix(".0").removesuffix(".1"))}
     for group in found.groups:
         if lost := sorted(group.names - held):
@@ -230,7 +231,7 @@ def _checked(found: Contents, cache: Host, methods: Sequence[Method]) -> Iterato
         core, device = layer.core, _device(cache.model, index)
         spec = Spec(
             len(rows.seen), *said.shape, said.dtype, device, index, core.site.rope,
-            measured(methods, core.site), arena=core.arena,
+            measured(methods, core.site), group=_group(cache.model, said.shape[0]), arena=core.arena,
         )  # fmt: skip
         total = np.zeros((spec.rows, spec.heads), dtype=np.int64)
         for number, (form, each) in enumerate(said.formats):
@@ -246,6 +247,11 @@ def _checked(found: Contents, cache: Host, methods: Sequence[Method]) -> Iterato
         if (total > rows.seen[:, None]).any():
             raise ValueError(f"{entry.where} has more tokens of a row than the {rows.seen.tolist()} that were read")
         yield index, (said, spec)
+
+
+def _group(model: Any, heads: int) -> int:
+    """Query heads of each of so many KV heads."""
+    return max(1, int(model.config.get_text_config(decoder=True).num_attention_heads) // max(1, heads))
 
 
 def _tokens(
