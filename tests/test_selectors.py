@@ -249,6 +249,22 @@ def test_evicts_then_stores_then_reads_few(text):
     torch.testing.assert_close(follow(model, whole, *prompt.values(), said), all_read, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "text", ["h2o(budget=0.5) | quest(budget=40, dense=0)", "infllm(budget=40, block=4, local=20)"]
+)
+def test_a_file_has_the_columns_of_what_is_read_in_part(text, tmp_path):
+    """Columns lie beside the tokens, under the index's name for those; a loaded layer knows its query heads."""
+    model, prompt, said = subject("llama"), tokens(60, 50), steps(2, 6)
+    cache = kvfold.Cache(model, text)
+    feed(model, cache, *prompt.values())
+    cache.save(tmp_path / "cache.safetensors")
+    loaded, mask = kvfold.Cache.load(tmp_path / "cache.safetensors", model), prompt["attention_mask"]
+    assert [core.stored.spec.group for core in loaded.paged] == [core.stored.spec.group for core in cache.paged]
+    for step in said.T:
+        mask = grow(mask)
+        assert torch.equal(*(feed(model, each, step[:, None], mask) for each in (cache, loaded)))
+
+
 def test_rows_of_other_methods_read_what_is_theirs():
     """A batch that was joined of two caches gives what each gives alone."""
     model, said = subject("llama"), steps(2, 30)

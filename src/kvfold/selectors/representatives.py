@@ -96,7 +96,8 @@ class RepresentativesOf(WholeUnits):
 
     def scores(self, asked: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
         """See `Remembered.scores`; not divided by sqrt(D). What it says of a unit that is not whole has no meaning."""
-        held = self.held[:, :, : int(units.max(initial=0))].float().unflatten(-1, asked.shape[2:])
+        held = self.held[:, :, : int(units.max(initial=0))].float()
+        held = held.reshape(*held.shape[:3], *asked.shape[2:])
         return behind(torch.einsum("bhgd,bhngd->bhgn", asked.float(), held), units)
 
 
