@@ -40,12 +40,12 @@ def attend_few(
     return _masked(segment, q, scale, chosen, unit, weights, slots, seen, compact)
 
 
-def near(segment: Segment, rope: Rope, seen: Int[np.ndarray, " B"], far: int) -> Compact | None:
-    """Keys more than `far` tokens behind the last of a text stand as far away as that one; None: there are none.
+def near(segment: Segment, rope: Rope | None, seen: Int[np.ndarray, " B"], far: int) -> Compact | None:
+    """Keys more than `far` (0: none) tokens behind the last of a text stand as far away as that; None: there are none.
 
     So two parts, one at true distances and one at a single distance, are read under one softmax (InfLLM).
     """
-    if (seen <= far).all():
+    if not far or rope is None or (seen <= far).all():
         return None
     _, columns = segment.columns()
     least = torch.from_numpy(seen - far).to(columns[POSITION].device)[:, None, None]

@@ -1,6 +1,6 @@
 """A format whose segments remember an index of their tokens, so that a generated token reads few of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,13 +138,12 @@ class IndexedSegment(Uncaptured):
         """A generated token reads what is chosen for it; it is stored already."""
         selection = self.form.selection
         chosen, self.choice = selection.choose(self.index, q[:, :, :, 0], self.inner.counts(), self.seen, self.choice)
-        rope = self.spec.rope
-        turned = near(self.inner, rope, self.seen, selection.far) if selection.far and rope is not None else None
+        turned = near(self.inner, self.spec.rope, self.seen, selection.far)
         if chosen is None:
             return self.inner.attend(q, scale, compact=turned, weights=weights)
-        slots = rope if selection.slots else None
+        rope = self.spec.rope if selection.slots else None
         return attend_few(
-            self.inner, q, scale, chosen, selection.unit, weights=weights, slots=slots, seen=self.seen, compact=turned
+            self.inner, q, scale, chosen, selection.unit, weights=weights, slots=rope, seen=self.seen, compact=turned
         )
 
     def step(
@@ -163,11 +162,7 @@ class IndexedSegment(Uncaptured):
 
     def append(self, chunk: Chunk, *, even: bool = False) -> None:
         """See `Segment.append`; the index is of the keys as they come."""
-        lacking = [name for name in self.index.columns if name not in chunk.columns]
-        if lacking:  # what lies on a page where nothing is written may be another token's
-            none = torch.zeros(chunk.valid.shape, dtype=torch.float32, device=chunk.valid.device)
-            chunk = chunk.but(chunk.valid, {**chunk.columns, **dict.fromkeys(lacking, none)})
-        counts = self.inner.counts()
+        chunk, counts = _whole(chunk, self.index.columns), self.inner.counts()
         self.inner.append(chunk, even=even)
         self.index.extend(chunk, counts)
         last = chunk.positions.masked_fill(~chunk.valid, -1).amax((1, 2)) if chunk.valid.numel() else None
@@ -281,6 +276,15 @@ class IndexedSegment(Uncaptured):
         known = mine | {f"{INDEX}{name}": x for name, x in self.index.state().items()}
         chosen = {} if self.choice is None else self.choice.state()
         return told, known | {f"{CHOICE}{name}": x for name, x in chosen.items()}
+
+
+def _whole(chunk: Chunk, names: Sequence[str]) -> Chunk:
+    """Tokens with all these columns: what lies on a page where nothing is written may be another token's."""
+    lacking = [name for name in names if name not in chunk.columns]
+    if not lacking:
+        return chunk
+    none = torch.zeros(chunk.valid.shape, dtype=torch.float32, device=chunk.valid.device)
+    return chunk.but(chunk.valid, {**chunk.columns, **dict.fromkeys(lacking, none)})
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
