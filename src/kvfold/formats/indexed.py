@@ -104,8 +104,7 @@ class IndexedSegment(Uncaptured):
         units = -(-int((self.counts() + more).max(initial=0)) // self.form.selection.unit)
         selection, spec = self.form.selection, replace(self.spec, rows=len(self.seen))
         own: int = self.index.nbytes_with(units) + selection.nbytes_with(spec, units) + self.seen.nbytes
-        total: int = self.inner.nbytes_with(more) + own
-        return total
+        return self.inner.nbytes_with(more) + own
 
     def row_nbytes(self) -> np.ndarray:
         sizes: np.ndarray = self.inner.row_nbytes() + self.index.row_nbytes()
