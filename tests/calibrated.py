@@ -17,6 +17,7 @@ os.environ["KVFOLD_ARTEFACTS"] = _folder.name
 SMALL = {
     "duoattention": {"sinks": 2, "recent": 6}, "razorattention": {"local": 6, "share": 0.1, "sinks": 2},
     "mustafar": {"residual": 8, "group": 8}, "think": {"recent": 4, "window": 8}, "zipcache": {"group": 8, "gap": 4},
+    "shadowkv": {"rank": 6, "chunk": 4, "local": 1, "outliers": 1},
 }  # fmt: skip
 """Options under which methods without a budget do something to tests' short prompts."""
 

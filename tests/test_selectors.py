@@ -2,7 +2,6 @@
 
 import inspect
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +11,24 @@ from hypothesis import strategies as st
 
 import kvfold
 from kvfold import ops
-from kvfold.formats import POSITION, Chunk, Dense, Indexed, Segment, Separable, Spec
+from kvfold.formats import POSITION, Chunk, Dense, Indexed, Remembered, Segment, Separable, Spec
 from kvfold.hf.rope import find_ropes
 from kvfold.methods import parse
-from kvfold.selectors import SENTENCE, Alike, Always, Bounds, Every, Keys, Selection, Sentences, Vote
+from kvfold.selectors import (
+    SENTENCE,
+    Alike,
+    Always,
+    Bounds,
+    Every,
+    Keys,
+    Means,
+    Odd,
+    Representatives,
+    Selection,
+    Sentences,
+    Vote,
+    looked,
+)  # fmt: skip
 from kvfold.testing import feed, follow, grow, steps, tokens
 from models import subject
 
@@ -27,6 +40,10 @@ FORMS = {
     "keys": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("sum", layer=True, softmax=True), slots=True)),
     "sentences": Indexed(Dense(page_size=4), Selection(Sentences(), 6, always=Always(1, 2))),
     "keys-alike": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("max"), Always(1, 2), reuse=Alike(-1.0))),
+    "means": Indexed(Dense(page_size=4), Selection(Means(4), 12, Vote("max", softmax=True), odd=Odd(1))),
+    "representatives": Indexed(
+        Dense(page_size=4), Selection(Representatives(4, 2, 5), 12, Vote("sum", layer=True), Always(1, 2), far=6)
+    ),
 }
 
 
@@ -38,8 +55,9 @@ def some(counts: list[list[int]], seed: int, start: int = 0) -> Chunk:
     valid = torch.arange(t) >= t - number[..., None]
     places = (valid.cumsum(-1) - 1 + start).clamp(min=0).to(torch.int32)
     sentence = 2 * (places // 3) + (places % 3 == 2).to(torch.int32)
-    columns = {POSITION: places, SENTENCE: sentence}
-    return Chunk(torch.randn(b, H, t, D, generator=rng), torch.randn(b, H, t, D, generator=rng), valid, columns)
+    keys, values = (torch.randn(b, H, t, D, generator=rng) for _ in range(2))
+    given = {looked(head): torch.rand(b, H, t, generator=rng) for head in range(G)}
+    return Chunk(keys, values, valid, {POSITION: places, SENTENCE: sentence, **given})
 
 
 def spec(rows: int = B) -> Spec:
@@ -51,18 +69,19 @@ def fresh(rows: int = B, form: Indexed = FORM) -> Segment:
     return form.open(spec(rows))
 
 
-def anew(segment: Segment) -> Any:
-    """What is held of its tokens as they stand."""
+def anew(segment: Segment) -> Remembered:
+    """The index of its tokens as they stand."""
     tokens = segment.dense()
     order = torch.argsort((~tokens.valid).byte(), dim=-1, stable=True)
     b = len(tokens.valid)
     index = segment.form.selection.index.open(spec(b))
     index.extend(tokens.take(order), np.zeros((b, H), dtype=np.int64))
-    return index.held
+    return index
 
 
 def agrees(segment: Segment) -> None:
-    mine, theirs, unit = segment.index.held, anew(segment), segment.form.selection.unit
+    fresh, mine = anew(segment), segment.index.held
+    theirs, unit = fresh.held, segment.form.selection.unit
     units = -(-segment.counts() // unit)
     if isinstance(mine, dict):
         same_sentences(mine, theirs, segment)
@@ -71,7 +90,13 @@ def agrees(segment: Segment) -> None:
         number = units[row, head]
         torch.testing.assert_close(mine[row, head, :number], theirs[row, head, :number], atol=1e-6, rtol=0)
         assert bool(mine[row, head, number:].eq(segment.index.fill).all())
-    assert segment.index.nbytes == segment.index.held.untyped_storage().nbytes()
+    own = segment.index.state()
+    assert segment.index.nbytes == sum(x.untyped_storage().nbytes() for x in own.values())
+    for name, x in fresh.state().items():
+        if name == "open":  # tokens of units that are not whole; there may be room for more
+            assert torch.equal(own[name][:, :, : x.shape[2]], x) and not own[name][:, :, x.shape[2] :].any()
+        elif name != "held":
+            assert torch.equal(own[name], x)
     if segment.choice is not None:
         assert segment.choice.units.shape[:3] == (*units.shape, segment.form.selection.vote.lists(G))
         # What stands there is of units that are still there.
@@ -165,6 +190,8 @@ def test_a_segment_that_is_told_of_its_rows_is_refused():
     ("options", "said"),
     [
         ({"budget": 0}, "budget=0"), ({"least": 0}, "least=0"),
+        ({"far": -1}, "far=-1"), ({"far": 4, "slots": True}, "far=4 says where keys stand"),
+        ({"odd": Odd(1)}, r"odd=Odd\(.* needs an index that knows which units it stands for badly"),
     ],
 )  # fmt: skip
 def test_bad_options_are_named(options, said):
@@ -180,7 +207,9 @@ def test_bad_options_are_named(options, said):
         (Always, {"recent": -5}, "recent=-5"), (Always, {"share": 1.5}, "share=1.5"),
         (Every, {"steps": 0}, "steps=0"),
         (Alike, {"cosine": -2.0}, "cosine=-2"), (Keys, {"distance": -1}, "distance=-1"),
-        (Bounds, {"unit": 0}, "unit=0"),
+        (Bounds, {"unit": 0}, "unit=0"), (Means, {"unit": 0}, "unit=0"), (Odd, {"units": -1}, "units=-1"),
+        (Odd, {"share": 2.0}, "share=2"), (Representatives, {"unit": 0}, "unit=0"),
+        (Representatives, {"number": 0}, "number=0"), (Representatives, {"distance": -1}, "distance=-1"),
     ],
 )  # fmt: skip
 def test_bad_options_of_parts_are_named(part, options, said):
@@ -251,7 +280,7 @@ def test_evicts_then_stores_then_reads_few(text):
 
 @pytest.mark.parametrize(
     "text", [THREE, "h2o(budget=0.5) | quest(budget=40, dense=0)", "h2o(budget=0.5) | quest(budget=40, dense=0) | fp8",
-             "tokenselect(budget=40, sinks=2, recent=4, reuse=0.5)"],
+             "tokenselect(budget=40, sinks=2, recent=4, reuse=0.5)", "infllm(budget=40, block=4, local=20)"],
 )  # fmt: skip
 def test_a_file_holds_the_columns_of_other_stages_too(text, tmp_path):
     """What a method has set lies among the tokens beside which an index is."""

@@ -16,6 +16,7 @@ from kvfold.formats.picked import Picked
 from kvfold.formats.rotated import Rotated, RotatedSegment
 from kvfold.formats.segment import Format, Segment, Spec, Traits
 from kvfold.formats.separable import WEIGHTS, Separable, SeparableSegment
+from kvfold.formats.shadowed import Shadowed, ShadowedSegment
 from kvfold.formats.sparse import Sparse, SparseSegment
 from kvfold.formats.summed import Summed, SummedSegment
 from kvfold.formats.thin import Thin, ThinSegment
@@ -59,6 +60,8 @@ __all__ = [
     "Segment",
     "Separable",
     "SeparableSegment",
+    "Shadowed",
+    "ShadowedSegment",
     "Sparse",
     "SparseSegment",
     "Spec",

@@ -15,27 +15,40 @@ from kvfold.formats.paged import PagedSegment
 from kvfold.formats.parts import Answer, merged
 from kvfold.formats.segment import Segment
 from kvfold.formats.tailed import TailedSegment
+from kvfold.formats.tokens import POSITION
 from kvfold.pages import FewPages, FewSlots, PageTable
 from kvfold.rotation import Compact, Rope
 
 
 def attend_few(
     segment: Segment, q: Float[Tensor, "B H G 1 D"], scale: float, chosen: Chosen, unit: int, *, weights: bool = False,
-    slots: Rope | None = None, seen: Int[np.ndarray, " B"] | None = None,
+    slots: Rope | None = None, seen: Int[np.ndarray, " B"] | None = None, compact: Compact | None = None,
 ) -> Answer:  # fmt: skip
     """(out, lse, what each slot got) over the tokens of the units that are chosen, `unit` tokens each.
 
     Where units are whole pages of what holds them those pages are all that is read, else their tokens are, where the
     format reads tokens one by one: it costs what is read. Elsewhere the segment is told which slots to read. `slots`:
     what is read attends at positions 0, 1, 2, ... in its order, and the query, which stands at text position `seen[b]`
-    - 1, at the last of them.
+    - 1, at the last of them. `compact`: where keys stand otherwise, and the query at its own place.
     """
     parts = segment.parts if isinstance(segment, TailedSegment) else (segment,)
-    if not weights and (slots is None or len(parts) == 1):
+    if compact is None and not weights and (slots is None or len(parts) == 1):
         pages = _pages(parts, chosen, unit)
         if pages is not None:
             return merged([_listed(part, q, scale, some, slots, seen) for part, some in pages], weights=False)
-    return _masked(segment, q, scale, chosen, unit, weights, slots, seen)
+    return _masked(segment, q, scale, chosen, unit, weights, slots, seen, compact)
+
+
+def near(segment: Segment, rope: Rope | None, seen: Int[np.ndarray, " B"], far: int) -> Compact | None:
+    """Keys more than `far` (0: none) tokens behind the last of a text stand as far away as that; None: there are none.
+
+    So two parts, one at true distances and one at a single distance, are read under one softmax (InfLLM).
+    """
+    if not far or rope is None or (seen <= far).all():
+        return None
+    _, columns = segment.columns()
+    least = torch.from_numpy(seen - far).to(columns[POSITION].device)[:, None, None]
+    return Compact(rope, torch.maximum(columns[POSITION], least.to(columns[POSITION].dtype)))
 
 
 def read_slots(valid: Bool[Tensor, "B H T"], chosen: Chosen, unit: int) -> Bool[Tensor, "B H S T"]:
@@ -104,12 +117,12 @@ def _listed(
 
 def _masked(
     segment: Segment, q: Tensor, scale: float, chosen: Chosen, unit: int, weights: bool, rope: Rope | None,
-    seen: np.ndarray | None,
+    seen: np.ndarray | None, compact: Compact | None,
 ) -> Answer:  # fmt: skip
     valid, _ = segment.columns()
     slots, lists, found = read_slots(valid, chosen, unit), chosen.counts.shape[2], list[Answer]()
     for read, asked in zip(slots.unbind(2), q.chunk(lists, 2), strict=True):
-        compact, asks = None, asked
+        asks = asked
         if rope is not None and seen is not None:
             compact = Compact(rope, read.cumsum(-1) - 1)
             asks = _turned(asked, compact, seen, read.sum(-1))

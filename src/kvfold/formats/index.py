@@ -24,6 +24,11 @@ class Remembered(Protocol):
     """
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns (float32) that it goes by: a token that comes without one has 0 there."""
+        ...
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
         ...
@@ -124,6 +129,11 @@ class Chooser(Protocol):
     @property
     def slots(self) -> bool:
         """Whether what is read attends at positions of its own (see `kvfold.selectors.Selection`)."""
+        ...
+
+    @property
+    def far(self) -> int:
+        """Tokens behind a query beyond which all stand as far away as the last of them; 0: each at its own place."""
         ...
 
     @property

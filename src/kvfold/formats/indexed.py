@@ -1,6 +1,6 @@
 """A format whose segments remember an index of their tokens, so that a generated token reads few of them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvfold.formats.chosen import Chosen
-from kvfold.formats.few import attend_few
+from kvfold.formats.few import attend_few, near
 from kvfold.formats.index import Chooser, Remembered
 from kvfold.formats.paged import one_each
 from kvfold.formats.parts import Answer
@@ -59,7 +59,7 @@ class Indexed:
         inner = self.form.open(spec)
         if isinstance(inner, Hearing | Folding):
             raise ValueError(f"form={self.form} is told of its rows beside their tokens: it can't be read in parts")
-        if self.selection.slots and spec.rope is None:
+        if (self.selection.slots or self.selection.far) and spec.rope is None:
             raise ValueError(f"selection={self.selection} needs the model's RoPE, and layer {spec.layer} has none")
         return IndexedSegment(self, spec, inner, self.selection.index.open(spec), np.zeros(spec.rows, dtype=np.int64))
 
@@ -163,15 +163,17 @@ class IndexedSegment(Uncaptured):
         chosen, self.choice = selection.choose(self.index, q[:, :, :, 0], self.inner.counts(), self.seen, self.choice)
         for see in SEEN:
             see(self, q, scale, chosen)
+        turned = near(self.inner, self.spec.rope, self.seen, selection.far)
         if chosen is None:
-            return self.inner.attend(q, scale, weights=weights)
+            return self.inner.attend(q, scale, compact=turned, weights=weights)
         rope = self.spec.rope if selection.slots else None
-        return attend_few(self.inner, q, scale, chosen, selection.unit, weights=weights, slots=rope, seen=self.seen)
+        where: dict[str, Any] = {"slots": rope, "seen": self.seen, "compact": turned}
+        return attend_few(self.inner, q, scale, chosen, selection.unit, weights=weights, **where)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool
     ) -> Answer:  # fmt: skip
-        one, counts = one_each(k, v, positions), self.inner.counts()
+        one, counts = _whole(one_each(k, v, positions), self.index.columns), self.inner.counts()
         self.inner.append(one, even=True)
         self.index.extend(one, counts)
         self.seen = np.maximum(self.seen, positions[:, 0].cpu().numpy().astype(np.int64) + 1)
@@ -187,7 +189,7 @@ class IndexedSegment(Uncaptured):
 
     def append(self, chunk: Chunk, *, even: bool = False) -> None:
         """See `Segment.append`; the index is of the keys as they come."""
-        counts = self.inner.counts()
+        chunk, counts = _whole(chunk, self.index.columns), self.inner.counts()
         self.inner.append(chunk, even=even)
         self.index.extend(chunk, counts)
         last = chunk.positions.masked_fill(~chunk.valid, -1).amax((1, 2)) if chunk.valid.numel() else None
@@ -284,6 +286,15 @@ class IndexedSegment(Uncaptured):
         known = mine | {f"{INDEX}{name}": x for name, x in self.index.state().items()}
         chosen = {} if self.choice is None else self.choice.state()
         return told, known | {f"{CHOICE}{name}": x for name, x in chosen.items()}
+
+
+def _whole(chunk: Chunk, names: Sequence[str]) -> Chunk:
+    """Tokens with all these columns: what lies on a page where nothing is written may be another token's."""
+    lacking = [name for name in names if name not in chunk.columns]
+    if not lacking:
+        return chunk
+    none = torch.zeros(chunk.valid.shape, dtype=torch.float32, device=chunk.valid.device)
+    return chunk.but(chunk.valid, {**chunk.columns, **dict.fromkeys(lacking, none)})
 
 
 def renew(segment: IndexedSegment, first: np.ndarray) -> None:

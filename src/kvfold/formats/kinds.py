@@ -16,6 +16,7 @@ from kvfold.formats.kivi import Kivi
 from kvfold.formats.rotated import Rotated
 from kvfold.formats.segment import Format
 from kvfold.formats.separable import Separable
+from kvfold.formats.shadowed import Shadowed
 from kvfold.formats.sparse import Sparse
 from kvfold.formats.summed import Summed
 from kvfold.formats.thin import Thin
@@ -25,7 +26,8 @@ from kvfold.options import shown
 KINDS: dict[str, type[Any]] = {
     "balanced": Balanced, "dense": Dense, "depth": Depth, "elite": Elite, "fp8": Fp8,
     "indexed": Indexed, "kivi": Kivi,
-    "rotated": Rotated, "separable": Separable, "sparse": Sparse, "summed": Summed, "thin": Thin, "uneven": Uneven,
+    "rotated": Rotated, "separable": Separable, "shadowed": Shadowed, "sparse": Sparse, "summed": Summed,
+    "thin": Thin, "uneven": Uneven,
 }  # fmt: skip
 """All formats, and what they are made of, by the names that files have for them."""
 DEEPEST = 4

@@ -26,7 +26,7 @@ from kvfold.formats.parts import attend_parts
 from kvfold.formats.segment import Segment, Spec, Uncaptured
 from kvfold.formats.tokens import POSITION, Chunk, join
 from kvfold.options import shown
-from kvfold.pages import PAGE_SIZE, PagePool, Plane
+from kvfold.pages import PAGE_SIZE, PagePool, PageTable, Plane
 from kvfold.pages.rows import spans
 from kvfold.rotation import Compact
 
@@ -251,10 +251,14 @@ class TailedSegment(Uncaptured, ABC, Generic[C]):
         """Raises ValueError where it is no segment of the same format and sizes."""
         if not isinstance(other, type(self)) or other.form != self.form:
             raise ValueError(f"other={getattr(other, 'form', type(other).__name__)!r} must be of format {self.form}")
-        pairs = list(zip(self.parts, other.parts, strict=True))
-        self.ask({x.pool: 0 if x.pool is y.pool else len(np.unique(y.table.held)) for x, y in pairs})
-        for part, more in pairs:
+        tables = zip(self.tables(), other.tables(), strict=True)
+        self.ask({x.pool: 0 if x.pool is y.pool else len(np.unique(y.held)) for x, y in tables})
+        for part, more in zip(self.parts, other.parts, strict=True):
             part.join(more)
+
+    def tables(self) -> list[PageTable]:
+        """All that tokens lie on."""
+        return [part.table for part in self.parts]
 
     def cropped(self, limit: np.ndarray) -> None:
         return  # nothing is remembered beside the tokens

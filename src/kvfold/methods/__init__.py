@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.full import Full as Full
     from kvfold.methods.h2o import H2O as H2O
     from kvfold.methods.headkv import HeadKV as HeadKV
+    from kvfold.methods.infllm import InfLLM as InfLLM
     from kvfold.methods.jrt_prompt import JRTPrompt as JRTPrompt
     from kvfold.methods.keepkv import KeepKV as KeepKV
     from kvfold.methods.keydiff import KeyDiff as KeyDiff
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.razorattention import RazorAttention as RazorAttention
     from kvfold.methods.scissorhands import Scissorhands as Scissorhands
     from kvfold.methods.sentencekv import SentenceKV as SentenceKV
+    from kvfold.methods.shadowkv import ShadowKV as ShadowKV
     from kvfold.methods.snapkv import SnapKV as SnapKV
     from kvfold.methods.speckv import SpecKV as SpecKV
     from kvfold.methods.specpc import SpecPC as SpecPC

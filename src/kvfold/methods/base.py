@@ -326,8 +326,8 @@ class Pipeline(Compound):
                 f"method={self} has {away} hold some tokens in a format of their own, which every query would read "
                 "whole; a stage that chooses what is read needs all tokens in one format"
             )
-        dropping = next(iter(self._deciding()), None)
         choosing = next(stage for stage in self.stages if stage.listens("selection"))
+        dropping = next((stage for stage in self._deciding() if stage is not choosing), None)
         if choosing.together and dropping is not None:
             raise ValueError(
                 f"method={self} has {choosing} let all heads read the same tokens, and {dropping} may leave each head "

@@ -3,9 +3,28 @@
 from kvfold.selectors.always import Always
 from kvfold.selectors.bounds import Bounds
 from kvfold.selectors.keys import Keys
+from kvfold.selectors.means import Means
+from kvfold.selectors.odd import Odd
+from kvfold.selectors.representatives import Representatives, looked
 from kvfold.selectors.reuse import Alike, Every, Reuse
 from kvfold.selectors.selection import Selection
 from kvfold.selectors.sentences import SENTENCE, Sentences
 from kvfold.selectors.votes import HEADS, Vote
 
-__all__ = ["HEADS", "SENTENCE", "Alike", "Always", "Bounds", "Every", "Keys", "Reuse", "Selection", "Sentences", "Vote"]
+__all__ = [
+    "HEADS",
+    "SENTENCE",
+    "Alike",
+    "Always",
+    "Bounds",
+    "Every",
+    "Keys",
+    "Means",
+    "Odd",
+    "Representatives",
+    "Reuse",
+    "Selection",
+    "Sentences",
+    "Vote",
+    "looked",
+]

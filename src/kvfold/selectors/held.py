@@ -32,6 +32,11 @@ class HeldUnits:
         return unit
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """See `Remembered.columns`."""
+        return ()
+
+    @property
     def nbytes(self) -> int:
         return self.held.nbytes
 

@@ -13,6 +13,7 @@ from kvfold.formats.picked import NEVER
 from kvfold.ops import choose_units, top_mask
 from kvfold.options import check_choice, check_int
 from kvfold.selectors.always import Always
+from kvfold.selectors.odd import Odd
 from kvfold.selectors.reuse import Reuse
 from kvfold.selectors.votes import Vote
 
@@ -25,6 +26,8 @@ class Selection:
     the query, by the `vote` of its heads. With `reuse` what is worth most stays what it was until that rule says
     otherwise; what is always read is found anew at each step. `slots`: what is read attends at positions 0, 1, 2, ...
     in its order, as if nothing lay between, the query at the last of them; where all is read positions are the text's.
+    `far`: what is further than so many tokens behind a query stands all at the distance of the last of them, far - 1,
+    and what is nearer at its own. `odd`: units that the index can't speak for (`Unlike`), which are read, too.
     """
 
     index: Index
@@ -34,11 +37,18 @@ class Selection:
     least: int = 1
     reuse: Reuse | None = None
     slots: bool = False
+    odd: Odd | None = None
+    far: int = 0
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
         check_int("least", self.least, 1)
         check_choice("slots", self.slots, (True, False))
+        check_int("far", self.far, 0)
+        if self.slots and self.far:
+            raise ValueError(f"far={self.far} says where keys stand, and slots=True does, too; at most one is possible")
+        if self.odd is not None and not getattr(self.index, "unlike", False):
+            raise ValueError(f"odd={self.odd} needs an index that knows which units it stands for badly: {self.index}")
 
     @property
     def unit(self) -> int:
@@ -81,6 +91,8 @@ class Selection:
             return self._lists(remembered.scores(asked, units), units, room), None
         number, always = int(units.max()), self.always.units(self.unit, units, room)
         there = np.arange(number) < units[..., None]
+        if self.odd is not None:
+            always = always | self.odd.among(remembered, there & ~always, room, room[:, None] - always.sum(-1))
         asks, query = self._stale(asked, seen, last)
         asks &= ~short  # a row that reads all chooses nothing
         picked = np.zeros((0,), dtype=bool) if last is None else last.wide(number)
@@ -99,7 +111,7 @@ class Selection:
     @property
     def plain(self) -> bool:
         """Whether lists of the best are all that there is to it: nothing is shared out, voted on or used again."""
-        return self.reuse is None and self.vote.plain and self.always.share == 1.0
+        return self.reuse is None and self.odd is None and self.vote.plain and self.always.share == 1.0
 
     def _lists(
         self, scores: Float[Tensor, "B H G N"], units: Int[np.ndarray, "B H"], room: Int[np.ndarray, " B"]

@@ -84,6 +84,11 @@ class SentencesOf:
         return 1
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """See `Remembered.columns`: what a sentence is no zero would say (`extend`)."""
+        return ()
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.held.values())
 
