@@ -4,7 +4,7 @@ The indexes themselves, and the choice among units, are in `kvfold.selectors`.
 """
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,11 @@ from torch import Tensor
 from kvfold.formats.picked import Picked
 from kvfold.formats.segment import Spec
 from kvfold.formats.tokens import Chunk
+
+Handed = dict[Any, Any]
+"""What layers have chosen that later ones of the same forward pass read; it goes when the pass ends."""
+Units = Bool[np.ndarray, "B H S N"]
+"""Which units each query head (S = G) or KV head (S = 1) reads."""
 
 
 @runtime_checkable
@@ -92,9 +97,8 @@ class Index(Protocol):
         ...
 
 
-@runtime_checkable
-class Chooser(Protocol):
-    """What says which units of its tokens a query reads, by an index; equal ones are one, as formats are."""
+class Reading(Protocol):
+    """What says which units of its tokens a query reads; equal ones are one, as formats are."""
 
     def __hash__(self) -> int: ...
 
@@ -114,20 +118,55 @@ class Chooser(Protocol):
         ...
 
     @property
+    def heads(self) -> tuple[bool, ...] | None:
+        """Which KV heads choose, None: all; what the others hold is nothing to an index or to a choice."""
+        ...
+
+    @property
     def reuses(self) -> bool:
-        """Whether what was chosen may be read again (the last of `choose`)."""
+        """Whether what was chosen may be read again (the last of `Chooser.choose`)."""
         ...
 
     def nbytes_with(self, spec: Spec, units: int) -> int:
         """Bytes of a choice that is kept for later, once the longest row has so many units."""
         ...
 
+
+@runtime_checkable
+class Chooser(Reading, Protocol):
+    """What chooses by an index."""
+
     def choose(
         self, remembered: Remembered, q: Float[Tensor, "B H G D"], counts: Int[np.ndarray, "B H"],
         seen: Int[np.ndarray, " B"], last: Picked | None = None,
-    ) -> tuple[Bool[np.ndarray, "B H S N"] | None, Picked | None]:  # fmt: skip
-        """Which units each query head (S = G) or KV head (S = 1) reads, and what is to be handed in the next time.
+    ) -> tuple[Units | None, Picked | None]:  # fmt: skip
+        """Which units are read, and what is to be handed in the next time.
 
         None: all of them, in every row. Tokens are `counts`, of texts of `seen`. `last`: what was chosen before.
         """
+        ...
+
+
+@runtime_checkable
+class Giving(Reading, Protocol):
+    """What lets its layer read everything, and by what that got of a query chooses for later layers."""
+
+    def looks(self, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]) -> bool:
+        """Whether it wants to know what tokens get: some row reads a part. Raises ValueError where it can't choose."""
+        ...
+
+    def give(
+        self, got: Float[Tensor, "B H G T"], unit: Int[Tensor, "B H T"], counts: Int[np.ndarray, "B H"],
+        seen: Int[np.ndarray, " B"], handed: Handed,
+    ) -> None:  # fmt: skip
+        """Hand on what it chooses by what each slot got, of attention that adds up to 1; `unit`: whose, -1 no token."""
+        ...
+
+
+@runtime_checkable
+class Taking(Reading, Protocol):
+    """What lets its layer read what an earlier one has chosen in the same pass."""
+
+    def take(self, counts: Int[np.ndarray, "B H"], handed: Handed) -> Units | None:
+        """Which units are read; None: all. Raises ValueError where the choice was made among other tokens."""
         ...

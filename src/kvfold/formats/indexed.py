@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfold.formats.few import attend_few
-from kvfold.formats.index import Chooser, Remembered
+from kvfold.formats.index import Chooser, Giving, Handed, Remembered, Taking
 from kvfold.formats.paged import one_each
 from kvfold.formats.parts import Answer
 from kvfold.formats.picked import Picked, check_picked, joined
@@ -31,7 +31,7 @@ class Indexed:
     """
 
     form: Format
-    selection: Chooser
+    selection: Chooser | Giving | Taking
 
     @property
     def traits(self) -> Traits:
@@ -134,20 +134,50 @@ class IndexedSegment(Uncaptured):
         """Over all that `read` says: see `Segment.attend`."""
         return self.inner.attend(q, scale, read=read, compact=compact, weights=weights)
 
-    def attend_few(self, q: Tensor, scale: float, *, weights: bool = False) -> Answer:
-        """A generated token reads what is chosen for it; it is stored already."""
-        selection = self.form.selection
-        chosen, self.choice = selection.choose(self.index, q[:, :, :, 0], self.inner.counts(), self.seen, self.choice)
+    def attend_few(
+        self, q: Tensor, scale: float, *, weights: bool = False, handed: Handed | None = None
+    ) -> Answer:  # fmt: skip
+        """A generated token reads what is chosen for it; it is stored already. `handed`: see `Choosing`."""
+        selection, counts = self.form.selection, self.inner.counts()
+        handed = {} if handed is None else handed
+        if isinstance(selection, Giving):
+            return self._give(selection, q, scale, weights, handed)
+        if isinstance(selection, Taking):
+            chosen = selection.take(counts, handed)
+        else:
+            chosen, self.choice = selection.choose(self.index, q[:, :, :, 0], counts, self.seen, self.choice)
         if chosen is None:
             return self.inner.attend(q, scale, weights=weights)
         rope = self.spec.rope if selection.slots else None
         return attend_few(self.inner, q, scale, chosen, selection.unit, weights=weights, slots=rope, seen=self.seen)
 
+    def _give(self, selection: Giving, q: Tensor, scale: float, weights: bool, handed: Handed) -> Answer:
+        """Over everything; what each slot got decides what later layers read."""
+        counts = self.inner.counts()
+        looks = selection.looks(counts, self.seen)
+        out, lse, left = self.inner.attend(q, scale, weights=weights or looks)
+        if looks:
+            valid, _ = self.inner.columns()
+            got = left
+            if got is None:  # not every format leaves it
+                keys = self.inner.dense().keys
+                got = torch.exp(q.float() @ keys.float().mT[:, :, None] * scale - lse[..., None])
+            unit = ((valid.cumsum(-1) - 1) // selection.unit).masked_fill(~valid, -1)
+            selection.give(got[:, :, :, 0].float(), unit, counts, self.seen, handed)
+        return out, lse, left if weights else None
+
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool
     ) -> Answer:  # fmt: skip
+        """See `Segment.step`; a layer by itself, for which no other has chosen."""
+        return self.step_few(q, k, v, positions, scale, weights=weights, handed={})
+
+    def step_few(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool, handed: Handed
+    ) -> Answer:  # fmt: skip
+        """See `Choosing`."""
         self.append(one_each(k, v, positions), even=True)
-        return self.attend_few(q, scale, weights=weights)
+        return self.attend_few(q, scale, weights=weights, handed=handed)
 
     def columns(self) -> tuple[Tensor, Mapping[str, Tensor]]:
         return self.inner.columns()
@@ -158,9 +188,11 @@ class IndexedSegment(Uncaptured):
     # -- writing -----------------------------------------------------------------------------------------------
 
     def append(self, chunk: Chunk, *, even: bool = False) -> None:
-        """See `Segment.append`; the index is of the keys as they come."""
+        """See `Segment.append`; the index is of the keys as they come. A further turn is chosen for anew."""
         counts = self.inner.counts()
         self.inner.append(chunk, even=even)
+        if self.choice is not None and chunk.valid.shape[-1] > 1:
+            self._stale((chunk.valid.sum(-1) > 1).cpu().numpy())
         self.index.extend(chunk, counts)
         last = chunk.positions.masked_fill(~chunk.valid, -1).amax((1, 2)) if chunk.valid.numel() else None
         if last is not None:
@@ -175,7 +207,7 @@ class IndexedSegment(Uncaptured):
             return
         first = torch.where(gone, valid.cumsum(-1) - 1, valid.shape[-1]).amin(-1)
         self.inner.keep(mask, columns, slack=False)
-        self._stale(gone.any((1, 2)).cpu().numpy())
+        self._stale(gone.any(2).cpu().numpy())
         self._renew(np.minimum(first.cpu().numpy(), self.inner.counts()))
 
     def amend(self, slots: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
@@ -184,20 +216,21 @@ class IndexedSegment(Uncaptured):
         if keys is not None and slots.shape[-1]:
             valid, _ = self.inner.columns()
             ranks = (valid.cumsum(-1) - 1).gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, valid.shape[-1])
-            self._stale((slots >= 0).any(2).any(1).cpu().numpy())
+            self._stale((slots >= 0).any(2).cpu().numpy())
             self._renew(np.minimum(ranks.amin(-1).cpu().numpy(), self.inner.counts()))
 
     def truncate(self, counts: np.ndarray, *, slack: bool = False) -> None:
         """See `Segment.truncate`."""
         before = self.inner.counts()
         self.inner.truncate(counts, slack=slack)
-        self._stale(np.any(counts < before, axis=1))
+        self._stale(counts < before)
         self._renew(np.minimum(counts, before))
 
     def cropped(self, limit: np.ndarray) -> None:
         """See `Segment.cropped`."""
         self.inner.cropped(limit)
-        self._stale(limit < self.seen)
+        if self.choice is not None:
+            self.choice.forget(limit < self.seen)
         self.seen = np.minimum(self.seen, limit)
 
     def clear(self) -> None:
@@ -210,16 +243,19 @@ class IndexedSegment(Uncaptured):
         self.index.clear()
         self.choice = None
 
-    def _stale(self, rows: np.ndarray) -> None:
-        """What these rows (B,) chose is of tokens that are others now."""
+    def _stale(self, changed: np.ndarray) -> None:
+        """Where heads that choose have `changed` (B, H), what their row chose is of tokens that are others now."""
         if self.choice is not None:
-            self.choice.forget(rows)
+            heads = self.form.selection.heads
+            self.choice.forget((changed if heads is None else changed[:, np.array(heads)]).any(1))
 
     def _renew(self, first: np.ndarray) -> None:
         """Remember tokens `first[b, h]` and on of each row anew, and what lies in the same unit before them."""
         unit = self.form.selection.unit
-        units, counts = first // unit, self.inner.counts()
+        heads, counts, units = self.form.selection.heads, self.inner.counts(), first // unit
         changed = (first < counts) | (first % unit > 0)
+        if heads is not None:
+            changed &= np.array(heads)  # of the others nothing is remembered
         if not changed.any():
             self.index.forget(-(-counts // unit))
             return

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvfold import ops
+from kvfold.formats.index import Handed
 from kvfold.formats.segment import Folding
 from kvfold.ops.attend.blocked import Answer as Answer
 from kvfold.rotation import Compact
@@ -34,8 +35,16 @@ class Answering(Protocol):
 class Choosing(Protocol):
     """What a generated token may read in part: a segment with an index."""
 
-    def attend_few(self, q: Tensor, scale: float, *, weights: bool = False) -> Answer:
-        """Over what is chosen for it."""
+    def attend_few(
+        self, q: Tensor, scale: float, *, weights: bool = False, handed: Handed | None = None
+    ) -> Answer:  # fmt: skip
+        """Over what is chosen for it; `handed`: what layers of this pass hand on to later ones. None: no other reads."""
+        ...
+
+    def step_few(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool, handed: Handed
+    ) -> Answer:  # fmt: skip
+        """`append` of one token to each row, and `attend_few`."""
         ...
 
 
@@ -46,18 +55,18 @@ def answers(part: Answering) -> bool:
 
 def attend_parts(
     parts: Sequence[Answering], q: Float[Tensor, "B H G Q D"], scale: float, read: Bool[Tensor, "B H T"] | None,
-    compact: Compact | None, *, weights: bool, few: bool = False,
+    compact: Compact | None, *, weights: bool, handed: Handed | None = None,
 ) -> Answer:  # fmt: skip
     """Over segments whose slots follow each other, as one; empty ones are not asked, but for the last of empty ones.
 
-    `few`: those that choose what a generated token reads do so.
+    `handed`: those that choose what a generated token reads do so, see `Choosing`; None: all is read.
     """
     found, start = list[Answer](), 0
     for part in parts:
         stop = start + part.longest
         if answers(part) or (part is parts[-1] and not found):
-            if few and isinstance(part, Choosing):
-                found.append(part.attend_few(q, scale, weights=weights))
+            if handed is not None and isinstance(part, Choosing):
+                found.append(part.attend_few(q, scale, weights=weights, handed=handed))
             else:
                 here = None if read is None else read[..., start:stop]
                 turn = None if compact is None else compact.of(start, stop)

@@ -34,6 +34,7 @@ class Selection:
     least: int = 1
     reuse: Reuse | None = None
     slots: bool = False
+    heads = None
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
@@ -65,14 +66,18 @@ class Selection:
         room: np.ndarray = np.maximum(tokens.astype(np.int64) // self.unit, self.least)
         return room
 
+    def chooses(self, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]) -> bool:
+        """Whether some row, of `counts` tokens of texts of `seen`, does not read all it has."""
+        return not is_all(self.budget) and bool((-(-counts // self.unit) > self.room(seen)[:, None]).any())
+
     def choose(
         self, remembered: Remembered, q: Float[Tensor, "B H G D"], counts: Int[np.ndarray, "B H"],
         seen: Int[np.ndarray, " B"], last: Picked | None = None,
     ) -> tuple[Bool[np.ndarray, "B H S N"] | None, Picked | None]:  # fmt: skip
         """See `Chooser.choose`."""
-        units, room = -(-counts // self.unit), self.room(seen)
-        if is_all(self.budget) or (units <= room[:, None]).all():
+        if not self.chooses(counts, seen):
             return None, None
+        units, room = -(-counts // self.unit), self.room(seen)
         number = int(units.max())
         always = self.always.units(self.unit, units, room)
         short = (units <= room[:, None]).all(1)  # a row that reads all chooses nothing
