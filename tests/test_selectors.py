@@ -11,10 +11,24 @@ from hypothesis import strategies as st
 
 import kvfold
 from kvfold import ops
-from kvfold.formats import POSITION, Chunk, Dense, Indexed, Segment, Separable, Spec
+from kvfold.formats import POSITION, Chunk, Dense, Indexed, Remembered, Segment, Separable, Spec
 from kvfold.hf.rope import find_ropes
 from kvfold.methods import parse
-from kvfold.selectors import Alike, Always, Bounds, Every, Keys, Selection, Vote
+from kvfold.selectors import (
+    Alike,
+    Always,
+    Bounds,
+    Every,
+    Gives,
+    Hierarchical,
+    Keys,
+    Selection,
+    SomeHeads,
+    Takes,
+    Unremembered,
+    Vote,
+)
+from kvfold.selectors.held import HeldUnits
 from kvfold.testing import feed, follow, grow, steps, tokens
 from models import subject
 
@@ -25,6 +39,12 @@ FORMS = {
     "bounds-every": Indexed(Dense(page_size=4), Selection(Bounds(4), 12, reuse=Every(3))),
     "keys": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("sum", layer=True, softmax=True), slots=True)),
     "keys-alike": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("max"), Always(1, 2), reuse=Alike(-1.0))),
+    "hierarchical": Indexed(Dense(page_size=4), Selection(Hierarchical(4, 2), 12)),
+    "hierarchical-every": Indexed(Dense(page_size=4), Selection(Hierarchical(6, 3), 12, reuse=Every(3))),
+    "some-heads": Indexed(
+        Dense(page_size=4), SomeHeads(Selection(Hierarchical(4, 2), 12, reuse=Every(3)), (True, False), Always(4, 4))
+    ),
+    "no-heads": Indexed(Dense(page_size=4), SomeHeads(Selection(Bounds(4), 12), (False, False), Always(4, 4))),
 }
 
 
@@ -56,19 +76,27 @@ def anew(segment: Segment) -> torch.Tensor:
     b = len(tokens.valid)
     index = segment.form.selection.index.open(spec(b))
     index.extend(tokens.take(order), np.zeros((b, H), dtype=np.int64))
-    return index.held
+    return inside(index).held
+
+
+def inside(index: Remembered) -> HeldUnits:
+    """What holds the numbers."""
+    return index.inner if hasattr(index, "inner") else index
 
 
 def agrees(segment: Segment) -> None:
-    mine, theirs, unit = segment.index.held, anew(segment), segment.form.selection.unit
-    units = -(-segment.counts() // unit)
-    for row, head in np.ndindex(units.shape):
-        number = units[row, head]
+    selection, index = segment.form.selection, inside(segment.index)
+    mine, theirs, counts = index.held, anew(segment), segment.counts()
+    if selection.heads is not None:
+        counts = counts[:, np.array(selection.heads)]
+    for row, head in np.ndindex(counts.shape):
+        number = -(-counts[row, head] // index.unit)
         torch.testing.assert_close(mine[row, head, :number], theirs[row, head, :number], atol=1e-6, rtol=0)
-        assert bool(mine[row, head, number:].eq(segment.index.fill).all())
-    assert segment.index.nbytes == segment.index.held.untyped_storage().nbytes()
+        assert bool(mine[row, head, number:].eq(index.fill).all())
+    assert segment.index.nbytes == index.held.untyped_storage().nbytes()
     if segment.choice is not None:
-        assert segment.choice.units.shape[:3] == (*units.shape, segment.form.selection.vote.lists(G))
+        units, choosing = -(-counts // selection.unit), getattr(selection, "selection", selection)
+        assert segment.choice.units.shape[:3] == (*units.shape, choosing.vote.lists(G))
         # What stands there is of units that are still there.
         chosen, known = segment.choice.units, segment.choice.made >= 0
         there = np.arange(chosen.shape[-1]) < units[..., None]
@@ -165,7 +193,12 @@ def test_bad_options_are_named(options, said):
         (Always, {"recent": -5}, "recent=-5"), (Always, {"share": 1.5}, "share=1.5"),
         (Every, {"steps": 0}, "steps=0"),
         (Alike, {"cosine": -2.0}, "cosine=-2"), (Keys, {"distance": -1}, "distance=-1"),
-        (Bounds, {"unit": 0}, "unit=0"),
+        (Bounds, {"unit": 0}, "unit=0"), (Hierarchical, {"unit": 0}, "unit=0"),
+        (Hierarchical, {"logical": 24}, "logical=24 must divide the tokens of a page, 64"),
+        (Unremembered, {"unit": 0}, "unit=0"), (SomeHeads, {"selection": FORM.selection, "heads": ()}, "a bool for each KV head"),
+        (SomeHeads, {"selection": FORMS["keys"].selection, "heads": (True,)}, "is of all heads together"),
+        (Gives, {"layer": 0, "selection": FORM.selection}, "must go by nothing that is remembered"),
+        (Gives, {"layer": -1, "selection": Selection(Unremembered(4), 8)}, "layer=-1"),
     ],
 )  # fmt: skip
 def test_bad_options_of_parts_are_named(part, options, said):

@@ -170,3 +170,7 @@ class Taking(Reading, Protocol):
     def take(self, counts: Int[np.ndarray, "B H"], handed: Handed) -> Units | None:
         """Which units are read; None: all. Raises ValueError where the choice was made among other tokens."""
         ...
+
+
+Reader = Chooser | Giving | Taking
+"""Whatever a method may let a layer's generated tokens read by."""

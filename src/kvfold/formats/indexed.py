@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfold.formats.few import attend_few
-from kvfold.formats.index import Chooser, Giving, Handed, Remembered, Taking
+from kvfold.formats.index import Giving, Handed, Reader, Remembered, Taking
 from kvfold.formats.paged import one_each
 from kvfold.formats.parts import Answer
 from kvfold.formats.picked import Picked, check_picked, joined
@@ -31,7 +31,7 @@ class Indexed:
     """
 
     form: Format
-    selection: Chooser | Giving | Taking
+    selection: Reader
 
     @property
     def traits(self) -> Traits:
@@ -59,7 +59,8 @@ class Indexed:
         self.selection.index.check(spec, index, counts)
         if choice and not self.selection.reuses:
             raise ValueError(f"choice={sorted(choice)} of a selection that chooses at every step")
-        check_picked(choice, spec.rows, -(-counts // self.selection.unit))
+        asking = counts if self.selection.heads is None else counts[:, np.array(self.selection.heads)]
+        check_picked(choice, spec.rows, -(-asking // self.selection.unit))
 
     def restore(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None

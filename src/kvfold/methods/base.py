@@ -10,10 +10,9 @@ from typing import Any, ClassVar, TypeVar
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kvfold.formats import Format
+from kvfold.formats import Format, Reader
 from kvfold.methods.events import EVENTS, TRAITS, Event
 from kvfold.rotation import Frame, Measured
-from kvfold.selectors import Selection
 from kvfold.views import CacheView, HiddenView, LayerView, PromptView, RawPrompt, Requests, Site
 from kvfold.views.decisions import Decisions, Read, decided
 
@@ -113,7 +112,7 @@ class Method:
     def before_attend(self, view: LayerView) -> Read | None:
         """Before a generated token attends: which of the stored tokens it reads. The view ends with its own token."""
 
-    def selection(self, site: Site) -> Selection | None:
+    def selection(self, site: Site) -> Reader | None:
         """What generated tokens read of a layer, by an index that its segments then remember; None: all.
 
         Asked before the layer holds its first token. What a method stores in further formats is read whole.

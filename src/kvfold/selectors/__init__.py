@@ -2,9 +2,27 @@
 
 from kvfold.selectors.always import Always
 from kvfold.selectors.bounds import Bounds
+from kvfold.selectors.handed import Gives, Takes, Unremembered
+from kvfold.selectors.heads import SomeHeads
+from kvfold.selectors.hierarchical import Hierarchical
 from kvfold.selectors.keys import Keys
 from kvfold.selectors.reuse import Alike, Every, Reuse
 from kvfold.selectors.selection import Selection
 from kvfold.selectors.votes import HEADS, Vote
 
-__all__ = ["HEADS", "Alike", "Always", "Bounds", "Every", "Keys", "Reuse", "Selection", "Vote"]
+__all__ = [
+    "HEADS",
+    "Alike",
+    "Always",
+    "Bounds",
+    "Every",
+    "Gives",
+    "Hierarchical",
+    "Keys",
+    "Reuse",
+    "Selection",
+    "SomeHeads",
+    "Takes",
+    "Unremembered",
+    "Vote",
+]
