@@ -24,7 +24,6 @@ from kvfold.selectors import (
     Keys,
     Selection,
     SomeHeads,
-    Takes,
     Unremembered,
     Vote,
 )
@@ -195,7 +194,8 @@ def test_bad_options_are_named(options, said):
         (Alike, {"cosine": -2.0}, "cosine=-2"), (Keys, {"distance": -1}, "distance=-1"),
         (Bounds, {"unit": 0}, "unit=0"), (Hierarchical, {"unit": 0}, "unit=0"),
         (Hierarchical, {"logical": 24}, "logical=24 must divide the tokens of a page, 64"),
-        (Unremembered, {"unit": 0}, "unit=0"), (SomeHeads, {"selection": FORM.selection, "heads": ()}, "a bool for each KV head"),
+        (Unremembered, {"unit": 0}, "unit=0"),
+        (SomeHeads, {"selection": FORM.selection, "heads": ()}, "a bool for each KV head"),
         (SomeHeads, {"selection": FORMS["keys"].selection, "heads": (True,)}, "is of all heads together"),
         (Gives, {"layer": 0, "selection": FORM.selection}, "must go by nothing that is remembered"),
         (Gives, {"layer": -1, "selection": Selection(Unremembered(4), 8)}, "layer=-1"),

@@ -176,7 +176,7 @@ class IndexedSegment(Uncaptured):
     def step_few(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool, handed: Handed
     ) -> Answer:  # fmt: skip
-        """See `Choosing`."""
+        """`append` of one token to each row, and `attend_few`."""
         self.append(one_each(k, v, positions), even=True)
         return self.attend_few(q, scale, weights=weights, handed=handed)
 
@@ -231,7 +231,7 @@ class IndexedSegment(Uncaptured):
         """See `Segment.cropped`."""
         self.inner.cropped(limit)
         if self.choice is not None:
-            self.choice.forget(limit < self.seen)
+            self.choice.forget(np.asarray(limit < self.seen))
         self.seen = np.minimum(self.seen, limit)
 
     def clear(self) -> None:
@@ -248,7 +248,8 @@ class IndexedSegment(Uncaptured):
         """Where heads that choose have `changed` (B, H), what their row chose is of tokens that are others now."""
         if self.choice is not None:
             heads = self.form.selection.heads
-            self.choice.forget((changed if heads is None else changed[:, np.array(heads)]).any(1))
+            some: np.ndarray = changed if heads is None else changed[:, np.array(heads)]
+            self.choice.forget(np.any(some, axis=1))
 
     def _renew(self, first: np.ndarray) -> None:
         """Remember tokens `first[b, h]` and on of each row anew, and what lies in the same unit before them."""

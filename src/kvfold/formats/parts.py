@@ -38,13 +38,7 @@ class Choosing(Protocol):
     def attend_few(
         self, q: Tensor, scale: float, *, weights: bool = False, handed: Handed | None = None
     ) -> Answer:  # fmt: skip
-        """Over what is chosen for it; `handed`: what layers of this pass hand on to later ones. None: no other reads."""
-        ...
-
-    def step_few(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool, handed: Handed
-    ) -> Answer:  # fmt: skip
-        """`append` of one token to each row, and `attend_few`."""
+        """Over what is chosen for it; `handed`: what layers of this pass hand on to later ones, None: it is alone."""
         ...
 
 

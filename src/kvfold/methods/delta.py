@@ -53,13 +53,14 @@ class Delta(Method):
         check_budget(self.budget)
         check_int("page", self.page, 1)
         check_int("recent", self.recent, 1)
-        layers = self.layers
-        if layers is None:
+        given: object = self.layers
+        if given is None:
             return
-        if not isinstance(layers, tuple) or not layers or any(type(x) is not int or x < 0 for x in layers):
-            raise ValueError(f"layers={shown(layers)} must be None, or a tuple of the model's layers, counted from 0")
+        layers = given if isinstance(given, tuple) else ()
+        if not layers or any(type(layer) is not int or layer < 0 for layer in layers):
+            raise ValueError(f"layers={shown(given)} must be None, or a tuple of the model's layers, counted from 0")
         if list(layers) != sorted(set(layers)):
-            raise ValueError(f"layers={shown(layers)} must ascend, each layer once")
+            raise ValueError(f"layers={shown(given)} must ascend, each layer once")
 
     def selection(self, site: Site) -> Reader | None:
         roles = self.roles(site.paged, site.depth)

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -99,7 +98,7 @@ class Gives:
     def looks(self, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]) -> bool:
         """See `Giving.looks`. Raises ValueError where heads hold other tokens."""
         if (counts != counts[:, :1]).any():
-            raise ValueError(f"layer {self.layer} chooses for all heads together, and they hold {counts.tolist()} tokens")
+            raise ValueError(f"layer {self.layer} chooses for all heads together; they hold {counts.tolist()} tokens")
         return self.selection.chooses(counts, seen)
 
     def give(

@@ -1,7 +1,8 @@
 """A choice that some KV heads of a layer make; the others read what they always read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +29,13 @@ class SomeHeads:
 
     selection: Selection
     heads: tuple[bool, ...]
-    others: Always = Always()
+    others: Always = field(default_factory=Always)
 
     def __post_init__(self) -> None:
-        heads = self.heads
-        if not isinstance(heads, tuple) or not heads or any(type(head) is not bool for head in heads):
-            raise ValueError(f"heads={shown(heads)} must be a bool for each KV head")
+        given: object = self.heads  # of a file
+        heads = given if isinstance(given, tuple) else ()
+        if not heads or any(type(head) is not bool for head in heads):
+            raise ValueError(f"heads={shown(given)} must be a bool for each KV head")
         if self.selection.slots or self.selection.vote.layer:
             raise ValueError(f"selection={self.selection} is of all heads together, and some have none")
 
@@ -68,13 +70,13 @@ class SomeHeads:
         """See `Chooser.choose`; what is handed in the next time is of the heads that choose."""
         assert isinstance(remembered, RememberedOfHeads)
         mask, units = np.array(self.heads), -(-counts // self.unit)
-        number, (b, h) = int(units.max(initial=0)), units.shape
+        number = int(units.max(initial=0))
         chosen, picked = None, None
         if mask.any():
             asking = q[:, torch.from_numpy(mask).to(q.device)]
             chosen, picked = self.selection.choose(remembered.inner, asking, counts[:, mask], seen, last)
         there = np.arange(number) < units[..., None]
-        always = self.others.units(self.unit, units, np.full(b, ALL))
+        always = self.others.units(self.unit, units, np.full(len(units), ALL))
         if chosen is None and (always | ~there)[:, ~mask].all():
             return None, picked
         read = np.repeat(np.where(mask[:, None], there, always)[:, :, None], self.selection.vote.lists(q.shape[2]), 2)
@@ -158,7 +160,7 @@ class RememberedOfHeads:
         """See `Remembered.select`."""
         return RememberedOfHeads(self.recipe, self.inner.select(rows))
 
-    def join(self, other: "RememberedOfHeads") -> None:
+    def join(self, other: Any) -> None:
         """See `Remembered.join`."""
         self.inner.join(other.inner)
 

@@ -73,7 +73,8 @@ class HierarchicalOf(BoundsOf):
         parts = self.recipe.parts
         scores = super().scores(asked, units * parts)
         empty = self.held[:, :, : scores.shape[-1], 0] == -torch.inf  # of the unit that is still open
-        return scores.masked_fill(empty[:, :, None], -torch.inf).unflatten(-1, (-1, parts)).amax(-1)
+        scores = scores.masked_fill(empty[:, :, None], -torch.inf)
+        return scores.view(*scores.shape[:3], -1, parts).amax(-1)
 
 
 register("hierarchical", Hierarchical)
