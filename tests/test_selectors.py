@@ -193,7 +193,7 @@ def test_bad_options_are_named(options, said):
         (Every, {"steps": 0}, "steps=0"),
         (Alike, {"cosine": -2.0}, "cosine=-2"), (Keys, {"distance": -1}, "distance=-1"),
         (Bounds, {"unit": 0}, "unit=0"), (Hierarchical, {"unit": 0}, "unit=0"),
-        (Hierarchical, {"logical": 24}, "logical=24 must divide the tokens of a page, 64"),
+        (Hierarchical, {"logical": 24}, "logical=24 must divide unit=64"),
         (Unremembered, {"unit": 0}, "unit=0"),
         (SomeHeads, {"selection": FORM.selection, "heads": ()}, "a bool for each KV head"),
         (SomeHeads, {"selection": FORMS["keys"].selection, "heads": (True,)}, "is of all heads together"),

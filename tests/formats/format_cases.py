@@ -164,7 +164,9 @@ def reachable(thing: Any) -> int:
             todo.extend(value.values())
         elif isinstance(value, list | tuple | set):
             todo.extend(value)
-        elif type(value).__module__.startswith("kvfold"):
+        elif type(value).__module__.startswith("kvfold") and not isinstance(
+            value, Spec
+        ):  # told of the model, whose it is
             todo.extend(vars(value).values())
     return sum(stores.values())
 

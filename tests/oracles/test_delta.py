@@ -325,9 +325,10 @@ def test_nothing_is_kept_beyond_a_pass(six, tmp_path):
 # -- formats, compositions -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("leaves", [True, False])
 @pytest.mark.parametrize("form", [Dense(page_size=8), Dense(page_size=5), Kivi(group=8, residual=8)], ids=str)
-def test_what_each_token_gets_is_known_of_every_format(form):
-    """By a loop over what the segment holds; where units are its pages, and where they are not."""
+def test_what_each_token_gets_is_known_of_every_format(form, leaves, monkeypatch):
+    """By a loop over what the segment holds; where units are its pages or not, and where kernels leave no weights."""
     rng = torch.Generator().manual_seed(3)
     giver = Gives(0, Selection(Unremembered(8), 32))
     segment = Indexed(form, giver).open(Spec(2, 2, 16, 16, torch.float32, torch.device("cpu"), group=2))
@@ -336,6 +337,9 @@ def test_what_each_token_gets_is_known_of_every_format(form):
     places = (valid.cumsum(-1) - 1).clamp(min=0).int().expand(2, 2, 100)
     segment.append(Chunk(keys, values, valid.expand(2, 2, 100).clone(), {POSITION: places}))
     q, handed = torch.randn(2, 2, 2, 1, 16, generator=rng), {}
+    if not leaves:
+        plain = segment.inner.attend
+        monkeypatch.setattr(segment.inner, "attend", lambda *given, weights, **more: plain(*given, **more))
     segment.attend_few(q, 0.25, handed=handed)
     held, (counts, units) = segment.dense(), handed[giver]
     assert counts.tolist() == [[100, 100], [71, 71]] and units.shape == (2, 1, 1, 13)

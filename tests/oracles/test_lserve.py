@@ -327,7 +327,8 @@ def test_gates_come_from_duoattention():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"logical": 24}, "logical=24 must divide"), ({"page": 0}, "page=0"), ({"interval": 0}, "interval=0"),
+        ({"logical": 24}, "page=64 must be a multiple of logical=24"), ({"logical": 0}, "logical=0"),
+        ({"page": 0}, "page=0"), ({"interval": 0}, "interval=0"),
         ({"sinks": -1}, "sinks=-1"), ({"recent": 0}, "recent=0"), ({"prompt_recent": 0}, "prompt_recent=0"),
         ({"static_sparsity": 1.5}, "static_sparsity=1.5"), ({"budget": 0}, "budget=0"),
     ],

@@ -69,12 +69,13 @@ class LServe(Method):
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        for name in ("page", "interval", "recent", "prompt_recent"):
+        for name in ("page", "logical", "interval", "recent", "prompt_recent"):
             check_int(name, getattr(self, name), 1)
         check_int("sinks", self.sinks, 0)
         check_number("static_sparsity", self.static_sparsity, 0.0, 1.0)
         check_table("gates", self.gates)
-        Hierarchical(self.page, self.logical)
+        if self.page % self.logical:
+            raise ValueError(f"page={self.page} must be a multiple of logical={self.logical}")
 
     def bind(self, model: Any) -> "LServe":
         if not self.static_sparsity or self.gates is not None:

@@ -120,7 +120,12 @@ class RememberedOfHeads:
     """`inner` has the marked heads alone, one after the other."""
 
     def __init__(self, recipe: IndexOfHeads, inner: Remembered):
-        self.recipe, self.inner, self.mask = recipe, inner, np.array(recipe.heads)
+        self.recipe, self.inner = recipe, inner
+
+    @property
+    def mask(self) -> Bool[np.ndarray, " H"]:
+        """Which heads are marked."""
+        return np.array(self.recipe.heads)
 
     @property
     def nbytes(self) -> int:

@@ -30,7 +30,7 @@ class Hierarchical:
         check_int("unit", self.unit, 1)
         check_int("logical", self.logical, 1)
         if self.unit % self.logical:
-            raise ValueError(f"logical={self.logical} must divide the tokens of a page, {self.unit}")
+            raise ValueError(f"logical={self.logical} must divide unit={self.unit}")
 
     @property
     def parts(self) -> int:
