@@ -322,7 +322,7 @@ class Pipeline(Compound):
         if choosing.together and dropping is not None:
             raise ValueError(
                 f"method={self} has {choosing} let all heads read the same tokens, and {dropping} may leave each head "
-                "others; give it the option with which heads choose for themselves"
+                "others; where it has an option with which heads choose for themselves, give it that"
             )
         if self.compact:
             raise ValueError(f"method={self} chooses what is read by keys at text positions; compact ones are others")
