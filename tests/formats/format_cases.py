@@ -164,9 +164,9 @@ def reachable(thing: Any) -> int:
             todo.extend(value.values())
         elif isinstance(value, list | tuple | set):
             todo.extend(value)
-        elif type(value).__module__.startswith("kvfold") and not isinstance(
-            value, Spec
-        ):  # told of the model, whose it is
+        elif isinstance(value, Spec):
+            continue  # its artefact is the model's
+        elif type(value).__module__.startswith("kvfold"):
             todo.extend(vars(value).values())
     return sum(stores.values())
 

@@ -9,6 +9,7 @@ import kvfold
 from kvfold import artefacts
 from kvfold.formats import POSITION, Chunk, Dense, Indexed, Spec
 from kvfold.methods.lserve import LServe
+from kvfold.methods.tokenselect import TokenSelect
 from kvfold.selectors import Bounds, Every, Hierarchical, Selection, SomeHeads
 from kvfold.testing import steps as forced
 from kvfold.views import Site
@@ -202,6 +203,22 @@ def test_lists_follow_a_cache_that_is_cropped_joined_and_kept():
     for step in rest.T:
         mask = grow(mask)
         assert_close(*(feed(model, each, step[:, None], mask) for each in (cache, again)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", [LServe(24, page=8, logical=4), TokenSelect(24, sinks=2, recent=4, reuse=-1.0)])
+def test_a_tentative_pass_leaves_the_list_as_it_was(method):
+    """Of a row that would not choose yet, also where the pass has made another."""
+    model, prompt, said = subject("llama"), tokens(120, 90), forced(2, 3)
+    cache, untouched = (kvfold.Cache(model, method) for _ in range(2))
+    for each in (cache, untouched):
+        follow(model, each, *prompt.values(), said)
+    mask = grow(prompt["attention_mask"], 3)
+    with cache.tentative(lambda view: None):
+        for more in range(6):
+            feed(model, cache, forced(2, 1), grow(mask, 1 + more))
+    for step in forced(2, 4).T:
+        mask = grow(mask)
+        assert torch.equal(*(feed(model, each, step[:, None], mask) for each in (cache, untouched)))
 
 
 def test_joined_rows_give_what_each_gives_alone():

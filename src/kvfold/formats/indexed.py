@@ -35,7 +35,9 @@ class Indexed:
 
     @property
     def traits(self) -> Traits:
-        return replace(self.form.traits, graphs=False)
+        """Those of `form`; behind a crop a row whose choice would have served again makes another one."""
+        traits = replace(self.form.traits, graphs=False)
+        return replace(traits, crops="approximate") if self.selection.reuses and traits.crops == "exact" else traits
 
     def open(self, spec: Spec) -> "IndexedSegment":
         inner = self.form.open(spec)
