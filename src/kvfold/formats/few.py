@@ -1,4 +1,4 @@
-"""A query that reads some stretches of a segment's tokens alone: as pages where they are that, else as a mask."""
+"""A query that reads some stretches of a segment's tokens alone, as pages or by a mask; one that says which."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kvfold.formats.index import Giving, Handed
 from kvfold.formats.paged import PagedSegment
 from kvfold.formats.parts import Answer, merged
 from kvfold.formats.segment import Segment
@@ -36,6 +37,25 @@ def attend_few(
         if pages is not None:
             return merged([_listed(part, q, scale, some) for part, some in pages], weights=False)
     return _masked(segment, q, scale, chosen, unit, weights, slots, seen)
+
+
+def attend_and_give(
+    segment: Segment, selection: Giving, q: Float[Tensor, "B H G 1 D"], scale: float, seen: Int[np.ndarray, " B"],
+    handed: Handed, *, weights: bool,
+) -> Answer:  # fmt: skip
+    """(out, lse, what each slot got) over everything; by what that got `selection` hands on what later layers read."""
+    counts = segment.counts()
+    looks = selection.looks(counts, seen)
+    out, lse, left = segment.attend(q, scale, weights=weights or looks)
+    if looks:
+        valid, _ = segment.columns()
+        got = left
+        if got is None:  # not every format leaves it
+            keys = segment.dense().keys
+            got = torch.exp(q.float() @ keys.float().mT[:, :, None] * scale - lse[..., None])
+        unit = ((valid.cumsum(-1) - 1) // selection.unit).masked_fill(~valid, -1)
+        selection.give(got[:, :, :, 0].float(), unit, counts, seen, handed)
+    return out, lse, left if weights else None
 
 
 def _pages(

@@ -97,7 +97,7 @@ class Index(Protocol):
         ...
 
 
-class Reading(Protocol):
+class Selecting(Protocol):
     """What says which units of its tokens a query reads; equal ones are one, as formats are."""
 
     def __hash__(self) -> int: ...
@@ -133,7 +133,7 @@ class Reading(Protocol):
 
 
 @runtime_checkable
-class Chooser(Reading, Protocol):
+class Chooser(Selecting, Protocol):
     """What chooses by an index."""
 
     def choose(
@@ -148,7 +148,7 @@ class Chooser(Reading, Protocol):
 
 
 @runtime_checkable
-class Giving(Reading, Protocol):
+class Giving(Selecting, Protocol):
     """What lets its layer read everything, and by what that got of a query chooses for later layers."""
 
     def looks(self, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]) -> bool:
@@ -164,7 +164,7 @@ class Giving(Reading, Protocol):
 
 
 @runtime_checkable
-class Taking(Reading, Protocol):
+class Taking(Selecting, Protocol):
     """What lets its layer read what an earlier one has chosen in the same pass."""
 
     def take(self, counts: Int[np.ndarray, "B H"], handed: Handed) -> Units | None:

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.formats.few import attend_few
+from kvfold.formats.few import attend_and_give, attend_few
 from kvfold.formats.index import Giving, Handed, Reader, Remembered, Taking
-from kvfold.formats.paged import one_each
-from kvfold.formats.parts import Answer
+from kvfold.formats.parts import Answer, Choosing
 from kvfold.formats.picked import Picked, check_picked, joined
 from kvfold.formats.segment import Folding, Format, Hearing, Segment, Spec, Traits, Uncaptured
 from kvfold.formats.tokens import Chunk
@@ -78,7 +77,7 @@ class Indexed:
         return IndexedSegment(self, spec, segment, self.selection.index.restore(spec, index), seen, held)
 
 
-class IndexedSegment(Uncaptured):
+class IndexedSegment(Choosing, Uncaptured):
     """`inner` holds the tokens; `index` is of them as they are counted through, without gaps.
 
     `choice` is what was chosen last, where a selection uses it again; rows whose tokens change choose anew.
@@ -137,14 +136,12 @@ class IndexedSegment(Uncaptured):
         """Over all that `read` says: see `Segment.attend`."""
         return self.inner.attend(q, scale, read=read, compact=compact, weights=weights)
 
-    def attend_few(
-        self, q: Tensor, scale: float, *, weights: bool = False, handed: Handed | None = None
-    ) -> Answer:  # fmt: skip
+    def attend_few(self, q: Tensor, scale: float, *, weights: bool = False, handed: Handed | None = None) -> Answer:
         """A generated token reads what is chosen for it; it is stored already. `handed`: see `Choosing`."""
         selection, counts = self.form.selection, self.inner.counts()
         handed = {} if handed is None else handed
         if isinstance(selection, Giving):
-            return self._give(selection, q, scale, weights, handed)
+            return attend_and_give(self.inner, selection, q, scale, self.seen, handed, weights=weights)
         if isinstance(selection, Taking):
             chosen = selection.take(counts, handed)
         else:
@@ -153,34 +150,6 @@ class IndexedSegment(Uncaptured):
             return self.inner.attend(q, scale, weights=weights)
         rope = self.spec.rope if selection.slots else None
         return attend_few(self.inner, q, scale, chosen, selection.unit, weights=weights, slots=rope, seen=self.seen)
-
-    def _give(self, selection: Giving, q: Tensor, scale: float, weights: bool, handed: Handed) -> Answer:
-        """Over everything; what each slot got decides what later layers read."""
-        counts = self.inner.counts()
-        looks = selection.looks(counts, self.seen)
-        out, lse, left = self.inner.attend(q, scale, weights=weights or looks)
-        if looks:
-            valid, _ = self.inner.columns()
-            got = left
-            if got is None:  # not every format leaves it
-                keys = self.inner.dense().keys
-                got = torch.exp(q.float() @ keys.float().mT[:, :, None] * scale - lse[..., None])
-            unit = ((valid.cumsum(-1) - 1) // selection.unit).masked_fill(~valid, -1)
-            selection.give(got[:, :, :, 0].float(), unit, counts, self.seen, handed)
-        return out, lse, left if weights else None
-
-    def step(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool
-    ) -> Answer:  # fmt: skip
-        """See `Segment.step`; a layer by itself, for which no other has chosen."""
-        return self.step_few(q, k, v, positions, scale, weights=weights, handed={})
-
-    def step_few(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool, handed: Handed
-    ) -> Answer:  # fmt: skip
-        """`append` of one token to each row, and `attend_few`."""
-        self.append(one_each(k, v, positions), even=True)
-        return self.attend_few(q, scale, weights=weights, handed=handed)
 
     def columns(self) -> tuple[Tensor, Mapping[str, Tensor]]:
         return self.inner.columns()
@@ -265,13 +234,7 @@ class IndexedSegment(Uncaptured):
             return
         units = np.where(changed, units, -(-counts // unit))
         self.index.forget(units)
-        tokens, start = self.inner.dense(), units * unit
-        begin = torch.from_numpy(start).to(tokens.valid.device)[..., None]
-        wanted = tokens.valid & (tokens.valid.cumsum(-1) > begin)
-        most = int(wanted.sum(-1).max()) if wanted.numel() else 0
-        order = torch.argsort((~wanted).byte(), dim=-1, stable=True)[..., :most]
-        some = tokens.take(order)
-        self.index.extend(some.but(wanted.gather(-1, order)), start)
+        self.index.extend(_from(self.inner.dense(), units * unit), units * unit)
 
     # -- rows and pages ----------------------------------------------------------------------------------------
 
@@ -313,6 +276,15 @@ class IndexedSegment(Uncaptured):
         known = mine | {f"{INDEX}{name}": x for name, x in self.index.state().items()}
         chosen = {} if self.choice is None else self.choice.state()
         return told, known | {f"{CHOICE}{name}": x for name, x in chosen.items()}
+
+
+def _from(tokens: Chunk, start: np.ndarray) -> Chunk:
+    """Those that are number `start[b, h]` and on of their row."""
+    begin = torch.from_numpy(start).to(tokens.valid.device)[..., None]
+    wanted = tokens.valid & (tokens.valid.cumsum(-1) > begin)
+    most = int(wanted.sum(-1).max()) if wanted.numel() else 0
+    order = torch.argsort((~wanted).byte(), dim=-1, stable=True)[..., :most]
+    return tokens.take(order).but(wanted.gather(-1, order))
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

@@ -1,5 +1,6 @@
 """Answers of several parts as one: each over its own slots, joined by their log-sum-exp."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from kvfold import ops
 from kvfold.formats.index import Handed
+from kvfold.formats.paged import one_each
 from kvfold.formats.segment import Folding
+from kvfold.formats.tokens import Chunk
 from kvfold.ops.attend.blocked import Answer as Answer
 from kvfold.rotation import Compact
 
@@ -31,15 +34,31 @@ class Answering(Protocol):
         ...
 
 
-@runtime_checkable
-class Choosing(Protocol):
+class Choosing(ABC):
     """What a generated token may read in part: a segment with an index."""
 
+    @abstractmethod
+    def append(self, chunk: Chunk, *, even: bool = False) -> None:
+        """See `Segment.append`."""
+
+    @abstractmethod
     def attend_few(
         self, q: Tensor, scale: float, *, weights: bool = False, handed: Handed | None = None
     ) -> Answer:  # fmt: skip
         """Over what is chosen for it; `handed`: what layers of this pass hand on to later ones, None: it is alone."""
-        ...
+
+    def step_few(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool, handed: Handed
+    ) -> Answer:  # fmt: skip
+        """`append` of one token to each row, and `attend_few`."""
+        self.append(one_each(k, v, positions), even=True)
+        return self.attend_few(q, scale, weights=weights, handed=handed)
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool
+    ) -> Answer:  # fmt: skip
+        """See `Segment.step`; of a layer by itself."""
+        return self.step_few(q, k, v, positions, scale, weights=weights, handed={})
 
 
 def answers(part: Answering) -> bool:

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvfold.formats import POSITION, Chunk, IndexedSegment, Segment
+from kvfold.formats import POSITION, Chunk, Segment
 from kvfold.formats.index import Handed
-from kvfold.formats.parts import Answer, answers, attend_parts, merged
+from kvfold.formats.parts import Answer, Choosing, answers, attend_parts, merged
 from kvfold.formats.segment import Folding
 from kvfold.layer.recent import Recent
 from kvfold.layer.segments import Segments, new_tokens
@@ -46,7 +46,7 @@ class Stored(Segments):
         for _, segment in self.segments:
             if segment is opened:
                 parts.append(_step(segment, q, k, v, positions, scale, weights, handed))
-            elif answers(segment) and isinstance(segment, IndexedSegment):
+            elif answers(segment) and isinstance(segment, Choosing):
                 parts.append(segment.attend_few(q, scale, weights=weights and not own, handed=handed))
             elif answers(segment):
                 parts.append(segment.attend(q, scale, weights=weights and not own))
@@ -146,6 +146,6 @@ def _step(
     segment: Segment, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, weights: bool, handed: Handed
 ) -> Answer:
     """A generated token of each row is stored in this segment and attends over it."""
-    if isinstance(segment, IndexedSegment):
+    if isinstance(segment, Choosing):
         return segment.step_few(q, k, v, positions, scale, weights=weights, handed=handed)
     return segment.step(q, k, v, positions, scale, weights=weights)

@@ -120,7 +120,7 @@ class LServe(Method):
             return None
         near = view.positions < self._whole(self.sinks)
         near |= view.positions >= self._begin(view.place.seen, recent).to(near.device)[:, None, None]
-        return Keep(view.valid & (torch.tensor(whole, device=near.device)[:, None] | near))
+        return Keep(view.valid & (torch.tensor(whole, device=near.device, dtype=torch.bool)[:, None] | near))
 
     def _begin(self, seen: Int[Tensor, " B"], recent: int) -> Int[Tensor, " B"]:
         """Where in the text the pages begin that streaming heads hold beside the sinks."""

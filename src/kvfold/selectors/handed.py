@@ -83,16 +83,16 @@ class Gives:
 
     @property
     def slots(self) -> bool:
-        """See `Reading.slots`: never."""
+        """See `Selecting.slots`: never."""
         return False
 
     @property
     def reuses(self) -> bool:
-        """See `Reading.reuses`: never; each step chooses."""
+        """See `Selecting.reuses`: never; each step chooses."""
         return False
 
     def nbytes_with(self, spec: Spec, units: int) -> int:
-        """See `Reading.nbytes_with`."""
+        """See `Selecting.nbytes_with`."""
         return 0
 
     def looks(self, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]) -> bool:
@@ -153,16 +153,16 @@ class Takes:
 
     @property
     def slots(self) -> bool:
-        """See `Reading.slots`: never."""
+        """See `Selecting.slots`: never."""
         return False
 
     @property
     def reuses(self) -> bool:
-        """See `Reading.reuses`: never beyond a pass."""
+        """See `Selecting.reuses`: never beyond a pass."""
         return False
 
     def nbytes_with(self, spec: Spec, units: int) -> int:
-        """See `Reading.nbytes_with`."""
+        """See `Selecting.nbytes_with`."""
         return 0
 
     def take(self, counts: Int[np.ndarray, "B H"], handed: Handed) -> Bool[np.ndarray, "B H S N"] | None:

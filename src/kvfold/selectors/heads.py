@@ -51,7 +51,7 @@ class SomeHeads:
 
     @property
     def slots(self) -> bool:
-        """See `Reading.slots`: never."""
+        """See `Selecting.slots`: never."""
         return False
 
     @property
@@ -60,7 +60,7 @@ class SomeHeads:
         return self.selection.reuses
 
     def nbytes_with(self, spec: Spec, units: int) -> int:
-        """See `Reading.nbytes_with`."""
+        """See `Selecting.nbytes_with`."""
         return self.selection.nbytes_with(replace(spec, heads=sum(self.heads)), units)
 
     def choose(
