@@ -4,14 +4,15 @@
     python benchmarks/limits.py --methods kvfold --memory 2MiB --context 16384
 
 A tiny random Llama reads a prompt of `--prompt` tokens in `--batch` rows and is then fed `--steps` random tokens one by
-one. After every step each (layer, row, head) may hold `--budget` tokens at most, what waits to be decided about
-included, and with `--memory` the cache at most so many bytes; a step that breaks it is named, and the run ends with 1.
-`--memory` and what goes with it, such as `--context`, are given to `kvfold.Cache`.
+one. After every step all layers and heads of a row together may hold `--budget` tokens times their number at most, what
+waits to be decided about included (a method may share tokens out among them), and with `--memory` the cache at most so
+many bytes; a step that breaks it is named, and the run ends with 1. `--memory` and what goes with it, such as
+`--context`, are given to `kvfold.Cache`.
 
-Printed by thousand steps: the most tokens and bytes after any of them, the process's resident memory at their end, and
-milliseconds a step, median and mean (which holds the steps at which a method folds), and the processor's, which other
-programs disturb less (what looks at the step is in it). A column is `flat` where none of
-its thousands after the first is more than a tenth above the least of them.
+Printed by thousand steps: tokens of a head, on average and of the one that holds most, and bytes, the most after any
+of them, the process's resident memory at their end, and milliseconds a step, median and mean (which holds the steps at
+which a method folds), and the processor's, which other programs disturb less (what looks at the step is in it). A
+column is `flat` where none of its thousands after the first is more than a tenth above the least of them.
 """
 
 import argparse
@@ -32,13 +33,13 @@ import kvfold
 from kvfold.evaluation.compare import with_budget
 from kvfold.evaluation.decoding import prefill
 from kvfold.evaluation.escaping import code_cell
-from kvfold.evaluation.forced import fed, held_at_most
+from kvfold.evaluation.forced import fed, held_at_most, held_on_average
 from kvfold.evaluation.memory import resident_bytes
 from kvfold.files import write_json
 from kvfold.hf.memory import parse_memory
 
 THOUSAND, FLAT, VOCAB = 1000, 1.1, 97
-MEASURES = ("tokens", "nbytes", "resident", "ms", "mean_ms", "cpu_ms")
+MEASURES = ("tokens", "most_tokens", "nbytes", "resident", "ms", "mean_ms", "cpu_ms")
 
 
 def build() -> PreTrainedModel:
@@ -53,10 +54,14 @@ def build() -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Thousand:
-    """What some steps that follow each other took; `tokens` and `nbytes` after the worst of them."""
+    """What some steps that follow each other took.
+
+    After the worst of them: `tokens` a head on average over a row's layers and heads, `most_tokens` of one, `nbytes`.
+    """
 
     last: int
     tokens: int
+    most_tokens: int
     nbytes: int
     resident: int
     ms: float
@@ -85,17 +90,17 @@ def thousands(
 ) -> Iterator[Thousand]:
     """Read a prompt of ids (B, T), feed the rest, and look at every step; one line for each `size` of them."""
     prefill(model, ids[:, :prompt], cache)
-    limits.look(-1, held_at_most(cache), cache.nbytes)
-    steps, tokens, nbytes, started = list[float](), 0, 0, time.process_time()
+    limits.look(-1, held_on_average(cache), cache.nbytes)
+    steps, tokens, most, nbytes, started = list[float](), 0, 0, 0, time.process_time()
     for step in fed(model, cache, ids[:, prompt:]):
-        held, taken = held_at_most(cache), cache.nbytes
+        held, taken = held_on_average(cache), cache.nbytes
         limits.look(step.number, held, taken)
-        tokens, nbytes = max(tokens, held), max(nbytes, taken)
+        tokens, most, nbytes = max(tokens, held), max(most, held_at_most(cache)), max(nbytes, taken)
         steps.append(1e3 * step.seconds)
         if len(steps) == size or step.number == ids.shape[1] - prompt - 1:
             spent, resident = 1e3 * (time.process_time() - started) / len(steps), resident_bytes() or 0
-            yield Thousand(step.number + 1, tokens, nbytes, resident, median(steps), mean(steps), spent)
-            steps, tokens, nbytes, started = [], 0, 0, time.process_time()
+            yield Thousand(step.number + 1, tokens, most, nbytes, resident, median(steps), mean(steps), spent)
+            steps, tokens, most, nbytes, started = [], 0, 0, 0, time.process_time()
 
 
 def flat(found: Sequence[Thousand]) -> dict[str, bool]:
@@ -111,11 +116,13 @@ def table(name: str, found: Sequence[Thousand], limits: Limits) -> str:
     """A method's part of what is printed."""
     lines = [
         f"{code_cell(name)}\n",
-        "| to step | tokens a head at most | KB at most | resident, MB | ms a step, median | mean | processor |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| to step | tokens a head at most | of one head | KB at most | resident, MB | ms a step, median | mean "
+        "| processor |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for each in found:
-        cells = [each.tokens, f"{each.nbytes / 1e3:.1f}", f"{each.resident / 1e6:.1f}", f"{each.ms:.2f}"]
+        held = [each.tokens, each.most_tokens, f"{each.nbytes / 1e3:.1f}", f"{each.resident / 1e6:.1f}"]
+        cells = [*held, f"{each.ms:.2f}"]
         lines.append(f"| {each.last} | " + " | ".join(map(str, cells)) + f" | {each.mean_ms:.2f} | {each.cpu_ms:.2f} |")
     said = ["flat" if each else "not flat" for each in flat(found).values()]
     return "\n".join([*lines, f"| | {' | '.join(said)} |", "", limits.broken or "The limit held at every step.", ""])
@@ -137,7 +144,7 @@ def run(model: PreTrainedModel, name: str, args: argparse.Namespace) -> dict[str
     else:
         size = nbytes_of(args.memory)
         options = {"context": args.context} if args.context else {}
-        cache, limits = kvfold.Cache(model, name, memory=size, **options), Limits(None, size)
+        cache, limits = kvfold.Cache(model, name, memory=size, batch=args.batch, **options), Limits(None, size)
     found = []
     for each in thousands(model, cache, ids, args.prompt, limits):
         found.append(each)

@@ -30,7 +30,7 @@ from torch import Tensor
 import kvfold
 from kvfold.evaluation.decoding import prefill
 from kvfold.evaluation.escaping import code_cell
-from kvfold.evaluation.forced import fed
+from kvfold.evaluation.forced import fed, swallowed
 from kvfold.evaluation.statistics import bootstrap_interval
 from kvfold.hf.tables import as_long_as
 
@@ -128,9 +128,9 @@ def answers(model: Any, tokenizer: Any, cache: kvfold.Cache, ids: Tensor, prompt
     """What the model says after ids (B, T), of which it reads `prompt` at once and the others one by one."""
     with as_long_as(model, ids.shape[1] + ANSWER):
         prefill(model, ids[:, :prompt], cache)
-        for step in fed(model, cache, ids[:, prompt:]):
-            logits = step.logits
-        said = [logits.argmax(-1, keepdim=True)]
+        swallowed(model, cache, ids[:, prompt:-1])
+        (step,) = fed(model, cache, ids[:, -1:])
+        said = [step.logits.argmax(-1, keepdim=True)]
         while len(said) < ANSWER:
             (step,) = fed(model, cache, said[-1])
             said.append(step.logits.argmax(-1, keepdim=True))

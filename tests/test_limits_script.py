@@ -60,7 +60,7 @@ def test_what_breaks_a_limit_first_is_told(script):
 
 
 def test_flat_is_a_tenth_and_the_first_may_differ(script):
-    one = script["Thousand"](1000, 8, 100, 100, 1.0, 1.0, 1.0)
+    one = script["Thousand"](1000, 8, 8, 100, 100, 1.0, 1.0, 1.0)
     found = script["flat"]([replace(one, nbytes=5), one, replace(one, nbytes=110, resident=111)])
     assert found["nbytes"] and not found["resident"] and found["tokens"]
 

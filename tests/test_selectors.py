@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from kvfold.formats import POSITION, Chunk, Dense, Indexed, Remembered, Segment,
 from kvfold.hf.rope import find_ropes
 from kvfold.methods import parse
 from kvfold.selectors import (
+    SENTENCE,
     Alike,
     Always,
     Bounds,
@@ -23,6 +25,7 @@ from kvfold.selectors import (
     Hierarchical,
     Keys,
     Selection,
+    Sentences,
     SomeHeads,
     Unremembered,
     Vote,
@@ -37,6 +40,7 @@ FORMS = {
     "bounds": FORM,
     "bounds-every": Indexed(Dense(page_size=4), Selection(Bounds(4), 12, reuse=Every(3))),
     "keys": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("sum", layer=True, softmax=True), slots=True)),
+    "sentences": Indexed(Dense(page_size=4), Selection(Sentences(), 6, always=Always(1, 2))),
     "keys-alike": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("max"), Always(1, 2), reuse=Alike(-1.0))),
     "hierarchical": Indexed(Dense(page_size=4), Selection(Hierarchical(4, 2), 12)),
     "hierarchical-every": Indexed(Dense(page_size=4), Selection(Hierarchical(6, 3), 12, reuse=Every(3))),
@@ -54,9 +58,9 @@ def some(counts: list[list[int]], seed: int, start: int = 0) -> Chunk:
     b, t = len(counts), int(number.max())
     valid = torch.arange(t) >= t - number[..., None]
     places = (valid.cumsum(-1) - 1 + start).clamp(min=0).to(torch.int32)
-    return Chunk(
-        torch.randn(b, H, t, D, generator=rng), torch.randn(b, H, t, D, generator=rng), valid, {POSITION: places}
-    )
+    sentence = 2 * (places // 3) + (places % 3 == 2).to(torch.int32)
+    columns = {POSITION: places, SENTENCE: sentence}
+    return Chunk(torch.randn(b, H, t, D, generator=rng), torch.randn(b, H, t, D, generator=rng), valid, columns)
 
 
 def spec(rows: int = B) -> Spec:
@@ -68,8 +72,8 @@ def fresh(rows: int = B, form: Indexed = FORM) -> Segment:
     return form.open(spec(rows))
 
 
-def anew(segment: Segment) -> torch.Tensor:
-    """The index of its tokens as they stand."""
+def anew(segment: Segment) -> Any:
+    """What is held of its tokens as they stand."""
     tokens = segment.dense()
     order = torch.argsort((~tokens.valid).byte(), dim=-1, stable=True)
     b = len(tokens.valid)
@@ -86,6 +90,9 @@ def inside(index: Remembered) -> HeldUnits:
 def agrees(segment: Segment) -> None:
     selection, index = segment.form.selection, inside(segment.index)
     mine, theirs, counts = index.held, anew(segment), segment.counts()
+    if isinstance(mine, dict):
+        same_sentences(mine, theirs, segment)
+        return
     if selection.heads is not None:
         counts = counts[:, np.array(selection.heads)]
     for row, head in np.ndindex(counts.shape):
@@ -100,6 +107,15 @@ def agrees(segment: Segment) -> None:
         chosen, known = segment.choice.units, segment.choice.made >= 0
         there = np.arange(chosen.shape[-1]) < units[..., None]
         assert not (chosen & ~there[:, :, None])[known].any()
+
+
+def same_sentences(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], segment: Segment) -> None:
+    for name in ("sums", "sizes", "numbers"):
+        most = min(mine[name].shape[2], theirs[name].shape[2])
+        torch.testing.assert_close(mine[name][:, :, :most], theirs[name][:, :, :most], atol=1e-5, rtol=0)
+        more = mine[name][:, :, most:]
+        assert bool(more.eq(-1 if name == "numbers" else 0).all()) and theirs[name].shape[2] == most
+    assert segment.index.nbytes == sum(tensor.untyped_storage().nbytes() for tensor in mine.values())
 
 
 COUNTS = st.lists(st.lists(st.integers(0, 9), min_size=H, max_size=H), min_size=B, max_size=B)
@@ -133,9 +149,10 @@ def test_whatever_happens_the_index_is_of_the_tokens(form, steps, seed):
             more = [value[row % B] for row in range(b)]
             segment.append(some(more, seed + number, at))
         elif what == "step":
-            one = some([[1] * H] * b, seed + number)
+            one = some([[1] * H] * b, seed + number, at)
             q = torch.randn(b, H, G, 1, D, generator=rng)
-            segment.step(q, one.keys, one.values, torch.full((b, 1), at), 0.3, weights=False)
+            segment.append(one, even=True)  # as `step` does it, with the columns of a layer
+            segment.attend_few(q, 0.3)
         elif what == "keep":
             segment.keep(valid & (torch.rand(valid.shape, generator=rng) < value), {}, slack=bool(seed % 2))
         elif what == "amend" and segment.longest:
@@ -265,6 +282,27 @@ def test_evicts_then_stores_then_reads_few(text):
     torch.testing.assert_close(few[:, 0], all_read[:, 0])
     whole = kvfold.Cache(model, text.replace("budget=40", "budget=1.0"))
     torch.testing.assert_close(follow(model, whole, *prompt.values(), said), all_read, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "text", [THREE, "h2o(budget=0.5) | quest(budget=40, dense=0)", "h2o(budget=0.5) | quest(budget=40, dense=0) | fp8",
+             "tokenselect(budget=40, sinks=2, recent=4, reuse=0.5)"],
+)  # fmt: skip
+def test_a_file_holds_the_columns_of_other_stages_too(text, tmp_path):
+    """What a method has set lies among the tokens beside which an index is."""
+    model, prompt, said = subject("llama"), tokens(120, 77), steps(2, 8)
+    cache, mask = kvfold.Cache(model, text), prompt["attention_mask"]
+    feed(model, cache, *prompt.values())
+    for step in said[:, :4].T:
+        mask = grow(mask)
+        feed(model, cache, step[:, None], mask)
+    cache.save(tmp_path / "c.kvfold")
+    other = kvfold.Cache.load(tmp_path / "c.kvfold", model)
+    assert other.nbytes <= cache.nbytes and other.kept_tokens == cache.kept_tokens
+    for step in said[:, 4:].T:
+        mask = grow(mask)
+        one, two = (feed(model, each, step[:, None], mask) for each in (cache, other))
+        assert torch.equal(one, two)
 
 
 def test_rows_of_other_methods_read_what_is_theirs():

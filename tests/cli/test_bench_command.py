@@ -129,6 +129,32 @@ def test_growth_as_json_and_as_a_table(folder: Path, tmp_path: Path) -> None:
     assert "shortest context" in (tmp_path / "g.html").read_text()
 
 
+def test_reading_as_json_and_as_a_table(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"word{i}" for i in range(400)))
+    words = ["reading", "--model", folder, "--methods", "quest(dense=0,page=4),tokenselect", "--budget", "0.25"]
+    words += ["--context", "96", "--tokens", "5", "--watched", "2", "--file", text]
+    found = got(*words)
+    full, quest, tokenselect = found["rows"]
+    assert [row["method"] for row in found["rows"]] == ["full", "quest(dense=0,page=4)", "tokenselect"]
+    assert full["kl"] == 0 and full["recall"] is None and full["index_bytes"] == 0
+    assert 0 < quest["recall"] <= 1 and 0 < quest["read"] < 1 and quest["index_bytes"] > 0
+    assert tokenselect["nbytes"] > quest["nbytes"] > full["nbytes"] and tokenselect["kl"] > 0
+    result = runner.invoke(app, ["bench", *map(str, words)])
+    assert result.exit_code == 0 and "tokenselect" in result.stdout and "recall" in result.stdout
+
+
+def test_reading_refuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a few words")
+    said = refused(monkeypatch, capsys, "reading", "--model", folder, "--file", text, "--context", "50")
+    assert "context=50 and tokens=48 must be at most the text's" in said
+    said = refused(monkeypatch, capsys, "reading", "--model", folder, "--file", tmp_path / "none.txt")
+    assert "none.txt" in said
+
+
 PEER = """
 import json, sys
 PRESSES = {"full": None, "snapkv": None, "tova": None}

@@ -8,7 +8,7 @@ import torch
 import kvfold
 from kvfold.evaluation.agreement import agreement
 from kvfold.evaluation.decoding import prefill, teacher_forced
-from kvfold.evaluation.forced import drift, fed, full_states, logits_of
+from kvfold.evaluation.forced import drift, fed, full_states, logits_of, swallowed
 from kvfold.testing import VOCAB
 from models import build
 
@@ -106,3 +106,17 @@ def test_a_model_with_logits_of_another_kind_is_refused(monkeypatch):
     monkeypatch.setattr(type(model), "forward", scaled)
     with pytest.raises(ValueError, match="makes its logits of more than its output layer"):
         full_states(model, tokens(1, 12), 4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("method", ["kvfold(budget=12, interval=4)", "h2o(budget=12)"])
+def test_tokens_that_nobody_asks_about_leave_what_others_do(family, method):
+    """Without the output layer: the same tokens are kept, and what comes next is the same to the last bit."""
+    model, ids = build(family), tokens(2, 50)
+    one, two = kvfold.Cache(model, method), kvfold.Cache(model, method)
+    for cache in (one, two):
+        prefill(model, ids[:, :20], cache)
+    *_, last = fed(model, one, ids[:, 20:])
+    swallowed(model, two, ids[:, 20:-1])
+    (same,) = fed(model, two, ids[:, -1:])
+    assert torch.equal(last.logits, same.logits) and [one.kept(i) for i in range(3)] == [two.kept(i) for i in range(3)]

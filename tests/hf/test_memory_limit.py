@@ -42,6 +42,29 @@ def test_the_limit_holds(name, text):
             assert held <= limit, f"{held} bytes of {limit}, {batch} rows"
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_more_rows_than_the_limit_is_for_are_refused(name):
+    """They would exceed it: a pass, beams, and rows of another cache, before anything is read or changed."""
+    model, text = subject(name), tokens(40, 40)
+    cache = kvfold.Cache(model, "kvfold", memory=200_000)
+    with pytest.raises(ValueError, match="2 rows, and memory= was given for batch=1"):
+        read(model, cache, text["input_ids"])
+    assert cache.get_seq_length() == 0 and cache.nbytes == kvfold.Cache(model, "kvfold", memory=200_000).nbytes
+    with pytest.raises(ValueError, match="3 rows, and memory="):
+        model.generate(**tokens(20), past_key_values=cache, num_beams=3, max_new_tokens=4)
+    read(model, cache, text["input_ids"][:1])
+    held, other = cache.kept_tokens, kvfold.Cache(model, "full")
+    read(model, other, text["input_ids"][1:])
+    for change in (lambda: cache.join(other), lambda: cache.batch_repeat_interleave(2),
+                   lambda: cache.fork().batch_select_indices(torch.tensor([0, 0]))):  # fmt: skip
+        with pytest.raises(ValueError, match="2 rows, and memory= was given for batch=1"):
+            change()
+    assert cache.kept_tokens == held and other.rows.batch == 1
+    two = kvfold.Cache(model, "kvfold", memory=200_000, batch=2)
+    read(model, two, text["input_ids"])
+    assert two.nbytes <= 200_000
+
+
 def test_a_large_limit_is_used():
     """Pages that are not full matter less, the more there are: four fifths of the limit are held."""
     model, limit = subject("llama"), 2_000_000

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from rich.table import Table
 
-from kvfold.bench import endtoend, growth, kernels
+from kvfold.bench import endtoend, growth, kernels, reading
 from kvfold.bench.arithmetic import Arithmetic
 from kvfold.bench.machine import Spread
 from kvfold.bench.parts import PARTS
@@ -212,5 +212,29 @@ def growth_table(
             duration(row.step_seconds.median), ratio_of(row.of_first),
             duration(row.bound_seconds), step,
             duration(row.prefill_seconds.median), prefill, megabytes(row.kv_bytes), kv,
+        )  # fmt: skip
+    return table
+
+
+def reading_table(rows: Sequence[reading.ReadRow], title: str) -> Table:
+    """A line for each method; the first is the full cache's."""
+    caption = (
+        "KL and equal tokens beside the full cache. Recall: of the tokens that a query head reads the share that is "
+        "among as many with the largest exact attention; attention: how much of that they have. Read: bytes of a step, "
+        "index included, in the layers that choose, and their share of what is stored there."
+    )
+    first, rest = (
+        ("KL", "equal tokens", "recall", "attention", "read a step"),
+        ("of stored", "index", "KV cache", "step"),
+    )
+    table = _table(title, caption, ("method",), (*first, *rest, "times"))
+    for row in rows:
+        shares = ["-" if share is None else f"{share:.3f}" for share in (row.recall, row.attention)]
+        chose = row.stored_bytes > 0
+        table.add_row(
+            row.method, f"{row.kl:.4f}", f"{row.top1:.3f}", *shares,
+            megabytes(row.read_bytes) if chose else "-", f"{row.read:.3f}" if chose else "-",
+            megabytes(row.index_bytes) if row.index_bytes else "-", megabytes(row.nbytes), duration(row.step_seconds),
+            f"{rows[0].step_seconds / row.step_seconds:.2f}",
         )  # fmt: skip
     return table

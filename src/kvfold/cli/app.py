@@ -8,7 +8,7 @@ from io import TextIOWrapper
 import typer
 
 from kvfold import __version__
-from kvfold.cli import bench, calibrate, compare, eval, methods, models, plan, report, run, uptrain
+from kvfold.cli import bench, bench_reading, calibrate, compare, eval, methods, models, plan, report, run, uptrain
 from kvfold.waiting import rest_between_products
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("eval")(eval.eval_command)
 app.command("calibrate")(calibrate.calibrate_command)
 app.command("uptrain")(uptrain.uptrain_command)
 app.command("report")(report.report_command)
+bench.app.command("reading")(bench_reading.reading_command)
 app.add_typer(bench.app, name="bench")
 
 

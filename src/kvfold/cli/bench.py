@@ -1,4 +1,4 @@
-"""`kvfold bench`: decode attention alone, a model end to end, and how cost grows with the text."""
+"""`kvfold bench`: decode attention, a model end to end, how cost grows with the text, and what few tokens are read."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -221,7 +221,7 @@ def growth_command(
     common.end(not unfit)
 
 
-# -- what the three share ------------------------------------------------------------------------------------
+# -- what the four share ------------------------------------------------------------------------------------
 
 
 def integers(name: str, text: str) -> list[int]:

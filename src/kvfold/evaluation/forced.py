@@ -61,6 +61,13 @@ def held_at_most(cache: Cache) -> int:
     return max((int(core.counts().max(initial=0)) for core in cache.paged), default=0)
 
 
+def held_on_average(cache: Cache) -> int:
+    """Tokens of a head on average over a row's layers and heads, of that row which holds most, rounded up."""
+    counts = [core.counts() for core in cache.paged if core.counts().size]
+    heads = sum(each.shape[1] for each in counts)
+    return -(-int(sum(each.sum(1) for each in counts).max()) // heads) if heads else 0
+
+
 @torch.no_grad()
 def fed(model: PreTrainedModel, cache: HFCache, ids: Int[Tensor, "B T"]) -> Iterator[Step]:
     """Feed tokens one by one, the same number to every row, as if the model had said them."""
@@ -72,6 +79,15 @@ def fed(model: PreTrainedModel, cache: HFCache, ids: Int[Tensor, "B T"]) -> Iter
             logits = model(input_ids=token, **with_cache(model, cache)).logits[:, -1]
             sync(model.device)
             yield Step(number, logits, time.perf_counter() - start)
+
+
+@torch.no_grad()
+def swallowed(model: PreTrainedModel, cache: HFCache, ids: Int[Tensor, "B T"]) -> None:
+    """Feed tokens one by one as `fed` does, and ask of none what comes next: a vocabulary is most of a small model."""
+    decoder = model.base_model
+    with as_long_as(model, cache.get_seq_length() + ids.shape[1]):
+        for token in ids.to(model.device).split(1, 1):
+            decoder(input_ids=token, **with_cache(model, cache))
 
 
 @contextmanager

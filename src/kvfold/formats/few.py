@@ -58,6 +58,14 @@ def attend_and_give(
     return out, lse, left if weights else None
 
 
+def read_slots(valid: Bool[Tensor, "B H T"], chosen: Chosen, unit: int) -> Bool[Tensor, "B H S T"]:
+    """The slots that each list has, of those that are `valid`."""
+    number = ((valid.cumsum(-1) - 1).clamp(min=0) // unit).clamp(max=chosen.shape[-1] - 1)
+    units = torch.from_numpy(chosen).to(valid.device)
+    slots = units.gather(-1, number[:, :, None].expand(*units.shape[:3], -1))
+    return slots & valid[:, :, None]
+
+
 def _pages(
     parts: Sequence[object], chosen: Chosen, unit: int
 ) -> list[tuple[PagedSegment, Bool[np.ndarray, "B H S M"]]] | None:
@@ -95,11 +103,9 @@ def _masked(
     seen: np.ndarray | None,
 ) -> Answer:  # fmt: skip
     valid, _ = segment.columns()
-    number = ((valid.cumsum(-1) - 1).clamp(min=0) // unit).clamp(max=chosen.shape[-1] - 1)
-    units, lists = torch.from_numpy(chosen).to(valid.device), chosen.shape[2]
-    found = []
-    for some, asked in zip(units.unbind(2), q.chunk(lists, 2), strict=True):
-        read, compact, asks = valid & some.gather(-1, number), None, asked
+    slots, lists, found = read_slots(valid, chosen, unit), chosen.shape[2], list[Answer]()
+    for read, asked in zip(slots.unbind(2), q.chunk(lists, 2), strict=True):
+        compact, asks = None, asked
         if rope is not None and seen is not None:
             compact = Compact(rope, read.cumsum(-1) - 1)
             place = torch.from_numpy(seen - 1).to(read.device)[:, None]

@@ -44,6 +44,14 @@ class Remembered(Protocol):
         """The valid ones are tokens `start[b, h]` and on of their row: one by one or all at once, it is the same."""
         ...
 
+    def whole(self) -> Bool[np.ndarray, " B"]:
+        """Which rows read everything at the step that `asks` was last called for, whatever the budget."""
+        ...
+
+    def begins(self, first: Int[np.ndarray, "B H"]) -> Int[np.ndarray, "B H"]:
+        """From where on tokens must be given again once those from `first[b, h]` on have changed: a unit's start."""
+        ...
+
     def forget(self, units: np.ndarray) -> None:
         """Units `units[b, h]` and on are as if nothing of them had come."""
         ...
@@ -54,6 +62,10 @@ class Remembered(Protocol):
 
     def scores(self, asked: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
         """What each unit is worth to what is `asked`, float32; -inf behind a row's `units[b, h]`."""
+        ...
+
+    def cropped(self, rows: Bool[np.ndarray, " B"]) -> None:
+        """Some of the text of these rows was taken back: what is remembered of queries beside tokens goes."""
         ...
 
     def select(self, rows: np.ndarray) -> "Remembered":

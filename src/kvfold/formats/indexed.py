@@ -1,6 +1,7 @@
 """A format whose segments remember an index of their tokens, so that a generated token reads few of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.formats.few import attend_and_give, attend_few
+from kvfold.formats.few import Chosen, attend_and_give, attend_few
 from kvfold.formats.index import Giving, Handed, Reader, Remembered, Taking
 from kvfold.formats.parts import Answer, Choosing
 from kvfold.formats.picked import Picked, check_picked, joined
@@ -19,6 +20,22 @@ from kvfold.rotation import Compact
 
 INNER, INDEX, CHOICE = "tokens.", "index.", "choice."
 """What tensors of a state are called after."""
+SEEN: list[Callable[..., None]] = []
+"""Who is told of every choice, see `choices_seen`."""
+
+
+@contextmanager
+def choices_seen(see: Callable[["IndexedSegment", Tensor, float, Chosen | None], None]) -> Iterator[None]:
+    """In this block `see(segment, q, scale, chosen)` is called for each query (B, H, G, 1, D) that is about to attend.
+
+    `chosen` are the units that are read for it, (B, H, S, N); None: all. For measurements: what is given is not to be
+    changed.
+    """
+    SEEN.append(see)
+    try:
+        yield
+    finally:
+        SEEN.remove(see)
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,11 @@ class IndexedSegment(Choosing, Uncaptured):
         total: int = self.inner.bytes_beside(counted) + self.index.nbytes + self.seen.nbytes + chosen
         return total
 
+    @property
+    def index_nbytes(self) -> int:
+        """Bytes of the index."""
+        return self.index.nbytes
+
     def nbytes_with(self, more: np.ndarray) -> int:
         """See `Segment.nbytes_with`."""
         units = -(-int((self.counts() + more).max(initial=0)) // self.form.selection.unit)
@@ -138,14 +160,16 @@ class IndexedSegment(Choosing, Uncaptured):
 
     def attend_few(self, q: Tensor, scale: float, *, weights: bool = False, handed: Handed | None = None) -> Answer:
         """A generated token reads what is chosen for it; it is stored already. `handed`: see `Choosing`."""
-        selection, counts = self.form.selection, self.inner.counts()
+        selection, counts, chosen = self.form.selection, self.inner.counts(), None
         handed = {} if handed is None else handed
-        if isinstance(selection, Giving):
-            return attend_and_give(self.inner, selection, q, scale, self.seen, handed, weights=weights)
         if isinstance(selection, Taking):
             chosen = selection.take(counts, handed)
-        else:
+        elif not isinstance(selection, Giving):
             chosen, self.choice = selection.choose(self.index, q[:, :, :, 0], counts, self.seen, self.choice)
+        for see in SEEN:
+            see(self, q, scale, chosen)
+        if isinstance(selection, Giving):
+            return attend_and_give(self.inner, selection, q, scale, self.seen, handed, weights=weights)
         if chosen is None:
             return self.inner.attend(q, scale, weights=weights)
         rope = self.spec.rope if selection.slots else None
@@ -180,7 +204,7 @@ class IndexedSegment(Choosing, Uncaptured):
         first = torch.where(gone, valid.cumsum(-1) - 1, valid.shape[-1]).amin(-1)
         self.inner.keep(mask, columns, slack=False)
         self._stale(gone.any(2).cpu().numpy())
-        self._renew(np.minimum(first.cpu().numpy(), self.inner.counts()))
+        renew(self, np.minimum(first.cpu().numpy(), self.inner.counts()))
 
     def amend(self, slots: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
         """See `Segment.amend`."""
@@ -189,20 +213,22 @@ class IndexedSegment(Choosing, Uncaptured):
             valid, _ = self.inner.columns()
             ranks = (valid.cumsum(-1) - 1).gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, valid.shape[-1])
             self._stale((slots >= 0).any(2).cpu().numpy())
-            self._renew(np.minimum(ranks.amin(-1).cpu().numpy(), self.inner.counts()))
+            renew(self, np.minimum(ranks.amin(-1).cpu().numpy(), self.inner.counts()))
 
     def truncate(self, counts: np.ndarray, *, slack: bool = False) -> None:
         """See `Segment.truncate`."""
         before = self.inner.counts()
         self.inner.truncate(counts, slack=slack)
         self._stale(counts < before)
-        self._renew(np.minimum(counts, before))
+        renew(self, np.minimum(counts, before))
 
     def cropped(self, limit: np.ndarray) -> None:
         """See `Segment.cropped`."""
         self.inner.cropped(limit)
+        rows: np.ndarray = limit < self.seen
         if self.choice is not None:
-            self.choice.forget(np.asarray(limit < self.seen))
+            self.choice.forget(rows)
+        self.index.cropped(rows)
         self.seen = np.minimum(self.seen, limit)
 
     def clear(self) -> None:
@@ -221,20 +247,6 @@ class IndexedSegment(Choosing, Uncaptured):
             heads = self.form.selection.heads
             some: np.ndarray = changed if heads is None else changed[:, np.array(heads)]
             self.choice.forget(np.any(some, axis=1))
-
-    def _renew(self, first: np.ndarray) -> None:
-        """Remember tokens `first[b, h]` and on of each row anew, and what lies in the same unit before them."""
-        unit = self.form.selection.unit
-        heads, counts, units = self.form.selection.heads, self.inner.counts(), first // unit
-        changed = (first < counts) | (first % unit > 0)
-        if heads is not None:
-            changed &= np.array(heads)  # of the others nothing is remembered
-        if not changed.any():
-            self.index.forget(-(-counts // unit))
-            return
-        units = np.where(changed, units, -(-counts // unit))
-        self.index.forget(units)
-        self.index.extend(_from(self.inner.dense(), units * unit), units * unit)
 
     # -- rows and pages ----------------------------------------------------------------------------------------
 
@@ -278,13 +290,24 @@ class IndexedSegment(Choosing, Uncaptured):
         return told, known | {f"{CHOICE}{name}": x for name, x in chosen.items()}
 
 
-def _from(tokens: Chunk, start: np.ndarray) -> Chunk:
-    """Those that are number `start[b, h]` and on of their row."""
+def renew(segment: IndexedSegment, first: np.ndarray) -> None:
+    """Remember tokens `first[b, h]` and on of each row anew, and what lies in the same unit before them."""
+    unit, begins, counts = segment.form.selection.unit, segment.index.begins(first), segment.inner.counts()
+    units, changed, heads = begins // unit, (first < counts) | (begins < first), segment.form.selection.heads
+    if heads is not None:
+        changed &= np.array(heads)  # of the others nothing is remembered
+    if not changed.any():
+        segment.index.forget(-(-counts // unit))
+        return
+    units = np.where(changed, units, -(-counts // unit))
+    segment.index.forget(units)
+    tokens, start = segment.inner.dense(), units * unit
     begin = torch.from_numpy(start).to(tokens.valid.device)[..., None]
     wanted = tokens.valid & (tokens.valid.cumsum(-1) > begin)
     most = int(wanted.sum(-1).max()) if wanted.numel() else 0
     order = torch.argsort((~wanted).byte(), dim=-1, stable=True)[..., :most]
-    return tokens.take(order).but(wanted.gather(-1, order))
+    some = tokens.take(order)
+    segment.index.extend(some.but(wanted.gather(-1, order)), start)
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

@@ -60,6 +60,11 @@ class Choosing(ABC):
         """See `Segment.step`; of a layer by itself."""
         return self.step_few(q, k, v, positions, scale, weights=weights, handed={})
 
+    @property
+    @abstractmethod
+    def index_nbytes(self) -> int:
+        """Bytes of what it chooses by."""
+
 
 def answers(part: Answering) -> bool:
     """Whether a query gets anything of it."""

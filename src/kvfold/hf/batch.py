@@ -13,6 +13,7 @@ from kvfold.hf.call.given import Given
 from kvfold.hf.call.hooks import watch
 from kvfold.hf.call.host import Host
 from kvfold.hf.layers import PagedLayer, WindowLayer
+from kvfold.layer.rows import check_most
 from kvfold.options import check_rows, shown
 
 
@@ -66,11 +67,13 @@ class Batch(Host):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, side by side."""
+        check_most(self.rows, repeats * self.rows.batch)
         super().batch_repeat_interleave(repeats)
         self._rows_are(np.repeat(np.arange(self.rows.batch), repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows."""
+        check_most(self.rows, len(indices) if indices.dtype != torch.bool else int(indices.sum()))
         super().batch_select_indices(indices)
         self._rows_are(np.arange(self.rows.batch)[indices.cpu().numpy()])
 
@@ -86,9 +89,9 @@ class Batch(Host):
 
         From then on a forward pass reads both: columns end at the same place, so the attention mask of a row that has
         read less has padding in front, and a row's answers are what it would have given alone. `other` is empty
-        afterwards. Raises ValueError, before anything is changed, for a cache of another model, this one itself,
-        methods whose layers share memory (minicache) or that gave the model other tokens than the caller's (specpc),
-        and a calibration that was measured anew between the two.
+        afterwards. Raises ValueError, before anything is changed, for a cache of another model, this one itself, more
+        rows than `memory` was given for, methods whose layers share memory (minicache) or that gave the model other
+        tokens than the caller's (specpc), and a calibration that was measured anew between the two.
         """
         if other is self or other.model is not self.model:
             raise ValueError(f"other={type(other).__name__} must be another cache of this {type(self.model).__name__}")
@@ -108,6 +111,7 @@ class Batch(Host):
                 check_join(mine, theirs)
         if not other.rows.batch:
             return
+        check_most(self.rows, self.rows.batch + other.rows.batch)
         fresh, self.given = not self.rows.batch, Given()  # from now on nobody knows which columns are whose
         for cache in (self, other):
             cache.name_columns()

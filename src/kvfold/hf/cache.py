@@ -4,6 +4,7 @@ import copy
 import os
 import warnings
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -28,6 +29,7 @@ from kvfold.hf.saving.file import load, save
 from kvfold.hf.source import unfit
 from kvfold.hf.support import check_model, check_windows, layers_of, unwrapped
 from kvfold.hf.windows import CodedWindow
+from kvfold.hf.words import sentence_ends
 from kvfold.layer.layer import KVLayer
 from kvfold.layer.rows import Rows
 from kvfold.methods.base import Method
@@ -59,8 +61,8 @@ class Cache(Adopting):
     What a prompt keeps is known when it was read, and new columns of a method when it makes them: then OutOfPages
     leaves this cache to be `reset()`.
     With `memory` (bytes, "512MiB", or a share of a dense float16 cache of `context` tokens) the budget is the largest
-    with which `batch` rows never hold more, all included (hf/memory.py). With `context` and no format bits are chosen,
-    too (hf/bits.py), unless `quantize=False`.
+    with which `batch` rows never hold more, all included (hf/memory.py); more rows are refused. With `context` and no
+    format bits are chosen, too (hf/bits.py), unless `quantize=False`.
     A wrapper around a model (a PeftModel, torch.compile's) will do: the cache belongs to the model in it.
     Raises ValueError for a model that can't work, naming what is missing, and for options that don't fit.
     """
@@ -85,9 +87,10 @@ class Cache(Adopting):
         if prefill_chunk is not None and any(hasattr(layer, "recurrent_states") for layer in plan):
             check_carried(model)
         paged = any(type(layer) is DynamicLayer for layer in plan)
-        self.model, self.prefill_chunk, self.part_size = model, prefill_chunk, part_size
-        self.arena, self.call = arena, Call()
-        self.rows = Rows(chosen.bind(model) if paged else chosen)
+        self.model, self.arena, self.call = model, arena, Call()
+        self.prefill_chunk, self.part_size = prefill_chunk, part_size
+        bound, ends = chosen.bind(model) if paged else chosen, partial(sentence_ends, model.name_or_path)
+        self.rows = Rows(bound, None if memory is None else batch, ends)
         super().__init__(self._layers(plan))
         if paged:
             use_kvfold(model)
@@ -193,8 +196,7 @@ class Cache(Adopting):
         """
         other = type(self).__new__(type(self))
         other.model, other.prefill_chunk, other.part_size = self.model, self.prefill_chunk, self.part_size
-        other.arena = self.arena
-        other.rows, other.call = self.rows.fork(), Call()
+        other.arena, other.rows, other.call = self.arena, self.rows.fork(), Call()
         Host.__init__(other, [_forked(layer, other) for layer in self.layers])
         other.reading, other.given, other.pending = self.reading, self.given, self.pending.copied()
         other.stop_recording()

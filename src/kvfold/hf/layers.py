@@ -25,7 +25,7 @@ class Owner(Protocol):
     call: Any
     """The call of the model in hand: `unread` is the layer that got keys which no attention function has seen yet."""
 
-    def enter(self, ordinal: int, tokens: int) -> Plan:
+    def enter(self, ordinal: int, tokens: int, rows: int) -> Plan:
         """A layer is about to attend `tokens` new tokens."""
         ...
 
@@ -85,9 +85,9 @@ class PagedLayer(CacheLayerMixin):
             q, k, v = (x.detach() for x in given)
         ordinal, parts = core.site.ordinal, owner.call.parts
         if parts is None:
-            plan = owner.enter(ordinal, q.shape[2])
+            plan = owner.enter(ordinal, q.shape[2], q.shape[0])
         else:
-            plan = owner.enter(ordinal, parts.total) if parts.start == 0 else owner.call.plan
+            plan = owner.enter(ordinal, parts.total, q.shape[0]) if parts.start == 0 else owner.call.plan
             valid = parts.valid
         out = core.attend(q, k, v, valid, scale, plan, module, hidden, parts)
         if (plan.defer or plan.late) and (parts is None or parts.last):

@@ -12,6 +12,7 @@ from kvfold.hf.anatomy import attention_modules, has_grid_positions, text_decode
 from kvfold.hf.argument import NEW, OLD
 from kvfold.hf.images import check_images
 from kvfold.hf.source import changed_by_name, unfit
+from kvfold.hf.words import check_words
 from kvfold.methods.base import Method
 
 NOTHING = "DummyLayer"
@@ -83,6 +84,7 @@ def check_model(model: Any, method: Method | None = None) -> None:
         raise ValueError(f"method={method} reads text on at its own positions, and {name} gives images others (M-RoPE)")
     if method is not None:
         check_images(model, method)
+        check_words(model, method)
     layers = layers_of(model)
     for layer in layers:
         known = isinstance(layer, CacheLayerMixin) or hasattr(layer, "conv_states")

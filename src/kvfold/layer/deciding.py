@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,13 @@ from torch import Tensor
 
 from kvfold.formats import POSITION, Chunk, join
 from kvfold.layer.carrying import commit
-from kvfold.layer.plan import Part, Plan, narrowed
+from kvfold.layer.plan import Group, Part, Plan, narrowed
 from kvfold.layer.recent import EVENT, Recent, ahead
 from kvfold.layer.rows import Rows
 from kvfold.layer.segments import as_stored
 from kvfold.layer.stored import Stored
 from kvfold.methods.base import decided
-from kvfold.views import ATTENTION, HiddenView, LayerView, Place, Queries, Site
+from kvfold.views import ATTENTION, HiddenView, LayerView, NewWords, Place, Queries, Site
 from kvfold.views.decisions import Amend, Decision, Propagate
 
 
@@ -73,6 +74,32 @@ class Moment:
         empty = torch.zeros(batch, spec.heads, 0, spec.key_size, dtype=spec.dtype, device=spec.device)
         no_one = torch.zeros(batch, 0, dtype=torch.int32, device=spec.device)
         return self.view(Queries(empty, no_one.bool(), empty.new_zeros(empty.shape[:3]).float(), no_one))
+
+    def labels(self) -> Mapping[str, Tensor]:
+        """What methods call the pass's tokens, asked once for all layers: columns (B, Q), zeros in rows of others."""
+        plan, groups = self.plan, [group for group in self.rows.groups if group.method.listens("label")]
+        if not groups:
+            return {}
+        if plan.labels is None:
+            plan.labels = self._labelled(groups)
+        if plan.narrow is None or self.site.layer <= plan.narrow.after:
+            return plan.labels
+        return {name: label.gather(1, plan.narrow.columns.clamp(min=0)) for name, label in plan.labels.items()}
+
+    def _labelled(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        plan, device = self.plan, self.stored.spec.device
+        assert plan.positions is not None
+        valid = torch.ones(plan.positions.shape, dtype=torch.bool) if plan.valid is None else plan.valid.cpu()
+        ids = None if plan.token_ids is None else plan.token_ids.cpu()
+        found = dict[str, Tensor]()
+        for group in groups:
+            rows = torch.arange(len(valid)) if group.rows is None else torch.from_numpy(group.rows)
+            newest = partial(self.stored.newest, rows)
+            said = NewWords(None if ids is None else ids[rows], valid[rows], newest, self.rows.ends)
+            for name, label in group.method.label(said).items():
+                whole = found.setdefault(name, torch.zeros(valid.shape, dtype=label.dtype))
+                whole[rows] = label
+        return {name: label.to(device) for name, label in found.items()}
 
     # -- the events of a layer -------------------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ class KVLayer(Held):
             everyone = torch.ones(places.shape, dtype=torch.bool, device=q.device)
         if valid is None and places.shape[1] == 1 and not plan.prefill:
             asking = Asking(q, places[:, :1], scale, self._compact(k.device))
-            self.stored.append(new_tokens(k, v, None, places), even=True)
+            self.stored.append(new_tokens(k, v, None, places, moment.labels()), even=True)
             read = moment.read(q, places)
             weights = ATTENTION in plan.asks and asking.compact is None and read is None
             handed = plan.handed if read is None else None
@@ -86,7 +86,7 @@ class KVLayer(Held):
             asking, parts, valid, None if fade is None else parts.of(shares(everyone, fade)), admitted, plan.block
         )
         if parts.last:
-            chunk = new_tokens(parts.so_far("k"), parts.so_far("v"), valid, places)
+            chunk = new_tokens(parts.so_far("k"), parts.so_far("v"), valid, places, moment.labels())
             chunk = chunk if admitted is None else chunk.but(admitted)
             queries = Queries(parts.so_far("q"), everyone, parts.so_far("lse"), places, read=parts.so_far("out"))
             left = parts.sums()
@@ -180,6 +180,10 @@ class KVLayer(Held):
         self.number, self.scale, self.module = plan.number, view.place.scale, view.place.module
         moment = self.moment(plan)
         view = replace(view, place=moment.place(), bounds=(0,), held=(self.segments[0][0],))
+        if labels := moment.labels():
+            tokens = view.tokens
+            wide = {name: label[:, None].expand(tokens.valid.shape) for name, label in labels.items()}
+            view = replace(view, tokens=tokens.but(tokens.valid, {**tokens.columns, **wide}))
         if plan.parts:
             view = moment.decide(view)
         commit(self.stored, view, view.tokens)

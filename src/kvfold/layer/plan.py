@@ -1,5 +1,6 @@
 """One forward pass: what its rows read, where that stands in the text, and who decides about which rows."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -82,6 +83,9 @@ class Plan:
     """What layers have chosen that later ones of the pass read, too."""
     waiting: dict[int, Queries] = field(default_factory=dict)
     """Queries of the layers (by ordinal) whose events wait for a crop."""
+
+    labels: Mapping[str, Tensor] | None = None
+    """Columns (B, Q) that methods give the new tokens, once the first layer that stores them has asked."""
 
     number: int = 0
     """The how-manieth pass of its rows it is, from 1; 0: no layer has attended yet."""

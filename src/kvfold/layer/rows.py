@@ -1,5 +1,6 @@
 """What the rows of a batch have read, once for all layers: tokens, prompts, columns, and whose rows they are."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +12,8 @@ from kvfold.layer.plan import Group, Part, Plan
 from kvfold.methods.base import Method
 
 EMPTY = np.zeros(0, dtype=np.int64)
+Ends = Callable[[], Bool[Tensor, " V"] | None]
+"""With which tokens of a model's vocabulary a sentence ends; None: that is not known."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,10 @@ class Rows:
     counts passes: a layer that has read as many has read what the rows have.
     """
 
-    def __init__(self, method: Method):
-        self.own = method
-        """The method of rows that no other batch brought."""
+    def __init__(self, method: Method, most: int | None = None, ends: Ends = lambda: None):
+        self.own, self.most, self.ends = method, most, ends
+        """The method of rows that no other batch brought; rows that a limit of memory was given for (None: any number);
+        with which tokens a sentence ends."""
         self.clear()
 
     def clear(self) -> None:
@@ -105,7 +109,8 @@ class Rows:
         plan.late = plan.listen and (self.listens("after_layer") or self.listens("after_forward"))
         moved = any(group.method.compact for group in self.groups)
         busy = plan.prefill or plan.defer or plan.observe is not None or moved
-        plan.step = count == 1 and plan.ones and not busy and not (plan.listen and self.listens("before_attend"))
+        asked = self.listens("label") or (plan.listen and self.listens("before_attend"))
+        plan.step = count == 1 and plan.ones and not busy and not asked
 
     def turned(self, plan: Plan) -> None:
         """What looked like a draft was a further prompt."""
@@ -207,10 +212,19 @@ class Rows:
 
     def fork(self) -> "Rows":
         """The same, by itself."""
-        other = Rows(self.own)
+        other = Rows(self.own, self.most, self.ends)
         other.groups, other.seen, other.prompt = self.groups, self.seen, self.prompt
         other.width, other.width_before, other.number = self.width, self.width, self.number
         return other
+
+
+def check_most(rows: Rows, batch: int) -> None:
+    """Raise ValueError where `batch` rows are more than a limit of memory was given for."""
+    if rows.most is not None and batch > rows.most:
+        raise ValueError(
+            f"{batch} rows, and memory= was given for batch={rows.most}, which they would exceed: say how many rows "
+            "there are, beams and samples counted"
+        )
 
 
 def owners(groups: tuple[Group, ...], batch: int) -> np.ndarray:

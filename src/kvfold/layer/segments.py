@@ -109,6 +109,15 @@ class Segments:
         first = self.segments[0][1]
         return first.dense(), torch.from_numpy(self.counts() - first.counts()).to(self.spec.device)
 
+    def newest(self, rows: Int[Tensor, " N"], name: str) -> Int[Tensor, " N"]:
+        """The largest number of a column among the tokens of each of some rows, -1 where there is none."""
+        most = torch.full((self.spec.rows,), -1, dtype=torch.int64)
+        for _, segment in self.segments:
+            valid, columns = segment.columns()
+            if name in columns and valid.numel():
+                most = torch.maximum(most, columns[name].masked_fill(~valid, -1).amax((1, 2)).cpu().long())
+        return most[rows]
+
     def positions(self) -> list[list[list[int]]]:
         """Text positions of the tokens of each row and head, ascending."""
         tokens, _ = self.tokens()
@@ -137,8 +146,15 @@ def as_stored(slots: Tensor, order: Tensor | None) -> Tensor:
     return torch.cat([torch.empty_like(old).scatter(-1, order, old), slots[..., order.shape[-1] :]], -1)
 
 
-def new_tokens(k: Tensor, v: Tensor, valid: Bool[Tensor, "B Q"] | None, positions: Int[Tensor, "B Q"]) -> Chunk:
-    """Tokens that a pass brings, at these places in the text; `valid`: those that are not padding, None: all."""
-    wide = positions[:, None].expand(-1, k.shape[1], -1)
+def new_tokens(
+    k: Tensor, v: Tensor, valid: Bool[Tensor, "B Q"] | None, positions: Int[Tensor, "B Q"],
+    labels: Mapping[str, Tensor] | None = None,
+) -> Chunk:  # fmt: skip
+    """Tokens that a pass brings, at these places in the text; `valid`: those that are not padding, None: all.
+
+    `labels`: further columns of them (B, Q), the same in all heads.
+    """
+    columns = {POSITION: positions, **(labels or {})}
+    wide = {name: column[:, None].expand(-1, k.shape[1], -1) for name, column in columns.items()}
     real = torch.ones((), dtype=torch.bool, device=k.device) if valid is None else valid[:, None]
-    return Chunk(k.detach(), v.detach(), real.expand(wide.shape), {POSITION: wide})
+    return Chunk(k.detach(), v.detach(), real.expand(wide[POSITION].shape), wide)

@@ -54,6 +54,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.r_kv import RKV as RKV
     from kvfold.methods.razorattention import RazorAttention as RazorAttention
     from kvfold.methods.scissorhands import Scissorhands as Scissorhands
+    from kvfold.methods.sentencekv import SentenceKV as SentenceKV
     from kvfold.methods.snapkv import SnapKV as SnapKV
     from kvfold.methods.speckv import SpecKV as SpecKV
     from kvfold.methods.specpc import SpecPC as SpecPC

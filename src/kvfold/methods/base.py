@@ -13,7 +13,7 @@ from torch import Tensor
 from kvfold.formats import Format, Reader
 from kvfold.methods.events import EVENTS, TRAITS, Event
 from kvfold.rotation import Frame, Measured
-from kvfold.views import CacheView, HiddenView, LayerView, PromptView, RawPrompt, Requests, Site
+from kvfold.views import CacheView, HiddenView, LayerView, NewWords, PromptView, RawPrompt, Requests, Site
 from kvfold.views.decisions import Decisions, Read, decided
 
 __all__ = ["Compound", "Decisions", "Method", "MethodInfo", "Pipeline", "decided", "method", "registry"]
@@ -32,7 +32,8 @@ class Method:
     asks: frozenset[str] = frozenset()
     """What the pass's own attention kernels should leave for the events, where they can at no more than a look:
     "column_sums" of a prompt (`view.column_sums()`), "attention" of a generated token (`view.attention(1)`). "images":
-    it must know which tokens stand for images (`view.images`), so that a prompt without ids is refused."""
+    it must know which tokens stand for images (`view.images`), so that a prompt without ids is refused.
+    "sentence_ends": with which tokens sentences end (`words.ends()`), so that one without a tokenizer is refused."""
 
     period: int = 0
     """Generated tokens of a row from one `after_interval` to the next; 0: it never comes."""
@@ -89,6 +90,13 @@ class Method:
         Padding is -1 and stands first. What is read stands side by side: positions are counted anew. None: all.
         """
         return None
+
+    def label(self, words: NewWords) -> Mapping[str, Tensor]:
+        """Before the first layer stores a pass's tokens: columns of them (B, Q), by what they say; all heads have them.
+
+        Raises ValueError where the pass brings no ids, as `words.ids` does.
+        """
+        return {}
 
     def admit(self, view: HiddenView) -> Bool[Tensor, "B H Q"] | None:
         """Before a prompt's new tokens attend, layer by layer: which of them a KV head lets in. None: all.
@@ -348,7 +356,7 @@ class Pipeline(Compound):
 
     def _deciding(self) -> list[Method]:
         """The stages that may drop tokens."""
-        reading = ("read_order", "before_attend", "selection")
+        reading = ("read_order", "label", "before_attend", "selection")
         return [stage for stage in self.stages if any(stage.listens(e) for e in EVENTS if e not in reading)]
 
     def _at_most_one(self, what: str, stages: list[Method]) -> None:

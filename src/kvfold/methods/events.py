@@ -45,6 +45,10 @@ def _read_for_all(heard: Heard, view: LayerView) -> Read | None:
     return Read(reduce(and_, masks)) if masks else None
 
 
+def _all_labels(heard: Heard, given: Any) -> Mapping[str, Tensor]:
+    return {name: column for ask in heard for name, column in ask(given).items()}
+
+
 def _gathered(maps: Iterable[Mapping[int, Decisions]]) -> Found:
     done: Found = {}
     for found in maps:
@@ -92,6 +96,7 @@ EVENTS: dict[str, Event] = {
     "read_order": Event(
         "before a forward pass over a prompt", _first, wrapped=True, alone="that choose what the model reads"
     ),
+    "label": Event("before the first layer stores a pass's tokens", _all_labels, wrapped=True),
     "admit": Event("before a prompt's new tokens attend, layer by layer", _let_in_by_all, wrapped=True),
     "after_prefill": Event("after a forward pass over more than one token, layer by layer", _in_turn),
     "after_decode": Event("after a forward pass over one generated token, layer by layer", _in_turn, stored=True),

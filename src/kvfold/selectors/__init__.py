@@ -8,10 +8,12 @@ from kvfold.selectors.hierarchical import Hierarchical
 from kvfold.selectors.keys import Keys
 from kvfold.selectors.reuse import Alike, Every, Reuse
 from kvfold.selectors.selection import Selection
+from kvfold.selectors.sentences import SENTENCE, Sentences
 from kvfold.selectors.votes import HEADS, Vote
 
 __all__ = [
     "HEADS",
+    "SENTENCE",
     "Alike",
     "Always",
     "Bounds",
@@ -21,6 +23,7 @@ __all__ = [
     "Keys",
     "Reuse",
     "Selection",
+    "Sentences",
     "SomeHeads",
     "Takes",
     "Unremembered",

@@ -153,6 +153,20 @@ class RememberedOfHeads:
         """See `Remembered.forget`."""
         self.inner.forget(units[:, self.mask])
 
+    def cropped(self, rows: Bool[np.ndarray, " B"]) -> None:
+        """See `Remembered.cropped`."""
+        self.inner.cropped(rows)
+
+    def whole(self) -> Bool[np.ndarray, " B"]:
+        """See `Remembered.whole`."""
+        return self.inner.whole()
+
+    def begins(self, first: Int[np.ndarray, "B H"]) -> Int[np.ndarray, "B H"]:
+        """See `Remembered.begins`; of the others nothing is given again."""
+        start: np.ndarray = first.copy()
+        start[:, self.mask] = self.inner.begins(first[:, self.mask])
+        return start
+
     def asks(self, q: Float[Tensor, "B H G D"], seen: Int[np.ndarray, " B"]) -> Float[Tensor, "B H G D"]:
         """See `Remembered.asks`; of the marked heads."""
         return self.inner.asks(q, seen)

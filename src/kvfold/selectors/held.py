@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.formats import Spec
@@ -51,6 +51,18 @@ class HeldUnits:
             self.held = self.held[:, :, :most].clone()
         gone = torch.arange(self.held.shape[2]) >= torch.from_numpy(np.ascontiguousarray(units))[..., None]
         self.held.masked_fill_(gone.to(self.held.device)[..., None], self.fill)
+
+    def cropped(self, rows: Bool[np.ndarray, " B"]) -> None:
+        """See `Remembered.cropped`: there is nothing."""
+
+    def whole(self) -> Bool[np.ndarray, " B"]:
+        """See `Remembered.whole`: none."""
+        return np.zeros(len(self.held), dtype=bool)
+
+    def begins(self, first: Int[np.ndarray, "B H"]) -> Int[np.ndarray, "B H"]:
+        """See `Remembered.begins`: where a unit does."""
+        start: np.ndarray = first // self.unit * self.unit
+        return start
 
     def asks(self, q: Float[Tensor, "B H G D"], seen: Int[np.ndarray, " B"]) -> Float[Tensor, "B H G D"]:
         """See `Remembered.asks`: as it attends."""

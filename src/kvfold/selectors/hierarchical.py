@@ -60,6 +60,11 @@ class HierarchicalOf(BoundsOf):
         """See `Remembered.nbytes_with`."""
         return super().nbytes_with(units * self.recipe.parts)
 
+    def begins(self, first: Int[np.ndarray, "B H"]) -> Int[np.ndarray, "B H"]:
+        """See `Remembered.begins`: where a unit of the recipe does."""
+        start: np.ndarray = first // self.recipe.unit * self.recipe.unit
+        return start
+
     def forget(self, units: Int[np.ndarray, "B H"]) -> None:
         """See `Remembered.forget`."""
         super().forget(units * self.recipe.parts)

@@ -75,20 +75,21 @@ class Selection:
         seen: Int[np.ndarray, " B"], last: Picked | None = None,
     ) -> tuple[Bool[np.ndarray, "B H S N"] | None, Picked | None]:  # fmt: skip
         """See `Chooser.choose`."""
-        if not self.chooses(counts, seen):
+        if is_all(self.budget):
             return None, None
-        units, room = -(-counts // self.unit), self.room(seen)
-        number = int(units.max())
-        always = self.always.units(self.unit, units, room)
-        short = (units <= room[:, None]).all(1)  # a row that reads all chooses nothing
-        asked = remembered.asks(q, seen)
+        units, room, asked = -(-counts // self.unit), self.room(seen), remembered.asks(q, seen)
+        short = (units <= room[:, None]).all(1) | remembered.whole()
+        if short.all():
+            return None, None
+        number, always = int(units.max()), self.always.units(self.unit, units, room)
+        there = np.arange(number) < units[..., None]
         asks, query = self._stale(asked, seen, last)
+        asks &= ~short  # a row that reads all chooses nothing
         picked = np.zeros((0,), dtype=bool) if last is None else last.wide(number)
         if asks.any():
-            there = np.arange(number) < units[..., None]
             fresh = self._best(remembered, asked, units, there & ~always, room[:, None] - always.sum(-1))
             picked = fresh if last is None else np.where(asks[:, None, None, None], fresh, picked)
-        read = picked | always[:, :, None]
+        read = picked | (always | (there & short[:, None, None]))[:, :, None]
         if self.reuse is None:
             return read, None
         made = np.where(asks, seen, NEVER if last is None else last.made)

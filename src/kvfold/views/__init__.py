@@ -1,7 +1,7 @@
 """What a method sees, and what it may decide."""
 
 from kvfold.views.layer_view import ATTENTION, COLUMN_SUMS, LayerView, fade_of, faded
-from kvfold.views.place import HiddenView, Place, Site
+from kvfold.views.place import HiddenView, NewWords, Place, Site
 from kvfold.views.prompts import CacheView, LookAhead, PromptView, RawPrompt, Reader, ReadOn, Requests, answered
 from kvfold.views.queries import Images, Queries
 from kvfold.views.token_view import IMAGE
@@ -15,6 +15,7 @@ __all__ = [
     "Images",
     "LayerView",
     "LookAhead",
+    "NewWords",
     "Place",
     "PromptView",
     "Queries",

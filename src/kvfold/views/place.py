@@ -1,6 +1,6 @@
 """Where in the model and in the text a view stands, and what stands before a layer's attention."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,25 @@ class Site:
     depth: int
     """Layers of the model."""
     rope: Rope | None = None
+
+
+@dataclass(frozen=True)
+class NewWords:
+    """What `label` sees: a pass's tokens as words, before any of them is stored."""
+
+    token_ids: Int[Tensor, "B Q"] | None
+    valid: Bool[Tensor, "B Q"]
+    """Which of them are not padding."""
+    newest: Callable[[str], Int[Tensor, " B"]]
+    """The largest number of a column among each row's tokens that are stored, -1 where there is none."""
+    ends: Callable[[], Bool[Tensor, " V"] | None]
+    """With which tokens of the model's vocabulary a sentence ends, for methods that ask for "sentence_ends"."""
+
+    def ids(self, who: object) -> Int[Tensor, "B Q"]:
+        """The tokens. Raises ValueError, for `who` needs them, where the pass brings embeddings alone."""
+        if self.token_ids is None:
+            raise ValueError(f"method={who} must know the tokens of a text: give input_ids")
+        return self.token_ids
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,11 @@ def _documents(path: Path | None) -> tuple[tuple[str, str], ...]:
     return made
 
 
+def bundled_text() -> str:
+    """All stories that come with kvfold, one after the other."""
+    return "\n\n".join(text for _, text in _documents(None))
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text("utf-8")

@@ -7,6 +7,7 @@ import numpy as np
 from kvfold.hf.call.modes import Modal
 from kvfold.hf.recurrence import carries_state, is_recurrent
 from kvfold.hf.source import NAME
+from kvfold.layer.rows import check_most
 from kvfold.methods.base import Method
 
 
@@ -38,13 +39,15 @@ class Checked(Modal):
         """Whether a pass over so many tokens would count as a prompt, not as generated ones."""
         return tokens > 1 or self.rows.width == 0 or bool(self.mode.prefilling)
 
-    def check_pass(self, tokens: int) -> None:
-        """Raise, before any layer has read, where a pass over so many tokens can't be.
+    def check_pass(self, tokens: int, rows: int) -> None:
+        """Raise, before any layer has read, where a pass over so many tokens of so many rows can't be.
 
-        ValueError where a method would drop tokens that their format can't drop alone, or reads prompts in its own way
-        beside rows of others, or where the model would forget its recurrent states; OutOfPages where an arena has no
-        room for a generated token in every layer. (What a prompt leaves of its tokens is known when they were read.)
+        ValueError where there are more rows than `memory` was given for, where a method would drop tokens that their
+        format can't drop alone, or reads prompts in its own way beside rows of others, or where the model would forget
+        its recurrent states; OutOfPages where an arena has no room for a generated token in every layer. (What a prompt
+        leaves of its tokens is known when they were read.)
         """
+        check_most(self.rows, rows)
         if tokens > 1 and any(map(is_recurrent, self.layers)):
             check_carried(self.model)
         if not self.rows.width:
@@ -53,6 +56,12 @@ class Checked(Modal):
             self._check_room()
         elif self.mode.listening and (self.pending.opening or not self.pending.recording):
             self._check_further_prompt()
+
+    def check_words(self, ids: Any) -> None:
+        """Raise ValueError, before any layer has read, where a method must know the tokens of a pass without ids."""
+        named = [group.method for group in self.rows.groups if group.method.listens("label")]
+        if ids is None and named:
+            raise ValueError(f"method={named[0]} must know the tokens of a text: give input_ids")
 
     def _check_room(self) -> None:
         if self.arena is None:

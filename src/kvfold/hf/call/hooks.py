@@ -192,6 +192,7 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
     ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
     if ids is None and module is not cache.model:
         return changed  # the text decoder of the model that got the ids
+    cache.check_words(ids)
     call = cache.call
     call.token_ids, call.plan = (ids if isinstance(ids, torch.Tensor) else None), None
     call.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
@@ -202,7 +203,7 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
     if call.marks is not None and isinstance(read, torch.Tensor):
         if _drafted(kwargs) >= read.shape[1] - 1 and cache.rows.width:
             cache.pending.opening = False  # one token and its candidates: nothing was added to the text
-        cache.check_pass(read.shape[1])
+        cache.check_pass(read.shape[1], read.shape[0])
     if isinstance(read, torch.Tensor):
         call.part = part_for(cache, read.shape[1], kwargs)
     return changed

@@ -63,19 +63,19 @@ class Host(Checked):
 
     # -- forward passes --------------------------------------------------------------------------------------
 
-    def enter(self, ordinal: int, tokens: int) -> Plan:
+    def enter(self, ordinal: int, tokens: int, rows: int) -> Plan:
         """A paged layer is about to attend: the pass it belongs to, a new one when the layers start over."""
         call = self.call
         if call.plan is None or ordinal <= call.at:
             self.settle_pending()
-            call.plan = self._plan(tokens)
+            call.plan = self._plan(tokens, rows)
         call.at = ordinal
         return call.plan
 
-    def _plan(self, tokens: int) -> Plan:
+    def _plan(self, tokens: int, batch: int) -> Plan:
         call, mode, rows = self.call, self.mode, self.rows
         if call.marks is None:  # else the hook has asked, before any layer had read
-            self.check_pass(tokens)
+            self.check_pass(tokens, batch)
         first = self.pending.opens()
         prefill, later = self.reads_prompt(tokens), self.pending.recording and rows.width > 0 and not first
         prompts = None

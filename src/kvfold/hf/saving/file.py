@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from kvfold.codecs import CacheGen
 from kvfold.formats import POSITION, Format, Segment, Spec, format_to
+from kvfold.formats.indexed import INNER
 from kvfold.hf.beside import check_state, is_window, restore, state_of
 from kvfold.hf.call.host import Host
 from kvfold.hf.call.reading import Reading
@@ -183,7 +184,8 @@ def _contents(header: Entry, tensors: Mapping[str, Tensor]) -> Contents:
         raise header.fail("reading", f"what the tensors {sorted(reading)} belong to")
     if reading:
         check_reading(header.part("reading"), reading, rows)
-    planes = (name.split(".", 2)[-1].removeprefix("coded.").removeprefix("tail.") for name in tensors)
+    planes = (name.split(".", 2)[-1].removeprefix(INNER) for name in tensors)  # where an index lies beside them
+    planes = (name.removeprefix("coded.").removeprefix("tail.") for name in planes)
     held = {column for plane in planes for column in (plane, plane.removesuffix(".0").removesuffix(".1"))}
     for group in found.groups:
         if lost := sorted(group.names - held):
@@ -216,6 +218,7 @@ def _check_model(here: str, found: Contents, cache: Host) -> None:
 def _checked(found: Contents, cache: Host, methods: Sequence[Method]) -> Iterator[tuple[int, tuple[SaidLayer, Spec]]]:
     """The layers that hold pages, each with the spec of its segments. ValueError unless header and tensors agree."""
     rows, known = found.rows, dict[str, tuple[Spec, Format, Mapping[str, Any], dict[str, Tensor]]]()
+    queries = int(cache.model.config.get_text_config(decoder=True).num_attention_heads)
     for index, (layer, entry) in enumerate(zip(cache.layers, found.layers, strict=True)):
         own = found.under(f"{index}.")
         if not isinstance(layer, PagedLayer):
@@ -230,7 +233,7 @@ def _checked(found: Contents, cache: Host, methods: Sequence[Method]) -> Iterato
         core, device = layer.core, _device(cache.model, index)
         spec = Spec(
             len(rows.seen), *said.shape, said.dtype, device, index, core.site.rope,
-            measured(methods, core.site), arena=core.arena,
+            measured(methods, core.site), max(1, queries // max(1, said.shape[0])), core.arena,
         )  # fmt: skip
         total = np.zeros((spec.rows, spec.heads), dtype=np.int64)
         for number, (form, each) in enumerate(said.formats):
