@@ -22,7 +22,7 @@ import torch
 
 from kvfold.bench.machine import describe
 from kvfold.evaluation.compare import split_names
-from kvfold.formats import POSITION, Chunk, IndexedSegment, Segment, Spec
+from kvfold.formats import POSITION, Chooser, Chunk, IndexedSegment, Segment, Spec
 from kvfold.layer.layer import DENSE, format_of
 from kvfold.methods import parse
 from kvfold.views import Site
@@ -104,7 +104,7 @@ def main() -> None:
         for name in methods:
             form = format_of(parse(name), site)
             segment = filled(form, spec, context)
-            if not isinstance(segment, IndexedSegment):
+            if not isinstance(segment, IndexedSegment) or not isinstance(segment.form.selection, Chooser):
                 parser.error(f"methods={name!r} has no index in layer {LAYER}")
             parts, times = Parts(segment), []
             for number in range(args.rounds):

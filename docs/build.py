@@ -268,6 +268,8 @@ def spelled(kind: Any) -> str:
 
 SHOWN_ON = {"windows": "gemma3-270m"}
 """Models on which methods are shown that do nothing on the other one."""
+CALIBRATED_AS = {"lserve": ("duoattention", "With `static_sparsity` above 0 it")}
+"""Methods that go by another one's calibration, and what of them needs it."""
 
 
 def usage(info: MethodInfo) -> Iterator[str]:
@@ -291,12 +293,13 @@ def usage(info: MethodInfo) -> Iterator[str]:
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))\n```'
     )
     if "calibration" in info.options:
-        ships = sorted(path.stem for path in artefacts.shipped() if path.parent.name == info.slug)
+        slug, it = CALIBRATED_AS.get(info.slug, (info.slug, "It"))
+        ships = sorted(path.stem for path in artefacts.shipped() if path.parent.name == slug)
         for_whom = "the bundled models" if len(ships) > 1 else "".join(ships)
         some = f"Those of {for_whom} ship; for another" if ships else "None ship"
-        it = 'With `basis="measured"` it' if "basis" in info.options else "It"
+        it = 'With `basis="measured"` it' if "basis" in info.options else it
         yield f"{it} needs numbers that are measured on the model once. {some}:"
-        yield f"```sh\n{artefacts.command(info.slug, 'MODEL')}\n```"
+        yield f"```sh\n{artefacts.command(slug, 'MODEL')}\n```"
 
 
 def curve(info: MethodInfo, points: Sequence[Point]) -> Iterator[str]:

@@ -16,6 +16,8 @@ os.environ["KVFOLD_ARTEFACTS"] = _folder.name
 
 SMALL = {
     "duoattention": {"sinks": 2, "recent": 6}, "razorattention": {"local": 6, "share": 0.1, "sinks": 2},
+    "delta": {"budget": 12, "page": 4, "recent": 4},
+    "lserve": {"budget": 16, "page": 8, "logical": 4, "static_sparsity": 0.5, "sinks": 4, "recent": 8},
     "mustafar": {"residual": 8, "group": 8}, "think": {"recent": 4, "window": 8}, "zipcache": {"group": 8, "gap": 4},
     "shadowkv": {"rank": 6, "chunk": 4, "local": 1, "outliers": 1},
 }  # fmt: skip

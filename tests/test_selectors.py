@@ -20,15 +20,20 @@ from kvfold.selectors import (
     Always,
     Bounds,
     Every,
+    Gives,
+    Hierarchical,
     Keys,
     Means,
     Odd,
     Representatives,
     Selection,
     Sentences,
+    SomeHeads,
+    Unremembered,
     Vote,
     looked,
-)  # fmt: skip
+)
+from kvfold.selectors.held import HeldUnits
 from kvfold.testing import feed, follow, grow, steps, tokens
 from models import subject
 
@@ -44,6 +49,12 @@ FORMS = {
     "representatives": Indexed(
         Dense(page_size=4), Selection(Representatives(4, 2, 5), 12, Vote("sum", layer=True), Always(1, 2), far=6)
     ),
+    "hierarchical": Indexed(Dense(page_size=4), Selection(Hierarchical(4, 2), 12)),
+    "hierarchical-every": Indexed(Dense(page_size=4), Selection(Hierarchical(6, 3), 12, reuse=Every(3))),
+    "some-heads": Indexed(
+        Dense(page_size=4), SomeHeads(Selection(Hierarchical(4, 2), 12, reuse=Every(3)), (True, False), Always(4, 4))
+    ),
+    "no-heads": Indexed(Dense(page_size=4), SomeHeads(Selection(Bounds(4), 12), (False, False), Always(4, 4))),
 }
 
 
@@ -79,17 +90,23 @@ def anew(segment: Segment) -> Remembered:
     return index
 
 
+def inside(index: Remembered) -> HeldUnits:
+    """What holds the numbers."""
+    return index.inner if hasattr(index, "inner") else index
+
+
 def agrees(segment: Segment) -> None:
-    fresh, mine = anew(segment), segment.index.held
-    theirs, unit = fresh.held, segment.form.selection.unit
-    units = -(-segment.counts() // unit)
+    selection, index, fresh = segment.form.selection, inside(segment.index), anew(segment)
+    mine, theirs, counts = index.held, inside(fresh).held, segment.counts()
     if isinstance(mine, dict):
         same_sentences(mine, theirs, segment)
         return
-    for row, head in np.ndindex(units.shape):
-        number = units[row, head]
+    if selection.heads is not None:
+        counts = counts[:, np.array(selection.heads)]
+    for row, head in np.ndindex(counts.shape):
+        number = -(-counts[row, head] // index.unit)
         torch.testing.assert_close(mine[row, head, :number], theirs[row, head, :number], atol=1e-6, rtol=0)
-        assert bool(mine[row, head, number:].eq(segment.index.fill).all())
+        assert bool(mine[row, head, number:].eq(index.fill).all())
     own = segment.index.state()
     assert segment.index.nbytes == sum(x.untyped_storage().nbytes() for x in own.values())
     for name, x in fresh.state().items():
@@ -98,7 +115,8 @@ def agrees(segment: Segment) -> None:
         elif name != "held":
             assert torch.equal(own[name], x)
     if segment.choice is not None:
-        assert segment.choice.units.shape[:3] == (*units.shape, segment.form.selection.vote.lists(G))
+        units, choosing = -(-counts // selection.unit), getattr(selection, "selection", selection)
+        assert segment.choice.units.shape[:3] == (*units.shape, choosing.vote.lists(G))
         # What stands there is of units that are still there.
         chosen, known = segment.choice.units, segment.choice.made >= 0
         there = np.arange(chosen.shape[-1]) < units[..., None]
@@ -210,6 +228,13 @@ def test_bad_options_are_named(options, said):
         (Bounds, {"unit": 0}, "unit=0"), (Means, {"unit": 0}, "unit=0"), (Odd, {"units": -1}, "units=-1"),
         (Odd, {"share": 2.0}, "share=2"), (Representatives, {"unit": 0}, "unit=0"),
         (Representatives, {"number": 0}, "number=0"), (Representatives, {"distance": -1}, "distance=-1"),
+        (Hierarchical, {"unit": 0}, "unit=0"),
+        (Hierarchical, {"logical": 24}, "logical=24 must divide unit=64"),
+        (Unremembered, {"unit": 0}, "unit=0"),
+        (SomeHeads, {"selection": FORM.selection, "heads": ()}, "a bool for each KV head"),
+        (SomeHeads, {"selection": FORMS["keys"].selection, "heads": (True,)}, "is of all heads together"),
+        (Gives, {"layer": 0, "selection": FORM.selection}, "must go by nothing that is remembered"),
+        (Gives, {"layer": -1, "selection": Selection(Unremembered(4), 8)}, "layer=-1"),
     ],
 )  # fmt: skip
 def test_bad_options_of_parts_are_named(part, options, said):

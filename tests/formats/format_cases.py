@@ -29,7 +29,7 @@ from kvfold.formats import (
 )
 from kvfold.formats.key_basis import KeyBasis
 from kvfold.pages import Arena
-from kvfold.selectors import Bounds, Selection, Vote
+from kvfold.selectors import Always, Bounds, Gives, Hierarchical, Selection, SomeHeads, Takes, Unremembered, Vote
 
 B, H, G, D, DV = 3, 2, 2, 16, 8
 LENGTHS = [[41, 17], [0, 30], [9, 8]]
@@ -50,6 +50,10 @@ FORMATS: dict[str, Format] = {
     "uneven": Uneven(exact=2, page_size=8),
     "bounds": Indexed(Dense(page_size=4), Selection(Bounds(4), 12)),
     "bounds-kivi": Indexed(Kivi(group=8, residual=8, requantise=True), Selection(Bounds(8), 0.5, Vote("sum"))),
+    "hierarchical-heads": Indexed(
+        Dense(page_size=4), SomeHeads(Selection(Hierarchical(8, 4), 12), (False, True), Always(4, 8))
+    ),
+    "takes": Indexed(Dense(page_size=4), Takes(Gives(0, Selection(Unremembered(4), 12)))),
 }
 
 
@@ -160,6 +164,8 @@ def reachable(thing: Any) -> int:
             todo.extend(value.values())
         elif isinstance(value, list | tuple | set):
             todo.extend(value)
+        elif isinstance(value, Spec):
+            continue  # its artefact is the model's
         elif type(value).__module__.startswith("kvfold"):
             todo.extend(vars(value).values())
     return sum(stores.values())

@@ -24,6 +24,7 @@ from format_cases import (
 )
 from torch.testing import assert_close
 
+from kvfold import selectors
 from kvfold.formats import (
     POSITION,
     Balanced,
@@ -46,7 +47,6 @@ from kvfold.ops import dispatch
 from kvfold.ops.attend import blocked
 from kvfold.pages import Arena
 from kvfold.rotation import Compact
-from kvfold.selectors import Bounds, Selection
 from models import subject
 
 
@@ -62,8 +62,7 @@ def test_it_is_a_format(form):
 
 GLOBALS = {
     "torch": torch,
-    "Selection": Selection,
-    "Bounds": Bounds,
+    **{name: getattr(selectors, name) for name in selectors.__all__},
     **{type(f).__name__: type(f) for f in FORMATS.values()},
 }
 
@@ -85,6 +84,8 @@ def test_what_goes_in_comes_out_in_order(form, arena):
         "bounds": 0.0,
         "bounds-kivi": 1 / 20,
         "dense": 0.0,
+        "hierarchical-heads": 0.0,
+        "takes": 0.0,
         "bf16": 1 / 256,
         "depth": 1e-6,
         "fp8": 1 / 14,

@@ -6,7 +6,7 @@ from kvfold.formats.dense import Dense, DenseSegment
 from kvfold.formats.depth import Depth, DepthSegment
 from kvfold.formats.elite import Basis, Elite, EliteSegment
 from kvfold.formats.fp8 import Fp8, Fp8Segment
-from kvfold.formats.index import Chooser, Index, Remembered
+from kvfold.formats.index import Chooser, Giving, Handed, Index, Reader, Remembered, Taking
 from kvfold.formats.indexed import Indexed, IndexedSegment
 from kvfold.formats.kinds import KINDS, dtype_from, format_from, format_to, register
 from kvfold.formats.kivi import Kivi, KiviSegment
@@ -45,6 +45,8 @@ __all__ = [
     "Format",
     "Fp8",
     "Fp8Segment",
+    "Giving",
+    "Handed",
     "Index",
     "Indexed",
     "IndexedSegment",
@@ -54,6 +56,7 @@ __all__ = [
     "Levels",
     "PagedSegment",
     "Picked",
+    "Reader",
     "Remembered",
     "Rotated",
     "RotatedSegment",
@@ -67,6 +70,7 @@ __all__ = [
     "Spec",
     "Summed",
     "SummedSegment",
+    "Taking",
     "Thin",
     "ThinSegment",
     "Traits",

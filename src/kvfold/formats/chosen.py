@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int, Int32
 
 from kvfold.ops.units.naive import listed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chosen:
     """`numbers` ascending and then -1, `counts` of them, out of `total`.
 
@@ -24,6 +24,10 @@ class Chosen:
         """The units that a mask marks."""
         numbers, counts = listed(mask)
         return cls(numbers, counts, mask.shape[-1])
+
+    def of_heads(self, heads: Int[np.ndarray, " N"]) -> "Chosen":
+        """KV head i reads what head `heads[i]` does here."""
+        return Chosen(self.numbers[:, heads], self.counts[:, heads], self.total)
 
     @property
     def mask(self) -> Bool[np.ndarray, "B H S N"]:

@@ -1,4 +1,4 @@
-"""A query that reads some stretches of a segment's tokens alone: as pages where they are that, else as a mask."""
+"""A query that reads some stretches of a segment's tokens alone, as pages or by a mask; one that says which."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvfold import ops
 from kvfold.formats.chosen import Chosen
+from kvfold.formats.index import Giving, Handed
 from kvfold.formats.paged import PagedSegment
 from kvfold.formats.parts import Answer, merged
 from kvfold.formats.segment import Segment
@@ -49,6 +50,25 @@ def near(segment: Segment, rope: Rope | None, seen: Int[np.ndarray, " B"], far: 
     _, columns = segment.columns()
     least = torch.from_numpy(seen - far).to(columns[POSITION].device)[:, None, None]
     return Compact(rope, torch.maximum(columns[POSITION], least.to(columns[POSITION].dtype)))
+
+
+def attend_and_give(
+    segment: Segment, selection: Giving, q: Float[Tensor, "B H G 1 D"], scale: float, seen: Int[np.ndarray, " B"],
+    handed: Handed, *, weights: bool,
+) -> Answer:  # fmt: skip
+    """(out, lse, what each slot got) over everything; by what that got `selection` hands on what later layers read."""
+    counts = segment.counts()
+    looks = selection.looks(counts, seen)
+    out, lse, left = segment.attend(q, scale, weights=weights or looks)
+    if looks:
+        valid, _ = segment.columns()
+        got = left
+        if got is None:  # not every format leaves it
+            keys = segment.dense().keys
+            got = torch.exp(q.float() @ keys.float().mT[:, :, None] * scale - lse[..., None])
+        unit = ((valid.cumsum(-1) - 1) // selection.unit).masked_fill(~valid, -1)
+        selection.give(got[:, :, :, 0].float(), unit, counts, seen, handed)
+    return out, lse, left if weights else None
 
 
 def read_slots(valid: Bool[Tensor, "B H T"], chosen: Chosen, unit: int) -> Bool[Tensor, "B H S T"]:

@@ -4,7 +4,7 @@ The indexes themselves, and the choice among units, are in `kvfold.selectors`.
 """
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -14,6 +14,9 @@ from kvfold.formats.chosen import Chosen
 from kvfold.formats.picked import Picked
 from kvfold.formats.segment import Spec
 from kvfold.formats.tokens import Chunk
+
+Handed = dict[Any, Any]
+"""What layers have chosen that later ones of the same forward pass read; it goes when the pass ends."""
 
 
 @runtime_checkable
@@ -110,9 +113,8 @@ class Index(Protocol):
         ...
 
 
-@runtime_checkable
-class Chooser(Protocol):
-    """What says which units of its tokens a query reads, by an index; equal ones are one, as formats are."""
+class Selecting(Protocol):
+    """What says which units of its tokens a query reads; equal ones are one, as formats are."""
 
     def __hash__(self) -> int: ...
 
@@ -137,13 +139,23 @@ class Chooser(Protocol):
         ...
 
     @property
+    def heads(self) -> tuple[bool, ...] | None:
+        """Which KV heads choose, None: all; what the others hold is nothing to an index or to a choice."""
+        ...
+
+    @property
     def reuses(self) -> bool:
-        """Whether what was chosen may be read again (the last of `choose`)."""
+        """Whether what was chosen may be read again (the last of `Chooser.choose`)."""
         ...
 
     def nbytes_with(self, spec: Spec, units: int) -> int:
         """Bytes of a choice that is kept for later, once the longest row has so many units."""
         ...
+
+
+@runtime_checkable
+class Chooser(Selecting, Protocol):
+    """What chooses by an index."""
 
     def choose(
         self, remembered: Remembered, q: Float[Tensor, "B H G D"], counts: Int[np.ndarray, "B H"],
@@ -154,3 +166,32 @@ class Chooser(Protocol):
         None: all of them, in every row. Tokens are `counts`, of texts of `seen`. `last`: what was chosen before.
         """
         ...
+
+
+@runtime_checkable
+class Giving(Selecting, Protocol):
+    """What lets its layer read everything, and by what that got of a query chooses for later layers."""
+
+    def looks(self, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]) -> bool:
+        """Whether it wants to know what tokens get: some row reads a part. Raises ValueError where it can't choose."""
+        ...
+
+    def give(
+        self, got: Float[Tensor, "B H G T"], unit: Int[Tensor, "B H T"], counts: Int[np.ndarray, "B H"],
+        seen: Int[np.ndarray, " B"], handed: Handed,
+    ) -> None:  # fmt: skip
+        """Hand on what it chooses by what each slot got, of attention that adds up to 1; `unit`: whose, -1 no token."""
+        ...
+
+
+@runtime_checkable
+class Taking(Selecting, Protocol):
+    """What lets its layer read what an earlier one has chosen in the same pass."""
+
+    def take(self, counts: Int[np.ndarray, "B H"], handed: Handed) -> Chosen | None:
+        """Which units are read; None: all. Raises ValueError where the choice was made among other tokens."""
+        ...
+
+
+Reader = Chooser | Giving | Taking
+"""Whatever a method may let a layer's generated tokens read by."""

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from kvfold.formats.chosen import Chosen
-from kvfold.formats.few import attend_few, near
-from kvfold.formats.index import Chooser, Remembered
-from kvfold.formats.paged import one_each
-from kvfold.formats.parts import Answer
+from kvfold.formats.few import attend_and_give, attend_few, near
+from kvfold.formats.index import Giving, Handed, Reader, Remembered, Taking
+from kvfold.formats.parts import Answer, Choosing
 from kvfold.formats.picked import Picked, check_picked, joined
 from kvfold.formats.segment import Folding, Format, Hearing, Segment, Spec, Traits, Uncaptured
 from kvfold.formats.tokens import Chunk
@@ -49,11 +48,13 @@ class Indexed:
     """
 
     form: Format
-    selection: Chooser
+    selection: Reader
 
     @property
     def traits(self) -> Traits:
-        return replace(self.form.traits, graphs=False)
+        """Those of `form`; behind a crop a row whose choice would have served again makes another one."""
+        traits = replace(self.form.traits, graphs=False)
+        return replace(traits, crops="approximate") if self.selection.reuses and traits.crops == "exact" else traits
 
     def open(self, spec: Spec) -> "IndexedSegment":
         inner = self.form.open(spec)
@@ -77,7 +78,8 @@ class Indexed:
         self.selection.index.check(spec, index, counts)
         if choice and not self.selection.reuses:
             raise ValueError(f"choice={sorted(choice)} of a selection that chooses at every step")
-        check_picked(choice, spec.rows, -(-counts // self.selection.unit))
+        asking = counts if self.selection.heads is None else counts[:, np.array(self.selection.heads)]
+        check_picked(choice, spec.rows, -(-asking // self.selection.unit))
 
     def restore(
         self, spec: Spec, said: Mapping[str, Any], tensors: Mapping[str, Tensor], twin: Segment | None = None
@@ -93,7 +95,7 @@ class Indexed:
         return IndexedSegment(self, spec, segment, self.selection.index.restore(spec, index), seen, held)
 
 
-class IndexedSegment(Uncaptured):
+class IndexedSegment(Choosing, Uncaptured):
     """`inner` holds the tokens; `index` is of them as they are counted through, without gaps.
 
     `choice` is what was chosen last, where a selection uses it again; rows whose tokens change choose anew.
@@ -157,27 +159,24 @@ class IndexedSegment(Uncaptured):
         """Over all that `read` says: see `Segment.attend`."""
         return self.inner.attend(q, scale, read=read, compact=compact, weights=weights)
 
-    def attend_few(self, q: Tensor, scale: float, *, weights: bool = False) -> Answer:
-        """A generated token reads what is chosen for it; it is stored already."""
-        selection = self.form.selection
-        chosen, self.choice = selection.choose(self.index, q[:, :, :, 0], self.inner.counts(), self.seen, self.choice)
+    def attend_few(self, q: Tensor, scale: float, *, weights: bool = False, handed: Handed | None = None) -> Answer:
+        """A generated token reads what is chosen for it; it is stored already. `handed`: see `Choosing`."""
+        selection, counts, chosen = self.form.selection, self.inner.counts(), None
+        handed = {} if handed is None else handed
+        if isinstance(selection, Taking):
+            chosen = selection.take(counts, handed)
+        elif not isinstance(selection, Giving):
+            chosen, self.choice = selection.choose(self.index, q[:, :, :, 0], counts, self.seen, self.choice)
         for see in SEEN:
             see(self, q, scale, chosen)
+        if isinstance(selection, Giving):
+            return attend_and_give(self.inner, selection, q, scale, self.seen, handed, weights=weights)
         turned = near(self.inner, self.spec.rope, self.seen, selection.far)
         if chosen is None:
             return self.inner.attend(q, scale, compact=turned, weights=weights)
         rope = self.spec.rope if selection.slots else None
         where: dict[str, Any] = {"slots": rope, "seen": self.seen, "compact": turned}
         return attend_few(self.inner, q, scale, chosen, selection.unit, weights=weights, **where)
-
-    def step(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool
-    ) -> Answer:  # fmt: skip
-        one, counts = _whole(one_each(k, v, positions), self.index.columns), self.inner.counts()
-        self.inner.append(one, even=True)
-        self.index.extend(one, counts)
-        self.seen = np.maximum(self.seen, positions[:, 0].cpu().numpy().astype(np.int64) + 1)
-        return self.attend_few(q, scale, weights=weights)
 
     def columns(self) -> tuple[Tensor, Mapping[str, Tensor]]:
         return self.inner.columns()
@@ -188,9 +187,11 @@ class IndexedSegment(Uncaptured):
     # -- writing -----------------------------------------------------------------------------------------------
 
     def append(self, chunk: Chunk, *, even: bool = False) -> None:
-        """See `Segment.append`; the index is of the keys as they come."""
+        """See `Segment.append`; the index is of the keys as they come. A further turn is chosen for anew."""
         chunk, counts = _whole(chunk, self.index.columns), self.inner.counts()
         self.inner.append(chunk, even=even)
+        if self.choice is not None and chunk.valid.shape[-1] > 1:
+            self._stale((chunk.valid.sum(-1) > 1).cpu().numpy())
         self.index.extend(chunk, counts)
         last = chunk.positions.masked_fill(~chunk.valid, -1).amax((1, 2)) if chunk.valid.numel() else None
         if last is not None:
@@ -205,7 +206,7 @@ class IndexedSegment(Uncaptured):
             return
         first = torch.where(gone, valid.cumsum(-1) - 1, valid.shape[-1]).amin(-1)
         self.inner.keep(mask, columns, slack=False)
-        self._stale(gone.any((1, 2)).cpu().numpy())
+        self._stale(gone.any(2).cpu().numpy())
         renew(self, np.minimum(first.cpu().numpy(), self.inner.counts()))
 
     def amend(self, slots: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
@@ -214,21 +215,23 @@ class IndexedSegment(Uncaptured):
         if keys is not None and slots.shape[-1]:
             valid, _ = self.inner.columns()
             ranks = (valid.cumsum(-1) - 1).gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, valid.shape[-1])
-            self._stale((slots >= 0).any(2).any(1).cpu().numpy())
+            self._stale((slots >= 0).any(2).cpu().numpy())
             renew(self, np.minimum(ranks.amin(-1).cpu().numpy(), self.inner.counts()))
 
     def truncate(self, counts: np.ndarray, *, slack: bool = False) -> None:
         """See `Segment.truncate`."""
         before = self.inner.counts()
         self.inner.truncate(counts, slack=slack)
-        self._stale(np.any(counts < before, axis=1))
+        self._stale(counts < before)
         renew(self, np.minimum(counts, before))
 
     def cropped(self, limit: np.ndarray) -> None:
         """See `Segment.cropped`."""
         self.inner.cropped(limit)
-        self._stale(limit < self.seen)
-        self.index.cropped(limit < self.seen)
+        rows: np.ndarray = limit < self.seen
+        if self.choice is not None:
+            self.choice.forget(rows)
+        self.index.cropped(rows)
         self.seen = np.minimum(self.seen, limit)
 
     def clear(self) -> None:
@@ -241,10 +244,12 @@ class IndexedSegment(Uncaptured):
         self.index.clear()
         self.choice = None
 
-    def _stale(self, rows: np.ndarray) -> None:
-        """What these rows (B,) chose is of tokens that are others now."""
+    def _stale(self, changed: np.ndarray) -> None:
+        """Where heads that choose have `changed` (B, H), what their row chose is of tokens that are others now."""
         if self.choice is not None:
-            self.choice.forget(rows)
+            heads = self.form.selection.heads
+            some: np.ndarray = changed if heads is None else changed[:, np.array(heads)]
+            self.choice.forget(np.any(some, axis=1))
 
     # -- rows and pages ----------------------------------------------------------------------------------------
 
@@ -300,7 +305,9 @@ def _whole(chunk: Chunk, names: Sequence[str]) -> Chunk:
 def renew(segment: IndexedSegment, first: np.ndarray) -> None:
     """Remember tokens `first[b, h]` and on of each row anew, and what lies in the same unit before them."""
     unit, begins, counts = segment.form.selection.unit, segment.index.begins(first), segment.inner.counts()
-    units, changed = begins // unit, (first < counts) | (begins < first)
+    units, changed, heads = begins // unit, (first < counts) | (begins < first), segment.form.selection.heads
+    if heads is not None:
+        changed &= np.array(heads)  # of the others nothing is remembered
     if not changed.any():
         segment.index.forget(-(-counts // unit))
         return

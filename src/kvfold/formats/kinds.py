@@ -79,6 +79,8 @@ def _part_from(said: Mapping[str, Any], depth: int = 0) -> Any:
             raise ValueError(f"{option.name}={shown(value)} of {kind} must be {option.type.__name__}")
         if isinstance(value, Mapping):
             named[option.name] = _part_from(value, depth + 1)
+        elif isinstance(value, list):
+            named[option.name] = tuple(value)  # JSON has no others, and options must be hashable
     if named.get("dtype") is not None:
         named["dtype"] = dtype_from(named["dtype"])
     return KINDS[kind](**named)

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold import ops
+from kvfold.formats.index import Handed
 from kvfold.layer.stored import Stored
 from kvfold.rotation import Compact
 
@@ -60,12 +61,12 @@ class Asking:
 
     def stored(
         self, stored: Stored, *, read: Tensor | None = None, after: bool = False, weights: bool = False,
-        few: bool = False,
+        handed: Handed | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         """(out, lse, weights) of the queries over all segments.
 
-        `after`: the queries' own tokens are not stored yet. `few`: they are generated tokens, one a row, and read what
-        an index chooses, where there is one.
+        `after`: the queries' own tokens are not stored yet. `handed`: they are generated tokens, one a row, and read
+        what is chosen where anything is, see `Stored.attend`.
         """
         counts = stored.counts()
         (b, hq, n, d), h, compact = self.q.shape, counts.shape[1], self.compact
@@ -74,5 +75,5 @@ class Asking:
             slots = torch.from_numpy(counts - (0 if after else n)).to(self.q.device)
             grouped = compact.rotate_queries(grouped, self.first, slots)
             compact = replace(compact, slots=stored.slots())
-        out, lse, left = stored.attend(grouped, self.scale, compact, read, weights, few)
+        out, lse, left = stored.attend(grouped, self.scale, compact, read, weights, handed)
         return out.reshape(b, hq, n, -1), lse.reshape(b, hq, n), left

@@ -69,7 +69,8 @@ class KVLayer(Held):
             self.stored.append(new_tokens(k, v, None, places, moment.labels()), even=True)
             read = moment.read(q, places)
             weights = ATTENTION in plan.asks and asking.compact is None and read is None
-            out, lse, left = asking.stored(self.stored, read=read, weights=weights, few=read is None)
+            handed = plan.handed if read is None else None
+            out, lse, left = asking.stored(self.stored, read=read, weights=weights, handed=handed)
             queries, memo = Queries(q, everyone, lse, places, read=out), {} if left is None else {ATTENTION: left}
             self._store(moment, queries, None, memo, even=True)
             return out
@@ -140,7 +141,8 @@ class KVLayer(Held):
             q, k = entered((q, k), positions, self.rows.groups, self.site)
         asked = ATTENTION in plan.asks
         own = plan.own and len(self.segments) > 1 and self.stored.shows_own
-        out, lse, left = self.stored.step(q.reshape(b, h, hq // h, 1, d), k, v, positions, self.scale, asked, own)
+        grouped = q.reshape(b, h, hq // h, 1, d)
+        out, lse, left = self.stored.step(grouped, k, v, positions, self.scale, asked, plan.handed, own)
         if not (plan.parts or plan.recalls):
             return out.reshape(b, hq, 1, -1)
         everyone = torch.ones(b, 1, dtype=torch.bool, device=q.device)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from kvfold.formats.index import Handed
 from kvfold.methods.base import Method
 from kvfold.views import Images, Queries
 from kvfold.views.decisions import Propagate
@@ -78,6 +79,8 @@ class Plan:
     narrow: Narrow | None = None
     steps: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
     """What the layers share for the length of the pass, by group (and event, where a group's rows differ in that)."""
+    handed: Handed = field(default_factory=dict)
+    """What layers have chosen that later ones of the pass read, too."""
     waiting: dict[int, Queries] = field(default_factory=dict)
     """Queries of the layers (by ordinal) whose events wait for a crop."""
 
@@ -118,7 +121,7 @@ class Plan:
     def copied(self) -> "Plan":
         """The same pass of a copy of the cache: what is decided there is not known here."""
         steps = {part: dict(context) for part, context in self.steps.items()}
-        return replace(self, steps=steps, waiting=dict(self.waiting))
+        return replace(self, steps=steps, handed=dict(self.handed), waiting=dict(self.waiting))
 
     def cropped(self, columns: int) -> "Plan":
         """The same pass without its last columns."""

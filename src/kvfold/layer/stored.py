@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvfold.formats import POSITION, Chunk
+from kvfold.formats import POSITION, Chunk, Segment
+from kvfold.formats.index import Handed
 from kvfold.formats.parts import Answer, Choosing, answers, attend_parts, merged
 from kvfold.formats.segment import Folding
 from kvfold.layer.recent import Recent
@@ -20,34 +21,35 @@ class Stored(Segments):
 
     def attend(
         self, q: Float[Tensor, "B H G Q D"], scale: float, compact: Compact | None, read: Tensor | None, weights: bool,
-        few: bool = False,
+        handed: Handed | None = None,
     ) -> Answer:  # fmt: skip
         """(out, lse) over all segments, merged; `weights` (see `Segment.attend`) of all their slots.
 
-        `few`: segments with an index choose what of them is read.
+        `handed`: segments that choose what of them is read do so, and hand it on there; None: all is read.
         """
         parts = [segment for _, segment in self.segments]
-        return attend_parts(parts, q, scale, read, compact, weights=weights, few=few)
+        return attend_parts(parts, q, scale, read, compact, weights=weights, handed=handed)
 
     def step(
         self, q: Float[Tensor, "B H G 1 D"], k: Tensor, v: Tensor, positions: Int[Tensor, "B 1"], scale: float,
-        weights: bool, own: bool = False,
+        weights: bool, handed: Handed, own: bool = False,
     ) -> Answer:  # fmt: skip
         """One generated token a row: stored, and all that is stored attended over.
 
         `own`: it `shows_own`, and weights are wanted of the first segment's slots alone.
         """
         if len(self.segments) == 1:
-            return self.segments[0][1].step(q, k, v, positions, scale, weights=weights)
+            return _step(self.segments[0][1], q, k, v, positions, scale, weights, handed)
         opened, parts = self.lone_open, list[Answer]()
         if opened is None:
             self.append(new_tokens(k, v, None, positions), even=True)
         for _, segment in self.segments:
             if segment is opened:
-                parts.append(segment.step(q, k, v, positions, scale, weights=weights))
+                parts.append(_step(segment, q, k, v, positions, scale, weights, handed))
+            elif answers(segment) and isinstance(segment, Choosing):
+                parts.append(segment.attend_few(q, scale, weights=weights and not own, handed=handed))
             elif answers(segment):
-                ask = segment.attend_few if isinstance(segment, Choosing) else segment.attend
-                parts.append(ask(q, scale, weights=weights and not own))
+                parts.append(segment.attend(q, scale, weights=weights and not own))
         return merged(parts, weights=weights, first=own)
 
     def append(self, chunk: Chunk, *, even: bool = False) -> None:
@@ -138,3 +140,12 @@ class Stored(Segments):
         for _, segment in self.segments:
             segment.clear()
         self.ordered, self.recent = True, None
+
+
+def _step(
+    segment: Segment, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, weights: bool, handed: Handed
+) -> Answer:
+    """A generated token of each row is stored in this segment and attends over it."""
+    if isinstance(segment, Choosing):
+        return segment.step_few(q, k, v, positions, scale, weights=weights, handed=handed)
+    return segment.step(q, k, v, positions, scale, weights=weights)

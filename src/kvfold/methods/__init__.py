@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.compresskv import CompressKV as CompressKV
     from kvfold.methods.d2o import D2O as D2O
     from kvfold.methods.decoding import Decoding as Decoding
+    from kvfold.methods.delta import Delta as Delta
     from kvfold.methods.duoattention import DuoAttention as DuoAttention
     from kvfold.methods.dynamickv import DynamicKV as DynamicKV
     from kvfold.methods.elastic_cache_vlm import ElasticCache as ElasticCache
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.lacache import LaCache as LaCache
     from kvfold.methods.less import LESS as LESS
     from kvfold.methods.look_m import LookM as LookM
+    from kvfold.methods.lserve import LServe as LServe
     from kvfold.methods.mikv import MiKV as MiKV
     from kvfold.methods.minicache import MiniCache as MiniCache
     from kvfold.methods.mpcache import MPCache as MPCache

@@ -66,12 +66,13 @@ def measured(slug: str, model: Any, table: str, path: str | None = None) -> Any:
 def bound_data(slug: str, path: str | None, what: str) -> dict[str, Any]:
     """What an artefact holds that `bind` has found. Raises ValueError that asks for `what` where nobody has bound."""
     if path is None:
-        raise _unbound(slug, what)
+        raise unbound(slug, what)
     return artefacts.read(slug, path).data
 
 
-def _unbound(slug: str, what: str) -> ValueError:
-    made = artefacts.command(slug, "MODEL")
+def unbound(slug: str, what: str, calibration: str | None = None) -> ValueError:
+    """What is to be raised where `bind` was not asked; `calibration`: whose it is, None: the method's own."""
+    made = artefacts.command(calibration or slug, "MODEL")
     return ValueError(f"{slug} needs {what}: give it to kvfold.Cache(model, ...), which finds them, after {made}")
 
 
@@ -85,7 +86,7 @@ def table_of(method: Method, view: LayerView, name: str, per: int) -> Table:
     table: Table | None = getattr(method, name)
     slug = method.info.slug
     if table is None:
-        raise _unbound(slug, name)
+        raise unbound(slug, name)
     if len(table) != view.place.layers or len(table[0]) != per:
         raise ValueError(
             f"{name} of {slug} has {len(table)} layers of {len(table[0])} heads; the model has {view.place.layers} "

@@ -10,10 +10,9 @@ from typing import Any, ClassVar, TypeVar
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kvfold.formats import Format
+from kvfold.formats import Format, Reader
 from kvfold.methods.events import EVENTS, TRAITS, Event
 from kvfold.rotation import Frame, Measured
-from kvfold.selectors import Selection
 from kvfold.views import CacheView, HiddenView, LayerView, NewWords, PromptView, RawPrompt, Requests, Site
 from kvfold.views.decisions import Decisions, Read, decided
 
@@ -121,7 +120,7 @@ class Method:
     def before_attend(self, view: LayerView) -> Read | None:
         """Before a generated token attends: which of the stored tokens it reads. The view ends with its own token."""
 
-    def selection(self, site: Site) -> Selection | None:
+    def selection(self, site: Site) -> Reader | None:
         """What generated tokens read of a layer, by an index that its segments then remember; None: all.
 
         Asked before the layer holds its first token. What a method stores in further formats is read whole.
@@ -331,7 +330,7 @@ class Pipeline(Compound):
         if choosing.together and dropping is not None:
             raise ValueError(
                 f"method={self} has {choosing} let all heads read the same tokens, and {dropping} may leave each head "
-                "others; give it the option with which heads choose for themselves"
+                "others; where it has an option with which heads choose for themselves, give it that"
             )
         if self.compact:
             raise ValueError(f"method={self} chooses what is read by keys at text positions; compact ones are others")

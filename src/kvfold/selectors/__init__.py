@@ -2,6 +2,9 @@
 
 from kvfold.selectors.always import Always
 from kvfold.selectors.bounds import Bounds
+from kvfold.selectors.handed import Gives, Takes, Unremembered
+from kvfold.selectors.heads import SomeHeads
+from kvfold.selectors.hierarchical import Hierarchical
 from kvfold.selectors.keys import Keys
 from kvfold.selectors.means import Means
 from kvfold.selectors.odd import Odd
@@ -18,6 +21,8 @@ __all__ = [
     "Always",
     "Bounds",
     "Every",
+    "Gives",
+    "Hierarchical",
     "Keys",
     "Means",
     "Odd",
@@ -25,6 +30,9 @@ __all__ = [
     "Reuse",
     "Selection",
     "Sentences",
+    "SomeHeads",
+    "Takes",
+    "Unremembered",
     "Vote",
     "looked",
 ]

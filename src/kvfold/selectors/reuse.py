@@ -32,7 +32,8 @@ class Reuse(Protocol):
 class Every:
     """A choice is made where the text before the token that asks is a multiple of `steps` (LServe, arXiv:2502.14866).
 
-    It is of the text and no count of calls: rows of a batch that differ in length choose each at its own time.
+    It is of the text and no count of calls: rows of a batch that differ in length choose each at its own time, and a
+    choice made before such a place is stale behind it, whatever was read in between.
     """
 
     steps: int = 4
@@ -42,8 +43,8 @@ class Every:
         check_int("steps", self.steps, 1)
 
     def stale(self, choice: Picked, q: Float[Tensor, "B E"], seen: Int[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
-        """See `Reuse.stale`. A choice older than `steps`, as after other tokens that chose nothing, is stale too."""
-        before: np.ndarray = ((seen - 1) % self.steps == 0) | (seen - choice.made >= self.steps)
+        """See `Reuse.stale`."""
+        before: np.ndarray = (seen - 1) // self.steps != (choice.made - 1) // self.steps
         return before
 
 

@@ -39,6 +39,7 @@ class Selection:
     slots: bool = False
     odd: Odd | None = None
     far: int = 0
+    heads = None
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
@@ -74,6 +75,10 @@ class Selection:
         )
         room: np.ndarray = np.maximum(tokens.astype(np.int64) // self.unit, self.least)
         return room
+
+    def chooses(self, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]) -> bool:
+        """Whether some row, of `counts` tokens of texts of `seen`, does not read all it has."""
+        return not is_all(self.budget) and bool((-(-counts // self.unit) > self.room(seen)[:, None]).any())
 
     def choose(
         self, remembered: Remembered, q: Float[Tensor, "B H G D"], counts: Int[np.ndarray, "B H"],
