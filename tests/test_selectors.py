@@ -14,7 +14,7 @@ from kvfold import ops
 from kvfold.formats import POSITION, Chunk, Dense, Indexed, Segment, Separable, Spec
 from kvfold.hf.rope import find_ropes
 from kvfold.methods import parse
-from kvfold.selectors import Alike, Always, Bounds, Every, Keys, Selection, Vote
+from kvfold.selectors import Alike, Always, Bounds, Every, Keys, Products, Selection, Shares, Vote
 from kvfold.testing import feed, follow, grow, steps, tokens
 from models import subject
 
@@ -25,6 +25,7 @@ FORMS = {
     "bounds-every": Indexed(Dense(page_size=4), Selection(Bounds(4), 12, reuse=Every(3))),
     "keys": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("sum", layer=True, softmax=True), slots=True)),
     "keys-alike": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("max"), Always(1, 2), reuse=Alike(-1.0))),
+    "products": Indexed(Dense(page_size=4), Selection(Products(2, 2, 1), 6, Vote("sum", softmax=True), Shares(2))),
 }
 
 
@@ -55,6 +56,8 @@ def anew(segment: Segment) -> torch.Tensor:
     order = torch.argsort((~tokens.valid).byte(), dim=-1, stable=True)
     b = len(tokens.valid)
     index = segment.form.selection.index.open(spec(b))
+    if isinstance(segment.form.selection.index, Products):  # what a row's codebook is depends on when it was fitted
+        index.books, index.learned = segment.index.books.clone(), segment.index.learned.copy()
     index.extend(tokens.take(order), np.zeros((b, H), dtype=np.int64))
     return index.held
 
@@ -66,7 +69,7 @@ def agrees(segment: Segment) -> None:
         number = units[row, head]
         torch.testing.assert_close(mine[row, head, :number], theirs[row, head, :number], atol=1e-6, rtol=0)
         assert bool(mine[row, head, number:].eq(segment.index.fill).all())
-    assert segment.index.nbytes == segment.index.held.untyped_storage().nbytes()
+    assert segment.index.nbytes == sum(x.untyped_storage().nbytes() for x in segment.index.state().values())
     if segment.choice is not None:
         assert segment.choice.units.shape[:3] == (*units.shape, segment.form.selection.vote.lists(G))
         # What stands there is of units that are still there.
@@ -141,6 +144,17 @@ def test_a_crop_takes_back_what_was_read_of_the_text():
     assert segment.seen.tolist() == [6, 4]
 
 
+def test_what_is_rewound_was_never_read_of_the_text():
+    """Tokens that a tentative pass brought are taken back by number, not by position."""
+    segment = fresh()
+    segment.append(some([[9, 9], [4, 4]], 0))
+    before = segment.counts()
+    segment.append(some([[3, 3], [3, 3]], 1, 9))
+    assert segment.seen.tolist() == [12, 12]
+    segment.truncate(before)
+    assert segment.seen.tolist() == [9, 9]  # the second row's place 4 to 8 nobody stood at
+
+
 def test_a_segment_that_is_told_of_its_rows_is_refused():
     with pytest.raises(ValueError, match=r"form=Separable\(.*can't be read in parts"):
         Indexed(Separable(4), Selection(Bounds(16), 32)).open(Spec(1, 1, 32, 32, torch.float32, torch.device("cpu")))
@@ -166,6 +180,9 @@ def test_bad_options_are_named(options, said):
         (Every, {"steps": 0}, "steps=0"),
         (Alike, {"cosine": -2.0}, "cosine=-2"), (Keys, {"distance": -1}, "distance=-1"),
         (Bounds, {"unit": 0}, "unit=0"),
+        (Products, {"parts": 0}, "parts=0"), (Products, {"bits": 9}, "bits=9"), (Products, {"sinks": -1}, "sinks=-1"),
+        (Products, {"iterations": 0}, "iterations=0"), (Products, {"seed": -1}, "seed=-1"),
+        (Shares, {"recent": 1.5}, "recent=1.5"), (Shares, {"sinks": -1}, "sinks=-1"), (Shares, {"most": 2.0}, "most=2"),
     ],
 )  # fmt: skip
 def test_bad_options_of_parts_are_named(part, options, said):

@@ -46,7 +46,7 @@ from kvfold.ops import dispatch
 from kvfold.ops.attend import blocked
 from kvfold.pages import Arena
 from kvfold.rotation import Compact
-from kvfold.selectors import Bounds, Selection
+from kvfold.selectors import Always, Bounds, Products, Selection, Shares, Vote
 from models import subject
 
 
@@ -63,7 +63,11 @@ def test_it_is_a_format(form):
 GLOBALS = {
     "torch": torch,
     "Selection": Selection,
+    "Always": Always,
     "Bounds": Bounds,
+    "Products": Products,
+    "Shares": Shares,
+    "Vote": Vote,
     **{type(f).__name__: type(f) for f in FORMATS.values()},
 }
 
@@ -90,6 +94,7 @@ def test_what_goes_in_comes_out_in_order(form, arena):
         "fp8": 1 / 14,
         "kivi": 1 / 20,
         "kivi-anew": 1 / 20,
+        "products": 0.0,
         "rotated": 1 / 4,
         "rotated-basis": 1 / 2,  # as a code errs, times how far its basis stretches
         "separable": 1 / 20,

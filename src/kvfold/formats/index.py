@@ -3,7 +3,7 @@
 The indexes themselves, and the choice among units, are in `kvfold.selectors`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -43,6 +43,18 @@ class Remembered(Protocol):
         """Units `units[b, h]` and on are as if nothing of them had come."""
         ...
 
+    def learn(self, tokens: Callable[[], Chunk], which: Bool[np.ndarray, "B H"]) -> None:
+        """Before `scores`: what is fitted to tokens, as a codebook is, is fitted to those of `which` rows and heads.
+
+        Once for each, to all `tokens` that it then holds but the newest, which asks; it holds from then on, whatever
+        comes or goes, until that text is taken back (`unlearn`) or everything is forgotten (`clear`).
+        """
+        ...
+
+    def unlearn(self, limit: Int[np.ndarray, "B H"]) -> None:
+        """Text from position `limit[b, h]` on is taken back: what was fitted to any of it is to be fitted anew."""
+        ...
+
     def asks(self, q: Float[Tensor, "B H G D"], seen: Int[np.ndarray, " B"]) -> Float[Tensor, "B H G D"]:
         """The query of text position `seen[b]` - 1 as it is compared with what is remembered."""
         ...
@@ -77,6 +89,11 @@ class Index(Protocol):
     @property
     def unit(self) -> int:
         """Tokens that are read, or not, together."""
+        ...
+
+    @property
+    def enough(self) -> int:
+        """Units from which on a row and head choose among them: what is fitted needs some. Fewer are all read."""
         ...
 
     def open(self, spec: Spec) -> Remembered:
@@ -120,6 +137,10 @@ class Chooser(Protocol):
 
     def nbytes_with(self, spec: Spec, units: int) -> int:
         """Bytes of a choice that is kept for later, once the longest row has so many units."""
+        ...
+
+    def chooses(self, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]) -> Bool[np.ndarray, "B H"]:
+        """Which rows and heads, of so many tokens and such texts, read less than all."""
         ...
 
     def choose(

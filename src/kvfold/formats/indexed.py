@@ -14,12 +14,14 @@ from kvfold.formats.paged import one_each
 from kvfold.formats.parts import Answer
 from kvfold.formats.picked import Picked, check_picked, joined
 from kvfold.formats.segment import Folding, Format, Hearing, Segment, Spec, Traits, Uncaptured
-from kvfold.formats.tokens import Chunk
+from kvfold.formats.tokens import POSITION, Chunk
 from kvfold.pages import PagePool
 from kvfold.rotation import Compact
 
 INNER, INDEX, CHOICE = "tokens.", "index.", "choice."
 """What tensors of a state are called after."""
+NOWHERE = 2**31
+"""A position behind any text."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class IndexedSegment(Uncaptured):
         self, form: Indexed, spec: Spec, inner: Segment, index: Remembered, seen: np.ndarray,
         choice: Picked | None = None,
     ):  # fmt: skip
-        self.form, self.spec, self.inner, self.index = form, spec, inner, index
+        self.form, self.inner, self.index = form, inner, index
+        self.spec = replace(spec, artefact={})  # who needs what was measured holds it, and counts it
         self.seen, self.choice = seen, choice
 
     # -- sizes -------------------------------------------------------------------------------------------------
@@ -136,8 +139,9 @@ class IndexedSegment(Uncaptured):
 
     def attend_few(self, q: Tensor, scale: float, *, weights: bool = False) -> Answer:
         """A generated token reads what is chosen for it; it is stored already."""
-        selection = self.form.selection
-        chosen, self.choice = selection.choose(self.index, q[:, :, :, 0], self.inner.counts(), self.seen, self.choice)
+        selection, counts = self.form.selection, self.inner.counts()
+        self.index.learn(self.inner.dense, selection.chooses(counts, self.seen))
+        chosen, self.choice = selection.choose(self.index, q[:, :, :, 0], counts, self.seen, self.choice)
         if chosen is None:
             return self.inner.attend(q, scale, weights=weights)
         rope = self.spec.rope if selection.slots else None
@@ -189,15 +193,18 @@ class IndexedSegment(Uncaptured):
 
     def truncate(self, counts: np.ndarray, *, slack: bool = False) -> None:
         """See `Segment.truncate`."""
-        before = self.inner.counts()
+        before, first = self.inner.counts(), self._positions(counts)
         self.inner.truncate(counts, slack=slack)
         self._stale(np.any(counts < before, axis=1))
+        self.index.unlearn(first)
+        self.seen = np.minimum(self.seen, first.min(1, initial=NOWHERE))
         self._renew(np.minimum(counts, before))
 
     def cropped(self, limit: np.ndarray) -> None:
         """See `Segment.cropped`."""
         self.inner.cropped(limit)
         self._stale(limit < self.seen)
+        self.index.unlearn(np.repeat(limit[:, None], self.spec.heads, 1))
         self.seen = np.minimum(self.seen, limit)
 
     def clear(self) -> None:
@@ -207,13 +214,22 @@ class IndexedSegment(Uncaptured):
 
     def drop_tokens(self) -> None:
         self.inner.drop_tokens()
-        self.index.clear()
+        self.index.forget(np.zeros_like(self.inner.counts()))
         self.choice = None
 
     def _stale(self, rows: np.ndarray) -> None:
         """What these rows (B,) chose is of tokens that are others now."""
         if self.choice is not None:
             self.choice.forget(rows)
+
+    def _positions(self, counts: np.ndarray) -> np.ndarray:
+        """Where in the text token `counts[b, h]` of each row stands, (B, H); `NOWHERE`: there is none."""
+        valid, columns = self.inner.columns()
+        gone = valid & (valid.cumsum(-1) > torch.from_numpy(counts).to(valid.device)[..., None])
+        places = columns[POSITION].long().masked_fill(~gone, NOWHERE)
+        found = places.amin(-1) if places.shape[-1] else places.new_full(places.shape[:2], NOWHERE)
+        first: np.ndarray = found.cpu().numpy()
+        return first
 
     def _renew(self, first: np.ndarray) -> None:
         """Remember tokens `first[b, h]` and on of each row anew, and what lies in the same unit before them."""

@@ -12,7 +12,7 @@ from kvfold.formats import Index, Picked, Remembered, Spec, register
 from kvfold.formats.picked import NEVER
 from kvfold.ops import top_mask
 from kvfold.options import check_choice, check_int
-from kvfold.selectors.always import Always
+from kvfold.selectors.always import Always, Exempt
 from kvfold.selectors.reuse import Reuse
 from kvfold.selectors.votes import Vote
 
@@ -30,7 +30,7 @@ class Selection:
     index: Index
     budget: Budget
     vote: Vote = field(default_factory=Vote)
-    always: Always = field(default_factory=Always)
+    always: Exempt = field(default_factory=Always)
     least: int = 1
     reuse: Reuse | None = None
     slots: bool = False
@@ -65,25 +65,31 @@ class Selection:
         room: np.ndarray = np.maximum(tokens.astype(np.int64) // self.unit, self.least)
         return room
 
+    def chooses(self, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]) -> Bool[np.ndarray, "B H"]:
+        """See `Chooser.chooses`."""
+        units = -(-counts // self.unit)
+        some: np.ndarray = (units > self.room(seen)[:, None]) & (units >= self.index.enough)
+        return some & (not is_all(self.budget))
+
     def choose(
         self, remembered: Remembered, q: Float[Tensor, "B H G D"], counts: Int[np.ndarray, "B H"],
         seen: Int[np.ndarray, " B"], last: Picked | None = None,
     ) -> tuple[Bool[np.ndarray, "B H S N"] | None, Picked | None]:  # fmt: skip
         """See `Chooser.choose`."""
-        units, room = -(-counts // self.unit), self.room(seen)
-        if is_all(self.budget) or (units <= room[:, None]).all():
+        units, room, chooses = -(-counts // self.unit), self.room(seen), self.chooses(counts, seen)
+        if not chooses.any():
             return None, None
         number = int(units.max())
         always = self.always.units(self.unit, units, room)
-        short = (units <= room[:, None]).all(1)  # a row that reads all chooses nothing
+        there = np.arange(number) < units[..., None]
+        short = ~chooses.any(1)  # a row that reads all chooses nothing
         asked = remembered.asks(q, seen)
         asks, query = self._stale(asked, seen, last)
         picked = np.zeros((0,), dtype=bool) if last is None else last.wide(number)
         if asks.any():
-            there = np.arange(number) < units[..., None]
             fresh = self._best(remembered, asked, units, there & ~always, room[:, None] - always.sum(-1))
             picked = fresh if last is None else np.where(asks[:, None, None, None], fresh, picked)
-        read = picked | always[:, :, None]
+        read = picked | (always | (there & ~chooses[..., None]))[:, :, None]
         if self.reuse is None:
             return read, None
         made = np.where(asks, seen, NEVER if last is None else last.made)
