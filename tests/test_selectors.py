@@ -14,7 +14,7 @@ from kvfold import ops
 from kvfold.formats import POSITION, Chunk, Dense, Indexed, Segment, Separable, Spec
 from kvfold.hf.rope import find_ropes
 from kvfold.methods import parse
-from kvfold.selectors import Alike, Always, Bounds, Every, Keys, Products, Selection, Shares, Vote
+from kvfold.selectors import Alike, Always, Bounds, Every, Heaviest, Keys, Products, Selection, Shares, Unheld, Vote
 from kvfold.testing import feed, follow, grow, steps, tokens
 from models import subject
 
@@ -25,6 +25,7 @@ FORMS = {
     "bounds-every": Indexed(Dense(page_size=4), Selection(Bounds(4), 12, reuse=Every(3))),
     "keys": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("sum", layer=True, softmax=True), slots=True)),
     "keys-alike": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("max"), Always(1, 2), reuse=Alike(-1.0))),
+    "values": Indexed(Dense(page_size=4), Heaviest(Unheld(), 6, Vote("sum"))),
     "products": Indexed(Dense(page_size=4), Selection(Products(2, 2, 1), 6, Vote("sum", softmax=True), Shares(2))),
 }
 

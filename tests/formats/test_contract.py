@@ -46,7 +46,7 @@ from kvfold.ops import dispatch
 from kvfold.ops.attend import blocked
 from kvfold.pages import Arena
 from kvfold.rotation import Compact
-from kvfold.selectors import Always, Bounds, Products, Selection, Shares, Vote
+from kvfold.selectors import Always, Bounds, Heaviest, Products, Selection, Shares, Unheld, Vote
 from models import subject
 
 
@@ -65,6 +65,8 @@ GLOBALS = {
     "Selection": Selection,
     "Always": Always,
     "Bounds": Bounds,
+    "Heaviest": Heaviest,
+    "Unheld": Unheld,
     "Products": Products,
     "Shares": Shares,
     "Vote": Vote,
@@ -95,6 +97,7 @@ def test_what_goes_in_comes_out_in_order(form, arena):
         "kivi": 1 / 20,
         "kivi-anew": 1 / 20,
         "products": 0.0,
+        "values": 0.0,
         "rotated": 1 / 4,
         "rotated-basis": 1 / 2,  # as a code errs, times how far its basis stretches
         "separable": 1 / 20,

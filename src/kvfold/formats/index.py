@@ -152,3 +152,23 @@ class Chooser(Protocol):
         None: all of them, in every row. Tokens are `counts`, of texts of `seen`. `last`: what was chosen before.
         """
         ...
+
+
+@runtime_checkable
+class Weighing(Protocol):
+    """A chooser of values alone: every key is asked, and what it got says whether its value is read."""
+
+    @property
+    def renormalize(self) -> bool:
+        """Whether the weights of what is read sum to 1; else they are those of the softmax over all keys."""
+        ...
+
+    def chooses(self, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]) -> Bool[np.ndarray, "B H"]:
+        """See `Chooser.chooses`."""
+        ...
+
+    def weigh(
+        self, weights: Float[Tensor, "B H G T"], valid: Bool[Tensor, "B H T"], seen: Int[np.ndarray, " B"]
+    ) -> Bool[Tensor, "B H S T"]:
+        """Whose values each query head (S = G) or KV head (S = 1) reads, of tokens that got so much of each query."""
+        ...

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kvfold.formats.few import attend_few
-from kvfold.formats.index import Chooser, Remembered
+from kvfold.formats.few_values import attend_values
+from kvfold.formats.index import Chooser, Remembered, Weighing
 from kvfold.formats.paged import one_each
 from kvfold.formats.parts import Answer
 from kvfold.formats.picked import Picked, check_picked, joined
@@ -139,6 +140,8 @@ class IndexedSegment(Uncaptured):
 
     def attend_few(self, q: Tensor, scale: float, *, weights: bool = False) -> Answer:
         """A generated token reads what is chosen for it; it is stored already."""
+        if isinstance(self.form.selection, Weighing):
+            return attend_values(self.inner, q, scale, self.form.selection, self.seen, weights=weights)
         selection, counts = self.form.selection, self.inner.counts()
         self.index.learn(self.inner.dense, selection.chooses(counts, self.seen))
         chosen, self.choice = selection.choose(self.index, q[:, :, :, 0], counts, self.seen, self.choice)

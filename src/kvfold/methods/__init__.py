@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.h2o import H2O as H2O
     from kvfold.methods.headkv import HeadKV as HeadKV
     from kvfold.methods.jrt_prompt import JRTPrompt as JRTPrompt
+    from kvfold.methods.kcache import KCache as KCache
     from kvfold.methods.keepkv import KeepKV as KeepKV
     from kvfold.methods.keydiff import KeyDiff as KeyDiff
     from kvfold.methods.keyformer import Keyformer as Keyformer

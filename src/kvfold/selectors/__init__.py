@@ -2,10 +2,12 @@
 
 from kvfold.selectors.always import Always, Exempt, Shares
 from kvfold.selectors.bounds import Bounds
+from kvfold.selectors.heaviest import Heaviest
 from kvfold.selectors.keys import Keys
 from kvfold.selectors.products import Products
 from kvfold.selectors.reuse import Alike, Every, Reuse
 from kvfold.selectors.selection import Selection
+from kvfold.selectors.unheld import Unheld
 from kvfold.selectors.votes import HEADS, Vote
 
 __all__ = [
@@ -15,10 +17,12 @@ __all__ = [
     "Bounds",
     "Every",
     "Exempt",
+    "Heaviest",
     "Keys",
     "Products",
     "Reuse",
     "Selection",
     "Shares",
+    "Unheld",
     "Vote",
 ]
