@@ -14,17 +14,33 @@ from kvfold import ops
 from kvfold.formats import POSITION, Chunk, Dense, Indexed, Segment, Separable, Spec
 from kvfold.hf.rope import find_ropes
 from kvfold.methods import parse
-from kvfold.selectors import Alike, Always, Bounds, Every, Heaviest, Keys, Products, Selection, Shares, Unheld, Vote
+from kvfold.selectors import (
+    Alike,
+    Always,
+    Bounds,
+    Codebook,
+    Every,
+    Heaviest,
+    Keys,
+    Products,
+    Selection,
+    Shares,
+    Unheld,
+    Vectors,
+    Vote,
+)
 from kvfold.testing import feed, follow, grow, steps, tokens
 from models import subject
 
 B, H, D, G = 2, 2, 16, 2
+BOOK = Codebook(torch.eye(D).expand(H, D, D), torch.randn(H, 9, D, generator=torch.Generator().manual_seed(1)), 30)
 FORM = Indexed(Dense(page_size=4), Selection(Bounds(4), 12))
 FORMS = {
     "bounds": FORM,
     "bounds-every": Indexed(Dense(page_size=4), Selection(Bounds(4), 12, reuse=Every(3))),
     "keys": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("sum", layer=True, softmax=True), slots=True)),
     "keys-alike": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("max"), Always(1, 2), reuse=Alike(-1.0))),
+    "vectors": Indexed(Dense(page_size=4), Selection(Vectors("book"), 6, Vote("union"), Always(1, 1))),
     "values": Indexed(Dense(page_size=4), Heaviest(Unheld(), 6, Vote("sum"))),
     "products": Indexed(Dense(page_size=4), Selection(Products(2, 2, 1), 6, Vote("sum", softmax=True), Shares(2))),
 }
@@ -44,7 +60,7 @@ def some(counts: list[list[int]], seed: int, start: int = 0) -> Chunk:
 
 def spec(rows: int = B) -> Spec:
     rope = find_ropes(subject("llama"))[0]
-    return Spec(rows, H, D, D, torch.float32, torch.device("cpu"), rope=rope, group=G)
+    return Spec(rows, H, D, D, torch.float32, torch.device("cpu"), rope=rope, group=G, artefact={"book": BOOK})
 
 
 def fresh(rows: int = B, form: Indexed = FORM) -> Segment:
@@ -70,7 +86,10 @@ def agrees(segment: Segment) -> None:
         number = units[row, head]
         torch.testing.assert_close(mine[row, head, :number], theirs[row, head, :number], atol=1e-6, rtol=0)
         assert bool(mine[row, head, number:].eq(segment.index.fill).all())
-    assert segment.index.nbytes == sum(x.untyped_storage().nbytes() for x in segment.index.state().values())
+    book = getattr(segment.index, "book", None)  # all segments have one, and files its name
+    held = {name: x for name, x in segment.index.state().items() if name != "book"}
+    own = sum(x.untyped_storage().nbytes() for x in held.values())
+    assert segment.index.nbytes == own + (0 if book is None else book.nbytes)
     if segment.choice is not None:
         assert segment.choice.units.shape[:3] == (*units.shape, segment.form.selection.vote.lists(G))
         # What stands there is of units that are still there.

@@ -14,7 +14,7 @@ from kvfold.formats.index import Chooser, Remembered, Weighing
 from kvfold.formats.paged import one_each
 from kvfold.formats.parts import Answer
 from kvfold.formats.picked import Picked, check_picked, joined
-from kvfold.formats.segment import Folding, Format, Hearing, Segment, Spec, Traits, Uncaptured
+from kvfold.formats.segment import Folding, Format, Hearing, Segment, Spec, Supposing, Traits, Uncaptured
 from kvfold.formats.tokens import POSITION, Chunk
 from kvfold.pages import PagePool
 from kvfold.rotation import Compact
@@ -39,6 +39,13 @@ class Indexed:
     @property
     def traits(self) -> Traits:
         return replace(self.form.traits, graphs=False)
+
+    def supposed(self, spec: Spec) -> Mapping[str, Any]:
+        """See `Supposing`: of its tokens' format and its index, where those do without what was measured."""
+        found: dict[str, Any] = {}
+        for part in (self.form, self.selection.index):
+            found.update(part.supposed(spec) if isinstance(part, Supposing) else {})
+        return found
 
     def open(self, spec: Spec) -> "IndexedSegment":
         inner = self.form.open(spec)

@@ -8,6 +8,7 @@ from kvfold.methods.scored import Scored, Wrapper
 from kvfold.views import CacheView, LookAhead, ReadOn
 
 if TYPE_CHECKING:  # for editors; a test holds the list
+    from kvfold.methods.a2ats import A2ATS as A2ATS
     from kvfold.methods.adakv import AdaKV as AdaKV
     from kvfold.methods.attention_gate import AttentionGate as AttentionGate
     from kvfold.methods.cake import CAKE as CAKE

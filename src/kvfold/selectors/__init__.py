@@ -2,12 +2,14 @@
 
 from kvfold.selectors.always import Always, Exempt, Shares
 from kvfold.selectors.bounds import Bounds
+from kvfold.selectors.codebook import Codebook
 from kvfold.selectors.heaviest import Heaviest
 from kvfold.selectors.keys import Keys
 from kvfold.selectors.products import Products
 from kvfold.selectors.reuse import Alike, Every, Reuse
 from kvfold.selectors.selection import Selection
 from kvfold.selectors.unheld import Unheld
+from kvfold.selectors.vectors import Vectors
 from kvfold.selectors.votes import HEADS, Vote
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "Alike",
     "Always",
     "Bounds",
+    "Codebook",
     "Every",
     "Exempt",
     "Heaviest",
@@ -24,5 +27,6 @@ __all__ = [
     "Selection",
     "Shares",
     "Unheld",
+    "Vectors",
     "Vote",
 ]

@@ -64,3 +64,22 @@ def drawn(count: int, number: int, *key: int) -> Int[Tensor, " K"]:
     """`number` different ones of `count`, at random: a function of the key alone, whatever was drawn before."""
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
     return torch.from_numpy(random.choice(count, number, replace=False))
+
+
+def spread(points: Float[Tensor, "N E"], number: int, *key: int) -> Int[Tensor, " K"]:
+    """`number` points that are far from each other: each drawn by the square of how far it is from those before it.
+
+    (k-means++.) A function of points and key alone; where fewer points differ, some are drawn twice.
+    """
+    random = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+    length = (points * points).sum(-1)
+    chosen = [int(random.integers(len(points)))]
+    apart = torch.full_like(length, torch.inf)
+    for where in random.random(number - 1).tolist():
+        last = points[chosen[-1]]
+        new = (length + length[chosen[-1]] - 2 * (points @ last)).clamp(min=0)
+        apart = torch.minimum(apart, new.masked_fill(new <= ROUNDING * length, 0.0))
+        total = apart.double().cumsum(0)
+        found = torch.searchsorted(total, total[-1] * where, right=True)
+        chosen.append(min(int(found), len(points) - 1))
+    return torch.tensor(chosen)
