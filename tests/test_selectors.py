@@ -23,8 +23,8 @@ from kvfold.selectors import (
     Heaviest,
     Keys,
     Products,
+    Proportions,
     Selection,
-    Shares,
     Unheld,
     Vectors,
     Vote,
@@ -42,7 +42,7 @@ FORMS = {
     "keys-alike": Indexed(Dense(page_size=4), Selection(Keys(5), 6, Vote("max"), Always(1, 2), reuse=Alike(-1.0))),
     "vectors": Indexed(Dense(page_size=4), Selection(Vectors("book"), 6, Vote("union"), Always(1, 1))),
     "values": Indexed(Dense(page_size=4), Heaviest(Unheld(), 6, Vote("sum"))),
-    "products": Indexed(Dense(page_size=4), Selection(Products(2, 2, 1), 6, Vote("sum", softmax=True), Shares(2))),
+    "products": Indexed(Dense(page_size=4), Selection(Products(2, 2, 1), 6, Vote("sum", softmax=True), Proportions(2))),
 }
 
 
@@ -202,7 +202,9 @@ def test_bad_options_are_named(options, said):
         (Bounds, {"unit": 0}, "unit=0"),
         (Products, {"parts": 0}, "parts=0"), (Products, {"bits": 9}, "bits=9"), (Products, {"sinks": -1}, "sinks=-1"),
         (Products, {"iterations": 0}, "iterations=0"), (Products, {"seed": -1}, "seed=-1"),
-        (Shares, {"recent": 1.5}, "recent=1.5"), (Shares, {"sinks": -1}, "sinks=-1"), (Shares, {"most": 2.0}, "most=2"),
+        (Proportions, {"recent": 1.5}, "recent=1.5"),
+        (Proportions, {"sinks": -1}, "sinks=-1"),
+        (Proportions, {"most": 2.0}, "most=2"),
     ],
 )  # fmt: skip
 def test_bad_options_of_parts_are_named(part, options, said):

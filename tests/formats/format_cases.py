@@ -29,7 +29,7 @@ from kvfold.formats import (
 )
 from kvfold.formats.key_basis import KeyBasis
 from kvfold.pages import Arena
-from kvfold.selectors import Bounds, Heaviest, Products, Selection, Shares, Unheld, Vote
+from kvfold.selectors import Bounds, Heaviest, Products, Proportions, Selection, Unheld, Vote
 
 B, H, G, D, DV = 3, 2, 2, 16, 8
 LENGTHS = [[41, 17], [0, 30], [9, 8]]
@@ -51,7 +51,9 @@ FORMATS: dict[str, Format] = {
     "bounds": Indexed(Dense(page_size=4), Selection(Bounds(4), 12)),
     "bounds-kivi": Indexed(Kivi(group=8, residual=8, requantise=True), Selection(Bounds(8), 0.5, Vote("sum"))),
     "values": Indexed(Dense(page_size=4), Heaviest(Unheld(), 12, Vote("sum"))),
-    "products": Indexed(Dense(page_size=4), Selection(Products(2, 2, 1), 12, Vote("sum", softmax=True), Shares(2))),
+    "products": Indexed(
+        Dense(page_size=4), Selection(Products(2, 2, 1), 12, Vote("sum", softmax=True), Proportions(2))
+    ),
 }
 
 

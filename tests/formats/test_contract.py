@@ -46,7 +46,7 @@ from kvfold.ops import dispatch
 from kvfold.ops.attend import blocked
 from kvfold.pages import Arena
 from kvfold.rotation import Compact
-from kvfold.selectors import Always, Bounds, Heaviest, Products, Selection, Shares, Unheld, Vote
+from kvfold.selectors import Always, Bounds, Heaviest, Products, Proportions, Selection, Unheld, Vote
 from models import subject
 
 
@@ -68,7 +68,7 @@ GLOBALS = {
     "Heaviest": Heaviest,
     "Unheld": Unheld,
     "Products": Products,
-    "Shares": Shares,
+    "Proportions": Proportions,
     "Vote": Vote,
     **{type(f).__name__: type(f) for f in FORMATS.values()},
 }

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 import kvfold
 from kvfold.formats import POSITION, Chunk, Dense, Indexed, Spec
 from kvfold.methods.pqcache import PQCache
-from kvfold.selectors import Products, Selection, Shares, Vote
+from kvfold.selectors import Products, Proportions, Selection, Vote
 from kvfold.selectors.clusters import drawn, kmeans, nearest
 from kvfold.testing import steps as forced
 from models import dynamic, feed, follow, grow, reference, subject, tokens
@@ -45,7 +45,7 @@ def full(value: int, b: int = 1, h: int = 1) -> np.ndarray:
 
 def chosen_of(index, q: torch.Tensor, recipe: Products, budget: int, always=None) -> np.ndarray:
     b, h, n, _ = index.held.shape
-    selection = Selection(recipe, budget, Vote("sum", softmax=True), always or Shares(recipe.sinks))
+    selection = Selection(recipe, budget, Vote("sum", softmax=True), always or Proportions(recipe.sinks))
     return selection.choose(index, q, full(n, b, h), np.full(b, n))[0]
 
 
@@ -122,7 +122,7 @@ def test_all_heads_of_a_group_are_asked():
     keys[..., :30, 0], keys[..., 5, 0], keys[..., 6, 0], keys[..., 7, 4] = -1.0, 3.0, 2.9, 3.0
     q = torch.zeros(1, 1, 2, D)
     q[..., 0, 0], q[..., 1, 4] = 100.0, 4.0
-    read = chosen_of(learned(keys, recipe), q, recipe, 3, Shares(0, 0.0))
+    read = chosen_of(learned(keys, recipe), q, recipe, 3, Proportions(0, 0.0))
     assert read[0, 0, 0].nonzero()[0].tolist() == [5, 7, 39]
 
 
@@ -155,7 +155,7 @@ def test_what_is_fitted_is_of_the_row_alone():
 
 
 def segment(keys: torch.Tensor, recipe: Products, budget: int = 12):
-    form = Indexed(Dense(page_size=4), Selection(recipe, budget, Vote("sum", softmax=True), Shares(recipe.sinks)))
+    form = Indexed(Dense(page_size=4), Selection(recipe, budget, Vote("sum", softmax=True), Proportions(recipe.sinks)))
     made = form.open(spec(*keys.shape[:2]))
     made.append(chunk(keys), even=True)
     return made

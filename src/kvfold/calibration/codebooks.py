@@ -31,7 +31,7 @@ RIDGE = 1e-6
 
 
 @dataclass
-class Seen:
+class HeadsSeen:
     """A layer's keys before RoPE, and the second moment of its queries `DISTANCE` behind them, float64."""
 
     keys: list[Float[Tensor, "H T D"]] = field(default_factory=list)
@@ -89,7 +89,7 @@ def lost(z: Float[Tensor, "H N D"], centres: Float[Tensor, "H K D"]) -> float:
 
 
 @torch.no_grad()
-def look(run: Run, samples: int, length: int) -> tuple[list[Seen], list[Seen]]:
+def look(run: Run, samples: int, length: int) -> tuple[list[HeadsSeen], list[HeadsSeen]]:
     """What `samples` running texts and some random ones show, and what one more running text does that nobody fits to.
 
     Raises ValueError where a layer's rotation is not known, and for numbers that are not finite.
@@ -97,15 +97,15 @@ def look(run: Run, samples: int, length: int) -> tuple[list[Seen], list[Seen]]:
     rng = random.Random(run.seed)
     noise = -(-samples // RANDOM)
     texts = [sample(run, rng, length) for _ in range(samples)] + [identifiers(run, rng, length) for _ in range(noise)]
-    fitted: list[Seen] = []
-    held: list[Seen] = []
+    fitted: list[HeadsSeen] = []
+    held: list[HeadsSeen] = []
     for number, ids in enumerate([*texts, sample(run, rng, length)]):
         run.tick(f"text {number + 1} of {len(texts) + 1}")
         found, cache = fitted if number < len(texts) else held, Cache(run.model, "full")
 
-        def observe(view: LayerView, found: list[Seen] = found) -> None:
+        def observe(view: LayerView, found: list[HeadsSeen] = found) -> None:
             if view.place.ordinal == len(found):
-                found.append(Seen())
+                found.append(HeadsSeen())
             add(found[view.place.ordinal], view)
 
         with cache.observed(observe):
@@ -117,7 +117,7 @@ def look(run: Run, samples: int, length: int) -> tuple[list[Seen], list[Seen]]:
     return fitted, held
 
 
-def add(seen: Seen, view: LayerView) -> None:
+def add(seen: HeadsSeen, view: LayerView) -> None:
     """What one text shows of a layer; the queries of a group count together."""
     rope, heads = view.place.rope, view.heads
     if rope is None:

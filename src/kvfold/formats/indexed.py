@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from kvfold.formats.few import attend_few
@@ -203,7 +204,7 @@ class IndexedSegment(Uncaptured):
 
     def truncate(self, counts: np.ndarray, *, slack: bool = False) -> None:
         """See `Segment.truncate`."""
-        before, first = self.inner.counts(), self._positions(counts)
+        before, first = self.inner.counts(), first_gone(self.inner, counts)
         self.inner.truncate(counts, slack=slack)
         self._stale(np.any(counts < before, axis=1))
         self.index.unlearn(first)
@@ -232,15 +233,6 @@ class IndexedSegment(Uncaptured):
         if self.choice is not None:
             self.choice.forget(rows)
 
-    def _positions(self, counts: np.ndarray) -> np.ndarray:
-        """Where in the text token `counts[b, h]` of each row stands, (B, H); `NOWHERE`: there is none."""
-        valid, columns = self.inner.columns()
-        gone = valid & (valid.cumsum(-1) > torch.from_numpy(counts).to(valid.device)[..., None])
-        places = columns[POSITION].long().masked_fill(~gone, NOWHERE)
-        found = places.amin(-1) if places.shape[-1] else places.new_full(places.shape[:2], NOWHERE)
-        first: np.ndarray = found.cpu().numpy()
-        return first
-
     def _renew(self, first: np.ndarray) -> None:
         """Remember tokens `first[b, h]` and on of each row anew, and what lies in the same unit before them."""
         unit = self.form.selection.unit
@@ -251,13 +243,8 @@ class IndexedSegment(Uncaptured):
             return
         units = np.where(changed, units, -(-counts // unit))
         self.index.forget(units)
-        tokens, start = self.inner.dense(), units * unit
-        begin = torch.from_numpy(start).to(tokens.valid.device)[..., None]
-        wanted = tokens.valid & (tokens.valid.cumsum(-1) > begin)
-        most = int(wanted.sum(-1).max()) if wanted.numel() else 0
-        order = torch.argsort((~wanted).byte(), dim=-1, stable=True)[..., :most]
-        some = tokens.take(order)
-        self.index.extend(some.but(wanted.gather(-1, order)), start)
+        start = units * unit
+        self.index.extend(onward(self.inner.dense(), start), start)
 
     # -- rows and pages ----------------------------------------------------------------------------------------
 
@@ -299,6 +286,25 @@ class IndexedSegment(Uncaptured):
         known = mine | {f"{INDEX}{name}": x for name, x in self.index.state().items()}
         chosen = {} if self.choice is None else self.choice.state()
         return told, known | {f"{CHOICE}{name}": x for name, x in chosen.items()}
+
+
+def first_gone(segment: Segment, counts: Int[np.ndarray, "B H"]) -> Int[np.ndarray, "B H"]:
+    """Where in the text token `counts[b, h]` of each row stands; `NOWHERE`: there is none."""
+    valid, columns = segment.columns()
+    stays = valid.cumsum(-1) <= torch.from_numpy(counts).to(valid.device)[..., None]
+    places = columns[POSITION].long().masked_fill(~valid | stays, NOWHERE)
+    found = places.amin(-1) if places.shape[-1] else places.new_full(places.shape[:2], NOWHERE)
+    first: np.ndarray = found.cpu().numpy()
+    return first
+
+
+def onward(tokens: Chunk, start: Int[np.ndarray, "B H"]) -> Chunk:
+    """Tokens `start[b, h]` and on of each row and head."""
+    begin = torch.from_numpy(start).to(tokens.valid.device)[..., None]
+    wanted = tokens.valid & (tokens.valid.cumsum(-1) > begin)
+    most = int(wanted.sum(-1).max()) if wanted.numel() else 0
+    order = torch.argsort((~wanted).byte(), dim=-1, stable=True)[..., :most]
+    return tokens.take(order).but(wanted.gather(-1, order))
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

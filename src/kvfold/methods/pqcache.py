@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from kvfold.budgets import Budget, check_budget
 from kvfold.methods.base import Method, method
-from kvfold.selectors import Products, Selection, Shares, Vote
+from kvfold.selectors import Products, Proportions, Selection, Vote
 from kvfold.views import Site
 
 
@@ -52,4 +52,4 @@ class PQCache(Method):
 
     def selection(self, site: Site | None) -> Selection:
         index = Products(self.parts, self.bits, self.sinks, self.iterations, self.seed)
-        return Selection(index, self.budget, Vote("sum", softmax=True), Shares(self.sinks, self.recent))
+        return Selection(index, self.budget, Vote("sum", softmax=True), Proportions(self.sinks, self.recent))

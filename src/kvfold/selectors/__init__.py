@@ -1,6 +1,6 @@
 """What a query reads of all that is stored: an index of stretches of tokens, and a choice by what it says of them."""
 
-from kvfold.selectors.always import Always, Exempt, Shares
+from kvfold.selectors.always import Always, Exempt, Proportions
 from kvfold.selectors.bounds import Bounds
 from kvfold.selectors.codebook import Codebook
 from kvfold.selectors.heaviest import Heaviest
@@ -23,9 +23,9 @@ __all__ = [
     "Heaviest",
     "Keys",
     "Products",
+    "Proportions",
     "Reuse",
     "Selection",
-    "Shares",
     "Unheld",
     "Vectors",
     "Vote",

@@ -55,7 +55,7 @@ class Always:
 
 
 @dataclass(frozen=True)
-class Shares:
+class Proportions:
     """The newest unit, the first `sinks` tokens, and of what the budget has left the last `recent` of it (PQCache).
 
     Sinks take at most `most` of the budget. Everything rounds down.
@@ -89,4 +89,4 @@ def ends(
 
 
 register("always", Always)
-register("shares", Shares)
+register("proportions", Proportions)

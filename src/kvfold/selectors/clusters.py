@@ -82,4 +82,4 @@ def spread(points: Float[Tensor, "N E"], number: int, *key: int) -> Int[Tensor, 
         total = apart.double().cumsum(0)
         found = torch.searchsorted(total, total[-1] * where, right=True)
         chosen.append(min(int(found), len(points) - 1))
-    return torch.tensor(chosen)
+    return torch.tensor(chosen, dtype=torch.int64)

@@ -39,7 +39,7 @@ class UnheldOf(HeldUnits):
 
     def scores(self, asked: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
         """See `Remembered.scores`."""
-        same = torch.zeros(*asked.shape[:3], int(units.max(initial=0)), device=asked.device)
+        same = torch.zeros(*asked.shape[:3], int(units.max(initial=0)), dtype=torch.float32, device=asked.device)
         return behind(same, units)
 
 
