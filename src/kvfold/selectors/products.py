@@ -16,6 +16,8 @@ from kvfold.selectors.held import HELD, HeldUnits, behind, check_held, nothing
 
 BOOKS, LEARNED = "books", "learned"
 """What its tensors are called in a state, beside the codes."""
+MOST_PARTS = 256
+"""No key has more numbers than a few times that."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Products:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_int("parts", self.parts, 1)
+        check_int("parts", self.parts, 1, high=MOST_PARTS)
         check_int("bits", self.bits, 1, high=8)
         check_int("sinks", self.sinks, 0)
         check_int("iterations", self.iterations, 1)
