@@ -83,6 +83,14 @@ def bases(layers: int, heads: int, size: int, seed: int = 0) -> dict[str, Tensor
     return {"turn": turn.float().contiguous(), "weight": weight.contiguous(), "channels": weight.flip(-1).contiguous()}
 
 
+def codebooks(layers: int, heads: int, size: int, seed: int = 0) -> dict[str, Tensor]:
+    """Thirty-two vectors of each head, at the distance of the paper."""
+    rng = torch.Generator().manual_seed(seed)
+    turn = torch.randn(layers, heads, size, size, generator=rng).tril(-1) / size + torch.eye(size)
+    centres = 2 * torch.randn(layers, heads, 32, size, generator=rng)
+    return {"turn": turn, "centres": centres, "distance": torch.full((layers,), 2048)}
+
+
 def calibrate(model, name: str) -> None:
     """Give every calibrated method an artefact for `model`, in the user's folder."""
     config = artefacts.text_config(model)
@@ -103,6 +111,7 @@ def calibrate(model, name: str) -> None:
         data["attention-gate"] = gates(layers, config.hidden_size, kv)
         size = getattr(config, "head_dim", None) or config.hidden_size // queries
         data["kvquant"] = levels(layers, kv, size)
+        data["a2ats"] = codebooks(layers, kv, size)
         data["turboquant"] = bases(layers, kv, size)
         data["less"] = feature_maps(layers, queries, kv, size)
         part = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)

@@ -249,7 +249,7 @@ def test_what_ships_is_whole():
     """Every shipped file loads, and its tables have the layers and heads that it names."""
     shipped = sorted(artefacts.shipped())
     assert {path.parent.name for path in shipped} == {
-        "attention-gate", "compresskv", "duoattention", "elitekv", "epicache", "headkv", "kvquant", "less",
+        "a2ats", "attention-gate", "compresskv", "duoattention", "elitekv", "epicache", "headkv", "kvquant", "less",
         "memory", "razorattention", "turboquant",
     }  # fmt: skip
     for path in shipped:

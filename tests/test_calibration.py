@@ -121,7 +121,7 @@ def test_every_calibration_makes_what_its_method_takes(method, name, monkeypatch
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="method='snapkv' needs no calibration; those that do: attention-gate"):
+    with pytest.raises(ValueError, match="method='snapkv' needs no calibration; those that do: a2ats, attention-gate"):
         calibrate("snapkv", run_of(subject("llama")))
     with pytest.raises(ValueError, match="answered none of the 2 prompts of kind 'copy'"):
         calibrate("headkv", run_of(subject("llama"), samples=2, length=500))

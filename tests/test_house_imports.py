@@ -35,7 +35,8 @@ ROOMS = {
     "reuse": "hf layer methods views formats pages ops options",
     "engine": "reuse hf methods views formats ops options",
     PACKAGE: "engine reuse hf models methods views formats pages",
-    "calibration": f"{PACKAGE} probes hf methods scores views formats artefacts ops options rotation transformers",
+    "calibration": f"{PACKAGE} probes hf methods selectors scores views formats artefacts ops options rotation "
+    "transformers",
     "server": f"{PACKAGE} engine reuse hf models methods options",
     "serving": f"{PACKAGE} server engine reuse hf models methods options",
     "evaluation": f"{EVERYTHING} transformers",

@@ -19,17 +19,23 @@ from kvfold.selectors import (
     Alike,
     Always,
     Bounds,
+    Codebook,
     Every,
     Gives,
+    Heaviest,
     Hierarchical,
     Keys,
     Means,
     Odd,
+    Products,
+    Proportions,
     Representatives,
     Selection,
     Sentences,
     SomeHeads,
+    Unheld,
     Unremembered,
+    Vectors,
     Vote,
     looked,
 )
@@ -38,6 +44,7 @@ from kvfold.testing import feed, follow, grow, steps, tokens
 from models import subject
 
 B, H, D, G = 2, 2, 16, 2
+BOOK = Codebook(torch.eye(D).expand(H, D, D), torch.randn(H, 9, D, generator=torch.Generator().manual_seed(1)), 30)
 FORM = Indexed(Dense(page_size=4), Selection(Bounds(4), 12))
 FORMS = {
     "bounds": FORM,
@@ -55,6 +62,9 @@ FORMS = {
         Dense(page_size=4), SomeHeads(Selection(Hierarchical(4, 2), 12, reuse=Every(3)), (True, False), Always(4, 4))
     ),
     "no-heads": Indexed(Dense(page_size=4), SomeHeads(Selection(Bounds(4), 12), (False, False), Always(4, 4))),
+    "vectors": Indexed(Dense(page_size=4), Selection(Vectors("book"), 6, Vote("union"), Always(1, 1))),
+    "values": Indexed(Dense(page_size=4), Heaviest(Unheld(), 6, Vote("sum"))),
+    "products": Indexed(Dense(page_size=4), Selection(Products(2, 2, 1), 6, Vote("sum", softmax=True), Proportions(2))),
 }
 
 
@@ -73,7 +83,7 @@ def some(counts: list[list[int]], seed: int, start: int = 0) -> Chunk:
 
 def spec(rows: int = B) -> Spec:
     rope = find_ropes(subject("llama"))[0]
-    return Spec(rows, H, D, D, torch.float32, torch.device("cpu"), rope=rope, group=G)
+    return Spec(rows, H, D, D, torch.float32, torch.device("cpu"), rope=rope, group=G, artefact={"book": BOOK})
 
 
 def fresh(rows: int = B, form: Indexed = FORM) -> Segment:
@@ -86,6 +96,8 @@ def anew(segment: Segment) -> Remembered:
     order = torch.argsort((~tokens.valid).byte(), dim=-1, stable=True)
     b = len(tokens.valid)
     index = segment.form.selection.index.open(spec(b))
+    if isinstance(segment.form.selection.index, Products):  # what a row's codebook is depends on when it was fitted
+        index.books, index.learned = segment.index.books.clone(), segment.index.learned.copy()
     index.extend(tokens.take(order), np.zeros((b, H), dtype=np.int64))
     return index
 
@@ -107,12 +119,14 @@ def agrees(segment: Segment) -> None:
         number = -(-counts[row, head] // index.unit)
         torch.testing.assert_close(mine[row, head, :number], theirs[row, head, :number], atol=1e-6, rtol=0)
         assert bool(mine[row, head, number:].eq(index.fill).all())
-    own = segment.index.state()
-    assert segment.index.nbytes == sum(x.untyped_storage().nbytes() for x in own.values())
+    book = getattr(index, "book", None)  # all segments have one, and files its name
+    own = {name: x for name, x in segment.index.state().items() if name != "book"}
+    size = sum(x.untyped_storage().nbytes() for x in own.values())
+    assert segment.index.nbytes == size + (0 if book is None else book.nbytes)
     for name, x in fresh.state().items():
         if name == "open":  # tokens of units that are not whole; there may be room for more
             assert torch.equal(own[name][:, :, : x.shape[2]], x) and not own[name][:, :, x.shape[2] :].any()
-        elif name != "held":
+        elif name not in ("held", "book"):
             assert torch.equal(own[name], x)
     if segment.choice is not None:
         units, choosing = -(-counts // selection.unit), getattr(selection, "selection", selection)
@@ -199,6 +213,17 @@ def test_a_crop_takes_back_what_was_read_of_the_text():
     assert segment.seen.tolist() == [6, 4]
 
 
+def test_what_is_rewound_was_never_read_of_the_text():
+    """Tokens that a tentative pass brought are taken back by number, not by position."""
+    segment = fresh()
+    segment.append(some([[9, 9], [4, 4]], 0))
+    before = segment.counts()
+    segment.append(some([[3, 3], [3, 3]], 1, 9))
+    assert segment.seen.tolist() == [12, 12]
+    segment.truncate(before)
+    assert segment.seen.tolist() == [9, 9]  # the second row's place 4 to 8 nobody stood at
+
+
 def test_a_segment_that_is_told_of_its_rows_is_refused():
     with pytest.raises(ValueError, match=r"form=Separable\(.*can't be read in parts"):
         Indexed(Separable(4), Selection(Bounds(16), 32)).open(Spec(1, 1, 32, 32, torch.float32, torch.device("cpu")))
@@ -235,6 +260,11 @@ def test_bad_options_are_named(options, said):
         (SomeHeads, {"selection": FORMS["keys"].selection, "heads": (True,)}, "is of all heads together"),
         (Gives, {"layer": 0, "selection": FORM.selection}, "must go by nothing that is remembered"),
         (Gives, {"layer": -1, "selection": Selection(Unremembered(4), 8)}, "layer=-1"),
+        (Products, {"parts": 0}, "parts=0"), (Products, {"bits": 9}, "bits=9"), (Products, {"sinks": -1}, "sinks=-1"),
+        (Products, {"iterations": 0}, "iterations=0"), (Products, {"seed": -1}, "seed=-1"),
+        (Proportions, {"recent": 1.5}, "recent=1.5"),
+        (Proportions, {"sinks": -1}, "sinks=-1"),
+        (Proportions, {"most": 2.0}, "most=2"),
     ],
 )  # fmt: skip
 def test_bad_options_of_parts_are_named(part, options, said):

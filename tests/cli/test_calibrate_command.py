@@ -11,7 +11,9 @@ from models import build
 
 
 def test_refused_before_anything_is_loaded():
-    with pytest.raises(ValueError, match="method='snapkv' needs no calibration; those that do: attention-gate, comp"):
+    with pytest.raises(
+        ValueError, match="method='snapkv' needs no calibration; those that do: a2ats, attention-gate, comp"
+    ):
         calibrate_command("snapkv", model="nowhere")
     with pytest.raises(ValueError, match=r"method='headkvv' is unknown \(did you mean 'headkv'"):
         calibrate_command("headkvv", model="nowhere")
@@ -19,6 +21,13 @@ def test_refused_before_anything_is_loaded():
         calibrate_command("duoattention", model="nowhere", out=Path("gates.tsv"))
     with pytest.raises(ValueError, match=r"out='gates.json' must end in .safetensors"):
         calibrate_command("attention-gate", model="nowhere", out=Path("gates.json"))
+
+
+def test_options_of_other_methods_are_refused():
+    with pytest.raises(ValueError, match="codes=64 is an option of a2ats alone, not of headkv"):
+        calibrate_command("headkv", model="nowhere", codes=64)
+    with pytest.raises(ValueError, match="pairs=2 is an option of elitekv alone, not of a2ats"):
+        calibrate_command("a2ats", model="nowhere", pairs=2)
 
 
 def test_writes_what_kvfold_finds(tmp_path, monkeypatch, capsys):

@@ -29,7 +29,21 @@ from kvfold.formats import (
 )
 from kvfold.formats.key_basis import KeyBasis
 from kvfold.pages import Arena
-from kvfold.selectors import Always, Bounds, Gives, Hierarchical, Selection, SomeHeads, Takes, Unremembered, Vote
+from kvfold.selectors import (
+    Always,
+    Bounds,
+    Gives,
+    Heaviest,
+    Hierarchical,
+    Products,
+    Proportions,
+    Selection,
+    SomeHeads,
+    Takes,
+    Unheld,
+    Unremembered,
+    Vote,
+)
 
 B, H, G, D, DV = 3, 2, 2, 16, 8
 LENGTHS = [[41, 17], [0, 30], [9, 8]]
@@ -54,6 +68,10 @@ FORMATS: dict[str, Format] = {
         Dense(page_size=4), SomeHeads(Selection(Hierarchical(8, 4), 12), (False, True), Always(4, 8))
     ),
     "takes": Indexed(Dense(page_size=4), Takes(Gives(0, Selection(Unremembered(4), 12)))),
+    "values": Indexed(Dense(page_size=4), Heaviest(Unheld(), 12, Vote("sum"))),
+    "products": Indexed(
+        Dense(page_size=4), Selection(Products(2, 2, 1), 12, Vote("sum", softmax=True), Proportions(2))
+    ),
 }
 
 

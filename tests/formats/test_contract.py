@@ -91,6 +91,8 @@ def test_what_goes_in_comes_out_in_order(form, arena):
         "fp8": 1 / 14,
         "kivi": 1 / 20,
         "kivi-anew": 1 / 20,
+        "products": 0.0,
+        "values": 0.0,
         "rotated": 1 / 4,
         "rotated-basis": 1 / 2,  # as a code errs, times how far its basis stretches
         "separable": 1 / 20,

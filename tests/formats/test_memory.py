@@ -81,6 +81,8 @@ BYTES = {
     "sparse": lambda d, dv, n: n * (d // 2 + 1 + dv // 2 + 1) + d / 8 + dv / 8 + 4,
     "thin": lambda d, dv, n: n * (3 * d / 4 + dv) + 4,
     "separable": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n,
+    "values": lambda d, dv, n: n * (d + dv) + 4,
+    "products": lambda d, dv, n: n * (d + dv) + 4 + 2,
     "rotated": lambda d, dv, n: d / 2 + dv / 2 + 4 + 2 * n,
     "rotated-basis": lambda d, dv, n: d / 2 + dv / 2 + 4 + 2 * n,
     "uneven": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * 2 * (n + 1) + 2 * n,

@@ -11,6 +11,7 @@ import torch
 
 from kvfold import __version__
 from kvfold.artefacts import Artefact, fingerprint, name_of, text_config
+from kvfold.calibration.codebooks import a2ats_codebooks
 from kvfold.calibration.duo import train_gates
 from kvfold.calibration.elite import elitekv_tensors
 from kvfold.calibration.errors import compresskv_tables
@@ -26,6 +27,7 @@ from kvfold.calibration.sensitivity import epicache_tables
 from kvfold.hf.cache import Cache
 
 CALIBRATIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "a2ats": a2ats_codebooks,
     "attention-gate": train_attention_gates,
     "compresskv": compresskv_tables,
     "duoattention": train_gates,
@@ -39,7 +41,7 @@ CALIBRATIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "turboquant": turboquant_basis,
 }
 """What measures, by the slug of the method that needs it; "memory" is what `Cache(memory=)` chooses formats by."""
-TRAINED = {"attention-gate", "elitekv", "kvquant", "less", "turboquant"}
+TRAINED = {"a2ats", "attention-gate", "elitekv", "kvquant", "less", "turboquant"}
 """Those that give tensors, which lie in safetensors files."""
 
 

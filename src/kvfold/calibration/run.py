@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 class Run:
     """`samples`: prompts, or steps of training; `length`: tokens of the longest prompt. None: the calibration's own.
 
-    `pairs` and `rank` are EliteKV's.
+    `pairs` and `rank` are EliteKV's, `codes` is A2ATS's.
     """
 
     model: "PreTrainedModel"
@@ -24,6 +24,7 @@ class Run:
     length: int | None = None
     pairs: int | None = None
     rank: int | None = None
+    codes: int | None = None
     tick: Callable[[str], None] = field(default=lambda _: None)
     about: dict[str, Any] = field(default_factory=dict)
     """What the calibration did, for the artefact's provenance."""

@@ -12,8 +12,8 @@ def calibrate_command(
     method: Annotated[
         str,
         typer.Argument(
-            help="attention-gate, compresskv, duoattention, elitekv, epicache, headkv, kvquant, less, razorattention, "
-            "turboquant; memory: what --memory chooses formats by."
+            help="a2ats, attention-gate, compresskv, duoattention, elitekv, epicache, headkv, kvquant, less, "
+            "razorattention, turboquant; memory: what --memory chooses formats by."
         ),
     ],
     model: common.Model = "smollm2-135m-instruct",
@@ -23,6 +23,7 @@ def calibrate_command(
     length: Annotated[int | None, typer.Option("--length", min=64, help="Tokens of the longest prompt.")] = None,
     pairs: Annotated[int | None, typer.Option("--pairs", min=1, help="elitekv: rotary pairs a head keeps.")] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="elitekv: numbers of a token's latent.")] = None,
+    codes: Annotated[int | None, typer.Option("--codes", min=1, help="a2ats: vectors of a head's codebook.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of prompts and random text.")] = 0,
     dtype: common.Dtype = None,
     device: common.Device = "cpu",
@@ -41,9 +42,9 @@ def calibrate_command(
     if method not in CALIBRATIONS:
         get_method(method)  # raises for a name that no method has
         raise ValueError(f"method={method!r} needs no calibration; those that do: {', '.join(CALIBRATIONS)}")
-    for name, value in (("pairs", pairs), ("rank", rank)):
-        if value is not None and method != "elitekv":
-            raise ValueError(f"{name}={value} is an option of elitekv alone, not of {method}")
+    for owner, name, value in (("elitekv", "pairs", pairs), ("elitekv", "rank", rank), ("a2ats", "codes", codes)):
+        if value is not None and method != owner:
+            raise ValueError(f"{name}={value} is an option of {owner} alone, not of {method}")
     suffix = TENSORS if method in TRAINED else TABLES
     if out is not None and out.suffix != suffix:
         raise ValueError(f"out={str(out)!r} must end in {suffix}")
@@ -61,6 +62,7 @@ def calibrate_command(
                 length,
                 pairs,
                 rank,
+                codes,
                 tick=lambda what: status.update(f"{method}: {what}"),
             ),
             name=Path(model).name,

@@ -3,7 +3,7 @@
 The indexes themselves, and the choice among units, are in `kvfold.selectors`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -60,6 +60,18 @@ class Remembered(Protocol):
         """Units `units[b, h]` and on are as if nothing of them had come."""
         ...
 
+    def learn(self, tokens: Callable[[], Chunk], which: Bool[np.ndarray, "B H"]) -> None:
+        """Before `scores`: what is fitted to tokens, as a codebook is, is fitted to those of `which` rows and heads.
+
+        Once for each, to all `tokens` that it then holds but the newest, which asks; it holds from then on, whatever
+        comes or goes, until that text is taken back (`unlearn`) or everything is forgotten (`clear`).
+        """
+        ...
+
+    def unlearn(self, limit: Int[np.ndarray, "B H"]) -> None:
+        """Text from position `limit[b, h]` on is taken back: what was fitted to any of it is to be fitted anew."""
+        ...
+
     def asks(self, q: Float[Tensor, "B H G D"], seen: Int[np.ndarray, " B"]) -> Float[Tensor, "B H G D"]:
         """The query of text position `seen[b]` - 1 as it is compared with what is remembered."""
         ...
@@ -98,6 +110,11 @@ class Index(Protocol):
     @property
     def unit(self) -> int:
         """Tokens that are read, or not, together."""
+        ...
+
+    @property
+    def enough(self) -> int:
+        """Units from which on a row and head choose among them: what is fitted needs some. Fewer are all read."""
         ...
 
     def open(self, spec: Spec) -> Remembered:
@@ -157,6 +174,10 @@ class Selecting(Protocol):
 class Chooser(Selecting, Protocol):
     """What chooses by an index."""
 
+    def chooses(self, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]) -> Bool[np.ndarray, "B H"]:
+        """Which rows and heads, of so many tokens and such texts, read less than all."""
+        ...
+
     def choose(
         self, remembered: Remembered, q: Float[Tensor, "B H G D"], counts: Int[np.ndarray, "B H"],
         seen: Int[np.ndarray, " B"], last: Picked | None = None,
@@ -190,6 +211,26 @@ class Taking(Selecting, Protocol):
 
     def take(self, counts: Int[np.ndarray, "B H"], handed: Handed) -> Chosen | None:
         """Which units are read; None: all. Raises ValueError where the choice was made among other tokens."""
+        ...
+
+
+@runtime_checkable
+class Weighing(Protocol):
+    """A chooser of values alone: every key is asked, and what it got says whether its value is read."""
+
+    @property
+    def renormalize(self) -> bool:
+        """Whether the weights of what is read sum to 1; else they are those of the softmax over all keys."""
+        ...
+
+    def chooses(self, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]) -> Bool[np.ndarray, "B H"]:
+        """See `Chooser.chooses`."""
+        ...
+
+    def weigh(
+        self, weights: Float[Tensor, "B H G T"], valid: Bool[Tensor, "B H T"], seen: Int[np.ndarray, " B"]
+    ) -> Bool[Tensor, "B H S T"]:
+        """Whose values each query head (S = G) or KV head (S = 1) reads, of tokens that got so much of each query."""
         ...
 
 

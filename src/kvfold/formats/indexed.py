@@ -3,24 +3,29 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from kvfold.formats.chosen import Chosen
 from kvfold.formats.few import attend_and_give, attend_few, near
-from kvfold.formats.index import Giving, Handed, Reader, Remembered, Taking
+from kvfold.formats.few_values import attend_values
+from kvfold.formats.index import Chooser, Giving, Handed, Reader, Remembered, Taking, Weighing
 from kvfold.formats.parts import Answer, Choosing
 from kvfold.formats.picked import Picked, check_picked, joined
-from kvfold.formats.segment import Folding, Format, Hearing, Segment, Spec, Traits, Uncaptured
-from kvfold.formats.tokens import Chunk
+from kvfold.formats.segment import Folding, Format, Hearing, Segment, Spec, Supposing, Traits, Uncaptured
+from kvfold.formats.tokens import POSITION, Chunk
 from kvfold.pages import PagePool
 from kvfold.rotation import Compact
 
 INNER, INDEX, CHOICE = "tokens.", "index.", "choice."
 """What tensors of a state are called after."""
+NOWHERE = 2**31
+"""A position behind any text."""
 SEEN: list[Callable[..., None]] = []
 """Who is told of every choice, see `choices_seen`."""
 
@@ -50,11 +55,23 @@ class Indexed:
     form: Format
     selection: Reader
 
+    @cached_property
+    def way(self) -> type:
+        """What kind of reader the selection is: asked once, for a protocol is slow to ask for."""
+        return next(kind for kind in (Weighing, Taking, Giving, Chooser) if isinstance(self.selection, kind))
+
     @property
     def traits(self) -> Traits:
         """Those of `form`; behind a crop a row whose choice would have served again makes another one."""
         traits = replace(self.form.traits, graphs=False)
         return replace(traits, crops="approximate") if self.selection.reuses and traits.crops == "exact" else traits
+
+    def supposed(self, spec: Spec) -> Mapping[str, Any]:
+        """See `Supposing`: of its tokens' format and its index, where those do without what was measured."""
+        found: dict[str, Any] = {}
+        for part in (self.form, self.selection.index):
+            found.update(part.supposed(spec) if isinstance(part, Supposing) else {})
+        return found
 
     def open(self, spec: Spec) -> "IndexedSegment":
         inner = self.form.open(spec)
@@ -161,22 +178,22 @@ class IndexedSegment(Choosing, Uncaptured):
 
     def attend_few(self, q: Tensor, scale: float, *, weights: bool = False, handed: Handed | None = None) -> Answer:
         """A generated token reads what is chosen for it; it is stored already. `handed`: see `Choosing`."""
-        selection, counts, chosen = self.form.selection, self.inner.counts(), None
+        selection, counts, way, chosen = self.form.selection, self.inner.counts(), self.form.way, None
         handed = {} if handed is None else handed
-        if isinstance(selection, Taking):
-            chosen = selection.take(counts, handed)
-        elif not isinstance(selection, Giving):
-            chosen, self.choice = selection.choose(self.index, q[:, :, :, 0], counts, self.seen, self.choice)
+        if way is Weighing:
+            return attend_values(self.inner, q, scale, cast(Weighing, selection), self.seen, weights=weights)
+        if way is Taking:
+            chosen = cast(Taking, selection).take(counts, handed)
+        elif way is Chooser:
+            chooser = cast(Chooser, selection)
+            self.index.learn(self.inner.dense, chooser.chooses(counts, self.seen))
+            chosen, self.choice = chooser.choose(self.index, q[:, :, :, 0], counts, self.seen, self.choice)
         for see in SEEN:
             see(self, q, scale, chosen)
-        if isinstance(selection, Giving):
-            return attend_and_give(self.inner, selection, q, scale, self.seen, handed, weights=weights)
-        turned = near(self.inner, self.spec.rope, self.seen, selection.far)
-        if chosen is None:
-            return self.inner.attend(q, scale, compact=turned, weights=weights)
-        rope = self.spec.rope if selection.slots else None
-        where: dict[str, Any] = {"slots": rope, "seen": self.seen, "compact": turned}
-        return attend_few(self.inner, q, scale, chosen, selection.unit, weights=weights, **where)
+        if way is Giving:
+            giving = cast(Giving, selection)
+            return attend_and_give(self.inner, giving, q, scale, self.seen, handed, weights=weights)
+        return _read(self, chosen, q, scale, weights)
 
     def columns(self) -> tuple[Tensor, Mapping[str, Tensor]]:
         return self.inner.columns()
@@ -220,9 +237,11 @@ class IndexedSegment(Choosing, Uncaptured):
 
     def truncate(self, counts: np.ndarray, *, slack: bool = False) -> None:
         """See `Segment.truncate`."""
-        before = self.inner.counts()
+        before, first = self.inner.counts(), first_gone(self.inner, counts)
         self.inner.truncate(counts, slack=slack)
         self._stale(counts < before)
+        self.index.unlearn(first)
+        self.seen = np.minimum(self.seen, first.min(1, initial=NOWHERE))
         renew(self, np.minimum(counts, before))
 
     def cropped(self, limit: np.ndarray) -> None:
@@ -232,6 +251,7 @@ class IndexedSegment(Choosing, Uncaptured):
         if self.choice is not None:
             self.choice.forget(rows)
         self.index.cropped(rows)
+        self.index.unlearn(np.repeat(limit[:, None], self.spec.heads, 1))
         self.seen = np.minimum(self.seen, limit)
 
     def clear(self) -> None:
@@ -241,7 +261,7 @@ class IndexedSegment(Choosing, Uncaptured):
 
     def drop_tokens(self) -> None:
         self.inner.drop_tokens()
-        self.index.clear()
+        self.index.forget(np.zeros_like(self.inner.counts()))
         self.choice = None
 
     def _stale(self, changed: np.ndarray) -> None:
@@ -293,6 +313,17 @@ class IndexedSegment(Choosing, Uncaptured):
         return told, known | {f"{CHOICE}{name}": x for name, x in chosen.items()}
 
 
+def _read(segment: IndexedSegment, chosen: Chosen | None, q: Tensor, scale: float, weights: bool) -> Answer:
+    """Over the units that are chosen (None: all), at the positions that the selection says."""
+    selection, inner, spec = segment.form.selection, segment.inner, segment.spec
+    turned = near(inner, spec.rope, segment.seen, selection.far)
+    if chosen is None:
+        return inner.attend(q, scale, compact=turned, weights=weights)
+    rope = spec.rope if selection.slots else None
+    where: dict[str, Any] = {"slots": rope, "seen": segment.seen, "compact": turned}
+    return attend_few(inner, q, scale, chosen, selection.unit, weights=weights, **where)
+
+
 def _whole(chunk: Chunk, names: Sequence[str]) -> Chunk:
     """Tokens with all these columns: what lies on a page where nothing is written may be another token's."""
     lacking = [name for name in names if name not in chunk.columns]
@@ -313,13 +344,27 @@ def renew(segment: IndexedSegment, first: np.ndarray) -> None:
         return
     units = np.where(changed, units, -(-counts // unit))
     segment.index.forget(units)
-    tokens, start = segment.inner.dense(), units * unit
+    start = units * unit
+    segment.index.extend(onward(segment.inner.dense(), start), start)
+
+
+def first_gone(segment: Segment, counts: Int[np.ndarray, "B H"]) -> Int[np.ndarray, "B H"]:
+    """Where in the text token `counts[b, h]` of each row stands; `NOWHERE`: there is none."""
+    valid, columns = segment.columns()
+    stays = valid.cumsum(-1) <= torch.from_numpy(counts).to(valid.device)[..., None]
+    places = columns[POSITION].long().masked_fill(~valid | stays, NOWHERE)
+    found = places.amin(-1) if places.shape[-1] else places.new_full(places.shape[:2], NOWHERE)
+    first: np.ndarray = found.cpu().numpy()
+    return first
+
+
+def onward(tokens: Chunk, start: Int[np.ndarray, "B H"]) -> Chunk:
+    """Tokens `start[b, h]` and on of each row and head."""
     begin = torch.from_numpy(start).to(tokens.valid.device)[..., None]
     wanted = tokens.valid & (tokens.valid.cumsum(-1) > begin)
     most = int(wanted.sum(-1).max()) if wanted.numel() else 0
     order = torch.argsort((~wanted).byte(), dim=-1, stable=True)[..., :most]
-    some = tokens.take(order)
-    segment.index.extend(some.but(wanted.gather(-1, order)), start)
+    return tokens.take(order).but(wanted.gather(-1, order))
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

@@ -8,6 +8,7 @@ from kvfold.methods.scored import Scored, Wrapper
 from kvfold.views import CacheView, LookAhead, ReadOn
 
 if TYPE_CHECKING:  # for editors; a test holds the list
+    from kvfold.methods.a2ats import A2ATS as A2ATS
     from kvfold.methods.adakv import AdaKV as AdaKV
     from kvfold.methods.attention_gate import AttentionGate as AttentionGate
     from kvfold.methods.cake import CAKE as CAKE
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.headkv import HeadKV as HeadKV
     from kvfold.methods.infllm import InfLLM as InfLLM
     from kvfold.methods.jrt_prompt import JRTPrompt as JRTPrompt
+    from kvfold.methods.kcache import KCache as KCache
     from kvfold.methods.keepkv import KeepKV as KeepKV
     from kvfold.methods.keydiff import KeyDiff as KeyDiff
     from kvfold.methods.keyformer import Keyformer as Keyformer
@@ -49,6 +51,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.minicache import MiniCache as MiniCache
     from kvfold.methods.mpcache import MPCache as MPCache
     from kvfold.methods.mustafar import Mustafar as Mustafar
+    from kvfold.methods.pqcache import PQCache as PQCache
     from kvfold.methods.prefixkv import PrefixKV as PrefixKV
     from kvfold.methods.pyramidkv import PyramidKV as PyramidKV
     from kvfold.methods.quest import Quest as Quest

@@ -1,17 +1,22 @@
 """What a query reads of all that is stored: an index of stretches of tokens, and a choice by what it says of them."""
 
-from kvfold.selectors.always import Always
+from kvfold.selectors.always import Always, Exempt, Proportions
 from kvfold.selectors.bounds import Bounds
+from kvfold.selectors.codebook import Codebook
 from kvfold.selectors.handed import Gives, Takes, Unremembered
 from kvfold.selectors.heads import SomeHeads
+from kvfold.selectors.heaviest import Heaviest
 from kvfold.selectors.hierarchical import Hierarchical
 from kvfold.selectors.keys import Keys
 from kvfold.selectors.means import Means
 from kvfold.selectors.odd import Odd
+from kvfold.selectors.products import Products
 from kvfold.selectors.representatives import Representatives, looked
 from kvfold.selectors.reuse import Alike, Every, Reuse
 from kvfold.selectors.selection import Selection
 from kvfold.selectors.sentences import SENTENCE, Sentences
+from kvfold.selectors.unheld import Unheld
+from kvfold.selectors.vectors import Vectors
 from kvfold.selectors.votes import HEADS, Vote
 
 __all__ = [
@@ -20,19 +25,26 @@ __all__ = [
     "Alike",
     "Always",
     "Bounds",
+    "Codebook",
     "Every",
+    "Exempt",
     "Gives",
+    "Heaviest",
     "Hierarchical",
     "Keys",
     "Means",
     "Odd",
+    "Products",
+    "Proportions",
     "Representatives",
     "Reuse",
     "Selection",
     "Sentences",
     "SomeHeads",
     "Takes",
+    "Unheld",
     "Unremembered",
+    "Vectors",
     "Vote",
     "looked",
 ]

@@ -25,6 +25,7 @@ class Bounds:
     """
 
     unit: int = PAGE_SIZE
+    enough = 0
 
     def __post_init__(self) -> None:
         check_int("unit", self.unit, 1)

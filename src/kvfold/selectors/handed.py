@@ -19,6 +19,7 @@ class Unremembered:
     """Units of `unit` tokens, of which nothing is remembered: who chooses goes by something else."""
 
     unit: int = PAGE_SIZE
+    enough = 0
 
     def __post_init__(self) -> None:
         check_int("unit", self.unit, 1)
@@ -100,7 +101,7 @@ class Gives:
         """See `Giving.looks`. Raises ValueError where heads hold other tokens."""
         if (counts != counts[:, :1]).any():
             raise ValueError(f"layer {self.layer} chooses for all heads together; they hold {counts.tolist()} tokens")
-        return self.selection.chooses(counts, seen)
+        return bool(self.selection.chooses(counts, seen).any())
 
     def give(
         self, got: Float[Tensor, "B H G T"], unit: Int[Tensor, "B H T"], counts: Int[np.ndarray, "B H"],

@@ -1,6 +1,6 @@
 """A choice that some KV heads of a layer make; the others read what they always read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,6 +68,11 @@ class SomeHeads:
         """See `Selecting.nbytes_with`."""
         return self.selection.nbytes_with(replace(spec, heads=sum(self.heads)), units)
 
+    def chooses(self, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]) -> Bool[np.ndarray, "B H"]:
+        """See `Chooser.chooses`; the others' part is no choice."""
+        some: np.ndarray = self.selection.chooses(counts, seen) & np.array(self.heads)
+        return some
+
     def choose(
         self, remembered: Remembered, q: Float[Tensor, "B H G D"], counts: Int[np.ndarray, "B H"],
         seen: Int[np.ndarray, " B"], last: Picked | None = None,
@@ -101,6 +106,11 @@ class IndexOfHeads:
     def unit(self) -> int:
         """Tokens of a unit."""
         return self.index.unit
+
+    @property
+    def enough(self) -> int:
+        """See `Index.enough`."""
+        return self.index.enough
 
     def open(self, spec: Spec) -> "RememberedOfHeads":
         """Raises ValueError where the layer has another number of KV heads."""
@@ -152,12 +162,22 @@ class RememberedOfHeads:
         """See `Remembered.extend`."""
         if not self.mask.any():
             return
+        self.inner.extend(self._some(tokens), start[:, self.mask])
+
+    def _some(self, tokens: Chunk) -> Chunk:
+        """The tokens of the marked heads."""
         some = torch.from_numpy(self.mask).to(tokens.valid.device)
         columns = {name: column[:, some] for name, column in tokens.columns.items()}
-        chunk = LateChunk(
-            lambda: tokens.keys[:, some], lambda: tokens.values[:, some], tokens.valid[:, some], columns
-        )  # fmt: skip
-        self.inner.extend(chunk, start[:, self.mask])
+        keys, values = lambda: tokens.keys[:, some], lambda: tokens.values[:, some]
+        return LateChunk(keys, values, tokens.valid[:, some], columns)
+
+    def learn(self, tokens: Callable[[], Chunk], which: Bool[np.ndarray, "B H"]) -> None:
+        """See `Remembered.learn`."""
+        self.inner.learn(lambda: self._some(tokens()), which[:, self.mask])
+
+    def unlearn(self, limit: Int[np.ndarray, "B H"]) -> None:
+        """See `Remembered.unlearn`."""
+        self.inner.unlearn(limit[:, self.mask])
 
     def forget(self, units: Int[np.ndarray, "B H"]) -> None:
         """See `Remembered.forget`."""

@@ -1,16 +1,16 @@
 """What indexes have in common that hold a few numbers of each unit, in one tensor."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from kvfold.formats import Spec
+from kvfold.formats import Chunk, Spec
 
 HELD = "held"
 """What the tensor is called in a state."""
@@ -22,8 +22,8 @@ class HeldUnits:
 
     fill: float = 0.0
 
-    def __init__(self, recipe: Any, spec: Spec, held: Float[Tensor, "B H N E"]):
-        self.recipe, self.spec, self.held = recipe, spec, held
+    def __init__(self, recipe: Any, spec: Spec, held: Shaped[Tensor, "B H N E"]):
+        self.recipe, self.spec, self.held = recipe, replace(spec, artefact={}), held
 
     @property
     def unit(self) -> int:
@@ -48,6 +48,12 @@ class HeldUnits:
     def row_nbytes(self) -> np.ndarray:
         rows = len(self.held)
         return np.full(rows, self.held.nbytes // max(1, rows))
+
+    def learn(self, tokens: Callable[[], Chunk], which: Bool[np.ndarray, "B H"]) -> None:
+        """See `Remembered.learn`: nothing is fitted."""
+
+    def unlearn(self, limit: Int[np.ndarray, "B H"]) -> None:
+        """See `Remembered.unlearn`."""
 
     def forget(self, units: Int[np.ndarray, "B H"]) -> None:
         """See `Remembered.forget`."""
@@ -99,9 +105,9 @@ class HeldUnits:
             self.held = F.pad(self.held, (0, 0, 0, more), value=self.fill)
 
 
-def nothing(spec: Spec, width: int) -> Float[Tensor, "B H 0 E"]:
-    """What is held of no unit: `width` numbers of each, in the model's dtype."""
-    return torch.empty(spec.rows, spec.heads, 0, width, dtype=spec.dtype, device=spec.device)
+def nothing(spec: Spec, width: int, dtype: torch.dtype | None = None) -> Shaped[Tensor, "B H 0 E"]:
+    """What is held of no unit: `width` numbers of each, in the model's dtype unless another is given."""
+    return torch.empty(spec.rows, spec.heads, 0, width, dtype=dtype or spec.dtype, device=spec.device)
 
 
 def behind(scores: Float[Tensor, "B H G N"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
@@ -114,10 +120,15 @@ def behind(scores: Float[Tensor, "B H G N"], units: Int[np.ndarray, "B H"]) -> F
 
 
 def check_held(
-    spec: Spec, tensors: Mapping[str, Tensor], counts: Int[np.ndarray, "B H"], unit: int, width: int
-) -> None:
-    """Raise ValueError unless `tensors` are what `HeldUnits.state` gives of rows with so many tokens."""
-    want = (spec.rows, spec.heads, -(-int(counts.max(initial=0)) // unit), width), spec.dtype
+    spec: Spec, tensors: Mapping[str, Tensor], counts: Int[np.ndarray, "B H"], unit: int, width: int,
+    dtype: torch.dtype | None = None, **beside: tuple[tuple[int, ...], torch.dtype],
+) -> None:  # fmt: skip
+    """Raise ValueError unless `tensors` are what `HeldUnits.state` gives of rows with so many tokens, and `beside` it.
+
+    `dtype`: of the numbers of a unit, None: the model's.
+    """
+    units = -(-int(counts.max(initial=0)) // unit)
+    want = {HELD: ((spec.rows, spec.heads, units, width), spec.dtype if dtype is None else dtype), **beside}
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    if found != {HELD: want}:
-        raise ValueError(f"index={found} must be { ({HELD: want}) } (shape, dtype)")
+    if found != want:
+        raise ValueError(f"index={found} must be {want} (shape, dtype)")

@@ -25,6 +25,7 @@ class Hierarchical:
 
     unit: int = 64
     logical: int = 16
+    enough = 0
 
     def __post_init__(self) -> None:
         check_int("unit", self.unit, 1)

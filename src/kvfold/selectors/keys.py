@@ -23,6 +23,7 @@ class Keys:
     """
 
     distance: int = 512
+    enough = 0
 
     def __post_init__(self) -> None:
         check_int("distance", self.distance, 0)

@@ -26,6 +26,7 @@ class Means:
     """
 
     unit: int = 8
+    enough = 0
 
     unlike: ClassVar[bool] = True
     """Whether it knows which units it stands for badly (`kvfold.selectors.odd.Unlike`)."""

@@ -35,6 +35,7 @@ class Representatives:
     unit: int = 128
     number: int = 4
     distance: int = 4095
+    enough = 0
 
     def __post_init__(self) -> None:
         check_int("unit", self.unit, 1)

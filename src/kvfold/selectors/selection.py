@@ -12,7 +12,7 @@ from kvfold.formats import Chosen, Index, Picked, Remembered, Spec, register
 from kvfold.formats.picked import NEVER
 from kvfold.ops import choose_units, top_mask
 from kvfold.options import check_choice, check_int
-from kvfold.selectors.always import Always
+from kvfold.selectors.always import Always, Exempt
 from kvfold.selectors.odd import Odd
 from kvfold.selectors.reuse import Reuse
 from kvfold.selectors.votes import Vote
@@ -33,7 +33,7 @@ class Selection:
     index: Index
     budget: Budget
     vote: Vote = field(default_factory=Vote)
-    always: Always = field(default_factory=Always)
+    always: Exempt = field(default_factory=Always)
     least: int = 1
     reuse: Reuse | None = None
     slots: bool = False
@@ -76,9 +76,11 @@ class Selection:
         room: np.ndarray = np.maximum(tokens.astype(np.int64) // self.unit, self.least)
         return room
 
-    def chooses(self, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]) -> bool:
-        """Whether some row, of `counts` tokens of texts of `seen`, does not read all it has."""
-        return not is_all(self.budget) and bool((-(-counts // self.unit) > self.room(seen)[:, None]).any())
+    def chooses(self, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]) -> Bool[np.ndarray, "B H"]:
+        """See `Chooser.chooses`."""
+        units = -(-counts // self.unit)
+        some: np.ndarray = (units > self.room(seen)[:, None]) & (units >= self.index.enough)
+        return some & (not is_all(self.budget))
 
     def choose(
         self, remembered: Remembered, q: Float[Tensor, "B H G D"], counts: Int[np.ndarray, "B H"],
@@ -88,11 +90,11 @@ class Selection:
         if is_all(self.budget):
             return None, None
         units, room, asked = -(-counts // self.unit), self.room(seen), remembered.asks(q, seen)
-        whole = remembered.whole()
-        short = (units <= room[:, None]).all(1) | whole
-        if short.all():
+        chooses = self.chooses(counts, seen) & ~remembered.whole()[:, None]
+        if not chooses.any():
             return None, None
-        if self.plain and not whole.any():
+        short = ~chooses.any(1)
+        if self.plain and (chooses | (units <= room[:, None])).all():
             return self._lists(remembered.scores(asked, units), units, room), None
         number, always = int(units.max()), self.always.units(self.unit, units, room)
         there = np.arange(number) < units[..., None]
@@ -104,7 +106,7 @@ class Selection:
         if asks.any():
             fresh = self._best(remembered, asked, units, there & ~always, room[:, None] - always.sum(-1))
             picked = fresh if last is None else np.where(asks[:, None, None, None], fresh, picked)
-        read = picked | (always | (there & short[:, None, None]))[:, :, None]
+        read = picked | (always | (there & ~chooses[..., None]))[:, :, None]
         if self.reuse is None:
             return Chosen.of(read), None
         made = np.where(asks, seen, NEVER if last is None else last.made)
@@ -116,12 +118,14 @@ class Selection:
     @property
     def plain(self) -> bool:
         """Whether lists of the best are all that there is to it: nothing is shared out, voted on or used again."""
-        return self.reuse is None and self.odd is None and self.vote.plain and self.always.share == 1.0
+        simple = isinstance(self.always, Always) and self.always.share == 1.0
+        return self.reuse is None and self.odd is None and self.vote.plain and simple
 
     def _lists(
         self, scores: Float[Tensor, "B H G N"], units: Int[np.ndarray, "B H"], room: Int[np.ndarray, " B"]
     ) -> Chosen:
         """What `_best` and what is always read come to, by a kernel that makes no mask."""
+        assert isinstance(self.always, Always)  # `plain`
         sinks, recent = self.always.most(self.unit)
         best = choose_units(scores, units, room, heads=self.vote.heads, sinks=sinks, recent=recent)
         return Chosen(*best, scores.shape[-1])

@@ -1,6 +1,6 @@
 """Sentences by the mean of their keys, asked by the mean query of the sentence that is being written (SentenceKV)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ class Sentences:
     """
 
     floor: int = 2
+    enough = 0
 
     @property
     def unit(self) -> int:
@@ -122,6 +123,12 @@ class SentencesOf:
         at = row, head, order[where]
         self.held[SUMS].index_put_(at, tokens.keys[row, head, slot].float(), accumulate=True)
         self.held[SIZES].index_put_(at, torch.ones_like(at[2], dtype=torch.int32), accumulate=True)
+
+    def learn(self, tokens: Callable[[], Chunk], which: Bool[np.ndarray, "B H"]) -> None:
+        """See `Remembered.learn`: nothing is fitted."""
+
+    def unlearn(self, limit: Int[np.ndarray, "B H"]) -> None:
+        """See `Remembered.unlearn`."""
 
     def begins(self, first: Int[np.ndarray, "B H"]) -> Int[np.ndarray, "B H"]:
         """See `Remembered.begins`: where the sentence of the last token before `first` does."""

@@ -12,6 +12,8 @@ from kvfold.options import check_choice, check_int
 
 HEADS = ("each", "sum", "max")
 """Whether each query head reads units of its own, or all of them what has the largest sum, or maximum, over them."""
+UNION = "union"
+"""All of them read what any of them would: the best of each, then the second of each, and so on (A2ATS)."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Vote:
     pool: int = 1
 
     def __post_init__(self) -> None:
-        check_choice("heads", self.heads, HEADS)
+        check_choice("heads", self.heads, (*HEADS, UNION))
         check_int("pool", self.pool, 1)
         for name in ("layer", "softmax", "scaled"):
             check_choice(name, getattr(self, name), (True, False))
@@ -41,7 +43,7 @@ class Vote:
     @property
     def plain(self) -> bool:
         """Whether it is a group's, by the scores as they are."""
-        return not self.layer and not self.softmax and self.pool == 1
+        return self.heads in HEADS and not self.layer and not self.softmax and self.pool == 1
 
     def lists(self, group: int) -> int:
         """Lists of each KV head, whose group has so many query heads."""
@@ -56,6 +58,10 @@ class Vote:
         if self.softmax:
             logits = worth / size**0.5 if self.scaled else worth
             worth = logits.softmax(-1).masked_fill(others, -torch.inf)
+        if self.heads == UNION:  # a unit is worth the best place that it has with any of them
+            order = torch.argsort(worth, dim=-1, descending=True, stable=True)
+            place = torch.arange(worth.shape[-1], device=worth.device, dtype=worth.dtype).expand(worth.shape)
+            worth = -torch.empty_like(worth).scatter_(-1, order, place)
         if self.heads != "each":
             over = (1, 2) if self.layer else (2,)
             worth = worth.sum(over, keepdim=True) if self.heads == "sum" else worth.amax(over, keepdim=True)
