@@ -12,7 +12,7 @@ from kvfold.methods.sentencekv import SentenceKV
 from kvfold.selectors import SENTENCE, Selection, Sentences
 from kvfold.testing import steps as forced
 from kvfold.views import NewWords
-from models import dynamic, feed, follow, grow, reference, subject, tokens
+from models import build, dynamic, feed, follow, grow, reference, subject, tokens
 
 MARKS = (5, 9, 17, 33, 41)
 SMALL = {"budget": 16, "sinks": 2, "recent": 4, "window": 8, "marks": MARKS}
@@ -153,9 +153,11 @@ def test_it_goes_on_from_a_file(tmp_path):
         assert torch.equal(one, two)
 
 
-def test_what_it_must_know():
+def test_what_it_must_know(tmp_path):
+    elsewhere = build("llama")
+    elsewhere.name_or_path = str(tmp_path)  # where no tokenizer is
     with pytest.raises(ValueError, match=r"must know which tokens end a sentence.*give marks="):
-        kvfold.Cache(subject("llama"), "sentencekv")
+        kvfold.Cache(elsewhere, "sentencekv")
     cache = kvfold.Cache(subject("llama"), SentenceKV(**SMALL))
     states = subject("llama").get_input_embeddings()(tokens(20)["input_ids"])
     with pytest.raises(ValueError, match="must know the tokens of a text: give input_ids"):

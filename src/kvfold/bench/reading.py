@@ -105,7 +105,7 @@ def measure_reading(
     caches = [Cache(model, "full" if method is None else method) for _, method in named]
     tick(f"reading {context:,} tokens")
     prefill_many(model, {"input_ids": ids[None, :context].to(model.device)}, caches, logits_to_keep=1)
-    rows, rest, truth = list[ReadRow](), ids[None, context:], torch.empty(0)
+    rows, rest, truth = list[ReadRow](), ids[None, context:], torch.empty(0, dtype=torch.float32)
     for (name, _), cache in zip(named, caches, strict=True):
         tick(f"{name}: {left} tokens, one by one")
         watch, logits, seconds = Watch(), list[Tensor](), list[float]()

@@ -35,7 +35,8 @@ def sentence_ends(place: str) -> Bool[Tensor, " V"] | None:
     if tokenizer is None:
         return None
     texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
-    return torch.tensor([text.endswith("\n\n") or text.rstrip(CLOSING).endswith(ENDS) for text in texts])
+    ends = [text.endswith("\n\n") or text.rstrip(CLOSING).endswith(ENDS) for text in texts]
+    return torch.tensor(ends, dtype=torch.bool)
 
 
 def check_words(model: Any, method: Method) -> None:
