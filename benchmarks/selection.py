@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     dtype: torch.dtype = getattr(torch, args.dtype)
-    spec = Spec(args.batch, args.heads, args.size, args.size, dtype, torch.device("cpu"), LAYER)
+    spec = Spec(args.batch, args.heads, args.size, args.size, dtype, torch.device("cpu"), LAYER, group=args.group)
     site = Site(LAYER, LAYER, tuple(range(30)), 30)
     methods = [name for text in args.methods.split(";") for name in split_names(text)]
     machine = describe(spec.device)
@@ -115,7 +115,9 @@ def main() -> None:
             mine, other = median(x[1] for x in times), median(x[0] for x in times)
             index, choice = (median(x[2][part] for x in times) for part in ("index", "choice"))
             read = segment.form.selection.room(segment.seen)[0] * segment.form.selection.unit
-            lists = args.group if getattr(segment.form.selection, "heads", "") == "each" else 1
+            chooser = segment.form.selection
+            vote = getattr(chooser, "selection", chooser).vote  # of the heads that choose, where some do
+            lists = vote.lists(args.group)
             token = 2 * args.size * dtype.itemsize
             held = args.batch * args.heads * token
             bound = held * context / (segment.index.nbytes + held * read * lists)

@@ -140,6 +140,10 @@ def test_a_choice_is_used_again_until_queries_differ():
     assert (again.units[..., :31] == first.units).all() and not again.units[..., 31:].any()
     other = step(32, -plain)
     assert other.made.tolist() == [33]
+    # What it reads then is what one would choose that knows of no earlier choice.
+    asked = rope.shift(-plain, torch.full((1, H, G), 32, dtype=torch.int32))
+    anew = form.selection.choose(segment.index, asked, segment.counts(), segment.seen)[1]
+    assert (other.units == anew.units).all() and not (other.units[..., :31] == first.units).all()
     # Rows that lose a token choose anew, whatever they ask.
     valid, _ = segment.columns()
     segment.keep(valid & (torch.arange(33) != 5), {})
