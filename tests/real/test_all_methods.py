@@ -28,7 +28,9 @@ def test_every_method_reads_and_answers_within_its_budget() -> None:
     assert all(row["answer"] is not None and row["kl"] >= 0 for row in rows.values())
     ratios = {info.slug: rows[info.slug]["ratio"] for info in infos if "budget" in info.options}
     limited = {slug: ratio for slug, ratio in ratios.items() if keeping([kvfold.parse(slug)])}
-    # Whose budget is of what is read: all is kept, and beside it an index of a sixteenth at most.
-    assert [slug for slug in ratios if slug not in limited and not 1.0 < ratios[slug] < 1.08] == []
+    reading = {slug: ratio for slug, ratio in ratios.items() if slug not in limited}
+    assert 0.75 < reading.pop("sentencekv") < 0.85  # which keeps three times what it reads, and means of sentences
+    # Whose budget is of what is read alone: all is kept, and beside it an index, at most a copy of the keys.
+    assert not {slug: ratio for slug, ratio in reading.items() if not 1.0 < ratio < 1.5}
     assert limited.pop("look-m") > 0.9  # a text without images stays as it is
     assert not {slug: ratio for slug, ratio in limited.items() if ratio > 0.28}
