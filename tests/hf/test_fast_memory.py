@@ -49,7 +49,10 @@ def moved(cache) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("slug", METHODS)
 def test_every_method_says_what_it_says_in_memory(tmp_path, slug):
-    """Two rows of 900 and 860 tokens, and 12 behind them: to the last bit, for all of a layer has room."""
+    """Two rows of 900 and 860 tokens, and 12 behind them: to the last bit, for all of a layer has room.
+
+    Methods that read few do not to the last bit.
+    """
     options = {**({"budget": 0.5} if slug in LIMITED else {}), **SMALL.get(slug, {})}
     if kvfold.parse(slug, **options).shares_layers:
         with pytest.raises(ValueError, match="lets layers share memory"):
@@ -60,7 +63,10 @@ def test_every_method_says_what_it_says_in_memory(tmp_path, slug):
     found = [
         follow(model, cache, prompt["input_ids"], prompt["attention_mask"], steps(2, 12)) for cache in (here, there)
     ]
-    assert torch.equal(*found)
+    if there.rows.listens("selection"):  # which reads by a mask from disk what it reads as single tokens in memory
+        torch.testing.assert_close(*found, atol=1e-4, rtol=0)
+    else:
+        assert torch.equal(*found)
     assert [core.kept() for core in there.paged] == [core.kept() for core in here.paged]
     assert there.resident_nbytes <= 1400 << 10 and abs(there.nbytes - here.nbytes) <= 0.1 * here.nbytes
 

@@ -62,9 +62,10 @@ class Indexed:
 
     @property
     def traits(self) -> Traits:
-        """Those of `form`; behind a crop a row whose choice would have served again makes another one."""
+        """Those of `form`; behind a crop a row whose choice, or queries, would have served again begins anew."""
         traits = replace(self.form.traits, graphs=False)
-        return replace(traits, crops="approximate") if self.selection.reuses and traits.crops == "exact" else traits
+        recalls = self.selection.reuses or getattr(self.selection.index, "recalls", False)
+        return replace(traits, crops="approximate") if recalls and traits.crops == "exact" else traits
 
     def supposed(self, spec: Spec) -> Mapping[str, Any]:
         """See `Supposing`: of its tokens' format and its index, where those do without what was measured."""

@@ -43,7 +43,7 @@ class Cache(Counted):
 
     To use: pass it to `generate` or a model; `reset`, `fork`, `save`, `load`.
     To look: `nbytes`, `resident_nbytes`, `dense_nbytes`, `kept_tokens`, `kept(layer)`, `report()`, `row_nbytes()`.
-    Rows of many requests: `join`, `retire`, `take`. Blocks: `prefilling`, `undecided`, `observed`, `tentative`.
+    Who decides: `method`. Rows: `join`, `retire`, `take`. Blocks: `prefilling`, `undecided`, `observed`, `tentative`.
     What else help() lists is for transformers, hooks and kvfold itself.
 
     `method` is a slug, a composition as text, or a Method; `options` such as a budget go to the method, in a

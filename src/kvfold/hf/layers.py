@@ -93,9 +93,10 @@ class PagedLayer(CacheLayerMixin):
         else:
             plan = owner.enter(ordinal, parts.total, q.shape[0]) if parts.start == 0 else owner.call.plan
             valid = parts.valid
-        owner.expect(ordinal)
+        if core.memory is not None:
+            owner.expect(ordinal)
         out = core.attend(q, k, v, valid, scale, plan, module, hidden, parts)
-        if parts is None or parts.last:
+        if (plan.defer or plan.late or core.memory is not None) and (parts is None or parts.last):
             owner.leave(ordinal, plan)
         if wants:
             return without_gradient(out, f"layer {core.layer} of {type(module).__name__}", *given)

@@ -39,7 +39,10 @@ class Stored(Segments):
         `own`: it `shows_own`, and weights are wanted of the first segment's slots alone.
         """
         if len(self.segments) == 1:
-            return _step(self.segments[0][1], q, k, v, positions, scale, weights, handed)
+            segment = self.segments[0][1]
+            if isinstance(segment, Choosing):
+                return segment.step_few(q, k, v, positions, scale, weights=weights, handed=handed)
+            return segment.step(q, k, v, positions, scale, weights=weights)
         opened, parts = self.lone_open, list[Answer]()
         if opened is None:
             self.append(new_tokens(k, v, None, positions), even=True)

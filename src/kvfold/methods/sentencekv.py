@@ -14,6 +14,9 @@ from kvfold.selectors import SENTENCE, Always, Selection, Sentences
 from kvfold.views import LayerView, NewWords, Site
 from kvfold.views.decisions import Decisions
 
+MOST = 2**31 - 1
+"""No budget is larger."""
+
 
 @method(
     "sentencekv", title="SentenceKV", paper="2504.00970", kind="select",
@@ -77,7 +80,7 @@ class SentenceKV(Method):
         if not self.factor:
             return None
         kept = self.budget * self.factor
-        budget = min(1.0, float(kept)) if isinstance(self.budget, float) else max(1, int(kept))
+        budget = min(1.0, float(kept)) if isinstance(self.budget, float) else min(max(1, int(kept)), MOST)
         return SnapKV(budget=budget, window=self.window, kernel=7, pool="max").after_prefill(view)
 
     def selection(self, site: Site) -> Selection | None:

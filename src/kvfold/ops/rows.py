@@ -13,33 +13,15 @@ from kvfold.ops.cpu import floats, threads
 
 def attend_rows(
     kernel: Callable[..., None], planes: tuple[Any, ...], q: Tensor, table: Any, scale: float, *, dv: int,
-    mass: str | None, read: Tensor | None, weights: bool,
+    mass: str | None, read: Tensor | None, weights: bool, here: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """What `attend_pages` returns, by a kernel over `planes` of a table's pages; values have `dv` numbers.
 
-    Where not all of them have room in memory at once, stretches of them answer in turn.
+    Where not all of them have room in memory at once, stretches of them answer in turn; `here`: all are in memory.
+    A step asks once a layer: NumPy makes its arrays in a tenth of the time of torch.
     """
-    if table.pool.memory is None:
-        return _attended(kernel, planes, q, table, scale, dv, mass, read, weights)
-    found = []
-    for start, part in table.pool.memory.in_turn(table):
-        here = None if read is None else read[..., start : start + part.longest]
-        found.append(_attended(kernel, planes, q, part, scale, dv, mass, here, weights))
-    return found[0] if len(found) == 1 else _merged(found)
-
-
-def _merged(found: list[tuple[Tensor, Tensor, Tensor | None]]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The answers of stretches that follow each other as one."""
-    out, lse = merge([answer[:2] for answer in found])
-    shares = [left * torch.exp(own - lse).nan_to_num(0.0)[..., None] for _, own, left in found if left is not None]
-    return out, lse, torch.cat(shares, -1) if shares else None
-
-
-def _attended(
-    kernel: Callable[..., None], planes: tuple[Any, ...], q: Tensor, table: Any, scale: float, dv: int,
-    mass: str | None, read: Tensor | None, weights: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """`attend_rows` over what is in memory. A step asks once a layer: NumPy is ten times as fast as torch at arrays."""
+    if table.pool.memory is not None and not here:
+        return _in_turn(kernel, planes, q, table, scale, dv=dv, mass=mass, read=read, weights=weights)
     (b, h, g, n, d), pool, t = q.shape, table.pool, table.longest
     rows = b * h, g * n
     out = np.empty((b, h, g, n, dv), dtype=np.float32)
@@ -57,3 +39,22 @@ def _attended(
         torch.from_numpy(lse),
         None if probabilities is None else torch.from_numpy(probabilities),
     )
+
+
+def _in_turn(
+    kernel: Callable[..., None], planes: tuple[Any, ...], q: Tensor, table: Any, scale: float, *, read: Tensor | None,
+    **more: Any,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """`attend_rows` of one stretch after the other, as the memory brings them."""
+    found = []
+    for start, part in table.pool.memory.in_turn(table):
+        some = None if read is None else read[..., start : start + part.longest]
+        found.append(attend_rows(kernel, planes, q, part, scale, read=some, here=True, **more))
+    return found[0] if len(found) == 1 else _merged(found)
+
+
+def _merged(found: list[tuple[Tensor, Tensor, Tensor | None]]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The answers of stretches that follow each other as one."""
+    out, lse = merge([answer[:2] for answer in found])
+    shares = [left * torch.exp(own - lse).nan_to_num(0.0)[..., None] for _, own, left in found if left is not None]
+    return out, lse, torch.cat(shares, -1) if shares else None

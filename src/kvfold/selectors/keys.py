@@ -12,6 +12,9 @@ from kvfold.formats import Chunk, Spec, register
 from kvfold.options import check_int
 from kvfold.selectors.held import HELD, HeldUnits, behind, check_held, nothing
 
+STEPS = 256
+"""Of a score; by so little no softmax changes."""
+
 
 @dataclass(frozen=True)
 class Keys:
@@ -74,8 +77,13 @@ class KeysOf(HeldUnits):
         return self.spec.rope.shift(q, steps[:, None, None].expand(q.shape[:3]))
 
     def scores(self, asked: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
-        """See `Remembered.scores`; not divided by sqrt(D)."""
-        return behind(asked.float() @ self.held[:, :, : int(units.max(initial=0))].float().mT, units)
+        """See `Remembered.scores`; not divided by sqrt(D), in steps of 1 / `STEPS`.
+
+        Before RoPE equal words have equal keys in a first layer, but for what turning them there and back has rounded,
+        which others in a batch may change: so they are worth the same, and the earlier is read.
+        """
+        found = asked.float() @ self.held[:, :, : int(units.max(initial=0))].float().mT
+        return behind(torch.round(found * STEPS) / STEPS, units)
 
 
 register("keys", Keys)

@@ -30,6 +30,8 @@ class Sentences:
 
     floor: int = 2
     enough = 0
+    recalls = True
+    """Whether queries are remembered, which a crop does not bring back."""
 
     @property
     def unit(self) -> int:

@@ -51,7 +51,7 @@ def step_pages(
 @register("append_pages", "cpu", rank=10, fits=holds)
 def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Tensor | None) -> None:
     count = planes["keys"].shape[1]
-    if valid is not None or (count > 1 and table.regular and table.even):  # a prompt is a copy for each plane
+    if valid is not None or (table.regular and table.even):
         naive.append_pages(table, planes, valid)
         return
     append(table, planes, count)
