@@ -8,7 +8,7 @@ import torch
 import kvfold
 from calibrated import SMALL
 from families import LIMITED, METHODS, each
-from kvfold.formats import Dense
+from kvfold.formats import Dense, Indexed
 from kvfold.methods.registry import parse
 from models import feed, follow, grow, subject, tokens
 
@@ -117,7 +117,8 @@ def test_crop_reorder_fork_and_save(slug, form, tmp_path):
     torch.testing.assert_close(two[[1, 0]], one, atol=1e-4, rtol=0)
     cache.crop(-1)
     assert all(max(map(max, filter(None, row)), default=0) < 63 for i in range(3) for row in [cache.kept(i)[0]])
-    traces = any(f.traits.crops != "exact" and isinstance(f, Indexed) for core in cache.paged for f, _ in core.segments)
+    forms = [form for core in cache.paged for form, _ in core.segments if isinstance(form, Indexed)]
+    traces = any(getattr(form.selection.index, "recalls", False) for form in forms)  # queries that a crop forgets
     if not cache.rows.listens("after_decode") and not traces:
         again = feed(model, cache, token, after)
         torch.testing.assert_close(again, first, atol=1e-4, rtol=0)
