@@ -33,7 +33,6 @@ from kvfold.selectors import (
     Selection,
     Sentences,
     SomeHeads,
-    Unheld,
     Unremembered,
     Vectors,
     Vote,
@@ -63,7 +62,7 @@ FORMS = {
     ),
     "no-heads": Indexed(Dense(page_size=4), SomeHeads(Selection(Bounds(4), 12), (False, False), Always(4, 4))),
     "vectors": Indexed(Dense(page_size=4), Selection(Vectors("book"), 6, Vote("union"), Always(1, 1))),
-    "values": Indexed(Dense(page_size=4), Heaviest(Unheld(), 6, Vote("sum"))),
+    "values": Indexed(Dense(page_size=4), Heaviest(Unremembered(1), 6, Vote("sum"))),
     "products": Indexed(Dense(page_size=4), Selection(Products(2, 2, 1), 6, Vote("sum", softmax=True), Proportions(2))),
 }
 

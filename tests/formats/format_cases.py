@@ -40,7 +40,6 @@ from kvfold.selectors import (
     Selection,
     SomeHeads,
     Takes,
-    Unheld,
     Unremembered,
     Vote,
 )
@@ -68,7 +67,7 @@ FORMATS: dict[str, Format] = {
         Dense(page_size=4), SomeHeads(Selection(Hierarchical(8, 4), 12), (False, True), Always(4, 8))
     ),
     "takes": Indexed(Dense(page_size=4), Takes(Gives(0, Selection(Unremembered(4), 12)))),
-    "values": Indexed(Dense(page_size=4), Heaviest(Unheld(), 12, Vote("sum"))),
+    "values": Indexed(Dense(page_size=4), Heaviest(Unremembered(1), 12, Vote("sum"))),
     "products": Indexed(
         Dense(page_size=4), Selection(Products(2, 2, 1), 12, Vote("sum", softmax=True), Proportions(2))
     ),

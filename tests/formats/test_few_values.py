@@ -6,7 +6,7 @@ from format_cases import FORMATS, G, chunk, query, spec_of
 from torch.testing import assert_close
 
 from kvfold.formats import Indexed
-from kvfold.selectors import Heaviest, Unheld, Vote
+from kvfold.selectors import Heaviest, Unremembered, Vote
 
 TOLD = {"balanced", "separable", "thin", "uneven"}
 """Formats that are told of their rows; an index takes none of them."""
@@ -17,7 +17,7 @@ TOLD = {"balanced", "separable", "thin", "uneven"}
 def test_what_is_read_is_what_the_format_gives(name, mass):
     """Codes, floats of 8 bits, bases: by the weights that the format gives, masses in them."""
     form, given = FORMATS[name], chunk([[41, 17], [9, 30], [9, 40]], mass=mass)
-    held = Indexed(form, Heaviest(Unheld(), 8, Vote("sum"))).open(spec_of(given, group=G))
+    held = Indexed(form, Heaviest(Unremembered(1), 8, Vote("sum"))).open(spec_of(given, group=G))
     held.append(given)
     out, lse, left = held.attend_few(query(), 0.3, weights=True)
     _, norm, weights = held.attend(query(), 0.3, weights=True)

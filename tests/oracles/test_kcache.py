@@ -9,7 +9,7 @@ import kvfold
 from kvfold.formats import POSITION, Chunk, Dense, Indexed, Kivi, Segment, Spec
 from kvfold.formats.few_values import attend_values
 from kvfold.methods.kcache import KCache
-from kvfold.selectors import Heaviest, Unheld, Vote
+from kvfold.selectors import Heaviest, Unremembered, Vote
 from kvfold.testing import steps as forced
 from models import dynamic, feed, follow, reference, subject, tokens
 
@@ -17,7 +17,7 @@ H, G, D = 2, 3, 16
 
 
 def choice(budget: int | float, heads: str = "sum", renormalize: bool = False) -> Heaviest:
-    return Heaviest(Unheld(), budget, Vote(heads), renormalize=renormalize)
+    return Heaviest(Unremembered(1), budget, Vote(heads), renormalize=renormalize)
 
 
 def segment(form, keys: torch.Tensor, values: torch.Tensor) -> Segment:

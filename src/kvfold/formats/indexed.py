@@ -187,7 +187,8 @@ class IndexedSegment(Choosing, Uncaptured):
             chosen = cast(Taking, selection).take(counts, handed)
         elif way is Chooser:
             chooser = cast(Chooser, selection)
-            self.index.learn(self.inner.dense, chooser.chooses(counts, self.seen))
+            if chooser.index.enough:  # something is fitted
+                self.index.learn(self.inner.dense, chooser.chooses(counts, self.seen))
             chosen, self.choice = chooser.choose(self.index, q[:, :, :, 0], counts, self.seen, self.choice)
         for see in SEEN:
             see(self, q, scale, chosen)

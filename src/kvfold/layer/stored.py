@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvfold.formats import POSITION, Chunk, Segment
+from kvfold.formats import POSITION, Chunk
 from kvfold.formats.index import Handed
 from kvfold.formats.parts import Answer, Choosing, answers, attend_parts, merged
 from kvfold.formats.segment import Folding
@@ -38,22 +38,21 @@ class Stored(Segments):
 
         `own`: it `shows_own`, and weights are wanted of the first segment's slots alone.
         """
-        if len(self.segments) == 1:
-            segment = self.segments[0][1]
-            if isinstance(segment, Choosing):
-                return segment.step_few(q, k, v, positions, scale, weights=weights, handed=handed)
-            return segment.step(q, k, v, positions, scale, weights=weights)
-        opened, parts = self.lone_open, list[Answer]()
+        alone = len(self.segments) == 1
+        opened, parts = self.segments[0][1] if alone else self.lone_open, list[Answer]()
         if opened is None:
             self.append(new_tokens(k, v, None, positions), even=True)
         for _, segment in self.segments:
-            if segment is opened:
-                parts.append(_step(segment, q, k, v, positions, scale, weights, handed))
-            elif answers(segment) and isinstance(segment, Choosing):
-                parts.append(segment.attend_few(q, scale, weights=weights and not own, handed=handed))
+            if isinstance(segment, Choosing):
+                if segment is opened:
+                    parts.append(segment.step_few(q, k, v, positions, scale, weights=weights, handed=handed))
+                elif answers(segment):
+                    parts.append(segment.attend_few(q, scale, weights=weights and not own, handed=handed))
+            elif segment is opened:
+                parts.append(segment.step(q, k, v, positions, scale, weights=weights))
             elif answers(segment):
                 parts.append(segment.attend(q, scale, weights=weights and not own))
-        return merged(parts, weights=weights, first=own)
+        return parts[0] if alone else merged(parts, weights=weights, first=own)
 
     def append(self, chunk: Chunk, *, even: bool = False) -> None:
         """Add the chunk's valid tokens to the segments that are open for their rows; `even`: all are valid."""
@@ -143,12 +142,3 @@ class Stored(Segments):
         for _, segment in self.segments:
             segment.clear()
         self.ordered, self.recent = True, None
-
-
-def _step(
-    segment: Segment, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, weights: bool, handed: Handed
-) -> Answer:
-    """A generated token of each row is stored in this segment and attends over it."""
-    if isinstance(segment, Choosing):
-        return segment.step_few(q, k, v, positions, scale, weights=weights, handed=handed)
-    return segment.step(q, k, v, positions, scale, weights=weights)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from kvfold.budgets import Budget, check_budget
 from kvfold.methods.base import Method, method
 from kvfold.options import check_choice, check_int
-from kvfold.selectors import HEADS, Heaviest, Selection, Unheld, Vote
+from kvfold.selectors import HEADS, Heaviest, Selection, Unremembered, Vote
 from kvfold.views import Site
 
 
@@ -49,4 +49,4 @@ class KCache(Method):
     def selection(self, site: Site) -> Selection | None:
         if site.layer < self.dense:
             return None
-        return Heaviest(Unheld(), self.budget, Vote(self.group), renormalize=self.renormalize)
+        return Heaviest(Unremembered(1), self.budget, Vote(self.group), renormalize=self.renormalize)

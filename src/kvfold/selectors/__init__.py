@@ -3,7 +3,7 @@
 from kvfold.selectors.always import Always, Exempt, Proportions
 from kvfold.selectors.bounds import Bounds
 from kvfold.selectors.codebook import Codebook
-from kvfold.selectors.handed import Gives, Takes, Unremembered
+from kvfold.selectors.handed import Gives, Takes
 from kvfold.selectors.heads import SomeHeads
 from kvfold.selectors.heaviest import Heaviest
 from kvfold.selectors.hierarchical import Hierarchical
@@ -15,7 +15,7 @@ from kvfold.selectors.representatives import Representatives, looked
 from kvfold.selectors.reuse import Alike, Every, Reuse
 from kvfold.selectors.selection import Selection
 from kvfold.selectors.sentences import SENTENCE, Sentences
-from kvfold.selectors.unheld import Unheld
+from kvfold.selectors.unremembered import Unremembered
 from kvfold.selectors.vectors import Vectors
 from kvfold.selectors.votes import HEADS, Vote
 
@@ -42,7 +42,6 @@ __all__ = [
     "Sentences",
     "SomeHeads",
     "Takes",
-    "Unheld",
     "Unremembered",
     "Vectors",
     "Vote",

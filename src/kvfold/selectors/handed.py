@@ -1,60 +1,43 @@
 """A choice that one layer makes for those behind it, by the attention that it pays itself (DELTA)."""
 
-from collections.abc import Mapping
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvfold.formats import Chosen, Chunk, Handed, Spec, register
+from kvfold.formats import Chosen, Handed, Spec, register
 from kvfold.options import check_int
-from kvfold.pages import PAGE_SIZE
-from kvfold.selectors.held import HeldUnits, nothing
+from kvfold.selectors.held import nothing
 from kvfold.selectors.selection import Selection
+from kvfold.selectors.unremembered import Unremembered, UnrememberedOf
 
 
-@dataclass(frozen=True)
-class Unremembered:
-    """Units of `unit` tokens, of which nothing is remembered: who chooses goes by something else."""
+class OfAPass:
+    """What a choice is that lives as long as a pass: of all heads, of tokens where they stand, and never used again."""
 
-    unit: int = PAGE_SIZE
-    enough = 0
+    heads = None
+    far = 0
+    slots = reuses = False
 
-    def __post_init__(self) -> None:
-        check_int("unit", self.unit, 1)
+    @property
+    @abstractmethod
+    def index(self) -> Unremembered:
+        """Of nothing."""
 
-    def open(self, spec: Spec) -> "UnrememberedOf":
-        return UnrememberedOf(self, spec, nothing(spec, 0))
+    @property
+    def unit(self) -> int:
+        """Tokens of a unit."""
+        return self.index.unit
 
-    def check(self, spec: Spec, tensors: Mapping[str, Tensor], counts: Int[np.ndarray, "B H"]) -> None:
-        if tensors:
-            raise ValueError(f"index={sorted(tensors)} of units of which nothing is remembered")
-
-    def restore(self, spec: Spec, tensors: Mapping[str, Tensor]) -> "UnrememberedOf":
-        return self.open(spec)
-
-
-class UnrememberedOf(HeldUnits):
-    """`held` (B, H, 0, 0)."""
-
-    def extend(self, tokens: Chunk, start: Int[np.ndarray, "B H"]) -> None:
-        """See `Remembered.extend`."""
-
-    def nbytes_with(self, units: int) -> int:
-        """See `Remembered.nbytes_with`."""
+    def nbytes_with(self, spec: Spec, units: int) -> int:
+        """See `Selecting.nbytes_with`."""
         return 0
 
-    def scores(self, asked: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
-        """Raises NotImplementedError: nobody asks it."""
-        raise NotImplementedError(f"{self.recipe} remembers nothing that a query could be compared with")
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
 
 @dataclass(frozen=True)
-class Gives:
+class Gives(OfAPass):
     """Model layer `layer` reads everything, and chooses by `selection` what layers that take it of this one read.
 
     A token is worth the most that any query head of the layer pays it, a unit the sum over its tokens (DELTA,
@@ -64,8 +47,6 @@ class Gives:
 
     layer: int
     selection: Selection
-    heads = None
-    far = 0
 
     def __post_init__(self) -> None:
         check_int("layer", self.layer, 0)
@@ -77,25 +58,6 @@ class Gives:
         """Of nothing."""
         assert isinstance(self.selection.index, Unremembered)
         return self.selection.index
-
-    @property
-    def unit(self) -> int:
-        """Tokens of a unit."""
-        return self.selection.unit
-
-    @property
-    def slots(self) -> bool:
-        """See `Selecting.slots`: never."""
-        return False
-
-    @property
-    def reuses(self) -> bool:
-        """See `Selecting.reuses`: never; each step chooses."""
-        return False
-
-    def nbytes_with(self, spec: Spec, units: int) -> int:
-        """See `Selecting.nbytes_with`."""
-        return 0
 
     def looks(self, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]) -> bool:
         """See `Giving.looks`. Raises ValueError where heads hold other tokens."""
@@ -130,15 +92,13 @@ class _Worth(UnrememberedOf):
 
 
 @dataclass(frozen=True)
-class Takes:
+class Takes(OfAPass):
     """Reads what the layer `of` has chosen in this forward pass; everything, where none such has been there.
 
     A layer by itself thus attends in full. Nothing of a choice is kept beyond the pass.
     """
 
     of: Gives
-    heads = None
-    far = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.of, Gives):
@@ -148,25 +108,6 @@ class Takes:
     def index(self) -> Unremembered:
         """Of nothing."""
         return self.of.index
-
-    @property
-    def unit(self) -> int:
-        """Tokens of a unit."""
-        return self.of.unit
-
-    @property
-    def slots(self) -> bool:
-        """See `Selecting.slots`: never."""
-        return False
-
-    @property
-    def reuses(self) -> bool:
-        """See `Selecting.reuses`: never beyond a pass."""
-        return False
-
-    def nbytes_with(self, spec: Spec, units: int) -> int:
-        """See `Selecting.nbytes_with`."""
-        return 0
 
     def take(self, counts: Int[np.ndarray, "B H"], handed: Handed) -> Chosen | None:
         """See `Taking.take`."""
@@ -179,6 +120,5 @@ class Takes:
         return None if chosen is None else chosen.of_heads(np.zeros(counts.shape[1], dtype=np.int64))
 
 
-register("unremembered", Unremembered)
 register("gives", Gives)
 register("takes", Takes)

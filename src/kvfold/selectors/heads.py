@@ -30,6 +30,8 @@ class SomeHeads:
     selection: Selection
     heads: tuple[bool, ...]
     others: Always = field(default_factory=Always)
+    far = 0
+    slots = False
 
     def __post_init__(self) -> None:
         given: object = self.heads  # of a file
@@ -48,16 +50,6 @@ class SomeHeads:
     def unit(self) -> int:
         """Tokens of a unit."""
         return self.selection.unit
-
-    @property
-    def slots(self) -> bool:
-        """See `Selecting.slots`: never."""
-        return False
-
-    @property
-    def far(self) -> int:
-        """See `Selecting.far`: each token stands at its own place."""
-        return 0
 
     @property
     def reuses(self) -> bool:

@@ -17,7 +17,26 @@ HELD = "held"
 I = TypeVar("I", bound="HeldUnits")  # noqa: E741
 
 
-class HeldUnits:
+Landing = tuple[Int[Tensor, " L"], Int[Tensor, " L"], Int[Tensor, " L"]]
+"""Row, KV head and place of some tokens."""
+
+
+class Unfitted:
+    """What is the same of all that goes by no column and fits nothing to tokens."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """See `Remembered.columns`."""
+        return ()
+
+    def learn(self, tokens: Callable[[], Chunk], which: Bool[np.ndarray, "B H"]) -> None:
+        """See `Remembered.learn`: nothing is fitted."""
+
+    def unlearn(self, limit: Int[np.ndarray, "B H"]) -> None:
+        """See `Remembered.unlearn`."""
+
+
+class HeldUnits(Unfitted):
     """`held` (B, H, N, E): E numbers of each unit of `unit` tokens, `fill` where no token has come."""
 
     fill: float = 0.0
@@ -32,28 +51,22 @@ class HeldUnits:
         return unit
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """See `Remembered.columns`."""
-        return ()
+    def beside_nbytes(self) -> int:
+        """Bytes of what rows hold beside that, however many units there are."""
+        return 0
 
     @property
     def nbytes(self) -> int:
-        return self.held.nbytes
+        return self.held.nbytes + self.beside_nbytes
 
     def nbytes_with(self, units: int) -> int:
         """See `Remembered.nbytes_with`."""
         rows, heads, known, width = self.held.shape
-        return rows * heads * max(known, units) * width * self.held.itemsize
+        return rows * heads * max(known, units) * width * self.held.itemsize + self.beside_nbytes
 
     def row_nbytes(self) -> np.ndarray:
         rows = len(self.held)
-        return np.full(rows, self.held.nbytes // max(1, rows))
-
-    def learn(self, tokens: Callable[[], Chunk], which: Bool[np.ndarray, "B H"]) -> None:
-        """See `Remembered.learn`: nothing is fitted."""
-
-    def unlearn(self, limit: Int[np.ndarray, "B H"]) -> None:
-        """See `Remembered.unlearn`."""
+        return np.full(rows, self.held.nbytes // max(1, rows) + self.beside_nbytes // max(1, rows))
 
     def forget(self, units: Int[np.ndarray, "B H"]) -> None:
         """See `Remembered.forget`."""
@@ -97,6 +110,13 @@ class HeldUnits:
     def state(self) -> dict[str, Tensor]:
         return {HELD: self.held}
 
+    def put(
+        self, valid: Bool[Tensor, "B H T"], start: Int[np.ndarray, "B H"], numbers: Shaped[Tensor, "B H T E"]
+    ) -> None:
+        """What is held of tokens that are units, of those that are `valid`: from `start[b, h]` on of their row."""
+        tokens, places = landing(valid, start)
+        self.held[places] = numbers[tokens].to(self.held.dtype)
+
     def reach(self, units: int) -> None:
         """Room for so many units in each row, and for 1/16 more once there are some: a step adds one now and then."""
         known = self.held.shape[2]
@@ -108,6 +128,33 @@ class HeldUnits:
 def nothing(spec: Spec, width: int, dtype: torch.dtype | None = None) -> Shaped[Tensor, "B H 0 E"]:
     """What is held of no unit: `width` numbers of each, in the model's dtype unless another is given."""
     return torch.empty(spec.rows, spec.heads, 0, width, dtype=dtype or spec.dtype, device=spec.device)
+
+
+def landing(valid: Bool[Tensor, "B H T"], start: Int[np.ndarray, "B H"]) -> tuple[Landing, Landing]:
+    """Where each of the `valid` tokens is, and where it goes: places follow each other from `start[b, h]` on."""
+    row, head, slot = valid.nonzero(as_tuple=True)
+    begin = torch.from_numpy(np.ascontiguousarray(start)).to(valid.device)
+    return (row, head, slot), (row, head, (begin[..., None] + valid.cumsum(-1) - 1)[row, head, slot])
+
+
+def ends(valid: Bool[Tensor, "B H T"], start: Int[np.ndarray, "B H"]) -> int:
+    """How many tokens the longest row has once the `valid` ones have come behind `start[b, h]` others."""
+    return int((start + valid.sum(-1).cpu().numpy()).max())
+
+
+def before_rope(spec: Spec, tokens: Chunk) -> Float[Tensor, "B H T D"]:
+    """Keys as the model made them. The layer's rotation must be known."""
+    assert spec.rope is not None  # as who opens an index of such keys asks
+    return spec.rope.shift(tokens.keys, -tokens.positions)
+
+
+def from_behind(
+    spec: Spec, q: Float[Tensor, "B H G D"], seen: Int[np.ndarray, " B"], distance: int
+) -> Float[Tensor, "B H G D"]:
+    """The query of text position `seen[b]` - 1 as if it stood `distance` behind keys that are not turned."""
+    assert spec.rope is not None
+    steps = torch.from_numpy(distance - (seen - 1)).to(q.device, torch.int32)
+    return spec.rope.shift(q, steps[:, None, None].expand(q.shape[:3]))
 
 
 def behind(scores: Float[Tensor, "B H G N"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvfold.formats import Chunk, Spec, register
 from kvfold.options import check_int
-from kvfold.selectors.held import HELD, HeldUnits, behind, check_held, nothing
+from kvfold.selectors.held import HELD, HeldUnits, before_rope, behind, check_held, ends, from_behind, nothing
 
 STEPS = 256
 """Of a score; by so little no softmax changes."""
@@ -54,27 +54,21 @@ class KeysOf(HeldUnits):
 
     def extend(self, tokens: Chunk, start: Int[np.ndarray, "B H"]) -> None:
         """See `Remembered.extend`."""
-        assert self.spec.rope is not None  # `Keys.open` asks for it
         valid = tokens.valid
         if not bool(valid.any()):
             return
-        plain = self.spec.rope.shift(tokens.keys, -tokens.positions).to(self.held.dtype)
+        plain = before_rope(self.spec, tokens)
         first, number = int(start.flat[0]), valid.shape[-1]
         if bool((start == first).all()) and bool(valid.all()):
             self.reach(first + number)
             self.held[:, :, first : first + number] = plain
             return
-        begin = torch.from_numpy(np.ascontiguousarray(start)).to(valid.device)
-        self.reach(int((begin + valid.sum(-1)).max()))
-        row, head, slot = valid.nonzero(as_tuple=True)
-        place = (begin[..., None] + valid.cumsum(-1) - 1)[row, head, slot]
-        self.held[row, head, place] = plain[row, head, slot]
+        self.reach(ends(valid, start))
+        self.put(valid, start, plain)
 
     def asks(self, q: Float[Tensor, "B H G D"], seen: Int[np.ndarray, " B"]) -> Float[Tensor, "B H G D"]:
         """See `Remembered.asks`: as far behind all keys as the recipe says."""
-        assert self.spec.rope is not None
-        steps = torch.from_numpy(self.recipe.distance - (seen - 1)).to(q.device, torch.int32)
-        return self.spec.rope.shift(q, steps[:, None, None].expand(q.shape[:3]))
+        return from_behind(self.spec, q, seen, self.recipe.distance)
 
     def scores(self, asked: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
         """See `Remembered.scores`; not divided by sqrt(D), in steps of 1 / `STEPS`.

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvfold.formats import Chunk, Spec, register
 from kvfold.options import check_int
 from kvfold.selectors.clusters import drawn, kmeans, nearest
-from kvfold.selectors.held import HELD, HeldUnits, behind, check_held, nothing
+from kvfold.selectors.held import HELD, HeldUnits, behind, check_held, ends, nothing
 
 BOOKS, LEARNED = "books", "learned"
 """What its tensors are called in a state, beside the codes."""
@@ -101,17 +101,9 @@ class ProductsOf(HeldUnits):
         self.books, self.learned = books, learned
 
     @property
-    def nbytes(self) -> int:
-        return super().nbytes + self.books.nbytes + self.learned.nbytes
-
-    def nbytes_with(self, units: int) -> int:
-        """See `Remembered.nbytes_with`."""
-        return super().nbytes_with(units) + self.books.nbytes + self.learned.nbytes
-
-    def row_nbytes(self) -> np.ndarray:
-        rows = max(1, len(self.held))
-        beside: np.ndarray = super().row_nbytes() + (self.books.nbytes + self.learned.nbytes) // rows
-        return beside
+    def beside_nbytes(self) -> int:
+        """See `HeldUnits.beside_nbytes`: what was fitted."""
+        return self.books.nbytes + self.learned.nbytes
 
     def learn(self, tokens: Callable[[], Chunk], which: Bool[np.ndarray, "B H"]) -> None:
         """See `Remembered.learn`. A row and head at a time: sums are the same whoever else is in the batch."""
@@ -146,14 +138,10 @@ class ProductsOf(HeldUnits):
         valid, known = tokens.valid, torch.from_numpy(self.learned > 0).to(tokens.valid.device)
         if not bool(valid.any()):
             return
-        begin = torch.from_numpy(np.ascontiguousarray(start)).to(valid.device)
-        self.reach(int((begin + valid.sum(-1)).max()))
+        self.reach(ends(valid, start))
         valid = valid & known[..., None]
-        if not bool(valid.any()):
-            return
-        codes = self._codes(tokens.keys, self.books)
-        row, head, slot = valid.nonzero(as_tuple=True)
-        self.held[row, head, (begin[..., None] + valid.cumsum(-1) - 1)[row, head, slot]] = codes[row, head, slot]
+        if bool(valid.any()):
+            self.put(valid, start, self._codes(tokens.keys, self.books))
 
     def _split(self, keys: Float[Tensor, "*N D"]) -> Float[Tensor, "*N M E"]:
         return keys.float().view(*keys.shape[:-1], self.recipe.parts, -1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvfold.formats import Chunk, Spec, register
 from kvfold.options import check_int
-from kvfold.selectors.held import behind
+from kvfold.selectors.held import behind, from_behind
 from kvfold.selectors.whole import WholeUnits, check_whole
 
 LOOKED = "looked"
@@ -91,9 +91,7 @@ class RepresentativesOf(WholeUnits):
 
     def asks(self, q: Float[Tensor, "B H G D"], seen: Int[np.ndarray, " B"]) -> Float[Tensor, "B H G D"]:
         """See `Remembered.asks`: as far behind all keys as the recipe says."""
-        assert self.spec.rope is not None
-        steps = torch.from_numpy(self.recipe.distance - (seen - 1)).to(q.device, torch.int32)
-        return self.spec.rope.shift(q, steps[:, None, None].expand(q.shape[:3]))
+        return from_behind(self.spec, q, seen, self.recipe.distance)
 
     def scores(self, asked: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
         """See `Remembered.scores`; not divided by sqrt(D). What it says of a unit that is not whole has no meaning."""

@@ -1,6 +1,6 @@
 """Sentences by the mean of their keys, asked by the mean query of the sentence that is being written (SentenceKV)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.formats import Chunk, Spec, register
+from kvfold.selectors.held import Unfitted, ends, landing
 
 SENTENCE = "sentence"
 """Column (int32): twice the number of the token's sentence in its row's text, and one more where it ends that."""
@@ -71,7 +72,7 @@ def _shapes(spec: Spec, tokens: int, sentences: int) -> dict[str, tuple[tuple[in
     }  # fmt: skip
 
 
-class SentencesOf:
+class SentencesOf(Unfitted):
     """Of each head the sums and numbers of a sentence's keys, each token's sentence, and the queries of the open one.
 
     `sums` (B, H, S, D), `sizes` (B, H, S), `numbers` (B, H, N) as the column has them, -1 where no token is; `asked`
@@ -85,11 +86,6 @@ class SentencesOf:
     def unit(self) -> int:
         """Tokens of a unit."""
         return 1
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """See `Remembered.columns`: what a sentence is no zero would say (`extend`)."""
-        return ()
 
     @property
     def nbytes(self) -> int:
@@ -113,24 +109,15 @@ class SentencesOf:
         if SENTENCE not in tokens.columns:
             raise ValueError(f"columns={sorted(tokens.columns)} must have {SENTENCE!r}, by which sentences are known")
         label = tokens.columns[SENTENCE].to(torch.int32)
-        begin = torch.from_numpy(np.ascontiguousarray(start)).to(valid.device)
-        place = begin[..., None] + valid.cumsum(-1) - 1
-        row, head, slot = valid.nonzero(as_tuple=True)
-        where = row, head, place[row, head, slot]
-        self._reach(NUMBERS, int(place.max()) + 1)
-        self.held[NUMBERS][where] = label[row, head, slot]
+        coming, places = landing(valid, start)
+        self._reach(NUMBERS, ends(valid, start))
+        self.held[NUMBERS][places] = label[coming]
         order = self._order()
         self._reach(SIZES, int(order.max()) + 1)
         self._reach(SUMS, int(order.max()) + 1)
-        at = row, head, order[where]
-        self.held[SUMS].index_put_(at, tokens.keys[row, head, slot].float(), accumulate=True)
+        at = (*places[:2], order[places])
+        self.held[SUMS].index_put_(at, tokens.keys[coming].float(), accumulate=True)
         self.held[SIZES].index_put_(at, torch.ones_like(at[2], dtype=torch.int32), accumulate=True)
-
-    def learn(self, tokens: Callable[[], Chunk], which: Bool[np.ndarray, "B H"]) -> None:
-        """See `Remembered.learn`: nothing is fitted."""
-
-    def unlearn(self, limit: Int[np.ndarray, "B H"]) -> None:
-        """See `Remembered.unlearn`."""
 
     def begins(self, first: Int[np.ndarray, "B H"]) -> Int[np.ndarray, "B H"]:
         """See `Remembered.begins`: where the sentence of the last token before `first` does."""

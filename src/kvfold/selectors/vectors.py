@@ -11,7 +11,7 @@ from torch import Tensor
 from kvfold.formats import Chunk, Spec, register
 from kvfold.options import check_name, shown
 from kvfold.selectors.codebook import Codebook
-from kvfold.selectors.held import HELD, HeldUnits, behind, check_held, nothing
+from kvfold.selectors.held import HELD, HeldUnits, before_rope, behind, check_held, ends, from_behind, nothing
 
 BOOK = "book"
 """What a state calls the digest of the codebook."""
@@ -91,22 +91,15 @@ class VectorsOf(HeldUnits):
 
     def extend(self, tokens: Chunk, start: Int[np.ndarray, "B H"]) -> None:
         """See `Remembered.extend`."""
-        assert self.spec.rope is not None  # `Vectors.open` asks for it
         valid = tokens.valid
         if not bool(valid.any()):
             return
-        codes = self.book.codes(self.spec.rope.shift(tokens.keys, -tokens.positions))
-        begin = torch.from_numpy(np.ascontiguousarray(start)).to(valid.device)
-        self.reach(int((begin + valid.sum(-1)).max()))
-        row, head, slot = valid.nonzero(as_tuple=True)
-        place = (begin[..., None] + valid.cumsum(-1) - 1)[row, head, slot]
-        self.held[row, head, place, 0] = codes[row, head, slot].to(torch.int16)
+        self.reach(ends(valid, start))
+        self.put(valid, start, self.book.codes(before_rope(self.spec, tokens))[..., None])
 
     def asks(self, q: Float[Tensor, "B H G D"], seen: Int[np.ndarray, " B"]) -> Float[Tensor, "B H G D"]:
         """See `Remembered.asks`: as far behind all keys as the codebook says."""
-        assert self.spec.rope is not None
-        steps = torch.from_numpy(self.book.distance - (seen - 1)).to(q.device, torch.int32)
-        return self.spec.rope.shift(q, steps[:, None, None].expand(q.shape[:3]))
+        return from_behind(self.spec, q, seen, self.book.distance)
 
     def scores(self, asked: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
         """See `Remembered.scores`; not divided by sqrt(D)."""

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvfold.formats import Chunk, Spec
-from kvfold.selectors.held import HELD, HeldUnits, check_held, nothing
+from kvfold.selectors.held import HELD, HeldUnits, check_held, landing, nothing
 
 OPEN, KNOWN = "open", "known"
 """What is said of tokens of units that still grow, and how many tokens of a row have come, in a state."""
@@ -53,20 +53,10 @@ class WholeUnits(HeldUnits):
     def made(self, told: Float[Tensor, "B H T W"]) -> Float[Tensor, "B H N E"]:
         """What is held of whole units, of the first of these tokens on."""
 
-    # -- sizes -------------------------------------------------------------------------------------------------
-
     @property
-    def nbytes(self) -> int:
-        return super().nbytes + self.still.nbytes + self.known.nbytes
-
-    def nbytes_with(self, units: int) -> int:
-        """See `Remembered.nbytes_with`; as many tokens wait as do now."""
-        return super().nbytes_with(units) + self.still.nbytes + self.known.nbytes
-
-    def row_nbytes(self) -> np.ndarray:
-        beside = self.still.nbytes + self.known.nbytes
-        sizes: np.ndarray = super().row_nbytes() + beside // max(1, len(self.still))
-        return sizes
+    def beside_nbytes(self) -> int:
+        """See `HeldUnits.beside_nbytes`: the tokens that wait, as many as do now."""
+        return self.still.nbytes + self.known.nbytes
 
     # -- tokens ------------------------------------------------------------------------------------------------
 
@@ -82,9 +72,8 @@ class WholeUnits(HeldUnits):
         wide = max(int(there.max()), self.still.shape[2])
         told = self.still.new_zeros(*more.shape, wide, self.still.shape[-1])
         told[:, :, : self.still.shape[2]] = self.still
-        row, head, slot = valid.nonzero(as_tuple=True)
-        place = (self._at(waiting)[..., None] + valid.cumsum(-1) - 1)[row, head, slot]
-        told[row, head, place] = self.told(tokens)[row, head, slot].to(told.dtype)
+        coming, places = landing(valid, waiting)
+        told[places] = self.told(tokens)[coming].to(told.dtype)
         whole = there // unit
         self.reach(int((-(-(start + more) // unit)).max()))
         if whole.any():

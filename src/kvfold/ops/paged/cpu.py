@@ -59,24 +59,14 @@ def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Tensor | None)
 
 def append(table: Any, planes: Mapping[str, Tensor], count: int) -> None:
     """`count` tokens to the end of each row: `planes` (R, count, ...), the pool's fill where one is missing."""
-    start = table.extend(count)
-    pool = table.pool
-    if pool.memory is not None:
-        for first, last in pool.memory.appended(table, start, count):
-            some = {name: plane[:, first:last] for name, plane in planes.items()}
-            _write(table, some, start + np.int32(first), start + np.int32(last))
-        return
-    _write(table, planes, start, table.lengths)
-
-
-def _write(table: Any, planes: Mapping[str, Tensor], start: np.ndarray, stop: np.ndarray) -> None:
-    """Slots `start[r]` to `stop[r]`, as many in each row, get `planes`, or the pool's fill."""
     from kvfold.ops import _cpu
 
-    pool = table.pool
-    for name, spec in pool.specs.items():
-        new = planes[name] if name in planes else _fill(spec, table.rows, int(stop[0] - start[0]) if len(stop) else 0)
-        _cpu.write(pool.array(name), _rows(new, spec.dtype), table.table, start, stop, pool.page_size)
+    start, pool = table.extend(count), table.pool
+    for first, last in ((0, count),) if pool.memory is None else pool.memory.appended(table, start, count):
+        begin, stop = start + np.int32(first), start + np.int32(last)
+        for name, spec in pool.specs.items():
+            new = planes[name][:, first:last] if name in planes else _fill(spec, table.rows, last - first)
+            _cpu.write(pool.array(name), _rows(new, spec.dtype), table.table, begin, stop, pool.page_size)
 
 
 @register("keep_pages", "cpu", rank=10, fits=holds)
