@@ -373,12 +373,22 @@ void normalise(const void* context, int64_t row) {
     }
 }
 
-template <class K>
+template <template <class, class> class R, class K>
 Task task_of(Kind value) {
     switch (value) {
-        case Kind::f32: return attend_part<Reader<K, float>>;
-        case Kind::bf16: return attend_part<Reader<K, bf16>>;
-        default: return attend_part<Reader<K, f16>>;
+        case Kind::f32: return attend_part<R<K, float>>;
+        case Kind::bf16: return attend_part<R<K, bf16>>;
+        default: return attend_part<R<K, f16>>;
+    }
+}
+
+// What a reader of numbers of 16 or 32 bits does for one part of a row.
+template <template <class, class> class R>
+Task task_of(Kind key, Kind value) {
+    switch (key) {
+        case Kind::f32: return task_of<R, float>(value);
+        case Kind::bf16: return task_of<R, bf16>(value);
+        default: return task_of<R, f16>(value);
     }
 }
 
@@ -406,11 +416,9 @@ void attend_in_parts(const Attend& on, Task task) {
 }
 
 void attend(const Attend& on) {
-    attend_in_parts(on, on.key_kind == Kind::f32    ? task_of<float>(on.value_kind)
-                        : on.key_kind == Kind::bf16 ? task_of<bf16>(on.value_kind)
-                        : on.key_kind == Kind::f16  ? task_of<f16>(on.value_kind)
-                        : on.key_kind == Kind::e4m3 ? attend_part<Reader<e4m3, e4m3>>
-                                                    : attend_part<Reader<e5m2, e5m2>>);
+    attend_in_parts(on, on.key_kind == Kind::e4m3   ? attend_part<Reader<e4m3, e4m3>>
+                        : on.key_kind == Kind::e5m2 ? attend_part<Reader<e5m2, e5m2>>
+                                                    : task_of<Reader>(on.key_kind, on.value_kind));
 }
 
 }  // namespace

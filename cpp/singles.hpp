@@ -94,19 +94,8 @@ struct SingleReader : Part<Attend> {
     }
 };
 
-template <class K>
-Task single_task_of(Kind value) {
-    switch (value) {
-        case Kind::f32: return attend_part<SingleReader<K, float>>;
-        case Kind::bf16: return attend_part<SingleReader<K, bf16>>;
-        default: return attend_part<SingleReader<K, f16>>;
-    }
-}
-
 void attend_singles(const Attend& on) {
-    attend_in_parts(on, on.key_kind == Kind::f32    ? single_task_of<float>(on.value_kind)
-                        : on.key_kind == Kind::bf16 ? single_task_of<bf16>(on.value_kind)
-                                                    : single_task_of<f16>(on.value_kind));
+    attend_in_parts(on, task_of<SingleReader>(on.key_kind, on.value_kind));
 }
 
 }  // namespace

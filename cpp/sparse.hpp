@@ -142,19 +142,8 @@ struct SparseReader : Part<Sparse> {
     }
 };
 
-template <class K>
-Task sparse_task_of(Kind value) {
-    switch (value) {
-        case Kind::f32: return attend_part<SparseReader<K, float>>;
-        case Kind::bf16: return attend_part<SparseReader<K, bf16>>;
-        default: return attend_part<SparseReader<K, f16>>;
-    }
-}
-
 void attend_sparse(const Sparse& on) {
-    attend_in_parts(on, on.key_kind == Kind::f32    ? sparse_task_of<float>(on.value_kind)
-                        : on.key_kind == Kind::bf16 ? sparse_task_of<bf16>(on.value_kind)
-                                                    : sparse_task_of<f16>(on.value_kind));
+    attend_in_parts(on, task_of<SparseReader>(on.key_kind, on.value_kind));
 }
 
 }  // namespace
