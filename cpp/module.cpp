@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -533,14 +534,18 @@ void bound_scores(Array<const float, 3> q, Const3 held, Array<const int64_t, 1> 
     set.bound_scores(on);
 }
 
+Reduce reduce_of(const std::string& heads) {
+    check(heads == "each" || heads == "sum" || heads == "max", "heads must be each, sum or max");
+    return heads == "each" ? Reduce::each : heads == "sum" ? Reduce::sum : Reduce::max;
+}
+
 // The best units of each list: see `UnitChoice`. `heads`: "each", "sum" or "max".
 void chosen_units(Array<const float, 3> scores, Array<const int64_t, 1> units, Array<const int64_t, 1> room,
                   const std::string& heads, int64_t sinks, int64_t recent, int threads, Array<int32_t, 2> numbers,
                   Array<int32_t, 1> counts) {
-    check(heads == "each" || heads == "sum" || heads == "max", "heads must be each, sum or max");
     UnitChoice on{};
     on.rows = scores.shape(0), on.g = scores.shape(1), on.width = scores.shape(2), on.most = numbers.shape(1);
-    on.reduce = heads == "each" ? Reduce::each : heads == "sum" ? Reduce::sum : Reduce::max;
+    on.reduce = reduce_of(heads);
     const int64_t lists = on.rows * (on.reduce == Reduce::each ? on.g : 1);
     check(units.shape(0) == scores.shape(0) && room.shape(0) == scores.shape(0) && on.g > 0 &&
               static_cast<int64_t>(numbers.shape(0)) == lists && static_cast<int64_t>(counts.shape(0)) == lists,
@@ -577,8 +582,108 @@ void listed_pages(Table numbers, Table table, Counts lengths, int64_t page_size,
     list_pages(on);
 }
 
+// One token's whole reading of few units: what bounds say of them, the best, their pages, and attention over those. A
+// unit is `each` pages, and what is read of a row at most room[r] of its units. A step asks once a layer, so that what
+// lies between the kernels counts: here it is nothing.
+void attend_units(Array<const float, 3> q, const Const3 held, Array<const int64_t, 1> room, const std::string& heads,
+                  int64_t sinks, int64_t recent, Const2 keys, Const2 values, std::optional<Array<const float, 2>> mass,
+                  Table table, Counts lengths, int64_t page_size, int64_t each, float scale, int threads,
+                  Array<float, 3> out, Array<float, 2> lse) {
+    const int64_t rows = q.shape(0), g = q.shape(1), d = q.shape(2), slots = keys.shape(0);
+    const Reduce reduce = reduce_of(heads);
+    check(page_size > 0 && page_size % 4 == 0 && page_size <= BLOCK && BLOCK % page_size == 0 && each > 0 &&
+              sinks >= 0 && recent >= 0,
+          "page_size must be 4, 8, 16, 32 or 64, each at least 1, sinks and recent at least 0");
+    check(static_cast<int64_t>(table.shape(0)) == rows && static_cast<int64_t>(lengths.shape(0)) == rows &&
+              static_cast<int64_t>(held.shape(0)) == rows && static_cast<int64_t>(room.shape(0)) == rows && g > 0,
+          "q, held, room, table and lengths must have the same rows");
+    check(static_cast<int64_t>(held.shape(2)) == 2 * d && static_cast<int64_t>(keys.shape(1)) == d && d > 0 &&
+              static_cast<int64_t>(values.shape(0)) == slots && out.shape(0) == q.shape(0) && out.shape(1) == q.shape(1) &&
+              out.shape(2) == values.shape(1) && lse.shape(0) == q.shape(0) && lse.shape(1) == q.shape(1),
+          "shapes of q, held, keys, values, out and lse don't fit");
+    check(!mass || (static_cast<int64_t>(mass->shape(0)) == slots && mass->shape(1) == 1), "mass must have one number a slot");
+    const Kernels& set = kernels_for({d, static_cast<int64_t>(values.shape(1))});
+    std::vector<int64_t> units(rows), able(rows), before(rows, 0);
+    int64_t width = 0, most = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t length = lengths.data()[r];
+        check(length >= 0 && (length + page_size - 1) / page_size <= static_cast<int64_t>(table.shape(1)),
+              "lengths go beyond the table");
+        units[r] = (length + each * page_size - 1) / (each * page_size);
+        able[r] = std::max<int64_t>(0, std::min(units[r], room.data()[r]));
+        width = std::max(width, units[r]), most = std::max(most, able[r]);
+    }
+    check(width <= static_cast<int64_t>(held.shape(1)), "lengths go beyond held");
+    const int64_t lists = rows * (reduce == Reduce::each ? g : 1);
+    const std::unique_ptr<float[]> scores(new float[rows * g * width]);
+    const std::unique_ptr<int32_t[]> room_for(new int32_t[lists * (3 + most + most * each)]);
+    int32_t *counts = room_for.get(), *read = counts + lists, *hole_count = read + lists, *numbers = hole_count + lists;
+    int32_t* pages = numbers + lists * most;
+    std::fill(hole_count, hole_count + lists, 0);
+    {
+        const Free free;
+        set.bound_scores({rows, g, d, static_cast<int64_t>(held.shape(1)), width, q.data(), held.data(), kind_of(held),
+                          units.data(), threads, scores.get()});
+        set.choose_units({rows, g, width, scores.get(), units.data(), able.data(), reduce, sinks, recent, most, threads,
+                          numbers, counts});
+        const Rows all{rows, page_size, table.data(), static_cast<int64_t>(table.shape(1)), lengths.data(), nullptr, 0, nullptr};
+        list_pages({all, false, lists, most, each, numbers, before.data(), pages, read});
+    }
+    Attend on{};
+    on.on = {lists, page_size, pages, most * each, read, nullptr, 0, hole_count};
+    check_pages(on.on, slots / page_size);
+    on.g = rows * g / std::max<int64_t>(lists, 1), on.d = d, on.dv = values.shape(1), on.q = q.data();
+    on.keys = keys.data(), on.values = values.data(), on.key_kind = kind_of(keys), on.value_kind = kind_of(values);
+    on.mass = mass ? mass->data() : nullptr, on.scale = scale, on.threads = threads;
+    on.out = out.data(), on.lse = lse.data();
+    const Free free;
+    set.attend(on);
+}
+
+using Held = nb::ndarray<nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+// A whole decode step: k, v (N, 1, D) and place (N, 1, 1) become the last token of each row, which `lengths` count
+// already, the bounds of their unit rise, and `attend_units`.
+void step_units(Array<const float, 3> q, const Const3 k, const Const3 v, Array<const int32_t, 3> place, Held held,
+                Array<const int64_t, 1> room, const std::string& heads, int64_t sinks, int64_t recent, Any2 keys,
+                Any2 values, Any2 places, Table table, Counts lengths, int64_t page_size, int64_t each, float scale,
+                int threads, Array<float, 3> out, Array<float, 2> lse) {
+    const size_t rows = table.shape(0), slots = keys.shape(0);
+    check(k.shape(0) == rows && v.shape(0) == rows && place.shape(0) == rows && k.shape(1) == 1 && v.shape(1) == 1 &&
+              place.shape(1) == 1 && place.shape(2) == 1 && lengths.shape(0) == rows && held.shape(0) == rows,
+          "k, v, place, held and lengths must have the table's rows, and one token each");
+    check(k.shape(2) == keys.shape(1) && v.shape(2) == values.shape(1) && places.shape(1) == 1 &&
+              values.shape(0) == slots && places.shape(0) == slots && held.shape(2) == 2 * k.shape(2) &&
+              k.dtype() == keys.dtype() && v.dtype() == values.dtype() && k.dtype() == held.dtype() &&
+              places.dtype() == nb::dtype<int32_t>(),
+          "shapes or dtypes of k, v, held and the planes don't fit");
+    check(page_size > 0 && each > 0, "page_size and each must be at least 1");
+    std::vector<int64_t> start(rows), at(rows);
+    for (size_t r = 0; r < rows; r++) {
+        start[r] = lengths.data()[r] - 1;
+        check(start[r] >= 0 && start[r] / page_size < static_cast<int64_t>(table.shape(1)) &&
+                  start[r] / (page_size * each) < static_cast<int64_t>(held.shape(1)),
+              "lengths go beyond the table or held");
+        const int64_t page = table.data()[r * table.shape(1) + start[r] / page_size];
+        check(page >= 0 && (page + 1) * page_size <= static_cast<int64_t>(slots), "the table names a page that the pool does not have");
+        at[r] = page * page_size + start[r] % page_size;
+    }
+    const size_t key = k.shape(2) * bytes_of(k), value = v.shape(2) * bytes_of(v);
+    for (size_t r = 0; r < rows; r++) {
+        std::memcpy(static_cast<char*>(keys.data()) + at[r] * key, static_cast<const char*>(k.data()) + r * key, key);
+        std::memcpy(static_cast<char*>(values.data()) + at[r] * value, static_cast<const char*>(v.data()) + r * value, value);
+        static_cast<int32_t*>(places.data())[at[r]] = place.data()[r];
+    }
+    const std::unique_ptr<bool[]> valid(new bool[rows]);
+    std::fill(valid.get(), valid.get() + rows, true);
+    raise_bounds({static_cast<int64_t>(rows), 1, static_cast<int64_t>(k.shape(2)), static_cast<int64_t>(held.shape(1)),
+                  each * page_size, held.data(), k.data(), kind_of(k), valid.get(), start.data(), 1});
+    attend_units(q, Const3(held), room, heads, sinks, recent, Const2(keys), Const2(values), {}, table, lengths, page_size,
+                 each, scale, threads, out, lse);
+}
+
 // Bounds of units (N, room, 2 D) rise to hold keys (N, T, D) too; token i of those that are valid is number start + i.
-void raised(nb::ndarray<nb::ndim<3>, nb::c_contig, nb::device::cpu> held, Const3 keys, Array<const bool, 2> valid,
+void raised(Held held, Const3 keys, Array<const bool, 2> valid,
             Array<const int64_t, 1> start, int64_t unit, int threads) {
     RaiseBounds on{};
     on.rows = keys.shape(0), on.count = keys.shape(1), on.d = keys.shape(2), on.room = held.shape(1), on.unit = unit;
@@ -698,6 +803,8 @@ NB_MODULE(_cpu, m) {
     m.def("bound_scores", bound_scores, "q"_a.noconvert(), "held"_a.noconvert(), "units"_a.noconvert(), "threads"_a, "scores"_a.noconvert());
     m.def("choose_units", chosen_units, "scores"_a.noconvert(), "units"_a.noconvert(), "room"_a.noconvert(), "heads"_a, "sinks"_a, "recent"_a, "threads"_a, "numbers"_a.noconvert(), "counts"_a.noconvert());
     m.def("list_pages", listed_pages, "numbers"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "slots"_a, "each"_a, "before"_a.noconvert(), "listed"_a.noconvert(), "list_lengths"_a.noconvert());
+    m.def("attend_units", attend_units, "q"_a.noconvert(), "held"_a.noconvert(), "room"_a.noconvert(), "heads"_a, "sinks"_a, "recent"_a, "keys"_a.noconvert(), "values"_a.noconvert(), "mass"_a.noconvert().none(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "each"_a, "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert());
+    m.def("step_units", step_units, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "place"_a.noconvert(), "held"_a.noconvert(), "room"_a.noconvert(), "heads"_a, "sinks"_a, "recent"_a, "keys"_a.noconvert(), "values"_a.noconvert(), "places"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "each"_a, "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert());
     m.def("raise_bounds", raised, "held"_a.noconvert(), "keys"_a.noconvert(), "valid"_a.noconvert(), "start"_a.noconvert(), "unit"_a, "threads"_a);
     m.def("read", [](Array<const float, 1> x, int threads) {
         const Free free;

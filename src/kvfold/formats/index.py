@@ -4,6 +4,7 @@ The indexes themselves, and the choice among units, are in `kvfold.selectors`.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -185,6 +186,32 @@ class Chooser(Selecting, Protocol):
         """Which units each query head (S = G) or KV head (S = 1) reads, and what is to be handed in the next time.
 
         None: all of them, in every row. Tokens are `counts`, of texts of `seen`. `last`: what was chosen before.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ByBounds:
+    """A choice that one kernel makes and reads by: see `kvfold.ops.attend_units`."""
+
+    held: Float[Tensor, "B H N E"]
+    """The largest of each channel of each unit's keys, then the largest of their negatives."""
+    room: Int[np.ndarray, " B"]
+    heads: str
+    sinks: int
+    recent: int
+
+
+@runtime_checkable
+class Bounding(Chooser, Protocol):
+    """A chooser that may go by nothing but bounds of keys."""
+
+    def by_bounds(
+        self, remembered: Remembered, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]
+    ) -> ByBounds | None:
+        """All that `choose` would go by; None where it goes by more, or all is read, or there is no list to make.
+
+        Bounds have room for so many tokens then, some of which may be about to come.
         """
         ...
 

@@ -12,9 +12,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kvfold.formats.chosen import Chosen
-from kvfold.formats.few import attend_and_give, attend_few, near
+from kvfold.formats.few import (
+    attend_and_give,
+    attend_by_bounds,
+    attend_few,
+    near,
+    step_by_bounds,
+    steps_by_bounds,
+)
 from kvfold.formats.few_values import attend_values
-from kvfold.formats.index import Chooser, Giving, Handed, Reader, Remembered, Taking, Weighing
+from kvfold.formats.index import Bounding, Chooser, Giving, Handed, Reader, Remembered, Taking, Weighing
 from kvfold.formats.parts import Answer, Choosing
 from kvfold.formats.picked import Picked, check_picked, joined
 from kvfold.formats.segment import Folding, Format, Hearing, Segment, Spec, Supposing, Traits, Uncaptured
@@ -59,6 +66,11 @@ class Indexed:
     def way(self) -> type:
         """What kind of reader the selection is: asked once, for a protocol is slow to ask for."""
         return next(kind for kind in (Weighing, Taking, Giving, Chooser) if isinstance(self.selection, kind))
+
+    @cached_property
+    def bounding(self) -> Bounding | None:
+        """The selection, where a kernel may make its choice."""
+        return self.selection if isinstance(self.selection, Bounding) else None
 
     @property
     def traits(self) -> Traits:
@@ -186,6 +198,8 @@ class IndexedSegment(Choosing, Uncaptured):
         if way is Taking:
             chosen = cast(Taking, selection).take(counts, handed)
         elif way is Chooser:
+            if not (weights or SEEN) and (answer := self._at_once(q, scale, counts)) is not None:
+                return answer
             chooser = cast(Chooser, selection)
             if chooser.index.enough:  # something is fitted
                 self.index.learn(self.inner.dense, chooser.chooses(counts, self.seen))
@@ -196,6 +210,26 @@ class IndexedSegment(Choosing, Uncaptured):
             giving = cast(Giving, selection)
             return attend_and_give(self.inner, giving, q, scale, self.seen, handed, weights=weights)
         return _read(self, chosen, q, scale, weights)
+
+    def _at_once(self, q: Tensor, scale: float, counts: np.ndarray) -> Answer | None:
+        """What one kernel chooses and reads; None where there is more to it."""
+        bounding = self.form.bounding
+        by = None if bounding is None else bounding.by_bounds(self.index, counts, self.seen)
+        return None if by is None else attend_by_bounds(self.inner, q, scale, by, self.form.selection.unit)
+
+    def step_few(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool, handed: Handed
+    ) -> Answer:  # fmt: skip
+        """See `Choosing.step_few`; all of it at once where bounds alone choose among tokens with nothing beside."""
+        bounding, inner, unit = self.form.bounding, self.inner, self.form.selection.unit
+        if bounding is not None and not (weights or SEEN) and steps_by_bounds(inner, unit):
+            seen = np.maximum(self.seen, positions[:, 0].cpu().numpy().astype(np.int64) + 1)
+            by = bounding.by_bounds(self.index, inner.counts() + 1, seen)
+            if by is not None:
+                answer = step_by_bounds(inner, q, k, v, positions, scale, by, unit)
+                self.seen = seen
+                return answer
+        return super().step_few(q, k, v, positions, scale, weights=weights, handed=handed)
 
     def columns(self) -> tuple[Tensor, Mapping[str, Tensor]]:
         return self.inner.columns()
@@ -212,9 +246,9 @@ class IndexedSegment(Choosing, Uncaptured):
         if self.choice is not None and chunk.valid.shape[-1] > 1:
             self._stale((chunk.valid.sum(-1) > 1).cpu().numpy())
         self.index.extend(chunk, counts)
-        last = chunk.positions.masked_fill(~chunk.valid, -1).amax((1, 2)) if chunk.valid.numel() else None
-        if last is not None:
-            self.seen = np.maximum(self.seen, last.cpu().numpy().astype(np.int64) + 1)
+        if chunk.valid.numel():
+            places = chunk.positions if even else chunk.positions.masked_fill(~chunk.valid, -1)
+            self.seen = np.maximum(self.seen, places.amax((1, 2)).cpu().numpy().astype(np.int64) + 1)
 
     def keep(self, mask: Tensor, columns: Mapping[str, Tensor], *, slack: bool = False) -> None:
         """See `Segment.keep`. No slot stays empty: what is counted through has no gaps."""

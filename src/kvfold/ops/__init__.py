@@ -11,7 +11,7 @@ from kvfold.ops.prefill import causal, causal_admitted, causal_rows
 from kvfold.ops.scores import column_sums, window_attention
 from kvfold.ops.sparse import attend_sparse
 from kvfold.ops.tokens import attend_tokens
-from kvfold.ops.units import bound_scores, choose_units, list_pages, list_slots, raise_bounds
+from kvfold.ops.units import attend_units, bound_scores, choose_units, list_pages, list_slots, raise_bounds, step_units
 
 __all__ = [
     "append_pages",
@@ -21,6 +21,7 @@ __all__ = [
     "attend_pages",
     "attend_sparse",
     "attend_tokens",
+    "attend_units",
     "bound_scores",
     "causal",
     "causal_admitted",
@@ -35,6 +36,7 @@ __all__ = [
     "most_alike",
     "raise_bounds",
     "step_pages",
+    "step_units",
     "top_mask",
     "window_attention",
 ]

@@ -151,6 +151,57 @@ def punch_holes(mask: np.ndarray, lengths: np.ndarray, holes: np.ndarray, hole_c
 def top_mask(scores: np.ndarray, count: np.ndarray, chosen: np.ndarray, threads: int) -> None:
     """chosen[r] marks the count[r] highest of scores[r] (R, T); ties go to the earlier one, -inf is never chosen."""
 
+def attend_units(
+    q: np.ndarray,
+    held: np.ndarray,
+    room: np.ndarray,
+    heads: str,
+    sinks: int,
+    recent: int,
+    keys: np.ndarray,
+    values: np.ndarray,
+    mass: np.ndarray | None,
+    table: np.ndarray,
+    lengths: np.ndarray,
+    page_size: int,
+    each: int,
+    scale: float,
+    threads: int,
+    out: np.ndarray,
+    lse: np.ndarray,
+) -> None:
+    """`bound_scores`, `choose_units`, `list_pages` and `attend` at once, over rows that begin on their first page.
+
+    q (N, G, D), held (N, M, 2 D), room (N,) units of `each` pages that are read at most: out (N, G, Dv), lse (N, G).
+    """
+
+def step_units(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    place: np.ndarray,
+    held: np.ndarray,
+    room: np.ndarray,
+    heads: str,
+    sinks: int,
+    recent: int,
+    keys: np.ndarray,
+    values: np.ndarray,
+    places: np.ndarray,
+    table: np.ndarray,
+    lengths: np.ndarray,
+    page_size: int,
+    each: int,
+    scale: float,
+    threads: int,
+    out: np.ndarray,
+    lse: np.ndarray,
+) -> None:
+    """k, v (N, 1, D) and place (N, 1, 1) become the last token of each row, which `lengths` count already.
+
+    They are written to the planes and raise the bounds `held`; then `attend_units`.
+    """
+
 def raise_bounds(
     held: np.ndarray, keys: np.ndarray, valid: np.ndarray, start: np.ndarray, unit: int, threads: int
 ) -> None:

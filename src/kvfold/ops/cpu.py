@@ -64,6 +64,17 @@ def answers(pool: Any, queries: int, mass: str | None, d: int, *widths: int) -> 
     return masses and 0 < queries <= ROWS and d > 0 and widths_fit(d, *widths)
 
 
+def reads_pages(pool: Any, queries: int, d: int, mass: str | None) -> bool:
+    """Whether the kernel can answer so many queries of a row over keys and values on the pages of this pool."""
+    keys, values = pool.specs["keys"], pool.specs["values"]
+    kinds = (
+        keys.dtype in FLOATS and values.dtype in FLOATS and (mass is None or pool.specs[mass].dtype == torch.float32)
+    )
+    # As `answers` says, but in place: each layer asks at every step.
+    sizes = 0 < queries <= ROWS and d > 0 and pool.page_size in (1, *PAGE_SIZES) and not (d % 4 or values.width % 4)
+    return kinds and sizes and pool.device.type == "cpu" and library() is not None
+
+
 def threads() -> int:
     """Threads for the kernels: torch's number, and no more than the cores that this process is granted."""
     return min(torch.get_num_threads(), granted())

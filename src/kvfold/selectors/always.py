@@ -27,7 +27,7 @@ class Always:
 
     All of it counts in the budget. Sinks and recent tokens take at most `share` of it together, and get fewer in the
     same proportion where they would take more, so that a small budget is not all of them; sinks go before recent ones
-    where it does not reach for both.
+    where it does not reach for both, and are rounded up: without any of them a model loses its way.
     """
 
     sinks: int = 0
@@ -49,7 +49,7 @@ class Always:
         most = np.maximum(room - 1, 0)
         if self.share < 1 and first + last:
             allowed = np.minimum((most * self.share).astype(np.int64), first + last)
-            first_of = allowed * first // (first + last)
+            first_of = -(-allowed * first // (first + last))
             last_of = allowed - first_of
         else:
             first_of, last_of = (np.full(len(room), number) for number in (first, last))

@@ -1,6 +1,7 @@
 """Which units of its tokens a query reads: the best by an index, and some whatever that says."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -8,11 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget, is_all
-from kvfold.formats import Chosen, Index, Picked, Remembered, Spec, register
+from kvfold.formats import ByBounds, Chosen, Index, Picked, Remembered, Spec, register
 from kvfold.formats.picked import NEVER
 from kvfold.ops import choose_units, top_mask
 from kvfold.options import check_choice, check_int
 from kvfold.selectors.always import Always, Exempt
+from kvfold.selectors.bounds import BoundsOf
 from kvfold.selectors.odd import Odd
 from kvfold.selectors.reuse import Reuse
 from kvfold.selectors.votes import Vote
@@ -70,10 +72,10 @@ class Selection:
 
     def room(self, seen: Int[np.ndarray, " B"]) -> Int[np.ndarray, " B"]:
         """Units that a query reads at most in rows whose texts are so long."""
-        tokens = (
-            np.floor(seen * self.budget + 1e-9) if isinstance(self.budget, float) else np.full(len(seen), self.budget)
-        )
-        room: np.ndarray = np.maximum(tokens.astype(np.int64) // self.unit, self.least)
+        if not isinstance(self.budget, float):
+            return np.full(len(seen), max(self.budget // self.unit, self.least))
+        tokens = np.floor(seen * self.budget + 1e-9).astype(np.int64)
+        room: np.ndarray = np.maximum(tokens // self.unit, self.least)
         return room
 
     def chooses(self, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]) -> Bool[np.ndarray, "B H"]:
@@ -115,7 +117,20 @@ class Selection:
             query = torch.where(stale, query, last.query)
         return Chosen.of(read), Picked(picked, query, np.where(short, NEVER, made))
 
-    @property
+    def by_bounds(
+        self, remembered: Remembered, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]
+    ) -> ByBounds | None:
+        """See `Bounding.by_bounds`."""
+        if not self.plain or self.slots or self.far or not isinstance(remembered, BoundsOf) or is_all(self.budget):
+            return None
+        room = self.room(seen)
+        if (counts <= room[:, None] * self.unit).all():
+            return None
+        remembered.reach(-(-int(counts.max()) // self.unit))
+        assert isinstance(self.always, Always)  # `plain`
+        return ByBounds(remembered.held, room, self.vote.heads, *self.always.most(self.unit))
+
+    @cached_property
     def plain(self) -> bool:
         """Whether lists of the best are all that there is to it: nothing is shared out, voted on or used again."""
         simple = isinstance(self.always, Always) and self.always.share == 1.0

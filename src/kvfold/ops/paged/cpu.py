@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.ops.cpu import BITS, FLOATS, PAGE_SIZES, ROWS, fits, holds, library, threads
+from kvfold.ops.cpu import BITS, fits, holds, reads_pages, threads
 from kvfold.ops.dispatch import register
 from kvfold.ops.paged import naive
 from kvfold.ops.rows import attend_rows
@@ -19,7 +19,7 @@ def attend_pages(
     mass: str | None, read: Tensor | None, compact: Any, position: str, weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     queries, d = q.shape[2] * q.shape[3], q.shape[4]
-    if compact is not None or not table.longest or not _readable(table.pool, queries, d, mass):
+    if compact is not None or not table.longest or not reads_pages(table.pool, queries, d, mass):
         return naive.attend_pages(
             q, table, scale, mass=mass, read=read, compact=compact, position=position, weights=weights
         )
@@ -42,7 +42,7 @@ def step_pages(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     pool, specs = table.pool, table.pool.specs
     known = planes["keys"].dtype == specs["keys"].dtype and planes["values"].dtype == specs["values"].dtype
-    if not known or not _readable(pool, q.shape[2], q.shape[4], mass):
+    if not known or not reads_pages(pool, q.shape[2], q.shape[4], mass):
         return naive.step_pages(q, table, planes, scale, mass=mass, weights=weights)
     append(table, planes, 1)
     return _attend(q, table, scale, mass, None, weights)
@@ -51,7 +51,7 @@ def step_pages(
 @register("append_pages", "cpu", rank=10, fits=holds)
 def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Tensor | None) -> None:
     count = planes["keys"].shape[1]
-    if valid is not None or (table.regular and table.even):
+    if valid is not None or (count > 1 and table.regular and table.even):  # torch copies many tokens on all threads
         naive.append_pages(table, planes, valid)
         return
     append(table, planes, count)
@@ -102,17 +102,6 @@ def _fill(spec: Any, rows: int, count: int) -> Tensor:
     return torch.full(
         (rows, count) if spec.width is None else (rows, count, spec.width), spec.fill, dtype=torch.float32
     )
-
-
-def _readable(pool: Any, queries: int, d: int, mass: str | None) -> bool:
-    """Whether the kernel can answer so many queries of a row over the pages of this pool."""
-    keys, values = pool.specs["keys"], pool.specs["values"]
-    kinds = (
-        keys.dtype in FLOATS and values.dtype in FLOATS and (mass is None or pool.specs[mass].dtype == torch.float32)
-    )
-    # As `answers` says, but in place: each layer asks at every step.
-    sizes = 0 < queries <= ROWS and d > 0 and pool.page_size in (1, *PAGE_SIZES) and not (d % 4 or values.width % 4)
-    return kinds and sizes and pool.device.type == "cpu" and library() is not None
 
 
 def _set_columns(table: Any, columns: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 A unit is some tokens of a (row, KV head) that follow each other, N of them in the longest row.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from kvfold.ops.dispatch import select
 from kvfold.ops.units import cpu, naive  # noqa: F401  (each registers itself)
 
-__all__ = ["bound_scores", "choose_units", "list_pages", "list_slots", "raise_bounds"]
+__all__ = ["attend_units", "bound_scores", "choose_units", "list_pages", "list_slots", "raise_bounds", "step_units"]
 
 
 def raise_bounds(
@@ -38,6 +39,53 @@ def bound_scores(
     Of the M units of the longest row, -inf behind a row's own.
     """
     found: Tensor = select("bound_scores", held)(q, held, units)
+    return found
+
+
+def attend_units(
+    q: Float[Tensor, "B H G D"],
+    held: Float[Tensor, "B H N E"],
+    table: Any,
+    room: Int[np.ndarray, " B"],
+    scale: float,
+    *,
+    unit: int,
+    heads: str,
+    sinks: int,
+    recent: int,
+    mass: str | None = None,
+) -> tuple[Float[Tensor, "B H G Dv"], Float[Tensor, "B H G"]]:
+    """(out, lse) of a query over the best `room[b]` units of each row of a page table, as `choose_units` chooses them.
+
+    What they are worth are their `bound_scores`. A unit is whole pages, of a table without holes, from each row's first
+    one on, and some row has tokens; `mass` names a plane that is added to the logits.
+    """
+    found: tuple[Tensor, Tensor] = select("attend_units", q)(
+        q, held, table, room, scale, unit=unit, heads=heads, sinks=sinks, recent=recent, mass=mass
+    )
+    return found
+
+
+def step_units(
+    q: Float[Tensor, "B H G D"],
+    table: Any,
+    planes: Mapping[str, Tensor],
+    held: Float[Tensor, "B H N E"],
+    room: Int[np.ndarray, " B"],
+    scale: float,
+    *,
+    unit: int,
+    heads: str,
+    sinks: int,
+    recent: int,
+) -> tuple[Float[Tensor, "B H G Dv"], Float[Tensor, "B H G"]]:
+    """`append_pages` of one token to every row, `raise_bounds` of its unit, then `attend_units`: a decode step at once.
+
+    `planes` (R, 1, ...) are "keys", "values" and "position", all that the table's pages hold; `held` has room for it.
+    """
+    found: tuple[Tensor, Tensor] = select("step_units", q)(
+        q, table, planes, held, room, scale, unit=unit, heads=heads, sinks=sinks, recent=recent
+    )
     return found
 
 

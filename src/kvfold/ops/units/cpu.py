@@ -1,12 +1,13 @@
 """Units of tokens with the compiled kernels: the index is read once for all heads of a group, and no mask is made."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.ops.cpu import bits, fits, floats, library, threads, widths_fit
+from kvfold.ops.cpu import FLOATS, bits, fits, floats, library, reads_pages, threads, widths_fit
 from kvfold.ops.dispatch import register
 from kvfold.ops.units import naive
 
@@ -48,6 +49,71 @@ def bound_scores(q: Tensor, held: Tensor, units: np.ndarray) -> Tensor:
         scores.reshape(b * h, g, number),
     )  # fmt: skip
     return torch.from_numpy(scores)
+
+
+@register("attend_units", "cpu", rank=10, fits=fits)
+def attend_units(
+    q: Tensor, held: Tensor, table: Any, room: np.ndarray, scale: float, *,
+    unit: int, heads: str, sinks: int, recent: int, mass: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if not _reads_units(q, held, table, mass):
+        return naive.attend_units(
+            q, held, table, room, scale, unit=unit, heads=heads, sinks=sinks, recent=recent, mass=mass
+        )
+    from kvfold.ops import _cpu
+
+    (b, h, g, d), pool = q.shape, table.pool
+    out, lse = _answer(q, pool)
+    _cpu.attend_units(
+        floats(q).reshape(b * h, g, d), bits(held).reshape(b * h, *held.shape[2:]), room.repeat(h), heads, sinks,
+        recent, pool.array("keys"), pool.array("values"), None if mass is None else pool.array(mass), table.table,
+        table.lengths, pool.page_size, unit // pool.page_size, scale, threads(), out.reshape(b * h, g, -1),
+        lse.reshape(b * h, g),
+    )  # fmt: skip
+    return _of(q, out), torch.from_numpy(lse)
+
+
+@register("step_units", "cpu", rank=10, fits=fits)
+def step_units(
+    q: Tensor, table: Any, planes: Mapping[str, Tensor], held: Tensor, room: np.ndarray, scale: float, *,
+    unit: int, heads: str, sinks: int, recent: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    pool, keys, values = table.pool, planes["keys"], planes["values"]
+    known = keys.dtype == held.dtype == pool.specs["keys"].dtype and values.dtype == pool.specs["values"].dtype
+    if not known or not _reads_units(q, held, table, None):
+        return naive.step_units(q, table, planes, held, room, scale, unit=unit, heads=heads, sinks=sinks, recent=recent)
+    from kvfold.ops import _cpu
+
+    b, h, g, d = q.shape
+    place = np.ascontiguousarray(planes["position"].numpy(), dtype=np.int32)[..., None]
+    out, lse = _answer(q, pool)
+    table.extend(1)
+    pool = table.pool  # which may be another one now
+    _cpu.step_units(
+        floats(q).reshape(b * h, g, d), bits(keys), bits(values), place,
+        bits(held).reshape(b * h, *held.shape[2:]), room.repeat(h), heads, sinks, recent, pool.array("keys"),
+        pool.array("values"), pool.array("position"), table.table, table.lengths, pool.page_size,
+        unit // pool.page_size, scale, threads(), out.reshape(b * h, g, -1), lse.reshape(b * h, g),
+    )  # fmt: skip
+    return _of(q, out), torch.from_numpy(lse)
+
+
+def _reads_units(q: Tensor, held: Tensor, table: Any, mass: str | None) -> bool:
+    """Whether the kernels that read units at once can read these."""
+    pool, fits_here = table.pool, held.dtype in FLOATS and held.is_contiguous() and table.pool.memory is None
+    return fits_here and pool.page_size > 1 and reads_pages(pool, q.shape[2], q.shape[3], mass)
+
+
+def _answer(q: Tensor, pool: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Room for (out, lse)."""
+    lse = np.empty(q.shape[:3], dtype=np.float32)
+    return np.empty((*lse.shape, pool.specs["values"].width), dtype=np.float32), lse
+
+
+def _of(q: Tensor, out: np.ndarray) -> Tensor:
+    """What a query gets, in its dtype."""
+    answer = torch.from_numpy(out)
+    return answer if q.dtype == torch.float32 else answer.to(q.dtype)
 
 
 @register("choose_units", "cpu", rank=10, fits=is_float32)

@@ -1,5 +1,6 @@
 """Units of tokens in plain torch."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int, Int32
 from torch import Tensor
 
+from kvfold.ops.attend import attend
 from kvfold.ops.choose import top_mask
-from kvfold.ops.dispatch import register
+from kvfold.ops.dispatch import register, select
 
 
 @register("raise_bounds", "naive", rank=0)
@@ -38,6 +40,48 @@ def bound_scores(q: Tensor, held: Tensor, units: np.ndarray) -> Tensor:
         return found
     none = torch.arange(number) >= torch.from_numpy(np.ascontiguousarray(units))[..., None]
     return found.masked_fill(none.to(q.device)[:, :, None], -torch.inf)
+
+
+@register("attend_units", "naive", rank=0)
+def attend_units(
+    q: Tensor, held: Tensor, table: Any, room: np.ndarray, scale: float, *,
+    unit: int, heads: str, sinks: int, recent: int, mass: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    (b, h, g, d), size, planes = q.shape, table.pool.page_size, table.pool.planes
+    units = (-(-table.lengths.astype(np.int64) // unit)).reshape(b, h)
+    scores = select("bound_scores", held)(q, held, units)
+    numbers, _ = select("choose_units", scores)(scores, units, room, heads=heads, sinks=sinks, recent=recent)
+    listed, lengths = select("list_pages", planes["keys"])(
+        table, numbers.reshape(b * h, *numbers.shape[2:]), unit // size, np.zeros(b * h, dtype=np.int64)
+    )
+    at, lists = torch.from_numpy(listed).clamp(min=0).long().to(q.device), numbers.shape[2]
+    none = (torch.arange(at.shape[1] * size) >= torch.from_numpy(lengths)[:, None]).to(q.device)
+    keys, values = (
+        planes[name][at].flatten(1, 2).masked_fill(none[..., None], 0.0).to(q.dtype) for name in ("keys", "values")
+    )
+    bias = torch.zeros(none.shape, device=q.device) if mass is None else planes[mass][at].flatten(1, 2)
+    bias = bias.masked_fill(none, -torch.inf)
+    rows = b, h * lists
+    out, lse = attend(
+        q.reshape(*rows, g // lists, d), keys.view(*rows, *keys.shape[1:]), values.view(*rows, *values.shape[1:]),
+        scale, bias.view(*rows, 1, -1),
+    )  # fmt: skip
+    return out.reshape(b, h, g, -1), lse.reshape(b, h, g)
+
+
+@register("step_units", "naive", rank=0)
+def step_units(
+    q: Tensor, table: Any, planes: Mapping[str, Tensor], held: Tensor, room: np.ndarray, scale: float, *,
+    unit: int, heads: str, sinks: int, recent: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    keys, start = planes["keys"].view(*q.shape[:2], 1, -1), table.lengths.astype(np.int64).reshape(q.shape[:2])
+    select("append_pages", keys)(table, planes, None)
+    every = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
+    select("raise_bounds", held)(held, keys, every, start, unit)
+    found: tuple[Tensor, Tensor] = select("attend_units", q)(
+        q, held, table, room, scale, unit=unit, heads=heads, sinks=sinks, recent=recent, mass=None
+    )
+    return found
 
 
 @register("choose_units", "naive", rank=0)
