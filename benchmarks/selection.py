@@ -1,14 +1,14 @@
-"""What a step costs that reads few of its tokens: one layer's append, index, choice and attention beside dense pages.
+"""What a step costs that reads few of its tokens: a layer's append, index, choice and attention beside dense pages.
 
     python benchmarks/selection.py --methods "quest(budget=1024);quest(budget=1024,group='max')" --contexts 16384,65536
 
-Random keys and values in a layer's segment (the heads are SmolLM2's unless told), one token appended and attended at a
-time, as a decode step does it; dense pages and methods take turns in one run, and the ratio is the median over rounds
-of dense time over the method's. `bound` is dense bytes over the bytes that the method must read (index and units), each
-query head's own where those have units of their own: no ratio can be above it for that. Everything is counted; nothing
-is left out of a step. `index`, `choice` and `reading` are the parts of a further step that is done one part after the
-other, where one operation may do all of them at once: what it remembers of the new token and what each unit is worth,
-which are the best, and all the rest. So they add up to more than `ms`.
+Random keys and values in the segments of some layers (the heads are SmolLM2's unless told), one token appended and
+attended at a time, as a decode step does it; dense pages and methods take turns in one run, and the ratio is the median
+over rounds of dense time over the method's. `bound` is dense bytes over the bytes that the method must read (index and
+units), each query head's own where those have units of their own: no ratio can be above it for that. Everything is
+counted; nothing is left out of a step. `index`, `choice` and `reading` are the parts of a further step that is done one
+part after the other, where one operation may do all of them at once: what it remembers of the new token and what each
+unit is worth, which are the best, and all the rest. So they add up to more than `ms`.
 """
 
 import argparse
@@ -55,26 +55,28 @@ def filled(form: Any, spec: Spec, tokens: int) -> Segment:
     return segment
 
 
-def step(segment: Segment, spec: Spec, group: int, place: int) -> float:
-    """Seconds of one decode step."""
-    q = torch.randn(spec.rows, spec.heads, group, 1, spec.key_size, dtype=spec.dtype)
-    k, v = (torch.randn(spec.rows, spec.heads, 1, spec.key_size, dtype=spec.dtype) for _ in range(2))
-    positions = torch.full((spec.rows, 1), place, dtype=torch.int32)
+def step(segments: list[Segment], spec: Spec, group: int, place: int) -> float:
+    """Seconds of one decode step of a layer, the mean of these."""
+    b, h, d = spec.rows, spec.heads, spec.key_size
+    asked = torch.randn(len(segments), b, h, group, 1, d, dtype=spec.dtype)
+    new = torch.randn(2, len(segments), b, h, 1, d, dtype=spec.dtype)
+    positions = torch.full((b, 1), place, dtype=torch.int32)
     start = perf_counter()
-    segment.step(q, k, v, positions, 0.125, weights=False)
-    return perf_counter() - start
+    for segment, q, k, v in zip(segments, asked, *new, strict=True):
+        segment.step(q, k, v, positions, 0.125, weights=False)
+    return (perf_counter() - start) / len(segments)
 
 
 class Parts:
-    """Seconds that a segment's index, choice and reading took since they were last asked for."""
+    """Seconds that a layer's index and choice took since they were last asked for, the mean of all segments."""
 
-    def __init__(self, segment: IndexedSegment):
-        self.seconds = {"index": 0.0, "scores": 0.0, "choice": 0.0}
-        index, chooser = segment.index, segment.form.selection
-        for name, part in (("extend", "index"), ("scores", "scores")):
-            setattr(index, name, partial(self._timed, getattr(index, name), part))
-        chosen = chooser.choose
-        object.__setattr__(chooser, "choose", partial(self._timed, chosen, "choice"))
+    def __init__(self, segments: list[IndexedSegment]):
+        self.seconds, self.layers = {"index": 0.0, "scores": 0.0, "choice": 0.0}, len(segments)
+        for segment in segments:
+            for name, part in (("extend", "index"), ("asks", "scores"), ("scores", "scores")):
+                setattr(segment.index, name, partial(self._timed, getattr(segment.index, name), part))
+        chooser = segments[0].form.selection  # that of all of them
+        object.__setattr__(chooser, "choose", partial(self._timed, chooser.choose, "choice"))
 
     def _timed(self, run: Any, part: str, *given: Any, **more: Any) -> Any:
         start = perf_counter()
@@ -84,7 +86,7 @@ class Parts:
 
     def taken(self) -> dict[str, float]:
         """By part; the choice asks the index, whose time is not its own."""
-        found = dict(self.seconds)
+        found = {part: seconds / self.layers for part, seconds in self.seconds.items()}
         scores = found.pop("scores")
         found["index"], found["choice"] = found["index"] + scores, found["choice"] - scores
         self.seconds = dict.fromkeys(self.seconds, 0.0)
@@ -100,6 +102,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=3, help="query heads of each")
     parser.add_argument("--size", type=int, default=64, help="numbers of a head")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--layers", type=int, default=4, help="of a step, which turn the same positions")
     parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -117,19 +120,20 @@ def main() -> None:
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     rows = []
     for context in map(int, args.contexts.split(",")):
-        dense = filled(DENSE, spec, context)
+        dense = [filled(DENSE, spec, context) for _ in range(args.layers)]
         for name in methods:
             form = format_of(parse(name), site)
-            segment = filled(form, spec, context)
+            segments = [filled(form, spec, context) for _ in range(args.layers)]
+            segment = segments[0]
             if not isinstance(segment, IndexedSegment) or not isinstance(segment.form.selection, Chooser):
                 parser.error(f"methods={name!r} has no index in layer {LAYER}")
-            parts, times = Parts(segment), []
+            parts, times = Parts(segments), []
             for number in range(args.rounds):
                 place = context + 2 * number
-                pair = step(dense, spec, args.group, place), step(segment, spec, args.group, place)
+                pair = step(dense, spec, args.group, place), step(segments, spec, args.group, place)
                 parts.taken()
                 with choices_seen(lambda *given: None):
-                    apart = step(segment, spec, args.group, place + 1)
+                    apart = step(segments, spec, args.group, place + 1)
                 times.append((*pair, {**parts.taken(), "apart": apart}))
             times = times[1:]  # the first makes room
             mine, other = median(x[1] for x in times), median(x[0] for x in times)

@@ -1,5 +1,8 @@
-// What units of tokens are worth to queries by the bounds of their keys: the index is read once for all heads of a group.
+// What units of tokens are worth to queries by the bounds of their keys, or by those themselves: the index is read once
+// for all heads of a group.
 #pragma once
+
+#include <math.h>
 
 #include "kernels.hpp"
 #include "lanes.hpp"
@@ -59,7 +62,7 @@ template <class T>
 void bound_task(const void* context, int64_t task) {
     const BoundScores& on = *static_cast<const BoundScores*>(context);
     const int64_t parts = (on.width + UNITS - 1) / UNITS, row = task / parts, first = task % parts * UNITS;
-    const int64_t e = 2 * on.d, g = on.g, stop = smaller(on.units[row], first + UNITS);
+    const int64_t e = on.plain ? on.d : 2 * on.d, g = on.g, stop = smaller(on.units[row], first + UNITS);
     float* scores = on.scores + row * g * on.width;
     for (int64_t h = 0; h < g; h++)
         for (int64_t u = stop > first ? stop : first; u < smaller(on.width, first + UNITS); u++)
@@ -67,16 +70,27 @@ void bound_task(const void* context, int64_t task) {
     if (stop <= first) return;
     float* asked = scratch(g * (e + 4) + 5 * e);
     float *some = asked + g * e, *rest = some + g * 4;
-    asked_of<T>(on.q + row * g * on.d, g, on.d, asked, rest);
+    const float* q = on.q + row * g * on.d;
+    if (on.plain)
+        for (int64_t h = 0; h < g; h++) apart<T>(q + h * e, asked + h * e, e);
+    else
+        asked_of<T>(q, g, on.d, asked, rest);
     const T* held = static_cast<const T*>(on.held) + row * on.room * e;
     int64_t u = first;
     for (; u + 4 <= stop; u += 4) four_units(asked, held + u * e, g, e, scores + u, on.width);
-    if (u == stop) return;
-    T* last = reinterpret_cast<T*>(rest);  // what lies behind the last unit may be anything
-    for (int64_t i = 0; i < 4 * e; i++) last[i] = i < (stop - u) * e ? held[u * e + i] : T{};
-    four_units(asked, last, g, e, some, 4);
-    for (int64_t h = 0; h < g; h++)
-        for (int64_t i = u; i < stop; i++) scores[h * on.width + i] = some[h * 4 + i - u];
+    if (u < stop) {
+        T* last = reinterpret_cast<T*>(rest);  // what lies behind the last unit may be anything
+        for (int64_t i = 0; i < 4 * e; i++) last[i] = i < (stop - u) * e ? held[u * e + i] : T{};
+        four_units(asked, last, g, e, some, 4);
+        for (int64_t h = 0; h < g; h++)
+            for (int64_t i = u; i < stop; i++) scores[h * on.width + i] = some[h * 4 + i - u];
+    }
+    if (on.steps > 0)
+        for (int64_t h = 0; h < g; h++)
+            for (int64_t i = first; i < stop; i++) {
+                float* score = scores + h * on.width + i;
+                *score = rintf(*score * on.steps) / on.steps;
+            }
 }
 
 void bound_scores(const BoundScores& on) {

@@ -18,6 +18,19 @@ struct UnitChoice {
     int32_t *numbers, *counts;  // (rows * lists, most) ascending, then -1; (rows * lists,)
 };
 
+// As `UnitChoice`, but what heads make of a unit together is the sum, or the maximum, of each one's softmax over the units
+// that are not read anyhow: those are the first, the last and those before it.
+struct UnitVote {
+    int64_t lists, heads, width;
+    const float* scores;                          // (lists, heads, width)
+    const int64_t *units, *room, *first, *before;  // (lists,)
+    Reduce reduce;                                // sum or max
+    float scale;
+    int64_t most;
+    int threads;
+    int32_t *numbers, *counts;  // (lists, most) ascending, then -1; (lists,)
+};
+
 struct RaiseBounds {
     int64_t rows, count, d, room, unit;
     void* held;        // (rows, room, 2 d)

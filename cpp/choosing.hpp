@@ -73,6 +73,29 @@ inline float bar_of(const float* line, int64_t units, int64_t most, float* large
     return count < most ? -INFINITY : highest_of(largest, most, count);
 }
 
+// Room for a list's choice: the scores of so many units, as far as one glances behind them, and what `best_of` needs.
+inline int64_t line_length(int64_t units) { return (units + GLANCE + 15) / 16 * 16; }
+
+// The best `most` (1 or more) units of a line, ascending, and how many there are; behind the line's own is room for three more.
+int64_t best_of(const float* line, int64_t units, int64_t most, float* beside, int32_t* out) {
+    const int64_t length = line_length(units);
+    const float bar = larger(bar_of(line, units, most, beside), -FLT_MAX);  // -inf is never chosen
+    Candidate* able = reinterpret_cast<Candidate*>(beside + length);
+    int64_t count = 0;
+    for (int64_t u = 0; u < units; u += GLANCE) {
+        ivec some = load(line + u) >= bar;
+        for (int64_t i = LANES; i < GLANCE; i += LANES) some |= load(line + u + i) >= bar;
+        if (!any(some)) continue;
+        for (int64_t i = u; i < u + GLANCE; i++) {
+            able[count] = {line[i], static_cast<int32_t>(i)};
+            count += line[i] >= bar;
+        }
+    }
+    if (count > most) best_first(able, most, count), count = most;
+    ascending(able, count, out);
+    return count;
+}
+
 void choose_list(const void* context, int64_t index) {
     const UnitChoice& on = *static_cast<const UnitChoice*>(context);
     const int64_t lists = on.reduce == Reduce::each ? on.g : 1, row = index / lists, units = on.units[row];
@@ -80,22 +103,10 @@ void choose_list(const void* context, int64_t index) {
     int32_t* out = on.numbers + index * on.most;
     int64_t count = 0;
     if (most > 0) {
-        const int64_t length = (units + GLANCE + 15) / 16 * 16;
-        float *line = scratch(4 * length), *largest = line + length;
+        const int64_t length = line_length(units);
+        float* line = scratch(4 * length);
         line_of(on, row, index % lists, units, line);
-        const float bar = larger(bar_of(line, units, most, largest), -FLT_MAX);  // -inf is never chosen
-        Candidate* able = reinterpret_cast<Candidate*>(largest + length);
-        for (int64_t u = 0; u < units; u += GLANCE) {
-            ivec some = load(line + u) >= bar;
-            for (int64_t i = LANES; i < GLANCE; i += LANES) some |= load(line + u + i) >= bar;
-            if (!any(some)) continue;
-            for (int64_t i = u; i < u + GLANCE; i++) {
-                able[count] = {line[i], static_cast<int32_t>(i)};
-                count += line[i] >= bar;
-            }
-        }
-        if (count > most) best_first(able, most, count), count = most;
-        ascending(able, count, out);
+        count = best_of(line, units, most, line + length, out);
     }
     for (int64_t i = count; i < on.most; i++) out[i] = -1;
     on.counts[index] = static_cast<int32_t>(count);
@@ -104,6 +115,56 @@ void choose_list(const void* context, int64_t index) {
 void choose_units(const UnitChoice& on) {
     const int64_t lists = on.rows * (on.reduce == Reduce::each ? on.g : 1);
     for_each(lists, on.rows * on.g * on.width < 4096 ? 1 : on.threads, choose_list, &on);
+}
+
+// worth[u] becomes what it is with this head's softmax over units `from` to `to`, whose exponentials are kept meanwhile.
+void count_vote(const float* scores, int64_t from, int64_t to, float scale, Reduce how, bool first, float* kept, float* worth) {
+    vec high = everywhere(-INFINITY), total{};
+    int64_t u = from;
+    for (; u + LANES <= to; u += LANES) high = larger(high, load(scores + u));
+    float top = highest(high), rest = 0;
+    for (; u < to; u++) top = larger(top, scores[u]);
+    for (u = from; u + LANES <= to; u += LANES) {
+        const vec x = exponential((load(scores + u) - top) * scale);
+        store(kept + u, x);
+        total += x;
+    }
+    for (; u < to; u++) rest += kept[u] = exponential((scores[u] - top) * scale);
+    const float share = 1 / (sum(total) + rest);
+    for (u = from; u + LANES <= to; u += LANES) {
+        const vec x = load(kept + u) * share;
+        store(worth + u, first ? x : reduced(how, load(worth + u), x));
+    }
+    for (; u < to; u++) {
+        const float x = kept[u] * share;
+        worth[u] = first ? x : reduced(how, everywhere(worth[u]), everywhere(x))[0];
+    }
+}
+
+void vote_list(const void* context, int64_t list) {
+    const UnitVote& on = *static_cast<const UnitVote*>(context);
+    const int64_t units = on.units[list], most = smaller(on.room[list], units);
+    int32_t* out = on.numbers + list * on.most;
+    int64_t count = 0;
+    if (most > 0) {
+        const int64_t length = line_length(units), from = smaller(on.first[list], units - 1);
+        const int64_t behind = units - 1 - on.before[list], to = behind > from ? behind : from;
+        float* line = scratch(5 * length);
+        for (int64_t h = 0; h < on.heads; h++)
+            count_vote(on.scores + (list * on.heads + h) * on.width, from, to, on.scale, on.reduce, h == 0, line + 4 * length, line);
+        for (int64_t u = from; u < to; u++) line[u] = tamed(everywhere(line[u]))[0];
+        fill(line, units, units + GLANCE, -INFINITY);
+        fill(line, to, units - 1, HIGH / 4);
+        fill(line, 0, from, HIGH / 2);
+        line[units - 1] = HIGH;
+        count = best_of(line, units, most, line + length, out);
+    }
+    for (int64_t i = count; i < on.most; i++) out[i] = -1;
+    on.counts[list] = static_cast<int32_t>(count);
+}
+
+void vote_units(const UnitVote& on) {
+    for_each(on.lists, on.lists * on.heads * on.width < 4096 ? 1 : on.threads, vote_list, &on);
 }
 
 }  // namespace

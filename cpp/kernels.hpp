@@ -118,7 +118,8 @@ struct Linear {
     float* out;
 };
 
-// What units are worth by the bounds of their keys: held (rows, room, 2 d) has the largest of k, then of -k.
+// What units are worth by the bounds of their keys: held (rows, room, 2 d) has the largest of k, then of -k. `plain`: by
+// their keys themselves, (rows, room, d), and what comes of that in whole `steps` of 1 / steps (0: as it is).
 struct BoundScores {
     int64_t rows, g, d, room, width;
     const float* q;  // (rows, g, d)
@@ -127,6 +128,8 @@ struct BoundScores {
     const int64_t* units;  // (rows,)
     int threads;
     float* scores;  // (rows, g, width), -inf behind a row's units
+    bool plain;
+    float steps;
 };
 
 // Pages in the order in which rows hold them, to be read and nothing else.
@@ -147,6 +150,7 @@ struct MultiplyAdd {
 };
 
 struct UnitChoice;  // choice.hpp
+struct UnitVote;
 
 struct Kernels {
     const char* name;
@@ -162,6 +166,7 @@ struct Kernels {
     void (*linear)(const Linear&);
     void (*bound_scores)(const BoundScores&);
     void (*choose_units)(const UnitChoice&);
+    void (*vote_units)(const UnitVote&);
     void (*exponential)(const float* x, float* out, int64_t count);         // for tests
     void (*widen)(const void* x, Kind kind, float* out, int64_t count);     // for tests
     double (*read)(const float* x, int64_t count, int threads);             // a plain read, for benchmarks

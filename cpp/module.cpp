@@ -518,18 +518,21 @@ void linear(Array<const float, 2> x, Const2 weight, std::optional<Array<const fl
 
 using Const3 = nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
-// scores (N, G, width): what each unit is worth by its bounds, held (N, room, 2 D); -inf behind a row's units.
-void bound_scores(Array<const float, 3> q, Const3 held, Array<const int64_t, 1> units, int threads, Array<float, 3> scores) {
+// scores (N, G, width): what each unit is worth by its bounds, held (N, room, 2 D), or `plain` by its key, (N, room, D),
+// in whole steps of 1 / steps (0: as it is); -inf behind a row's units.
+void bound_scores(Array<const float, 3> q, const Const3 held, Array<const int64_t, 1> units, bool plain, float steps,
+                  int threads, Array<float, 3> scores) {
     BoundScores on{};
     on.rows = q.shape(0), on.g = q.shape(1), on.d = q.shape(2), on.room = held.shape(1), on.width = scores.shape(2);
-    check(held.shape(0) == q.shape(0) && held.shape(2) == 2 * q.shape(2) && units.shape(0) == q.shape(0) &&
+    const int64_t e = plain ? on.d : 2 * on.d;
+    check(held.shape(0) == q.shape(0) && static_cast<int64_t>(held.shape(2)) == e && units.shape(0) == q.shape(0) &&
               scores.shape(0) == q.shape(0) && scores.shape(1) == q.shape(1) && on.d > 0,
           "shapes of q, held, units and scores don't fit");
     for (int64_t r = 0; r < on.rows; r++)
         check(units.data()[r] >= 0 && units.data()[r] <= std::min(on.width, on.room), "units go beyond held or scores");
     on.q = q.data(), on.held = held.data(), on.kind = kind_of(held), on.units = units.data(), on.threads = threads;
-    on.scores = scores.data();
-    const Kernels& set = kernels_for({2 * on.d});
+    on.scores = scores.data(), on.plain = plain, on.steps = steps;
+    const Kernels& set = kernels_for({e});
     const Free free;
     set.bound_scores(on);
 }
@@ -558,6 +561,28 @@ void chosen_units(Array<const float, 3> scores, Array<const int64_t, 1> units, A
     on.threads = threads, on.numbers = numbers.data(), on.counts = counts.data();
     const Free free;
     sets.front()->choose_units(on);
+}
+
+// As `chosen_units` of scores (L, heads, N), by each head's softmax of `scale` times them: see `UnitVote`.
+void voted_units(Array<const float, 3> scores, Array<const int64_t, 1> units, Array<const int64_t, 1> room,
+                 Array<const int64_t, 1> first, Array<const int64_t, 1> before, const std::string& heads, float scale,
+                 int threads, Array<int32_t, 2> numbers, Array<int32_t, 1> counts) {
+    UnitVote on{};
+    on.lists = scores.shape(0), on.heads = scores.shape(1), on.width = scores.shape(2), on.most = numbers.shape(1);
+    on.reduce = reduce_of(heads);
+    check(on.reduce != Reduce::each, "heads must be sum or max");
+    for (const Array<const int64_t, 1>* each : {&units, &room, &first, &before})
+        check(each->shape(0) == scores.shape(0), "units, room, first and before must have the scores' lists");
+    check(numbers.shape(0) == scores.shape(0) && counts.shape(0) == scores.shape(0) && on.heads > 0 && on.width <= INT32_MAX,
+          "shapes of scores, numbers and counts don't fit");
+    for (int64_t r = 0; r < on.lists; r++)
+        check(units.data()[r] >= 0 && units.data()[r] <= on.width && std::min(units.data()[r], room.data()[r]) <= on.most &&
+                  first.data()[r] >= 0 && before.data()[r] >= 0,
+              "units go beyond scores, what is chosen beyond numbers, or first and before are below 0");
+    on.scores = scores.data(), on.units = units.data(), on.room = room.data(), on.first = first.data();
+    on.before = before.data(), on.scale = scale, on.threads = threads, on.numbers = numbers.data(), on.counts = counts.data();
+    const Free free;
+    sets.front()->vote_units(on);
 }
 
 // The pages, or slots, of units of each row's lists: see `PageLists`.
@@ -623,7 +648,7 @@ void attend_units(Array<const float, 3> q, const Const3 held, Array<const int64_
     {
         const Free free;
         set.bound_scores({rows, g, d, static_cast<int64_t>(held.shape(1)), width, q.data(), held.data(), kind_of(held),
-                          units.data(), threads, scores.get()});
+                          units.data(), threads, scores.get(), false, 0});
         set.choose_units({rows, g, width, scores.get(), units.data(), able.data(), reduce, sinks, recent, most, threads,
                           numbers, counts});
         const Rows all{rows, page_size, table.data(), static_cast<int64_t>(table.shape(1)), lengths.data(), nullptr, 0, nullptr};
@@ -800,7 +825,8 @@ NB_MODULE(_cpu, m) {
           "threads"_a, "best"_a.noconvert(), "first"_a.noconvert());
     m.def("linear", linear, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(), "threads"_a,
           "out"_a.noconvert());
-    m.def("bound_scores", bound_scores, "q"_a.noconvert(), "held"_a.noconvert(), "units"_a.noconvert(), "threads"_a, "scores"_a.noconvert());
+    m.def("bound_scores", bound_scores, "q"_a.noconvert(), "held"_a.noconvert(), "units"_a.noconvert(), "plain"_a, "steps"_a, "threads"_a, "scores"_a.noconvert());
+    m.def("vote_units", voted_units, "scores"_a.noconvert(), "units"_a.noconvert(), "room"_a.noconvert(), "first"_a.noconvert(), "before"_a.noconvert(), "heads"_a, "scale"_a, "threads"_a, "numbers"_a.noconvert(), "counts"_a.noconvert());
     m.def("choose_units", chosen_units, "scores"_a.noconvert(), "units"_a.noconvert(), "room"_a.noconvert(), "heads"_a, "sinks"_a, "recent"_a, "threads"_a, "numbers"_a.noconvert(), "counts"_a.noconvert());
     m.def("list_pages", listed_pages, "numbers"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "slots"_a, "each"_a, "before"_a.noconvert(), "listed"_a.noconvert(), "list_lengths"_a.noconvert());
     m.def("attend_units", attend_units, "q"_a.noconvert(), "held"_a.noconvert(), "room"_a.noconvert(), "heads"_a, "sinks"_a, "recent"_a, "keys"_a.noconvert(), "values"_a.noconvert(), "mass"_a.noconvert().none(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "each"_a, "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert());

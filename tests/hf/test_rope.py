@@ -229,3 +229,30 @@ def test_models_without_a_rotary_module_and_without_weights():
     assert find_ropes(build("gpt2")) == {}
     assert find_ropes(copy.deepcopy(made("llama")).to("meta")) == {}
     assert isinstance(find_ropes(made("llama"))[0], ModelRope)
+
+
+def test_turns_that_are_remembered_are_those_of_the_steps_and_the_dtype():
+    """What a decode step asks for again is found; other steps, and a module that was rounded since, are not it."""
+    rope, other = (find_ropes(build("llama"))[0] for _ in range(2))
+    x, asked = torch.randn(2, 2, 1, 16), []
+    rope.rotary.register_forward_hook(lambda *given: asked.append(given))
+    some, more = (torch.full((2, 2, 1), n) for n in (5, 900))
+    with torch.inference_mode():
+        first = rope.shift(x, some)
+    for steps, times in ((some, 1), (more, 2), (some.clone(), 2), (more, 2)):
+        found = rope.shift(x, steps)
+        assert len(asked) == times and torch.equal(found, unremembered(other, x, steps))
+    assert torch.equal(rope.shift(x, some), first)
+    y = x.clone().requires_grad_()
+    rope.shift(y, some).sum().backward()  # made in inference mode, and of use here too
+    assert y.grad.abs().sum() > 0
+    count = len(asked)
+    rope.rotary.to(torch.bfloat16)
+    assert not torch.equal(rope.shift(x, more), found) and len(asked) == count + 1
+
+
+def unremembered(other, x, steps):
+    """By as many angles as there are vectors, of which none is remembered."""
+    many = -(-600 // steps.numel()) + 1
+    wide, turns = (each.repeat(1, 1, many, *[1] * (each.dim() - 3)) for each in (x, steps))
+    return other.shift(wide, turns)[:, :, : x.shape[2]]

@@ -28,6 +28,7 @@ from kvfold.ops.units import naive
 from kvfold.pages import PagePool, PageTable, Plane
 
 OPS = ("raise_bounds", "bound_scores", "choose_units", "list_pages", "list_slots", "attend_units", "step_units")
+OPS += ("key_scores", "vote_units")
 
 
 @pytest.fixture(autouse=True, params=SETS)
@@ -122,6 +123,71 @@ def test_widths_that_no_vector_divides_are_left_to_the_definition(handed_on):
     with dispatch.use("cpu"):
         ops.bound_scores(torch.randn(1, 1, 2, 5), torch.randn(1, 1, 4, 10), np.array([[4]]))
     assert handed_on == ["bound_scores"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("g", [1, 3, 7])
+@pytest.mark.parametrize("d", [4, 20, 64])
+@pytest.mark.parametrize("units", [[[1, 5, 3], [4, 2, 0]], [[300, 257, 256], [8, 259, 600]]], ids=str)
+def test_scores_of_keys_are_products_in_steps(dtype, g, d, units, handed_on):
+    number, q = np.array(units), torch.randn(2, 3, g, d)
+    there = torch.arange(number.max() + 2) < torch.from_numpy(number)[..., None]
+    held = torch.randn(2, 3, number.max() + 2, d).to(dtype).masked_fill(~there[..., None], torch.nan)
+    with dispatch.use("cpu"):
+        found = ops.key_scores(q, held, number, 256)
+    assert "key_scores" not in handed_on
+    with dispatch.use("naive"):
+        same = ops.key_scores(q, held.nan_to_num(), number, 256)
+    want = q.double() @ held.double().nan_to_num().mT
+    for scores in (found, same):
+        mask = there[:, :, None, : number.max()].expand(scores.shape)
+        assert scores[~mask].eq(-torch.inf).all() and (scores[mask] * 256 % 1 == 0).all()
+        assert (scores[mask] - want[..., : number.max()][mask]).abs().max() <= 0.5 / 256 + 1e-4
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    units=st.lists(st.integers(0, 90), min_size=3, max_size=3), room=st.integers(0, 100),
+    heads=st.sampled_from(["sum", "max"]),
+    ends=st.tuples(st.integers(0, 9), st.integers(0, 9)), scale=st.sampled_from([1.0, 0.25]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_the_best_units_by_soft_votes(units, room, heads, ends, scale, seed):
+    """What is read anyhow, then the highest sums, or maxima, of softmaxes over the rest; a tie goes to the earlier."""
+    rng = np.random.default_rng(seed)
+    scores = torch.from_numpy(rng.integers(-9, 9, (3, 4, max(units)))).float()
+    number, wide = np.array(units), np.full(3, room)
+    first, before = (np.minimum(np.full(3, end), max(0, room - 1) // 2) for end in ends)
+    given = (scores, number, wide, first, before)
+    found = {}
+    for way in ("cpu", "naive"):
+        with dispatch.use(way):
+            found[way] = ops.vote_units(*given, heads=heads, scale=scale)
+    for row, count in enumerate(units):
+        forced = [u for u in range(count) if u < first[row] or u >= count - 1 - before[row]]
+        free = [u for u in range(count) if u not in forced]
+        votes = (scores[row][:, free].double() * scale).softmax(-1)
+        worth = votes.sum(0) if heads == "sum" else votes.amax(0)
+        for way, (numbers, counts) in found.items():
+            mine = numbers[row][: counts[row]].tolist()
+            assert len(mine) == min(room, count) and mine == sorted(mine), way
+            assert set(forced) <= set(mine) or room < len(forced), way
+            picked = [free.index(u) for u in mine if u not in forced]
+            left = [n for n in range(len(free)) if n not in picked]
+            if picked and left:  # none that was left is worth more, but for rounding
+                assert worth[picked].min() >= worth[left].max() - 1e-6, way
+
+
+def test_soft_votes_of_many_threads_are_those_of_one():
+    scores = torch.randn(3, 9, 5000) * 3
+    given = scores, np.array([5000, 4999, 17]), np.array([300, 4000, 16]), np.array([4, 4, 4]), np.array([9, 9, 9])
+    many = {}
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        many[threads] = ops.vote_units(*given, heads="sum", scale=1.0)
+    assert all((one == two).all() for one, two in zip(many[1], many[3], strict=True))
+    with dispatch.use("naive"):
+        numbers, counts = ops.vote_units(*given, heads="sum", scale=1.0)
+    assert (counts == many[1][1]).all() and (numbers != many[1][0]).mean() < 0.01
 
 
 def chosen_of(line: np.ndarray, units: int, room: int, sinks: int, recent: int) -> list[int]:
@@ -310,9 +376,11 @@ def test_a_step_is_its_parts_one_after_another(dtype, scattered, kind, heads, ha
 def test_arrays_that_do_not_fit_are_refused():
     q, held, units = np.zeros((2, 3, 8), np.float32), np.zeros((2, 5, 16), np.float32), np.array([5, 6])
     with pytest.raises(ValueError, match="units go beyond held"):
-        _cpu.bound_scores(q, held, units, 1, np.zeros((2, 3, 6), np.float32))
+        _cpu.bound_scores(q, held, units, False, 0.0, 1, np.zeros((2, 3, 6), np.float32))
     with pytest.raises(ValueError, match="shapes of q, held"):
-        _cpu.bound_scores(q[:, :, :4].copy(), held, units, 1, np.zeros((2, 3, 5), np.float32))
+        _cpu.bound_scores(q[:, :, :4].copy(), held, units, False, 0.0, 1, np.zeros((2, 3, 5), np.float32))
+    with pytest.raises(ValueError, match="shapes of q, held"):
+        _cpu.bound_scores(q, held, units, True, 0.0, 1, np.zeros((2, 3, 5), np.float32))
     scores, out, many = np.zeros((2, 3, 5), np.float32), np.zeros((2, 4), np.int32), np.zeros(2, np.int32)
     with pytest.raises(ValueError, match="units go beyond scores"):
         _cpu.choose_units(scores, np.array([6, 1]), np.array([2, 2]), "max", 0, 0, 1, out, many)
@@ -320,6 +388,15 @@ def test_arrays_that_do_not_fit_are_refused():
         _cpu.choose_units(scores, np.array([5, 1]), np.array([2, 2]), "all", 0, 0, 1, out, many)
     with pytest.raises(ValueError, match="tokens go beyond held"):
         _cpu.raise_bounds(held, np.zeros((2, 3, 8), np.float32), np.ones((2, 3), bool), np.array([0, 9]), 2, 1)
+    two = np.array([2, 2])
+    with pytest.raises(ValueError, match="heads must be sum or max"):
+        _cpu.vote_units(scores, two, two, two, two, "each", 1.0, 1, out, many)
+    with pytest.raises(ValueError, match="units go beyond scores"):
+        _cpu.vote_units(scores, two + 4, two, two, two, "sum", 1.0, 1, out, many)
+    with pytest.raises(ValueError, match="below 0"):
+        _cpu.vote_units(scores, two, two, two, two - 3, "sum", 1.0, 1, out, many)
+    with pytest.raises(ValueError, match="scores' lists"):
+        _cpu.vote_units(scores, two, two[:1], two, two, "sum", 1.0, 1, out, many)
     table, lengths = np.zeros((1, 2), np.int32), np.array([9], np.int32)
     with pytest.raises(ValueError, match="lengths go beyond the table"):
         numbers = np.zeros((1, 3), np.int32)

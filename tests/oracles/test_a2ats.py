@@ -116,7 +116,7 @@ def test_the_union_of_units_that_are_asked_about_alone():
     assert worth[..., 0].item() == -torch.inf and worth.flatten()[1:].tolist() == [0.0, 0.0, -1.0]
 
 
-@pytest.mark.parametrize(("budget", "sinks", "window"), [(200, 8, 64), (40, 2, 18), (10, 0, 5)])
+@pytest.mark.parametrize(("budget", "sinks", "window"), [(200, 8, 64), (40, 3, 17), (10, 1, 4)])
 def test_sinks_and_window_are_in_the_budget(budget, sinks, window):
     """Half of it at most, in their proportion; the newest token is one of the window."""
     selection = kvfold.Cache(subject("llama"), A2ATS(budget)).method.selection(kvfold.views.Site(0, 0, (0,), 1))

@@ -10,6 +10,7 @@ from kvfold.formats import POSITION, Chunk, Dense, Indexed, Spec
 from kvfold.hf.rope import find_ropes
 from kvfold.methods.tokenselect import TokenSelect
 from kvfold.selectors import Alike, Always, Keys, Selection, Vote
+from kvfold.selectors.keys import KeysOf
 from kvfold.testing import steps as forced
 from models import dynamic, feed, follow, grow, reference, subject, tokens
 
@@ -105,8 +106,8 @@ def test_oracle_5_how_often_a_choice_is_made(family, monkeypatch):
 
     def run(reuse: float) -> tuple[torch.Tensor, int]:
         asked = []
-        plain = Selection._best
-        monkeypatch.setattr(Selection, "_best", lambda self, *given: asked.append(1) or plain(self, *given))
+        plain = KeysOf.scores
+        monkeypatch.setattr(KeysOf, "scores", lambda self, *given: asked.append(1) or plain(self, *given))
         cache = kvfold.Cache(subject(family), TokenSelect(**options, reuse=reuse))
         out = follow(subject(family), cache, *prompt.values(), said)
         monkeypatch.undo()

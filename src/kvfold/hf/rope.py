@@ -10,12 +10,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from threading import RLock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -37,6 +38,12 @@ PARTS = (2, 3, 5, 7)
 CLOSE, COARSE = 1e-3, 0.05
 """How far a key that is turned here may be from the model's, of the largest; the second in 16 bits."""
 
+FEW = 512
+"""Steps of which cos and sin are remembered until others come."""
+
+Turned = tuple[str | None, Tensor, tuple[Tensor, ...], tuple[Tensor, Tensor]]
+"""Layer type, steps, the module's buffers, which change with its dtype, and cos and sin of those."""
+_known: WeakKeyDictionary[nn.Module, tuple[Turned, ...]] = WeakKeyDictionary()
 _found: WeakKeyDictionary[nn.Module, dict[int, Rope]] = WeakKeyDictionary()
 _failed: WeakSet[nn.Module] = WeakSet()
 """Models of which was said that the pass over them failed."""
@@ -56,24 +63,44 @@ class ModelRope:
     def shift(self, x: Tensor, steps: Tensor) -> Tensor:
         """Vectors (B, H, T, D) rotated for position p become those for p + steps (B, H, T); computed in float32."""
         (b, h, t, d), (start, stop) = x.shape, self.channels
-        flat = x.reshape(b * h, 1, t, d).float()
-        where = {} if self.layer_type is None else {"layer_type": self.layer_type}
-        cos, sin = self.rotary(flat, position_ids=steps.reshape(b * h, t), **where)
-        scaling = self._scaling()  # YaRN and longrope multiply cos and sin; the stored vector already has it
+        alike = h > 1 and torch.equal(steps[:, 1:], steps[:, :-1]) if x.device.type == "cpu" else steps.stride(1) == 0
+        rows, heads = (b, h) if alike else (b * h, 1)  # heads that turn alike need their angles once
+        flat = x.reshape(rows, heads, t, d).float()
         part = flat[..., start:stop]
         both = (part,) if _alone(self.apply) else (part, part)
-        turned = self.apply(*both, cos / scaling, sin / scaling)
+        turned = self.apply(*both, *self._turn(flat, (steps[:, 0] if alike else steps).reshape(rows, t)))
         turned = turned if isinstance(turned, Tensor) else turned[0]
         if stop - start < d:
             turned = torch.cat([flat[..., :start], turned, flat[..., stop:]], -1)
         made: Tensor = turned.to(x.dtype).view(b, h, t, d)
         return made
 
+    def _turn(self, x: Tensor, steps: Int[Tensor, "R T"]) -> tuple[Tensor, Tensor]:
+        """cos and sin of so many steps, for vectors like `x`. All layers of a decode step ask for the same few."""
+        if x.device.type != "cpu" or steps.numel() > FEW:  # to compare them would wait for a GPU
+            return self._made(x, steps)
+        known, buffers = _known.get(self.rotary, ()), tuple(self.rotary.buffers())
+        for layer_type, asked, of, found in known:
+            same = layer_type == self.layer_type and asked.shape == steps.shape and len(of) == len(buffers)
+            if same and all(one is two for one, two in zip(of, buffers, strict=True)) and torch.equal(asked, steps):
+                return found
+        with torch.inference_mode(False), torch.no_grad():  # whoever asks next may want gradients
+            made = self._made(x, steps.clone())
+            _known[self.rotary] = (*known[-3:], (self.layer_type, steps.clone(), buffers, made))
+        return made
+
+    def _made(self, x: Tensor, steps: Int[Tensor, "R T"]) -> tuple[Tensor, Tensor]:
+        where = {} if self.layer_type is None else {"layer_type": self.layer_type}
+        cos, sin = self.rotary(x, position_ids=steps, **where)
+        scaling = self._scaling()  # YaRN and longrope multiply cos and sin; the stored vector already has it
+        return cos / scaling, sin / scaling
+
     def _scaling(self) -> float:
         name = "attention_scaling" if self.layer_type is None else f"{self.layer_type}_attention_scaling"
         return float(getattr(self.rotary, name, 1.0))
 
 
+@cache
 def _alone(apply: Callable[..., Any]) -> bool:
     """Whether such a function takes queries or keys alone, not both."""
     return list(inspect.signature(apply).parameters)[1] == "cos"

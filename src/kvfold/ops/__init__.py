@@ -11,7 +11,17 @@ from kvfold.ops.prefill import causal, causal_admitted, causal_rows
 from kvfold.ops.scores import column_sums, window_attention
 from kvfold.ops.sparse import attend_sparse
 from kvfold.ops.tokens import attend_tokens
-from kvfold.ops.units import attend_units, bound_scores, choose_units, list_pages, list_slots, raise_bounds, step_units
+from kvfold.ops.units import (
+    attend_units,
+    bound_scores,
+    choose_units,
+    key_scores,
+    list_pages,
+    list_slots,
+    raise_bounds,
+    step_units,
+    vote_units,
+)
 
 __all__ = [
     "append_pages",
@@ -29,6 +39,7 @@ __all__ = [
     "choose_units",
     "column_sums",
     "keep_pages",
+    "key_scores",
     "linear",
     "list_pages",
     "list_slots",
@@ -38,5 +49,6 @@ __all__ = [
     "step_pages",
     "step_units",
     "top_mask",
+    "vote_units",
     "window_attention",
 ]

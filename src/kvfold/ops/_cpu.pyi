@@ -207,8 +207,13 @@ def raise_bounds(
 ) -> None:
     """Bounds of units (N, room, 2 D) rise to hold keys (N, T, D) too; valid token i of row r is number start[r] + i."""
 
-def bound_scores(q: np.ndarray, held: np.ndarray, units: np.ndarray, threads: int, scores: np.ndarray) -> None:
-    """What each unit is worth by its bounds, scores (N, G, width); -inf behind the units[r] of a row."""
+def bound_scores(
+    q: np.ndarray, held: np.ndarray, units: np.ndarray, plain: bool, steps: float, threads: int, scores: np.ndarray
+) -> None:
+    """What each unit is worth by its bounds, scores (N, G, width); -inf behind the units[r] of a row.
+
+    `plain`: by keys, held (N, M, D). In whole steps of 1 / `steps`, 0: as it is.
+    """
 
 def choose_units(
     scores: np.ndarray,
@@ -224,6 +229,24 @@ def choose_units(
     """The room[r] best of units[r] units by scores (N, G, width) of each list, ascending and then -1, and how many.
 
     numbers (N * S, K) and counts (N * S,), where S is G for heads="each" and else 1.
+    """
+
+def vote_units(
+    scores: np.ndarray,
+    units: np.ndarray,
+    room: np.ndarray,
+    first: np.ndarray,
+    before: np.ndarray,
+    heads: str,
+    scale: float,
+    threads: int,
+    numbers: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    """As `choose_units` of scores (L, heads, N), by the "sum" or "max" of each head's softmax of `scale` times them.
+
+    That is over the units that are not read anyhow: first[l] of them, the newest, and before[l] before it. numbers
+    (L, K), counts (L,).
     """
 
 def list_pages(

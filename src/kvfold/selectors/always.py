@@ -45,6 +45,10 @@ class Always:
 
     def units(self, unit: int, units: Int[np.ndarray, "B H"], room: Int[np.ndarray, " B"]) -> Bool[np.ndarray, "B H N"]:
         """See `Exempt.units`."""
+        return ends(units, *self.spans(unit, room))
+
+    def spans(self, unit: int, room: Int[np.ndarray, " B"]) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
+        """Units at a row's front, and before its newest, where a query reads `room` of them."""
         first, last = self.most(unit)
         most = np.maximum(room - 1, 0)
         if self.share < 1 and first + last:
@@ -54,8 +58,7 @@ class Always:
         else:
             first_of, last_of = (np.full(len(room), number) for number in (first, last))
         first_of = np.minimum(first_of, most)
-        last_of = np.minimum(last_of, most - first_of)
-        return ends(units, first_of, last_of)
+        return first_of, np.minimum(last_of, most - first_of)
 
 
 @dataclass(frozen=True)

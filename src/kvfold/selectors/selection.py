@@ -11,7 +11,7 @@ from torch import Tensor
 from kvfold.budgets import Budget, check_budget, is_all
 from kvfold.formats import ByBounds, Chosen, Index, Picked, Remembered, Spec, register
 from kvfold.formats.picked import NEVER
-from kvfold.ops import choose_units, top_mask
+from kvfold.ops import choose_units, top_mask, vote_units
 from kvfold.options import check_choice, check_int
 from kvfold.selectors.always import Always, Exempt
 from kvfold.selectors.bounds import BoundsOf
@@ -98,6 +98,8 @@ class Selection:
         short = ~chooses.any(1)
         if self.plain and (chooses | (units <= room[:, None])).all():
             return self._lists(remembered.scores(asked, units), units, room), None
+        if self.soft and (chooses | (units <= room[:, None])).all() and (not self.vote.layer or _alike(units)):
+            return self._voted(remembered.scores(asked, units), units, room, asked.shape[-1]), None
         number, always = int(units.max()), self.always.units(self.unit, units, room)
         there = np.arange(number) < units[..., None]
         if self.odd is not None:
@@ -136,6 +138,26 @@ class Selection:
         simple = isinstance(self.always, Always) and self.always.share == 1.0
         return self.reuse is None and self.odd is None and self.vote.plain and simple
 
+    @cached_property
+    def soft(self) -> bool:
+        """Whether softmaxes are all that there is to it."""
+        return self.reuse is None and self.odd is None and self.vote.soft and isinstance(self.always, Always)
+
+    def _voted(
+        self, scores: Float[Tensor, "B H G N"], units: Int[np.ndarray, "B H"], room: Int[np.ndarray, " B"], size: int
+    ) -> Chosen:
+        """`_lists` of soft votes, those of a layer's heads or of each group's."""
+        assert isinstance(self.always, Always)  # `soft`
+        b, h, _, n = scores.shape
+        lists = 1 if self.vote.layer else h
+        first, before = (each.repeat(lists) for each in self.always.spans(self.unit, room))
+        found = vote_units(
+            scores.reshape(b * lists, -1, n), units[:, :lists].reshape(-1), room.repeat(lists), first, before,
+            heads=self.vote.heads, scale=self.vote.scale(size),
+        )  # fmt: skip
+        numbers, counts = (x.reshape(b, lists, 1, *x.shape[1:]).repeat(h // lists, 1) for x in found)
+        return Chosen(numbers, counts, n)
+
     def _lists(
         self, scores: Float[Tensor, "B H G N"], units: Int[np.ndarray, "B H"], room: Int[np.ndarray, " B"]
     ) -> Chosen:
@@ -165,6 +187,11 @@ class Selection:
         wide = torch.from_numpy(np.maximum(room, 0).repeat(lists, 1)).to(scores.device)
         best: np.ndarray = top_mask(worth.reshape(b, h * lists, n), wide).view(b, h, lists, n).cpu().numpy()
         return best
+
+
+def _alike(units: Int[np.ndarray, "B H"]) -> bool:
+    """Whether all heads of a row have as many units."""
+    return bool((units == units[:, :1]).all())
 
 
 register("selection", Selection)

@@ -45,6 +45,15 @@ class Vote:
         """Whether it is a group's, by the scores as they are."""
         return self.heads in HEADS and not self.layer and not self.softmax and self.pool == 1
 
+    @property
+    def soft(self) -> bool:
+        """Whether it is the sum, or the maximum, of softmaxes and nothing else."""
+        return self.softmax and self.heads in ("sum", "max") and self.pool == 1
+
+    def scale(self, size: int) -> float:
+        """What logits of keys of so many numbers are multiplied by before a softmax."""
+        return size**-0.5 if self.scaled else 1.0
+
     def lists(self, group: int) -> int:
         """Lists of each KV head, whose group has so many query heads."""
         return group if self.heads == "each" else 1
@@ -56,8 +65,7 @@ class Vote:
         others = ~asked[:, :, None]
         worth = scores.masked_fill(others, -torch.inf)
         if self.softmax:
-            logits = worth / size**0.5 if self.scaled else worth
-            worth = logits.softmax(-1).masked_fill(others, -torch.inf)
+            worth = (worth * self.scale(size)).softmax(-1).masked_fill(others, -torch.inf)
         if self.heads == UNION:  # a unit is worth the best place that it has with any of them
             order = torch.argsort(worth, dim=-1, descending=True, stable=True)
             place = torch.arange(worth.shape[-1], device=worth.device, dtype=worth.dtype).expand(worth.shape)

@@ -13,7 +13,17 @@ from torch import Tensor
 from kvfold.ops.dispatch import select
 from kvfold.ops.units import cpu, naive  # noqa: F401  (each registers itself)
 
-__all__ = ["attend_units", "bound_scores", "choose_units", "list_pages", "list_slots", "raise_bounds", "step_units"]
+__all__ = [
+    "attend_units",
+    "bound_scores",
+    "choose_units",
+    "key_scores",
+    "list_pages",
+    "list_slots",
+    "raise_bounds",
+    "step_units",
+    "vote_units",
+]
 
 
 def raise_bounds(
@@ -39,6 +49,17 @@ def bound_scores(
     Of the M units of the longest row, -inf behind a row's own.
     """
     found: Tensor = select("bound_scores", held)(q, held, units)
+    return found
+
+
+def key_scores(
+    q: Float[Tensor, "B H G D"], held: Float[Tensor, "B H N D"], units: Int[np.ndarray, "B H"], steps: int
+) -> Float[Tensor, "B H G M"]:
+    """The products of a query with one vector of each unit, in whole steps of 1 / `steps`; float32.
+
+    Of the M units of the longest row, -inf behind a row's own.
+    """
+    found: Tensor = select("key_scores", held)(q, held, units, steps)
     return found
 
 
@@ -106,6 +127,27 @@ def choose_units(
     """
     found: tuple[np.ndarray, np.ndarray] = select("choose_units", scores)(
         scores, units, room, heads=heads, sinks=sinks, recent=recent
+    )
+    return found
+
+
+def vote_units(
+    scores: Float[Tensor, "L G N"],
+    units: Int[np.ndarray, " L"],
+    room: Int[np.ndarray, " L"],
+    first: Int[np.ndarray, " L"],
+    before: Int[np.ndarray, " L"],
+    *,
+    heads: str,
+    scale: float,
+) -> tuple[Int32[np.ndarray, "L K"], Int32[np.ndarray, " L"]]:
+    """As `choose_units`, of L lists, by the "sum" or "max" over heads of each one's softmax of `scale` times scores.
+
+    That is over the units that are not read anyhow, which are `first[l]` of them, the newest, and `before[l]` before
+    it: those count in `room[l]`, and are never more.
+    """
+    found: tuple[np.ndarray, np.ndarray] = select("vote_units", scores)(
+        scores, units, room, first, before, heads=heads, scale=scale
     )
     return found
 

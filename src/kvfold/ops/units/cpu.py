@@ -38,15 +38,31 @@ def raise_bounds(held: Tensor, keys: Tensor, valid: Tensor, start: np.ndarray, u
 
 @register("bound_scores", "cpu", rank=10, fits=fits)
 def bound_scores(q: Tensor, held: Tensor, units: np.ndarray) -> Tensor:
-    (b, h, g, d), number = q.shape, int(units.max(initial=0))
-    if not held.is_contiguous() or not g or not d or not widths_fit(2 * d):
+    if not _multiplies(q, held):
         return naive.bound_scores(q, held, units)
+    return _scores(q, held, units, plain=False, steps=0)
+
+
+@register("key_scores", "cpu", rank=10, fits=fits)
+def key_scores(q: Tensor, held: Tensor, units: np.ndarray, steps: int) -> Tensor:
+    if not _multiplies(q, held):
+        return naive.key_scores(q, held, units, steps)
+    return _scores(q, held, units, plain=True, steps=steps)
+
+
+def _multiplies(q: Tensor, held: Tensor) -> bool:
+    """Whether the kernel can multiply a query with what is held."""
+    return held.is_contiguous() and q.shape[2] > 0 and q.shape[3] > 0 and widths_fit(held.shape[3])
+
+
+def _scores(q: Tensor, held: Tensor, units: np.ndarray, *, plain: bool, steps: int) -> Tensor:
     from kvfold.ops import _cpu
 
+    (b, h, g, d), number = q.shape, int(units.max(initial=0))
     scores = np.empty((b, h, g, number), dtype=np.float32)
     _cpu.bound_scores(
-        floats(q.detach()).reshape(b * h, g, d), bits(held).reshape(b * h, *held.shape[2:]), _whole(units), threads(),
-        scores.reshape(b * h, g, number),
+        floats(q.detach()).reshape(b * h, g, d), bits(held).reshape(b * h, *held.shape[2:]), _whole(units), plain,
+        steps, threads(), scores.reshape(b * h, g, number),
     )  # fmt: skip
     return torch.from_numpy(scores)
 
@@ -130,6 +146,25 @@ def choose_units(
     _cpu.choose_units(
         floats(scores.detach()).reshape(b * h, g, n), _whole(units), _whole(able), heads, sinks, recent, threads(),
         numbers.reshape(b * h * lists, most), counts.reshape(-1),
+    )  # fmt: skip
+    return numbers, counts
+
+
+@register("vote_units", "cpu", rank=10, fits=is_float32)
+def vote_units(
+    scores: Tensor, units: np.ndarray, room: np.ndarray, first: np.ndarray, before: np.ndarray, *,
+    heads: str, scale: float,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    if not scores.shape[1]:
+        return naive.vote_units(scores, units, room, first, before, heads=heads, scale=scale)
+    from kvfold.ops import _cpu
+
+    able = np.minimum(units, room)
+    numbers = np.empty((len(able), int(able.max(initial=0))), dtype=np.int32)
+    counts = np.empty(len(able), dtype=np.int32)
+    _cpu.vote_units(
+        floats(scores.detach()), _whole(units), _whole(able), _whole(first), _whole(before), heads, scale, threads(),
+        numbers, counts,
     )  # fmt: skip
     return numbers, counts
 

@@ -35,11 +35,22 @@ def raise_bounds(held: Tensor, keys: Tensor, valid: Tensor, start: np.ndarray, u
 def bound_scores(q: Tensor, held: Tensor, units: np.ndarray) -> Tensor:
     number = int(units.max(initial=0))
     asked = torch.cat([q.relu(), (-q).relu()], -1).float()
-    found = asked @ held[:, :, :number].float().mT
+    return _behind(asked @ held[:, :, :number].float().mT, units)
+
+
+@register("key_scores", "naive", rank=0)
+def key_scores(q: Tensor, held: Tensor, units: np.ndarray, steps: int) -> Tensor:
+    found = q.float() @ held[:, :, : int(units.max(initial=0))].float().mT
+    return _behind(torch.round(found * steps) / steps, units)
+
+
+def _behind(scores: Tensor, units: np.ndarray) -> Tensor:
+    """Scores with -inf behind each row's units."""
+    number = scores.shape[-1]
     if (units == number).all():
-        return found
+        return scores
     none = torch.arange(number) >= torch.from_numpy(np.ascontiguousarray(units))[..., None]
-    return found.masked_fill(none.to(q.device)[:, :, None], -torch.inf)
+    return scores.masked_fill(none.to(scores.device)[:, :, None], -torch.inf)
 
 
 @register("attend_units", "naive", rank=0)
@@ -99,6 +110,21 @@ def choose_units(
     (b, h, lists, n), wide = worth.shape, np.broadcast_to(room[:, None], units.shape).repeat(worth.shape[2], 1)
     best = top_mask(worth.reshape(b, h * lists, n), torch.from_numpy(wide.copy()).to(worth.device))
     return listed(best.view(b, h, lists, n).cpu().numpy())
+
+
+@register("vote_units", "naive", rank=0)
+def vote_units(
+    scores: Tensor, units: np.ndarray, room: np.ndarray, first: np.ndarray, before: np.ndarray, *,
+    heads: str, scale: float,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    place = np.arange(scores.shape[-1])
+    behind = units[:, None] - 1 - place
+    read = torch.from_numpy((place < first[:, None]) | (behind <= before[:, None])).to(scores.device)
+    there = torch.from_numpy(behind >= 0).to(scores.device)
+    votes = (scores.masked_fill(read[:, None], -torch.inf) * scale).softmax(-1)
+    worth = (votes.sum(1) if heads == "sum" else votes.amax(1)).masked_fill(read, torch.inf)
+    wide = torch.from_numpy(np.minimum(room, units)).to(worth.device)
+    return listed(top_mask(worth.masked_fill(~there, -torch.inf)[None], wide[None])[0].cpu().numpy())
 
 
 @register("list_pages", "naive", rank=0)
