@@ -42,7 +42,7 @@ from kvfold.selectors import (
 )
 from kvfold.selectors.held import HeldUnits
 from kvfold.testing import feed, follow, grow, steps, tokens
-from models import subject
+from models import build, subject
 
 B, H, D, G = 2, 2, 16, 2
 BOOK = Codebook(torch.eye(D).expand(H, D, D), torch.randn(H, 9, D, generator=torch.Generator().manual_seed(1)), 30)
@@ -291,6 +291,18 @@ def test_what_is_always_read_counts_in_the_budget():
 
 
 STORING = {"kvquant", "less", "mikv", "think", "zipcache"}
+
+
+@pytest.mark.parametrize(
+    "text", ["tokenselect", "tokenselect(positions='text')", "infllm", "infllm(vote='group') | kivi"]
+)
+def test_methods_that_turn_keys_need_a_rotation_that_is_known(text):
+    """Said before anything is read; what chooses by keys as they are has no such need."""
+    scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = build("llama", rope_parameters=scaled)
+    with pytest.raises(ValueError, match=r"needs RoPE with fixed angles to choose what it reads; LlamaForCausalLM has"):
+        kvfold.Cache(model, text)
+    kvfold.Cache(model, "quest | kivi")
 
 
 def test_methods_that_move_tokens_away_say_so():

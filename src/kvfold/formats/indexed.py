@@ -73,6 +73,11 @@ class Indexed:
         return self.selection if isinstance(self.selection, Bounding) else None
 
     @property
+    def turns(self) -> bool:
+        """Whether it needs the layer's rotation: its index turns keys, or what is read stands elsewhere."""
+        return bool(self.selection.slots or self.selection.far or getattr(self.selection.index, "turns", False))
+
+    @property
     def traits(self) -> Traits:
         """Those of `form`; behind a crop a row whose choice, or queries, would have served again begins anew."""
         traits = replace(self.form.traits, graphs=False)
@@ -90,7 +95,7 @@ class Indexed:
         inner = self.form.open(spec)
         if isinstance(inner, Hearing | Folding):
             raise ValueError(f"form={self.form} is told of its rows beside their tokens: it can't be read in parts")
-        if (self.selection.slots or self.selection.far) and spec.rope is None:
+        if self.turns and spec.rope is None:
             raise ValueError(f"selection={self.selection} needs the model's RoPE, and layer {spec.layer} has none")
         return IndexedSegment(self, spec, inner, self.selection.index.open(spec), np.zeros(spec.rows, dtype=np.int64))
 

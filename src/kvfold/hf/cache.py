@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvfold.codecs import CacheGen, parse_codec
+from kvfold.formats import Indexed
 from kvfold.hf.anatomy import attention_modules
 from kvfold.hf.band import Band
 from kvfold.hf.call.call import Call
@@ -30,7 +31,7 @@ from kvfold.hf.source import unfit
 from kvfold.hf.support import check_model, check_windows, layers_of, unwrapped
 from kvfold.hf.windows import CodedWindow
 from kvfold.hf.words import sentence_ends
-from kvfold.layer.layer import KVLayer
+from kvfold.layer.layer import KVLayer, format_of
 from kvfold.layer.rows import Rows
 from kvfold.methods.base import Method
 from kvfold.methods.registry import parse
@@ -130,6 +131,12 @@ class Cache(Counted):
                 core = KVLayer(self.rows, index, paged, len(plan), rope, self.arena, memory)
                 for need in self.method.needs:
                     need.of_layer(core.ordinal, rope)  # raises where it does not fit the layer
+                form = format_of(self.method, core.site)
+                if isinstance(form, Indexed) and form.turns and rope is None:
+                    raise ValueError(
+                        f"method={self.method} needs RoPE with fixed angles to choose what it reads; "
+                        f"{type(self.model).__name__} has none that it could use in layer {index}"
+                    )
                 layers.append(PagedLayer(self, core, latent))
             elif type(layer) is DynamicSlidingWindowLayer:
                 layers.append(self._window(index, layer.sliding_window, bool(paged), type(modules.get(index))))

@@ -104,6 +104,11 @@ class IndexOfHeads:
         """See `Index.enough`."""
         return self.index.enough
 
+    @property
+    def turns(self) -> bool:
+        """See `Indexed.turns`."""
+        return bool(getattr(self.index, "turns", False))
+
     def open(self, spec: Spec) -> "RememberedOfHeads":
         """Raises ValueError where the layer has another number of KV heads."""
         return RememberedOfHeads(self, self.index.open(self._of(spec)))

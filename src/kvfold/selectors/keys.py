@@ -34,6 +34,7 @@ class Keys:
 
     distance: int = 512
     enough = 0
+    turns = True
 
     def __post_init__(self) -> None:
         check_int("distance", self.distance, 0)

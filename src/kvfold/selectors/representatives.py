@@ -36,6 +36,7 @@ class Representatives:
     number: int = 4
     distance: int = 4095
     enough = 0
+    turns = True
 
     def __post_init__(self) -> None:
         check_int("unit", self.unit, 1)

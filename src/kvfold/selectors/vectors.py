@@ -32,6 +32,7 @@ class Vectors:
     key: str
     unit = 1
     enough = 0
+    turns = True
 
     def __post_init__(self) -> None:
         check_name("key", self.key, "a text that is not empty")
