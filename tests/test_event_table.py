@@ -172,7 +172,9 @@ def test_a_stage_that_does_not_listen_is_not_asked():
         def after_decode(self, view):
             raise AssertionError
 
-        before_attend = after_layer = after_forward = after_prompt = after_prefill = admit = read_order = after_decode
+        before_attend = after_layer = after_forward = after_prompt = after_prefill = admit = read_order = streams = (
+            after_decode
+        )
 
         def listens(self, event):
             return False

@@ -19,7 +19,7 @@ from kvfold.layer.segments import as_stored
 from kvfold.layer.stored import Stored
 from kvfold.methods.base import decided
 from kvfold.views import ATTENTION, HiddenView, LayerView, NewWords, Place, Queries, Site
-from kvfold.views.decisions import Amend, Decision, Propagate
+from kvfold.views.decisions import Amend, Decision, Propagate, Streams
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +167,13 @@ class Moment:
         flags = method.admit(HiddenView(hidden, valid, positions, heads, self.place()))
         flags = None if flags is None else flags & everyone
         return None if flags is None or torch.equal(flags, everyone) else flags
+
+    def streams(self) -> Streams | None:
+        """Which KV heads see little of a prompt's new tokens; None: all see all."""
+        if not (self.plan.prefill and self.plan.listen and self.rows.listens("streams")):
+            return None
+        found: Streams | None = self.rows.method.streams(self.site)
+        return found
 
     def remember(self, queries: Queries) -> None:
         """Keep what generated tokens asked, all of them stored; methods whose interval is over decide."""

@@ -20,6 +20,7 @@ from kvfold.layer.segments import new_tokens
 from kvfold.layer.stored import Stored
 from kvfold.rotation import Compact
 from kvfold.views import ATTENTION, LayerView, Queries, Site, fade_of, faded
+from kvfold.views.decisions import Streams
 
 DENSE = Dense()
 
@@ -82,9 +83,8 @@ class KVLayer(Held):
         # A kernel counts the queries that came so far; where others ended before, the view counts in the text.
         fade = fade_of(plan.asks) if narrow is None else None
         asking = Asking(q, places[:, :1], scale, self._compact(k.device))
-        self._read(
-            asking, parts, valid, None if fade is None else parts.of(shares(everyone, fade)), admitted, plan.block
-        )
+        counted = None if fade is None else parts.of(shares(everyone, fade))
+        self._read(asking, parts, valid, counted, admitted, moment.streams(), plan.block)
         if parts.last:
             chunk = new_tokens(parts.so_far("k"), parts.so_far("v"), valid, places, moment.labels())
             chunk = chunk if admitted is None else chunk.but(admitted)
@@ -96,12 +96,13 @@ class KVLayer(Held):
 
     def _read(
         self, asking: Asking, parts: Parts, valid: Tensor | None, counted: Tensor | None, admitted: Tensor | None,
-        block: bool,
+        streams: Streams | None, block: bool,
     ) -> None:  # fmt: skip
         """A part of a prompt attends over itself, the parts before it, and what is stored."""
         known = None if valid is None else valid[:, : parts.stop]
         past = None if self.stored.empty else self.stored
-        out, lse, sums = asking.prompt(past, parts.so_far("k"), parts.so_far("v"), known, counted, admitted, block)
+        k, v = parts.so_far("k"), parts.so_far("v")
+        out, lse, sums = asking.prompt(past, k, v, known, counted, admitted, streams, block)
         parts.put(out=out, lse=lse)
         parts.add(sums)
 

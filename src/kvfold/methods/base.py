@@ -14,7 +14,7 @@ from kvfold.formats import Format, Reader
 from kvfold.methods.events import EVENTS, TRAITS, Event
 from kvfold.rotation import Frame, Measured
 from kvfold.views import CacheView, HiddenView, LayerView, NewWords, PromptView, RawPrompt, Requests, Site
-from kvfold.views.decisions import Decisions, Read, decided
+from kvfold.views.decisions import Decisions, Read, Streams, decided
 
 __all__ = ["Compound", "Decisions", "Method", "MethodInfo", "Pipeline", "decided", "method", "registry"]
 
@@ -65,7 +65,7 @@ class Method:
     def own_prefill(self) -> bool:
         """Whether the prompt's forward pass is not the full cache's, so that no other cache's can stand in for it."""
         own = self.narrows or self.own_frame is not None
-        return own or self.listens("read_order") or self.listens("admit")
+        return own or any(map(self.listens, ("read_order", "admit", "streams")))
 
     @property
     def own_steps(self) -> bool:
@@ -102,6 +102,13 @@ class Method:
         """Before a prompt's new tokens attend, layer by layer: which of them a KV head lets in. None: all.
 
         Later queries see only those, and only those are stored; a token always sees itself.
+        """
+        return None
+
+    def streams(self, site: Site) -> Streams | None:
+        """Before a prompt's new tokens attend, layer by layer: which KV heads see little of what is before a token.
+
+        None: all see all of it.
         """
         return None
 

@@ -98,6 +98,9 @@ EVENTS: dict[str, Event] = {
     ),
     "label": Event("before the first layer stores a pass's tokens", _all_labels, wrapped=True),
     "admit": Event("before a prompt's new tokens attend, layer by layer", _let_in_by_all, wrapped=True),
+    "streams": Event(
+        "before a prompt's new tokens attend, layer by layer", _first, wrapped=True, alone="whose heads stream"
+    ),
     "after_prefill": Event("after a forward pass over more than one token, layer by layer", _in_turn),
     "after_decode": Event("after a forward pass over one generated token, layer by layer", _in_turn, stored=True),
     "after_interval": Event("after a number of generated tokens, layer by layer", _in_turn, stored=True),

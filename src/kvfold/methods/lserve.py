@@ -15,7 +15,7 @@ from kvfold.methods.duoattention import published, retrieval_heads
 from kvfold.options import check_int, check_number
 from kvfold.selectors import Always, Every, Hierarchical, Selection, SomeHeads
 from kvfold.views import LayerView, Site
-from kvfold.views.decisions import Keep
+from kvfold.views.decisions import Keep, Streams
 
 GATES = "duoattention"
 """Whose calibration says which heads need the whole text."""
@@ -37,7 +37,7 @@ LEAST = 3
         "static_sparsity": "share of the heads that stream (sigma)",
         "sinks": "first tokens that a streaming head keeps, in whole pages",
         "recent": "last tokens that a streaming head keeps, in whole pages and the open one",
-        "prompt_recent": "as many as that between the chunks of a prompt",
+        "prompt_recent": "last tokens that a streaming head sees of a prompt, and keeps between its chunks",
         "gates": "the gate of each KV head, a row a layer (alpha); None: from duoattention's calibration",
     },
 )  # fmt: skip
@@ -51,9 +51,11 @@ class LServe(Method):
     read in any case and counts. `static_sparsity` of all layers' heads, those with the lowest gates of DuoAttention,
     hold and read sinks and recent pages alone (reconstructed: that the paper forces sinks on the others, too, where the
     code does not). The budget is of the others: the paper's is 4,096 tokens, ours a tenth of the text.
-    Differs from the paper: a prompt, or each chunk of one, is attended exactly, where streaming heads have a
-    Lambda-mask of 128 + 8,192 tokens; between chunks they hold what that mask would show. Gates that tie go to the
-    earlier head; keys and values stay as the model made them unless a stage behind it codes them.
+    Of a prompt streaming heads see before each token the last `prompt_recent` and the sinks, and hold as much between
+    its chunks, in whole pages, all of which a further chunk sees; the others see all of it, as in the official code
+    (the paper adds MInference for them: reconstructed, and not done here).
+    Differs from the paper: gates that tie go to the earlier head; keys and values stay as the model made them unless a
+    stage behind it codes them.
     """
 
     budget: Budget = 0.1
@@ -92,6 +94,10 @@ class LServe(Method):
         chosen = Selection(Hierarchical(self.page, self.logical), self.budget, least=LEAST, reuse=Every(self.interval))
         whole = self.retrieval(site.ordinal, len(site.paged))
         return chosen if all(whole) else SomeHeads(chosen, whole, Always(self.sinks, self.recent))
+
+    def streams(self, site: Site) -> Streams | None:
+        whole = self.retrieval(site.ordinal, len(site.paged))
+        return None if all(whole) else Streams(tuple(not one for one in whole), self.sinks, self.prompt_recent)
 
     def retrieval(self, ordinal: int, layers: int) -> tuple[bool, ...]:
         """Which KV heads of a layer, one of so many on pages, hold everything; empty where all do."""

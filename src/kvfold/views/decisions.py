@@ -41,6 +41,19 @@ class Drop:
 
 
 @dataclass(frozen=True)
+class Streams:
+    """KV heads that see little of a prompt: before each token the last `recent`, its own too, and the first `sinks`.
+
+    `heads` marks them; the others see all that stands before a token. Both are counted in text positions; of what a
+    layer has stored from earlier passes all is seen.
+    """
+
+    heads: tuple[bool, ...]
+    sinks: int
+    recent: int
+
+
+@dataclass(frozen=True)
 class Rewrite:
     """Store `tokens` in place of what the layer holds: merged keys and values, their positions, their columns.
 
