@@ -34,8 +34,8 @@ struct UnitVote {
 struct RaiseBounds {
     int64_t rows, count, d, room, unit;
     void* held;        // (rows, room, 2 d)
-    const void* keys;  // (rows, count, d), of the same kind
-    Kind kind;
+    const void* keys;  // (rows, count, d), of the same kind, or floats that bfloat16 is to hold
+    Kind held_kind, kind;
     const bool* valid;     // (rows, count)
     const int64_t* start;  // (rows,) tokens that came before
     int threads;

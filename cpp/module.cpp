@@ -665,6 +665,9 @@ void attend_units(Array<const float, 3> q, const Const3 held, Array<const int64_
     set.attend(on);
 }
 
+// Whether bounds of this kind can hold such keys.
+bool rises(Kind held, Kind keys) { return held == keys || (held == Kind::bf16 && keys == Kind::f32); }
+
 using Held = nb::ndarray<nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 // A whole decode step: k, v (N, 1, D) and place (N, 1, 1) become the last token of each row, which `lengths` count
@@ -679,7 +682,7 @@ void step_units(Array<const float, 3> q, const Const3 k, const Const3 v, Array<c
           "k, v, place, held and lengths must have the table's rows, and one token each");
     check(k.shape(2) == keys.shape(1) && v.shape(2) == values.shape(1) && places.shape(1) == 1 &&
               values.shape(0) == slots && places.shape(0) == slots && held.shape(2) == 2 * k.shape(2) &&
-              k.dtype() == keys.dtype() && v.dtype() == values.dtype() && k.dtype() == held.dtype() &&
+              k.dtype() == keys.dtype() && v.dtype() == values.dtype() && rises(kind_of(held), kind_of(k)) &&
               places.dtype() == nb::dtype<int32_t>(),
           "shapes or dtypes of k, v, held and the planes don't fit");
     check(page_size > 0 && each > 0, "page_size and each must be at least 1");
@@ -702,7 +705,7 @@ void step_units(Array<const float, 3> q, const Const3 k, const Const3 v, Array<c
     const std::unique_ptr<bool[]> valid(new bool[rows]);
     std::fill(valid.get(), valid.get() + rows, true);
     raise_bounds({static_cast<int64_t>(rows), 1, static_cast<int64_t>(k.shape(2)), static_cast<int64_t>(held.shape(1)),
-                  each * page_size, held.data(), k.data(), kind_of(k), valid.get(), start.data(), 1});
+                  each * page_size, held.data(), k.data(), kind_of(held), kind_of(k), valid.get(), start.data(), 1});
     attend_units(q, Const3(held), room, heads, sinks, recent, Const2(keys), Const2(values), {}, table, lengths, page_size,
                  each, scale, threads, out, lse);
 }
@@ -712,7 +715,7 @@ void raised(Held held, Const3 keys, Array<const bool, 2> valid,
             Array<const int64_t, 1> start, int64_t unit, int threads) {
     RaiseBounds on{};
     on.rows = keys.shape(0), on.count = keys.shape(1), on.d = keys.shape(2), on.room = held.shape(1), on.unit = unit;
-    check(held.shape(0) == keys.shape(0) && held.shape(2) == 2 * keys.shape(2) && held.dtype() == keys.dtype() &&
+    check(held.shape(0) == keys.shape(0) && held.shape(2) == 2 * keys.shape(2) && rises(kind_of(held), kind_of(keys)) &&
               valid.shape(0) == keys.shape(0) && valid.shape(1) == keys.shape(1) && start.shape(0) == keys.shape(0),
           "shapes or dtypes of held, keys, valid and start don't fit");
     check(unit > 0, "unit must be at least 1");
@@ -721,7 +724,7 @@ void raised(Held held, Const3 keys, Array<const bool, 2> valid,
         const int64_t after = start.data()[r] + std::count(some, some + on.count, true);
         check(start.data()[r] >= 0 && (after + unit - 1) / unit <= on.room, "tokens go beyond held");
     }
-    on.held = held.data(), on.keys = keys.data(), on.kind = kind_of(keys), on.valid = valid.data();
+    on.held = held.data(), on.keys = keys.data(), on.held_kind = kind_of(held), on.kind = kind_of(keys), on.valid = valid.data();
     on.start = start.data(), on.threads = threads;
     const Free free;
     raise_bounds(on);

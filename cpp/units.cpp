@@ -18,19 +18,29 @@ inline U larger(U a, U b) {
     return whole & (!other | (right > left)) ? b : a;
 }
 
-template <class U, U ENDLESS>
+// A float by its bits as bfloat16: no less, and NaN as NaN.
+inline uint16_t upward(uint32_t x) {
+    if ((x & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(x >> 16 | 0x40u);
+    return static_cast<uint16_t>((x & 0x80000000u ? x : x + 0xffffu) >> 16);  // below zero what is cut off is above
+}
+
+template <class U, U ENDLESS, class K>
 void raise_row(const void* context, int64_t row) {
-    constexpr U SIGN = U(1) << (8 * sizeof(U) - 1);
+    constexpr K SIGN = K(1) << (8 * sizeof(K) - 1);
     const RaiseBounds& on = *static_cast<const RaiseBounds*>(context);
     const int64_t d = on.d;
     U* held = static_cast<U*>(on.held) + row * on.room * 2 * d;
-    const U* key = static_cast<const U*>(on.keys) + row * on.count * d;
+    const K* key = static_cast<const K*>(on.keys) + row * on.count * d;
+    const auto as = [](K x) {
+        if constexpr (sizeof(U) < sizeof(K)) return upward(x);
+        else return x;
+    };
     int64_t number = on.start[row];
     for (int64_t t = 0; t < on.count; t++, key += d) {
         if (!on.valid[row * on.count + t]) continue;
         U* high = held + number++ / on.unit * 2 * d;
-        for (int64_t i = 0; i < d; i++) high[i] = larger<U, ENDLESS>(high[i], key[i]);
-        for (int64_t i = 0; i < d; i++) high[d + i] = larger<U, ENDLESS>(high[d + i], U(key[i] ^ SIGN));
+        for (int64_t i = 0; i < d; i++) high[i] = larger<U, ENDLESS>(high[i], as(key[i]));
+        for (int64_t i = 0; i < d; i++) high[d + i] = larger<U, ENDLESS>(high[d + i], as(K(key[i] ^ SIGN)));
     }
 }
 
@@ -73,9 +83,10 @@ void list_pages(const PageLists& on) {
 }
 
 void raise_bounds(const RaiseBounds& on) {
-    const Task task = on.kind == Kind::f32    ? raise_row<uint32_t, 0x7f800000u>
-                      : on.kind == Kind::bf16 ? raise_row<uint16_t, 0x7f80>
-                                              : raise_row<uint16_t, 0x7c00>;
+    const Task task = on.kind == Kind::f16    ? raise_row<uint16_t, 0x7c00, uint16_t>
+                      : on.kind == Kind::bf16 ? raise_row<uint16_t, 0x7f80, uint16_t>
+                      : on.held_kind == Kind::bf16 ? raise_row<uint16_t, 0x7f80, uint32_t>
+                                                   : raise_row<uint32_t, 0x7f800000u, uint32_t>;
     for_each(on.rows, on.rows * on.count * on.d < 32768 ? 1 : on.threads, task, &on);
 }
 

@@ -84,6 +84,22 @@ def test_bounds_rise_to_all_keys(dtype, t, d, unit, ragged, way, handed_on):
     assert handed_on == []
 
 
+@pytest.mark.parametrize("way", ["cpu", "naive"])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+def test_bounds_of_16_bits_are_no_less_than_wider_keys(way, wide, handed_on):
+    """The least bfloat16 that is no less, of numbers of any size; infinities stay, and NaN does."""
+    keys = torch.randn(2, 2, 40, 16, dtype=wide) * 10.0 ** torch.randint(-42, 38, (2, 2, 40, 16))
+    keys.view(-1)[:8] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 3.4e38, 1e-45, -1e-45]).to(wide)
+    held = torch.full((2, 2, 40, 32), -torch.inf, dtype=torch.bfloat16)
+    with dispatch.use(way):
+        ops.raise_bounds(held, keys, torch.ones(2, 2, 40, dtype=torch.bool), np.zeros((2, 2), dtype=np.int64), 1)
+    both, known = torch.cat([keys, -keys], -1), ~torch.cat([keys, keys], -1).isnan()
+    below = torch.nextafter(held, held.new_tensor(-torch.inf)).to(wide)
+    assert (held.to(wide) >= both)[known].all() and (below < both)[known & (held > -torch.inf)].all()
+    assert held.isnan().equal(~known)
+    assert not handed_on or way == "naive" or wide == torch.float64
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("g", [1, 3, 4, 7])
 @pytest.mark.parametrize("d", [4, 20, 64])
@@ -337,8 +353,8 @@ def test_few_units_are_chosen_and_read_at_once(dtype, heads, page, unit, mass, h
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("scattered", "kind"), [(True, torch.int64), (False, torch.int32)])
-@pytest.mark.parametrize("heads", ["each", "max"])
-def test_a_step_is_its_parts_one_after_another(dtype, scattered, kind, heads, handed_on):
+@pytest.mark.parametrize(("heads", "narrow"), [("each", True), ("max", False)])
+def test_a_step_is_its_parts_one_after_another(dtype, scattered, kind, heads, narrow, handed_on):
     """A token is written, bounds rise, units are chosen, those are read; pages come when they are full."""
     ways = {}
     for way in ("cpu", "naive", "parts"):
@@ -347,7 +363,11 @@ def test_a_step_is_its_parts_one_after_another(dtype, scattered, kind, heads, ha
             {"keys": Plane(16, dtype), "values": Plane(24, dtype), "position": Plane(None, torch.int32)},
             torch.device("cpu"), 4,
         )  # fmt: skip
-        table, held = PageTable(pool, 4, scattered=scattered), torch.full((2, 2, 9, 32), -torch.inf, dtype=dtype)
+        table, bits = (
+            PageTable(pool, 4, scattered=scattered),
+            torch.bfloat16 if narrow and dtype.itemsize == 4 else dtype,
+        )
+        held = torch.full((2, 2, 9, 32), -torch.inf, dtype=bits)
         said = []
         for place in range(35):
             q = torch.randn(2, 2, 3, 16).to(dtype)

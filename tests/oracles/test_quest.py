@@ -31,13 +31,17 @@ def pages(t: int, page: int, b: int = 1, h: int = 1) -> np.ndarray:
 
 def test_oracle_1_no_query_finds_more_in_a_page():
     rng = torch.Generator().manual_seed(0)
-    keys, q = torch.randn(2, 3, 53, 8, generator=rng), torch.randn(2, 3, 4, 8, generator=rng)
+    wide, q = torch.randn(2, 3, 53, 8, generator=rng), torch.randn(2, 3, 4, 8, generator=rng)
+    keys = wide.bfloat16().float()  # of which 16 bits hold all
     scores = bounds(keys, 16).scores(q, pages(53, 16, 2, 3))
     products = torch.einsum("bhgd,bhtd->bhgt", q, keys)
     for n in range(4):
         assert (scores[..., n] >= products[..., 16 * n : 16 * n + 16].amax(-1) - 1e-5).all()
     least, most = keys[:, :, :16].amin(2), keys[:, :, :16].amax(2)
     assert_close(scores[..., 0], torch.maximum(q * least[:, :, None], q * most[:, :, None]).sum(-1))
+    rounded, all_of = bounds(wide, 16).scores(q, pages(53, 16, 2, 3)), torch.einsum("bhgd,bhtd->bhgt", q, wide)
+    assert all((rounded[..., n] >= all_of[..., 16 * n : 16 * n + 16].amax(-1) - 1e-5).all() for n in range(4))
+    assert_close(rounded, scores, atol=0.0, rtol=0.02)
 
 
 TINY = torch.tensor([[1.0, 0], [0, 1], [2, 2], [0, 0], [3, 3], [3, 3], [0, 0], [0, 0]])[None, None]
@@ -53,6 +57,7 @@ def test_oracle_2_a_loose_bound_wins():
 def test_oracle_3_pages_of_one_token_are_exact():
     rng = torch.Generator().manual_seed(1)
     keys, q = torch.randn(1, 2, 40, 8, generator=rng), torch.randn(1, 2, 3, 8, generator=rng)
+    keys = keys.bfloat16().float()  # of which 16 bits hold all
     products = torch.einsum("bhgd,bhtd->bhgt", q, keys)
     assert_close(bounds(keys, 1).scores(q, pages(40, 1, 1, 2)), products)
     chosen, _ = Selection(Bounds(1), 9).choose(bounds(keys, 1), q, np.full((1, 2), 40), np.array([40]))

@@ -12,7 +12,7 @@ from kvfold import ops
 from kvfold.formats import Chunk, Spec, register
 from kvfold.options import check_int
 from kvfold.pages import PAGE_SIZE
-from kvfold.selectors.held import HELD, HeldUnits, check_held, nothing
+from kvfold.selectors.held import HELD, HeldUnits, check_held, narrow, nothing
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Bounds:
 
     A query q is promised sum_d max(q_d low_d, q_d high_d), which no product with a key of the unit exceeds: page
     selection of Quest (arXiv:2406.10774). Keys are those that attend, after RoPE. Two numbers of a channel for `unit`
-    keys and values: 1 / unit of the cache in its model's dtype.
+    keys and values, held in 16 bits: 1 / unit of the cache of a model of 16 bits, half of that in a wider one, where
+    they are bfloat16 that was rounded away from what they bound.
     """
 
     unit: int = PAGE_SIZE
@@ -31,10 +32,10 @@ class Bounds:
         check_int("unit", self.unit, 1)
 
     def open(self, spec: Spec) -> "BoundsOf":
-        return BoundsOf(self, spec, nothing(spec, 2 * spec.key_size))
+        return BoundsOf(self, spec, nothing(spec, 2 * spec.key_size, narrow(spec.dtype)))
 
     def check(self, spec: Spec, tensors: Mapping[str, Tensor], counts: Int[np.ndarray, "B H"]) -> None:
-        check_held(spec, tensors, counts, self.unit, 2 * spec.key_size)
+        check_held(spec, tensors, counts, self.unit, 2 * spec.key_size, narrow(spec.dtype))
 
     def restore(self, spec: Spec, tensors: Mapping[str, Tensor]) -> "BoundsOf":
         return BoundsOf(self, spec, tensors[HELD].to(spec.device).clone())
@@ -51,7 +52,7 @@ class BoundsOf(HeldUnits):
         if not new.any():
             return
         self.reach(-(-int((start + new).max()) // self.unit))
-        ops.raise_bounds(self.held, tokens.keys.to(self.held.dtype), tokens.valid, start, self.unit)
+        ops.raise_bounds(self.held, tokens.keys, tokens.valid, start, self.unit)
 
     def scores(self, asked: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
         """See `Remembered.scores`; not scaled, which changes no order."""

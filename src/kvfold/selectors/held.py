@@ -125,6 +125,11 @@ class HeldUnits(Unfitted):
             self.held = F.pad(self.held, (0, 0, 0, more), value=self.fill)
 
 
+def narrow(dtype: torch.dtype) -> torch.dtype:
+    """What copies of keys, and bounds of them, are held in: 16 bits, bfloat16 where the model has more."""
+    return dtype if dtype.itemsize == 2 else torch.bfloat16
+
+
 def nothing(spec: Spec, width: int, dtype: torch.dtype | None = None) -> Shaped[Tensor, "B H 0 E"]:
     """What is held of no unit: `width` numbers of each, in the model's dtype unless another is given."""
     return torch.empty(spec.rows, spec.heads, 0, width, dtype=dtype or spec.dtype, device=spec.device)

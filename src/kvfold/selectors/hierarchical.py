@@ -11,7 +11,7 @@ from torch import Tensor
 from kvfold.formats import Spec, register
 from kvfold.options import check_int
 from kvfold.selectors.bounds import BoundsOf
-from kvfold.selectors.held import HELD, check_held, nothing
+from kvfold.selectors.held import HELD, check_held, narrow, nothing
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,11 @@ class Hierarchical:
         return self.unit // self.logical
 
     def open(self, spec: Spec) -> "HierarchicalOf":
-        return HierarchicalOf(self, spec, nothing(spec, 2 * spec.key_size))
+        return HierarchicalOf(self, spec, nothing(spec, 2 * spec.key_size, narrow(spec.dtype)))
 
     def check(self, spec: Spec, tensors: Mapping[str, Tensor], counts: Int[np.ndarray, "B H"]) -> None:
-        check_held(spec, tensors, -(-counts // self.unit) * self.unit, self.logical, 2 * spec.key_size)
+        whole = -(-counts // self.unit) * self.unit
+        check_held(spec, tensors, whole, self.logical, 2 * spec.key_size, narrow(spec.dtype))
 
     def restore(self, spec: Spec, tensors: Mapping[str, Tensor]) -> "HierarchicalOf":
         return HierarchicalOf(self, spec, tensors[HELD].to(spec.device).clone())

@@ -4,22 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvfold import ops
 from kvfold.formats import Chunk, Spec, register
 from kvfold.options import check_int
-from kvfold.selectors.held import HELD, HeldUnits, before_rope, check_held, ends, from_behind, nothing
+from kvfold.selectors.held import HELD, HeldUnits, before_rope, check_held, ends, from_behind, narrow, nothing
 
 STEPS = 256
 """Of a score; by so little no softmax changes."""
-
-
-def narrow(dtype: torch.dtype) -> torch.dtype:
-    """What a copy of keys is held in, of 16 bits."""
-    return dtype if dtype.itemsize == 2 else torch.bfloat16
 
 
 @dataclass(frozen=True)

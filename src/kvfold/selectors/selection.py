@@ -123,7 +123,9 @@ class Selection:
         self, remembered: Remembered, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]
     ) -> ByBounds | None:
         """See `Bounding.by_bounds`."""
-        if not self.plain or self.slots or self.far or not isinstance(remembered, BoundsOf) or is_all(self.budget):
+        if not self.plain or self.slots or self.far or is_all(self.budget):
+            return None
+        if not isinstance(remembered, BoundsOf) or remembered.unit != self.unit:  # some are of parts of units
             return None
         room = self.room(seen)
         if (counts <= room[:, None] * self.unit).all():

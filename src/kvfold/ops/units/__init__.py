@@ -33,8 +33,9 @@ def raise_bounds(
     start: Int[np.ndarray, "B H"],
     unit: int,
 ) -> None:
-    """In place: `held` (E = 2 D: the largest of k, then the largest of -k) rises to hold new keys, of its dtype, too.
+    """In place: `held` (E = 2 D: the largest of k, then the largest of -k) rises to hold new keys, too.
 
+    Keys are of its dtype, or of a wider one: then what it holds is no less than they are.
     The tokens that are `valid` follow `start` others of their row; token n belongs to unit n // `unit`, for which there
     is room. A NaN stays.
     """

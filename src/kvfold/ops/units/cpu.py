@@ -24,7 +24,7 @@ def is_float32(x: Tensor) -> bool:
 
 @register("raise_bounds", "cpu", rank=10, fits=fits)
 def raise_bounds(held: Tensor, keys: Tensor, valid: Tensor, start: np.ndarray, unit: int) -> None:
-    if not held.is_contiguous():
+    if not held.is_contiguous() or not _rises(held, keys):
         naive.raise_bounds(held, keys, valid, start, unit)
         return
     from kvfold.ops import _cpu
@@ -34,6 +34,11 @@ def raise_bounds(held: Tensor, keys: Tensor, valid: Tensor, start: np.ndarray, u
         bits(held).reshape(b * h, n, e), bits(keys.detach()).reshape(b * h, t, e // 2),
         valid.contiguous().numpy().reshape(b * h, t), _whole(start), unit, threads(),
     )  # fmt: skip
+
+
+def _rises(held: Tensor, keys: Tensor) -> bool:
+    """Whether the kernel can raise such bounds to hold such keys."""
+    return keys.dtype == held.dtype or (held.dtype, keys.dtype) == (torch.bfloat16, torch.float32)
 
 
 @register("bound_scores", "cpu", rank=10, fits=fits)
@@ -95,8 +100,8 @@ def step_units(
     unit: int, heads: str, sinks: int, recent: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     pool, keys, values = table.pool, planes["keys"], planes["values"]
-    known = keys.dtype == held.dtype == pool.specs["keys"].dtype and values.dtype == pool.specs["values"].dtype
-    if not known or not _reads_units(q, held, table, None):
+    known = keys.dtype == pool.specs["keys"].dtype and values.dtype == pool.specs["values"].dtype
+    if not known or not _rises(held, keys) or not _reads_units(q, held, table, None):
         return naive.step_units(q, table, planes, held, room, scale, unit=unit, heads=heads, sinks=sinks, recent=recent)
     from kvfold.ops import _cpu
 

@@ -14,21 +14,30 @@ from kvfold.ops.choose import top_mask
 from kvfold.ops.dispatch import register, select
 
 
+def _upward(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """No less than x, in a narrower dtype."""
+    near = x.to(dtype)
+    return torch.where(near.to(x.dtype) < x, torch.nextafter(near, near.new_tensor(torch.inf)), near)
+
+
 @register("raise_bounds", "naive", rank=0)
 def raise_bounds(held: Tensor, keys: Tensor, valid: Tensor, start: np.ndarray, unit: int) -> None:
+    both = (keys, -keys)
+    if keys.dtype != held.dtype:
+        both = _upward(keys, held.dtype), _upward(-keys, held.dtype)
     count, first = keys.shape[2], int(start.flat[0]) if start.size else 0
     if bool((start == first).all()) and bool(valid.all()):  # a unit's tokens lie alike in every row
         before, behind = first % unit, -(first + count) % unit
         units = slice(first // unit, -(-(first + count) // unit))
-        for some, new in zip(held[:, :, units].chunk(2, -1), (keys, -keys), strict=True):
+        for some, new in zip(held[:, :, units].chunk(2, -1), both, strict=True):
             padded = F.pad(new, (0, 0, before, behind), value=-torch.inf)
             torch.maximum(some, padded.view(*padded.shape[:2], -1, unit, padded.shape[3]).amax(3), out=some)
         return
     begin = torch.from_numpy(np.ascontiguousarray(start)).to(keys.device)
     number = (begin[..., None] + valid.cumsum(-1) - 1) // unit
     place = number.clamp(min=0)[..., None].expand(*number.shape, held.shape[-1])
-    both = torch.cat([keys, -keys], -1).masked_fill(~valid[..., None], -torch.inf)
-    held.scatter_reduce_(2, place, both, "amax")
+    new = torch.cat(both, -1).masked_fill(~valid[..., None], -torch.inf)
+    held.scatter_reduce_(2, place, new, "amax")
 
 
 @register("bound_scores", "naive", rank=0)
