@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from copy import copy
-from typing import TypeGuard, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from kvfold import ops
 from kvfold.formats.chosen import Chosen
-from kvfold.formats.dense import DenseSegment
-from kvfold.formats.index import ByBounds, Giving, Handed
+from kvfold.formats.index import Giving, Handed
 from kvfold.formats.paged import PagedSegment
 from kvfold.formats.parts import Answer, merged
 from kvfold.formats.segment import Segment
@@ -20,9 +19,6 @@ from kvfold.formats.tailed import TailedSegment
 from kvfold.formats.tokens import POSITION
 from kvfold.pages import FewPages, FewSlots, PageTable
 from kvfold.rotation import Compact, Rope
-
-PLAIN = {"keys", "values", POSITION}
-"""Planes of tokens that have nothing beside."""
 
 
 def attend_few(
@@ -42,44 +38,6 @@ def attend_few(
         if pages is not None:
             return merged([_listed(part, q, scale, some, slots, seen) for part, some in pages], weights=False)
     return _masked(segment, q, scale, chosen, unit, weights, slots, seen, compact)
-
-
-def attend_by_bounds(
-    segment: Segment, q: Float[Tensor, "B H G 1 D"], scale: float, by: ByBounds, unit: int
-) -> Answer | None:
-    """`attend_few` of what bounds choose, in one operation; None where tokens don't lie as that wants them."""
-    if not isinstance(segment, DenseSegment) or not _lies_in_units(segment, unit):
-        return None
-    out, lse = ops.attend_units(
-        q[:, :, :, 0], by.held, segment.table, by.room, scale, unit=unit, heads=by.heads, sinks=by.sinks,
-        recent=by.recent, mass=segment.mass,
-    )  # fmt: skip
-    return out[:, :, :, None], lse[..., None], None
-
-
-def steps_by_bounds(segment: Segment, unit: int) -> TypeGuard[DenseSegment]:
-    """Whether `step_by_bounds` can add a token to it."""
-    if not isinstance(segment, DenseSegment):
-        return False
-    return segment.table.pool.specs.keys() == PLAIN and _lies_in_units(segment, unit)
-
-
-def step_by_bounds(
-    segment: DenseSegment, q: Float[Tensor, "B H G 1 D"], k: Float[Tensor, "B H 1 D"], v: Float[Tensor, "B H 1 Dv"],
-    positions: Int[Tensor, "B 1"], scale: float, by: ByBounds, unit: int,
-) -> Answer:  # fmt: skip
-    """A token for each row, its unit's bounds, and what those then choose and read, in one operation."""
-    out, lse = ops.step_units(
-        q[:, :, :, 0], segment.table, segment.token(k, v, positions), by.held, by.room, scale, unit=unit,
-        heads=by.heads, sinks=by.sinks, recent=by.recent,
-    )  # fmt: skip
-    return out[:, :, :, None], lse[..., None], None
-
-
-def _lies_in_units(segment: DenseSegment, unit: int) -> bool:
-    """Whether units are whole pages that are in memory: what is elsewhere must be brought first."""
-    table = segment.table
-    return not (table.holed or unit % table.pool.page_size) and table.pool.memory is None
 
 
 def near(segment: Segment, rope: Rope | None, seen: Int[np.ndarray, " B"], far: int) -> Compact | None:

@@ -11,18 +11,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from kvfold.formats.at_once import SEEN, AtOnce
 from kvfold.formats.chosen import Chosen
-from kvfold.formats.few import (
-    attend_and_give,
-    attend_by_bounds,
-    attend_few,
-    near,
-    step_by_bounds,
-    steps_by_bounds,
-)
+from kvfold.formats.few import attend_and_give, attend_few, near
 from kvfold.formats.few_values import attend_values
 from kvfold.formats.index import Bounding, Chooser, Giving, Handed, Reader, Remembered, Taking, Weighing
-from kvfold.formats.parts import Answer, Choosing
+from kvfold.formats.parts import Answer
 from kvfold.formats.picked import Picked, check_picked, joined
 from kvfold.formats.segment import Folding, Format, Hearing, Segment, Spec, Supposing, Traits, Uncaptured
 from kvfold.formats.tokens import POSITION, Chunk
@@ -33,8 +27,6 @@ INNER, INDEX, CHOICE = "tokens.", "index.", "choice."
 """What tensors of a state are called after."""
 NOWHERE = 2**31
 """A position behind any text."""
-SEEN: list[Callable[..., None]] = []
-"""Who is told of every choice, see `choices_seen`."""
 
 
 @contextmanager
@@ -130,7 +122,7 @@ class Indexed:
         return IndexedSegment(self, spec, segment, self.selection.index.restore(spec, index), seen, held)
 
 
-class IndexedSegment(Choosing, Uncaptured):
+class IndexedSegment(AtOnce, Uncaptured):
     """`inner` holds the tokens; `index` is of them as they are counted through, without gaps.
 
     `choice` is what was chosen last, where a selection uses it again; rows whose tokens change choose anew.
@@ -151,8 +143,7 @@ class IndexedSegment(Choosing, Uncaptured):
 
     def bytes_beside(self, counted: set[int]) -> int:
         chosen = 0 if self.choice is None else self.choice.nbytes
-        total: int = self.inner.bytes_beside(counted) + self.index.nbytes + self.seen.nbytes + chosen
-        return total
+        return self.inner.bytes_beside(counted) + self.index.nbytes + self.seen.nbytes + chosen
 
     @property
     def index_nbytes(self) -> int:
@@ -164,8 +155,7 @@ class IndexedSegment(Choosing, Uncaptured):
         units = -(-int((self.counts() + more).max(initial=0)) // self.form.selection.unit)
         selection, spec = self.form.selection, replace(self.spec, rows=len(self.seen))
         own: int = self.index.nbytes_with(units) + selection.nbytes_with(spec, units) + self.seen.nbytes
-        total: int = self.inner.nbytes_with(more) + own
-        return total
+        return own + self.inner.nbytes_with(more)
 
     def row_nbytes(self) -> np.ndarray:
         sizes: np.ndarray = self.inner.row_nbytes() + self.index.row_nbytes()
@@ -203,7 +193,7 @@ class IndexedSegment(Choosing, Uncaptured):
         if way is Taking:
             chosen = cast(Taking, selection).take(counts, handed)
         elif way is Chooser:
-            if not (weights or SEEN) and (answer := self._at_once(q, scale, counts)) is not None:
+            if not (weights or SEEN) and (answer := self.attend_at_once(q, scale, counts)) is not None:
                 return answer
             chooser = cast(Chooser, selection)
             if chooser.index.enough:  # something is fitted
@@ -215,26 +205,6 @@ class IndexedSegment(Choosing, Uncaptured):
             giving = cast(Giving, selection)
             return attend_and_give(self.inner, giving, q, scale, self.seen, handed, weights=weights)
         return _read(self, chosen, q, scale, weights)
-
-    def _at_once(self, q: Tensor, scale: float, counts: np.ndarray) -> Answer | None:
-        """What one kernel chooses and reads; None where there is more to it."""
-        bounding = self.form.bounding
-        by = None if bounding is None else bounding.by_bounds(self.index, counts, self.seen)
-        return None if by is None else attend_by_bounds(self.inner, q, scale, by, self.form.selection.unit)
-
-    def step_few(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool, handed: Handed
-    ) -> Answer:  # fmt: skip
-        """See `Choosing.step_few`; all of it at once where bounds alone choose among tokens with nothing beside."""
-        bounding, inner, unit = self.form.bounding, self.inner, self.form.selection.unit
-        if bounding is not None and not (weights or SEEN) and steps_by_bounds(inner, unit):
-            seen = np.maximum(self.seen, positions[:, 0].cpu().numpy().astype(np.int64) + 1)
-            by = bounding.by_bounds(self.index, inner.counts() + 1, seen)
-            if by is not None:
-                answer = step_by_bounds(inner, q, k, v, positions, scale, by, unit)
-                self.seen = seen
-                return answer
-        return super().step_few(q, k, v, positions, scale, weights=weights, handed=handed)
 
     def columns(self) -> tuple[Tensor, Mapping[str, Tensor]]:
         return self.inner.columns()

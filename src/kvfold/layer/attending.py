@@ -71,7 +71,7 @@ class Asking:
         (b, hq, n, _), (h, t) = self.q.shape, k.shape[1:3]
         out = self.q.new_zeros(b, hq, n, v.shape[3])
         lse = self.q.new_full((b, hq, n), -torch.inf, dtype=torch.float32)
-        flags = torch.tensor(streams.heads, device=k.device)
+        flags = torch.tensor(streams.heads, dtype=torch.bool, device=k.device)
         queries = flags.repeat_interleave(hq // h)
         sinks = (streams.sinks - self.first[:, 0]).clamp(min=0).tolist()
         for row in range(b):
@@ -106,7 +106,7 @@ class Asking:
             stop = min(n, start + QUERIES)
             places = torch.arange(start, stop, device=q.device) + (t - n)
             hidden = torch.arange(few, device=q.device) > (places - recent)[:, None]
-            bias = torch.zeros(hidden.shape, device=q.device).masked_fill(hidden, -torch.inf)
+            bias = torch.zeros(hidden.shape, dtype=torch.float32, device=q.device).masked_fill(hidden, -torch.inf)
             asked = q[:, start:stop].reshape(1, h, -1, d)
             far = ops.attend(
                 asked, k[None, :, :few], v[None, :, :few], self.scale, bias.repeat(hq // h, 1).expand(1, h, -1, -1)

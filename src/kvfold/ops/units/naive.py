@@ -79,7 +79,11 @@ def attend_units(
     keys, values = (
         planes[name][at].flatten(1, 2).masked_fill(none[..., None], 0.0).to(q.dtype) for name in ("keys", "values")
     )
-    bias = torch.zeros(none.shape, device=q.device) if mass is None else planes[mass][at].flatten(1, 2)
+    bias = (
+        torch.zeros(none.shape, dtype=torch.float32, device=q.device)
+        if mass is None
+        else planes[mass][at].flatten(1, 2)
+    )
     bias = bias.masked_fill(none, -torch.inf)
     rows = b, h * lists
     out, lse = attend(

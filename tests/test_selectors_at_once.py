@@ -1,0 +1,103 @@
+"""A step that is one operation: it reads what its parts read one after another, and nothing else."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvfold
+from kvfold import ops
+from kvfold.formats import POSITION, Chunk, Dense, Indexed
+from kvfold.formats.indexed import choices_seen
+from kvfold.selectors import Always, Bounds, Hierarchical, Means, Selection, Vote
+from kvfold.testing import feed, grow, steps, tokens
+from models import subject
+from test_selectors import STEPS, B, D, G, H, agrees, fresh, some
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_step_costs_what_it_reads(monkeypatch, watched):
+    """The kernel is handed few pages, or finds them, and never a mask of all slots."""
+    model, seen, at_once = subject("llama"), [], []
+    cache = kvfold.Cache(model, "quest(budget=48, dense=0)")
+    prompt = tokens(400)
+    feed(model, cache, *prompt.values())
+    plain, whole = ops.attend_pages, ops.step_units
+
+    def counted(q, table, *args, read=None, **more):
+        seen.append((int(table.lengths.max()), read))
+        return plain(q, table, *args, read=read, **more)
+
+    monkeypatch.setattr(ops, "attend_pages", counted)
+    monkeypatch.setattr(ops, "step_units", lambda *args, **more: at_once.append(args) or whole(*args, **more))
+    mask = prompt["attention_mask"]
+    with choices_seen(lambda *given: None) if watched else nullcontext():
+        for step in steps(1, 20).T:
+            mask = grow(mask)
+            feed(model, cache, step[:, None], mask)
+    assert len(seen) == (3 * 20 if watched else 0) and all(read is None and length <= 48 for length, read in seen)
+    assert len(at_once) == (0 if watched else 3 * 20)
+
+
+def plain_of(chunk: Chunk) -> Chunk:
+    """With no columns but positions."""
+    return chunk.but(chunk.valid, {POSITION: chunk.columns[POSITION]})
+
+
+@pytest.mark.parametrize("index", [Bounds(4), Bounds(8), Bounds(6), Hierarchical(8, 4), Means(4)], ids=str)
+@given(steps=STEPS, seed=st.integers(0, 99), heads=st.sampled_from(["each", "sum", "max"]), budget=st.integers(4, 30))
+@settings(max_examples=40, deadline=None)
+def test_a_step_at_once_is_what_its_parts_are(index, steps, seed, heads, budget):
+    """Whatever happens between steps: what is read, and what is held then, is the same to the bit.
+
+    Where units are whole pages and have bounds of their own it is one operation.
+    """
+    form = Indexed(Dense(page_size=4), Selection(index, budget, Vote(heads), Always(4, 4)))
+    pair, at = [fresh(form=form), fresh(form=form)], 40
+    for segment in pair:
+        segment.append(plain_of(some([[9, 12], [30, 5]], seed)))
+    rng = torch.Generator().manual_seed(seed)
+    for number, (what, value) in enumerate([*steps, ("step", None), ("step", None)]):
+        at, b = at + 1, len(pair[0].counts())
+        valid, _ = pair[0].columns()
+        left = torch.rand(valid.shape, generator=rng)
+        q = torch.randn(b, H, G, 1, D, generator=rng)
+        k, v = torch.randn(2, b, H, 1, D, generator=rng).unbind(0)
+        found = []
+        for index, segment in enumerate(pair):
+            if what == "append":
+                segment.append(plain_of(some([value[row % B] for row in range(b)], seed + number, at)))
+            elif what == "step":
+                with choices_seen(lambda *given: None) if index else nullcontext():
+                    places = torch.full((b, 1), at)
+                    found.append(segment.step(q, k, v, places, 0.3, weights=False))
+            elif what == "keep":
+                segment.keep(valid & (left < value), {}, slack=bool(seed % 2))
+            elif what == "truncate":
+                segment.truncate(np.maximum(segment.counts() - value, 0))
+            elif what == "select":
+                pair[index] = segment.select(np.array(value))
+            elif what == "clear":
+                segment.clear()
+        for one, two in zip(*(found or [[], []]), strict=True):
+            assert (one is None and two is None) or torch.equal(one, two)
+        assert pair[0].nbytes == pair[1].nbytes and (pair[0].seen == pair[1].seen).all()
+        agrees(pair[0])
+
+
+def test_what_is_not_chosen_is_not_looked_at():
+    form = Indexed(Dense(page_size=4), Selection(Bounds(4), 12))
+    segment, q, seen = fresh(form=form), torch.randn(B, H, G, 1, D), []
+    segment.append(plain_of(some([[60, 60], [60, 60]], 0)))
+    with choices_seen(lambda *given: seen.append(given[3])):
+        want = segment.attend_few(q, 0.3)
+    dull = ~seen[0].mask.any(2).reshape(B * H, -1)
+    table = segment.inner.table
+    for name in ("keys", "values"):
+        table.pool.planes[name][torch.from_numpy(table.table[:, : dull.shape[1]][dull].astype(np.int64))] = torch.nan
+    assert dull.sum() > 10
+    for one, two in zip(want[:2], segment.attend_few(q, 0.3)[:2], strict=True):
+        assert torch.equal(one, two)
