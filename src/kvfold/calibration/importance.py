@@ -36,9 +36,9 @@ from kvfold.selectors.windows import Windows, best_over_blocks, over_windows, st
 from kvfold.views import LayerView
 
 BUDGETS = (0.2, 0.3, 0.4)
-"""The shares of a text that queries read, one of them for a text."""
-RATE, QUERIES, FLOOR = 1e-2, 96, 1e-3
-"""Adam's rate (in the last third it falls to a tenth), queries of a text, and the least scale A."""
+"""The shares of a text that queries read, one of them for each draw of queries."""
+RATE, DRAWS, QUERIES, FLOOR = 2e-2, 4, 96, 1e-3
+"""Adam's rate (in the last third it falls to a tenth), draws of queries from a text and how many, the least A."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +75,8 @@ def asked_of(view: LayerView, places: Int[Tensor, " N"], method: NOSA, lasting: 
     selection, h = choice(method, lasting is not None, lasting), view.heads
     index, seen = selection.index, places.cpu().numpy() + 1
     assert isinstance(index, Windows)
-    q = view.queries.states[0][:, places].float().unflatten(0, (h, -1))
     k, v = view.keys[0].float(), view.values[0].float()
+    q = view.queries.states[0][:, places].float().reshape(h, -1, len(places), k.shape[-1])
     units, room = -(-seen // index.unit), selection.room(seen)
     always = selection.always.units(index.unit, units[:, None], room)[:, 0]  # N B
     free = room - always.sum(-1)
@@ -109,10 +109,13 @@ def blocks(index: Windows, x: Float[Tensor, "H N M"], number: int) -> Float[Tens
 def pooled(asked: Asked, each: Float[Tensor, "H T"]) -> Float[Tensor, "H N B"]:
     """What tokens have as their blocks have it, of windows that are whole where a query asks."""
     index = asked.index
-    cut = each[:, : each.shape[1] // index.stride * index.stride].unflatten(1, (-1, index.stride))
+    number = each.shape[1] // index.stride
+    cut = each[:, : number * index.stride].reshape(len(each), number, index.stride)
     means = over_windows(cut.mean(-1, keepdim=True), index.wide)[..., 0]
     there = whole(index, asked.places, means.shape[1])
-    return blocks(index, means[:, None].expand(-1, len(there), -1).masked_fill(~there, -torch.inf), asked.left.shape[-1])
+    return blocks(
+        index, means[:, None].expand(-1, len(there), -1).masked_fill(~there, -torch.inf), asked.left.shape[-1]
+    )
 
 
 def losses(asked: Asked, heads: Importance | None, module: Any) -> tuple[Tensor, Tensor]:
@@ -123,12 +126,13 @@ def losses(asked: Asked, heads: Importance | None, module: Any) -> tuple[Tensor,
         slope = heads.slope(asked.v[None])[0]
         worth = pooled(asked, slope).masked_fill(~asked.left, -torch.inf)
         unit, number = asked.index.unit, worth.shape[-1]
-        mass = F.pad(full.sum(1), (0, number * unit - t)).unflatten(-1, (number, unit)).sum(-1) * asked.left
+        mass = F.pad(full.sum(1), (0, number * unit - t)).reshape(h, -1, number, unit).sum(-1) * asked.left
         ways = worth.log_softmax(-1).masked_fill(~asked.left, 0.0)
         ranking = -(mass * ways).sum() / mass.sum().clamp(min=1e-9)
         read = read | top_mask(worth.detach(), asked.wanted)
         logits = logits + (heads.scale[:, None] * slope)[:, None, None]
-    slots = read.repeat_interleave(asked.index.unit, -1)[..., :t]
+    wide = read.repeat_interleave(asked.index.unit, -1)[..., :t]
+    slots = F.pad(wide, (0, t - wide.shape[-1]))  # nobody asks at the text's end
     few = logits.masked_fill(~slots[:, None], -torch.inf).softmax(-1)
     outs = [(x @ asked.v[:, None]).flatten(0, 1).transpose(0, 1).flatten(1) for x in (few, full)]  # N (H G Dv)
     dtype = next((w.dtype for w in module.parameters()), torch.float32)
@@ -189,7 +193,8 @@ def train_importance(run: Run) -> dict[str, Any]:
         for step in range(steps):
             trainer.slow_down(step / steps)
             found = [
-                trainer.learn(view, asked) for view, asked, _ in cases(run, window(texts[0], rng, length, run.first), rng)
+                trainer.learn(view, asked)
+                for view, asked, _ in cases(run, window(texts[0], rng, length, run.first), rng)
             ]
             ranking, error = np.mean(found, 0)
             run.tick(f"step {step + 1} of {steps}: importance {ranking:.3f}, error {error:.4f}")
@@ -212,12 +217,15 @@ def views_of(run: Run, ids: Int[Tensor, "1 T"]) -> list[LayerView]:
 
 def cases(run: Run, ids: Int[Tensor, "1 T"], rng: random.Random) -> Iterator[tuple[LayerView, Asked, Asked]]:
     """Each layer's view of a text, and queries of its second half; the last: all that is free the query's choice."""
-    total, method = ids.shape[1], NOSA(rng.choice(BUDGETS))
-    places = torch.tensor(sorted(rng.sample(range(total // 2, total), min(QUERIES, total - total // 2))))
+    total, drawn = ids.shape[1], list[tuple[NOSA, Tensor]]()
+    for _ in range(DRAWS):
+        places = sorted(rng.sample(range(total // 2, total), min(QUERIES, total - total // 2)))
+        drawn.append((NOSA(rng.choice(BUDGETS)), torch.tensor(places, device=run.model.device)))
     for view in views_of(run, ids):
-        at = places.to(view.valid.device)
-        with torch.no_grad():
-            yield view, asked_of(view, at, method, Lasting(method.query)), asked_of(view, at, method, None)
+        for method, at in drawn:
+            with torch.no_grad():
+                found = (asked_of(view, at, method, each) for each in (Lasting(method.query), None))
+                yield view, next(found), next(found)
 
 
 @torch.no_grad()

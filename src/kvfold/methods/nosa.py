@@ -36,7 +36,7 @@ SHARE = 0.5
     """,
     options={
         "budget": "what a generated token reads: a fraction of the text so far, or a number of tokens",
-        "query": "share of it that the query chooses, the newest block counted as one of those; 1: all, no heads needed",
+        "query": "share of it that the query chooses, the newest block counted in; 1: all, and no heads are needed",
         "block": "tokens that are read, or not, together",
         "window": "tokens of a window, whose mean key stands for them",
         "stride": "tokens from a window to the next",
@@ -128,7 +128,8 @@ class Importance:
 
     def slope(self, values: Float[Tensor, "B H T Dv"]) -> Float[Tensor, "B H T"]:
         """softplus(delta(v)): what tokens are ranked by."""
-        return F.softplus(torch.einsum("bhtd,khd->bkt", values.float(), self.delta.unflatten(1, (values.shape[1], -1))))
+        delta = self.delta.view(len(self.delta), values.shape[1], -1)
+        return F.softplus(torch.einsum("bhtd,khd->bkt", values.float(), delta))
 
     def __call__(self, values: Float[Tensor, "B H T Dv"]) -> Float[Tensor, "B H T"]:
         """e of each token, for each KV head."""

@@ -30,8 +30,8 @@ class Selection:
     otherwise; what is always read is found anew at each step. `slots`: what is read attends at positions 0, 1, 2, ...
     in its order, as if nothing lay between, the query at the last of them; where all is read positions are the text's.
     `far`: what is further than so many tokens behind a query stands all at the distance of the last of them, far - 1,
-    and what is nearer at its own. `odd`: units that the index can't speak for (`Unlike`), which are read, too. `lasting`:
-    the query has a share of the choice, the rest goes by what units are worth whoever asks (`Lasts`).
+    and what is nearer at its own. `odd`: units that the index can't speak for (`Unlike`), which are read, too.
+    `lasting`: the query has a share of the choice, the rest goes by what units are worth whoever asks (`Lasts`).
     """
 
     index: Index

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvfold.formats import LOG_MASS, Chunk, Spec, register
 from kvfold.ops.attend import blocked
-from kvfold.options import check_choice, check_int
+from kvfold.options import check_int
 from kvfold.selectors.held import behind
 from kvfold.selectors.whole import WholeUnits, check_whole
 
@@ -36,7 +36,6 @@ class Windows:
     def __post_init__(self) -> None:
         for name in ("unit", "window", "stride"):
             check_int(name, getattr(self, name), 1)
-        check_choice("weighed", self.weighed, (True, False))
         if self.unit % self.stride or self.window % self.stride:
             raise ValueError(f"stride={self.stride} must divide unit={self.unit} and window={self.window}")
 
@@ -106,14 +105,16 @@ class WindowsOf(WholeUnits):
         """See `WholeUnits.told`: keys as they attend, and the log of each token's mass."""
         if not self.recipe.weighed:
             return tokens.keys
-        return torch.cat([tokens.keys.to(self.still.dtype), tokens.columns[LOG_MASS][..., None].to(self.still.dtype)], -1)
+        return torch.cat(
+            [tokens.keys.to(self.still.dtype), tokens.columns[LOG_MASS][..., None].to(self.still.dtype)], -1
+        )
 
     def made(self, told: Float[Tensor, "B H T W"]) -> Float[Tensor, "B H N E"]:
         """See `WholeUnits.made`."""
         return stride_means(told, self.recipe.stride)
 
     def scores(self, asked: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
-        """See `Remembered.scores`: the same for all heads of a group, which ask together; 0 where no window is whole."""
+        """See `Remembered.scores`: the same for a group's heads, which ask together; 0 where no window is whole."""
         number = int(units.max(initial=0))
         means = over_windows(self._held(number)[..., : self.spec.key_size], self.recipe.wide)  # B H M D
         there = self._whole(means.shape[2])[:, :, None]
@@ -141,7 +142,7 @@ class WindowsOf(WholeUnits):
 def stride_means(told: Float[Tensor, "*b T W"], stride: int) -> Float[Tensor, "*b N W"]:
     """The mean of each whole `stride` tokens, in their dtype, rounded once from float64."""
     whole = told.shape[-2] // stride
-    cut = told[..., : whole * stride, :].unflatten(-2, (whole, stride))
+    cut = told[..., : whole * stride, :].reshape(*told.shape[:-2], whole, stride, told.shape[-1])
     step = max(1, blocked.BLOCK_ELEMENTS // max(1, cut[..., :1, :, :].numel()))
     return torch.cat([some.double().mean(-2).to(told.dtype) for some in torch.split(cut, step, -3)], -2)
 
