@@ -39,7 +39,7 @@ from kvfold.selectors import (
     Unremembered,
     Vectors,
     Vote,
-    Windows,
+    WindowMeans,
     looked,
 )
 from kvfold.selectors.held import HeldUnits
@@ -67,12 +67,13 @@ FORMS = {
     "no-heads": Indexed(Dense(page_size=4), SomeHeads(Selection(Bounds(4), 12), (False, False), Always(4, 4))),
     "vectors": Indexed(Dense(page_size=4), Selection(Vectors("book"), 6, Vote("union"), Always(1, 1))),
     "values": Indexed(Dense(page_size=4), Heaviest(Unremembered(1), 6, Vote("sum"))),
-    "windows": Indexed(Dense(page_size=4), Selection(Windows(4, 4, 2), 12, Vote("max"))),
+    "windows": Indexed(Dense(page_size=4), Selection(WindowMeans(4, 4, 2), 12, Vote("max"))),
     "windows-weighed": Indexed(
-        Dense(page_size=4), Selection(Windows(6, 6, 2, True), 24, Vote("max"), Always(4, 4, 0.5), lasting=Lasting(0.5))
+        Dense(page_size=4),
+        Selection(WindowMeans(6, 6, 2, True), 24, Vote("max"), Always(4, 4, 0.5), lasting=Lasting(0.5)),
     ),
     "windows-every": Indexed(
-        Dense(page_size=4), Selection(Windows(6, 2, 2, True), 24, Vote("max"), reuse=Every(3), lasting=Lasting(0.5))
+        Dense(page_size=4), Selection(WindowMeans(6, 2, 2, True), 24, Vote("max"), reuse=Every(3), lasting=Lasting(0.5))
     ),
     "products": Indexed(Dense(page_size=4), Selection(Products(2, 2, 1), 6, Vote("sum", softmax=True), Proportions(2))),
 }
@@ -267,9 +268,9 @@ def test_bad_options_are_named(options, said):
         (Representatives, {"number": 0}, "number=0"), (Representatives, {"distance": -1}, "distance=-1"),
         (Hierarchical, {"unit": 0}, "unit=0"),
         (Hierarchical, {"logical": 24}, "logical=24 must divide unit=64"),
-        (Windows, {"unit": 0}, "unit=0"),
-        (Windows, {"stride": 24}, "stride=24 must divide unit=64 and window=32"),
-        (Windows, {"window": 24}, "stride=16 must divide unit=64 and window=24"),
+        (WindowMeans, {"unit": 0}, "unit=0"),
+        (WindowMeans, {"stride": 24}, "stride=24 must divide unit=64 and window=32"),
+        (WindowMeans, {"window": 24}, "stride=16 must divide unit=64 and window=24"),
         (Lasting, {"query": 1.5}, "query=1.5"),
         (Unremembered, {"unit": 0}, "unit=0"),
         (SomeHeads, {"selection": FORM.selection, "heads": ()}, "a bool for each KV head"),

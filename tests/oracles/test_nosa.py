@@ -13,7 +13,7 @@ import kvfold
 from kvfold import artefacts, testing
 from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, Indexed, Spec
 from kvfold.methods.nosa import NOSA, Importance, heads_of
-from kvfold.selectors import Lasting, Selection, Windows
+from kvfold.selectors import Lasting, Selection, WindowMeans
 from kvfold.selectors.windows import best_over_blocks, over_windows
 from kvfold.testing import steps as forced
 from kvfold.views import Site
@@ -39,7 +39,7 @@ def chunk(keys: torch.Tensor, e: torch.Tensor | None = None, start: int = 0) -> 
     return Chunk(keys, keys, torch.ones(b, h, t, dtype=torch.bool), columns)
 
 
-def remembered(recipe: Windows, keys: torch.Tensor, e: torch.Tensor | None = None):
+def remembered(recipe: WindowMeans, keys: torch.Tensor, e: torch.Tensor | None = None):
     index = recipe.open(spec(len(keys)))
     index.extend(chunk(keys, e), np.zeros(keys.shape[:2], dtype=np.int64))
     return index
@@ -89,7 +89,7 @@ def test_oracle_1_a_block_is_worth_the_best_of_five_windows():
 def test_oracle_2_which_windows_a_query_sees(place, windows):
     """The query's own token is stored when it asks, so that 31 is the last of the first window."""
     keys = random(1, H, place + 1, D)
-    index = remembered(Windows(), keys)
+    index = remembered(WindowMeans(), keys)
     means = over_windows(index.held[:, :, :4, :D], 2)
     seen = index._whole(means.shape[2])
     assert seen.sum(-1).eq(windows).all()
@@ -161,7 +161,7 @@ def test_without_heads_the_query_chooses_all_that_is_free():
 def test_the_scores_of_blocks_by_a_slow_loop(block, window, stride, t):
     keys, q, e = random(1, H, t, D), 3 * random(1, H, G, D, seed=1), random(1, H, t, seed=2)
     number = -(-t // block)
-    index = remembered(Windows(block, window, stride, True), keys, e)
+    index = remembered(WindowMeans(block, window, stride, True), keys, e)
     scores, lasts = index.scores(q, full(number)), index.lasting(number)
     starts = [a for a in range(0, t, stride) if a + window <= t]
     for head in range(H):
@@ -175,8 +175,8 @@ def test_the_scores_of_blocks_by_a_slow_loop(block, window, stride, t):
 
 def test_one_by_one_is_all_at_once():
     keys, e = random(2, H, 90, D), random(2, H, 90, seed=1)
-    whole = remembered(Windows(weighed=True), keys, e)
-    grown = remembered(Windows(weighed=True), keys[:, :, :0], e[..., :0])
+    whole = remembered(WindowMeans(weighed=True), keys, e)
+    grown = remembered(WindowMeans(weighed=True), keys[:, :, :0], e[..., :0])
     for t in range(90):
         grown.extend(chunk(keys[:, :, t : t + 1], e[..., t : t + 1], t), full(t, 2))
     assert torch.equal(grown.held[:, :, :5], whole.held[:, :, :5]) and torch.equal(grown.still, whole.still)
@@ -220,7 +220,7 @@ def test_oracle_5_with_a_of_zero_it_is_plain_sparse_attention(tmp_path):
 def test_oracle_6_of_two_steps_only_what_is_missing_is_moved():
     """Old slots 5, 9, 2, 7 and wanted 2, 11, 5, 8: two copies."""
     held, wanted = {5, 9, 2, 7}, {2, 11, 5, 8}
-    form = Indexed(Dense(), Selection(Windows(8, 4, 2), 64))
+    form = Indexed(Dense(), Selection(WindowMeans(8, 4, 2), 64))
     segment = form.open(spec())
     segment.append(chunk(random(1, H, 200, D)))
     assert len(wanted - held) == 2 and segment.index.begins(full(77)).tolist() == [[72] * H]

@@ -32,18 +32,18 @@ from kvfold.hf.cache import Cache
 from kvfold.methods.nosa import NOSA, Importance, choice
 from kvfold.ops import top_mask
 from kvfold.selectors import Lasting
-from kvfold.selectors.windows import Windows, best_over_blocks, over_windows, stride_means
+from kvfold.selectors.windows import WindowMeans, best_over_blocks, over_windows, stride_means
 from kvfold.views import LayerView
 
 BUDGETS = (0.2, 0.3, 0.4)
 """The shares of a text that queries read, one of them for each draw of queries."""
-RATE, DRAWS, QUERIES, FLOOR = 2e-2, 4, 96, 1e-3
+RATE, DRAWS, QUERIES, FLOOR = 5e-3, 2, 96, 1e-3
 """Adam's rate (in the last third it falls to a tenth), draws of queries from a text and how many, the least A."""
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """Some queries of a layer over one text, which of its blocks they read in any case, and which are left to choose."""
+class AskedBlocks:
+    """Some queries of a layer over one text, the blocks that they read in any case, and those left to choose."""
 
     q: Float[Tensor, "H G N D"]
     k: Float[Tensor, "H T D"]
@@ -56,7 +56,7 @@ class Asked:
     """Those before a query's own that are not read so."""
     wanted: Int[Tensor, "H N"]
     """How many of them importance adds."""
-    index: Windows
+    index: WindowMeans
     scale: float
 
     @property
@@ -70,11 +70,11 @@ class Asked:
         return found.masked_fill(~self.seen, -torch.inf)
 
 
-def asked_of(view: LayerView, places: Int[Tensor, " N"], method: NOSA, lasting: Lasting | None) -> Asked:
+def asked_of(view: LayerView, places: Int[Tensor, " N"], method: NOSA, lasting: Lasting | None) -> AskedBlocks:
     """The queries at `places` of a view of one text; `lasting` None: the query chooses all that is free."""
     selection, h = choice(method, lasting is not None, lasting), view.heads
     index, seen = selection.index, places.cpu().numpy() + 1
-    assert isinstance(index, Windows)
+    assert isinstance(index, WindowMeans)
     k, v = view.keys[0].float(), view.values[0].float()
     q = view.queries.states[0][:, places].float().reshape(h, -1, len(places), k.shape[-1])
     units, room = -(-seen // index.unit), selection.room(seen)
@@ -91,22 +91,22 @@ def asked_of(view: LayerView, places: Int[Tensor, " N"], method: NOSA, lasting: 
     best = top_mask(worth.masked_fill(~about, -torch.inf), counts)
     read = best | torch.from_numpy(always).to(k.device)
     wanted = torch.from_numpy(np.maximum(free - asks, 0)).to(k.device).expand(h, -1)
-    return Asked(q, k, v, places, read, about & ~best, wanted, index, view.place.scale)
+    return AskedBlocks(q, k, v, places, read, about & ~best, wanted, index, view.place.scale)
 
 
-def whole(index: Windows, places: Int[Tensor, " N"], windows: int) -> Bool[Tensor, "N M"]:
+def whole(index: WindowMeans, places: Int[Tensor, " N"], windows: int) -> Bool[Tensor, "N M"]:
     """Which windows have all their tokens where queries at these places ask."""
     last = torch.arange(windows, device=places.device) * index.stride + index.window - 1
     return last <= places[:, None]
 
 
-def blocks(index: Windows, x: Float[Tensor, "H N M"], number: int) -> Float[Tensor, "H N B"]:
+def blocks(index: WindowMeans, x: Float[Tensor, "H N M"], number: int) -> Float[Tensor, "H N B"]:
     """What blocks get of windows; those that no window overlaps, at the end of a text, the least."""
     found = best_over_blocks(x, index.parts, index.wide)[..., :number]
     return F.pad(found, (0, number - found.shape[-1]), value=-torch.inf)
 
 
-def pooled(asked: Asked, each: Float[Tensor, "H T"]) -> Float[Tensor, "H N B"]:
+def pooled(asked: AskedBlocks, each: Float[Tensor, "H T"]) -> Float[Tensor, "H N B"]:
     """What tokens have as their blocks have it, of windows that are whole where a query asks."""
     index = asked.index
     number = each.shape[1] // index.stride
@@ -118,7 +118,7 @@ def pooled(asked: Asked, each: Float[Tensor, "H T"]) -> Float[Tensor, "H N B"]:
     )
 
 
-def losses(asked: Asked, heads: Importance | None, module: Any) -> tuple[Tensor, Tensor]:
+def losses(asked: AskedBlocks, heads: Importance | None, module: Any) -> tuple[Tensor, Tensor]:
     """(importance, agreement) of one layer; `heads` None: no token has any, and the first is 0."""
     logits, (h, t, _) = asked.logits(), asked.k.shape
     full, read, ranking = logits.softmax(-1), asked.read, logits.new_zeros(())
@@ -140,14 +140,17 @@ def losses(asked: Asked, heads: Importance | None, module: Any) -> tuple[Tensor,
     return ranking, F.mse_loss(got, want) / want.square().mean().clamp(min=1e-12)
 
 
-class Trainer:
+class ImportanceTrainer:
     """The heads of all layers, an optimiser for each: layers learn from what they see in passes of the full model."""
 
     def __init__(self, views: list[LayerView], rate: float = RATE):
         self.rate, self.layers = rate, list[dict[str, nn.Parameter]]()
         for view in views:
             h, width = view.heads, view.heads * view.values.shape[-1]
-            made = {"delta": torch.zeros(h, width), "scale": torch.full((h,), FLOOR)}
+            made = {
+                "delta": torch.zeros(h, width, dtype=torch.float32),
+                "scale": torch.full((h,), FLOOR, dtype=torch.float32),
+            }
             self.layers.append({name: nn.Parameter(x.to(view.valid.device)) for name, x in made.items()})
         self.adams = [torch.optim.Adam(layer.values(), lr=rate) for layer in self.layers]
 
@@ -161,7 +164,7 @@ class Trainer:
             for group in adam.param_groups:
                 group["lr"] = self.rate * min(1.0, max(0.1, 3.0 * (1.0 - done)))
 
-    def learn(self, view: LayerView, asked: Asked) -> tuple[float, float]:
+    def learn(self, view: LayerView, asked: AskedBlocks) -> tuple[float, float]:
         """A step of one layer; its losses before the step."""
         ordinal = view.place.ordinal
         with torch.enable_grad():
@@ -188,7 +191,7 @@ def train_importance(run: Run) -> dict[str, Any]:
     wanted = [(weight, weight.requires_grad) for weight in model.parameters()]
     try:
         model.requires_grad_(False)
-        trainer = Trainer(views_of(run, window(texts[0], random.Random(run.seed), length, run.first)))
+        trainer = ImportanceTrainer(views_of(run, window(texts[0], random.Random(run.seed), length, run.first)))
         before = judged(trainer, run, texts[1], length)
         for step in range(steps):
             trainer.slow_down(step / steps)
@@ -215,12 +218,14 @@ def views_of(run: Run, ids: Int[Tensor, "1 T"]) -> list[LayerView]:
     return views
 
 
-def cases(run: Run, ids: Int[Tensor, "1 T"], rng: random.Random) -> Iterator[tuple[LayerView, Asked, Asked]]:
+def cases(
+    run: Run, ids: Int[Tensor, "1 T"], rng: random.Random
+) -> Iterator[tuple[LayerView, AskedBlocks, AskedBlocks]]:
     """Each layer's view of a text, and queries of its second half; the last: all that is free the query's choice."""
     total, drawn = ids.shape[1], list[tuple[NOSA, Tensor]]()
     for _ in range(DRAWS):
         places = sorted(rng.sample(range(total // 2, total), min(QUERIES, total - total // 2)))
-        drawn.append((NOSA(rng.choice(BUDGETS)), torch.tensor(places, device=run.model.device)))
+        drawn.append((NOSA(rng.choice(BUDGETS)), torch.tensor(places, dtype=torch.int64, device=run.model.device)))
     for view in views_of(run, ids):
         for method, at in drawn:
             with torch.no_grad():
@@ -229,7 +234,9 @@ def cases(run: Run, ids: Int[Tensor, "1 T"], rng: random.Random) -> Iterator[tup
 
 
 @torch.no_grad()
-def judged(trainer: Trainer, run: Run, held: list[list[int]], length: int, count: int = 3) -> dict[str, float]:
+def judged(
+    trainer: ImportanceTrainer, run: Run, held: list[list[int]], length: int, count: int = 3
+) -> dict[str, float]:
     """Losses on texts that were held back, and the error of the query's choice alone; means over layers."""
     rng, found = random.Random(f"{run.seed}:held"), list[tuple[float, float, float]]()
     for _ in range(count):

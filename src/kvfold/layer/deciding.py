@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvfold.formats import POSITION, Chunk, LateChunk, join
+from kvfold.formats import POSITION, Chunk, join
 from kvfold.layer.carrying import commit
 from kvfold.layer.plan import Group, Part, Plan, narrowed
 from kvfold.layer.recent import EVENT, Recent, ahead
@@ -100,24 +100,6 @@ class Moment:
                 whole = found.setdefault(name, torch.zeros(valid.shape, dtype=label.dtype))
                 whole[rows] = label
         return {name: label.to(device) for name, label in found.items()}
-
-    def stamped(self, tokens: Chunk) -> Chunk:
-        """New tokens with the columns that methods give them by keys and values, zeros in rows of others."""
-        heard = [(i, group) for i, group in enumerate(self.rows.groups) if group.method.listens("stamp")]
-        if not heard:
-            return tokens
-        found = dict[str, Tensor]()
-        for number, group in heard:
-            rows = None if group.rows is None else torch.from_numpy(group.rows).to(tokens.valid.device)
-            some = tokens if rows is None else of_rows(tokens, rows)
-            with torch.autocast(tokens.valid.device.type, enabled=False):
-                columns = group.method.stamp(some, self.place(number, group.rows))
-            for name, column in columns.items():
-                whole = found.setdefault(name, column.new_zeros(tokens.valid.shape))
-                whole[... if rows is None else rows] = column
-            if rows is not None:
-                self.rows.remember(number, frozenset(columns))
-        return tokens.but(tokens.valid, {**tokens.columns, **found})
 
     # -- the events of a layer -------------------------------------------------------------------------------
 
@@ -234,12 +216,6 @@ class Moment:
         if rows is not None:
             self.rows.remember(group, frozenset(some.columns) - {POSITION})
         commit(self.stored, some if rows is None else combined(view, [(rows, some)]), None)
-
-
-def of_rows(tokens: Chunk, rows: Int[Tensor, " N"]) -> Chunk:
-    """The tokens of some rows."""
-    columns = {name: column[rows] for name, column in tokens.columns.items()}
-    return LateChunk(lambda: tokens.keys[rows], lambda: tokens.values[rows], tokens.valid[rows], columns)
 
 
 def combined(view: LayerView, found: Sequence[tuple[np.ndarray | None, LayerView]]) -> LayerView:

@@ -92,18 +92,11 @@ class Method:
         return None
 
     def label(self, words: NewWords) -> Mapping[str, Tensor]:
-        """Before the first layer stores a pass's tokens: columns of them (B, Q), by what they say; all heads have them.
-
-        Raises ValueError where the pass brings no ids, as `words.ids` does.
-        """
+        """Before the first layer stores a pass's tokens: columns (B, Q) by what they say. ValueError without ids."""
         return {}
 
     def stamp(self, tokens: Chunk, place: Place) -> Mapping[str, Tensor]:
-        """Before a layer stores a pass's tokens: columns of them (B, H, Q), by their keys and values.
-
-        A generated token has them when it attends; a prompt's own queries attend without. What stands where a token is
-        padding does not matter.
-        """
+        """Before a layer stores a pass's tokens: columns (B, H, Q) by keys and values. A prompt attends without them."""
         return {}
 
     def admit(self, view: HiddenView) -> Bool[Tensor, "B H Q"] | None:

@@ -16,7 +16,7 @@ from kvfold.formats import LOG_MASS, Chunk
 from kvfold.methods._calibrated import bound_data
 from kvfold.methods.base import Method, method
 from kvfold.options import check_int, check_number
-from kvfold.selectors import Always, Lasting, Selection, Vote, Windows
+from kvfold.selectors import Always, Lasting, Selection, Vote, WindowMeans
 from kvfold.views import Place, Site
 
 SHARE = 0.5
@@ -76,7 +76,7 @@ class NOSA(Method):
             check_int(name, getattr(self, name), 1)
         for name in ("sinks", "local"):
             check_int(name, getattr(self, name), 0)
-        Windows(self.block, self.window, self.stride)
+        WindowMeans(self.block, self.window, self.stride)
 
     def bind(self, model: Any) -> "NOSA":
         """Raises ValueError for a calibration that is damaged, of another model, or given and missing."""
@@ -108,7 +108,7 @@ class NOSA(Method):
 
 def choice(nosa: NOSA, weighed: bool, lasting: Lasting | None) -> Selection:
     """What is read by those options; `weighed`: tokens have an importance."""
-    index = Windows(nosa.block, nosa.window, nosa.stride, weighed)
+    index = WindowMeans(nosa.block, nosa.window, nosa.stride, weighed)
     always = Always(nosa.sinks, nosa.local, SHARE)
     return Selection(index, nosa.budget, Vote("max"), always, lasting=lasting)
 

@@ -19,7 +19,7 @@ from kvfold.selectors.sentences import SENTENCE, Sentences
 from kvfold.selectors.unremembered import Unremembered
 from kvfold.selectors.vectors import Vectors
 from kvfold.selectors.votes import HEADS, Vote
-from kvfold.selectors.windows import Windows
+from kvfold.selectors.windows import WindowMeans
 
 __all__ = [
     "HEADS",
@@ -48,6 +48,6 @@ __all__ = [
     "Unremembered",
     "Vectors",
     "Vote",
-    "Windows",
+    "WindowMeans",
     "looked",
 ]

@@ -17,7 +17,7 @@ from kvfold.selectors.whole import WholeUnits, check_whole
 
 
 @dataclass(frozen=True)
-class Windows:
+class WindowMeans:
     """Of each `window` tokens, one every `stride`, the mean of their keys after RoPE; such as are whole alone.
 
     What InfLLM-V2 (arXiv:2509.24663) asks of a block, `unit` tokens, is the most that a group's query heads together
@@ -54,14 +54,14 @@ class Windows:
         """Strides of a window."""
         return self.window // self.stride
 
-    def open(self, spec: Spec) -> "WindowsOf":
-        return WindowsOf.empty(self, spec, *self._sizes(spec))
+    def open(self, spec: Spec) -> "WindowMeansOf":
+        return WindowMeansOf.empty(self, spec, *self._sizes(spec))
 
     def check(self, spec: Spec, tensors: Mapping[str, Tensor], counts: Int[np.ndarray, "B H"]) -> None:
         check_whole(spec, tensors, counts, self.stride, *self._sizes(spec), within=self.parts)
 
-    def restore(self, spec: Spec, tensors: Mapping[str, Tensor]) -> "WindowsOf":
-        return WindowsOf.restored(self, spec, tensors)
+    def restore(self, spec: Spec, tensors: Mapping[str, Tensor]) -> "WindowMeansOf":
+        return WindowMeansOf.restored(self, spec, tensors)
 
     def _sizes(self, spec: Spec) -> tuple[int, int, torch.dtype]:
         """Numbers of a stride, and of a token that waits for one to be whole; what those are held in."""
@@ -69,10 +69,10 @@ class Windows:
         return width, width, torch.promote_types(spec.dtype, torch.float32) if self.weighed else spec.dtype
 
 
-class WindowsOf(WholeUnits):
+class WindowMeansOf(WholeUnits):
     """`held` (B, H, N, D) or (B, H, N, D + 1): of N strides the mean key, and the mean log of a mass."""
 
-    recipe: Windows
+    recipe: WindowMeans
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -162,4 +162,4 @@ def best_over_blocks(x: Float[Tensor, "*b M"], parts: int, wide: int) -> Float[T
     return padded.unfold(-1, parts + wide - 1, parts).amax(-1)
 
 
-register("windows", Windows)
+register("window-means", WindowMeans)
