@@ -58,6 +58,8 @@ class AskedBlocks:
     """How many of them importance adds."""
     index: WindowMeans
     scale: float
+    dtype: torch.dtype
+    """What the model computes in."""
 
     @property
     def seen(self) -> Bool[Tensor, "N T"]:
@@ -91,7 +93,7 @@ def asked_of(view: LayerView, places: Int[Tensor, " N"], method: NOSA, lasting: 
     best = top_mask(worth.masked_fill(~about, -torch.inf), counts)
     read = best | torch.from_numpy(always).to(k.device)
     wanted = torch.from_numpy(np.maximum(free - asks, 0)).to(k.device).expand(h, -1)
-    return AskedBlocks(q, k, v, places, read, about & ~best, wanted, index, view.place.scale)
+    return AskedBlocks(q, k, v, places, read, about & ~best, wanted, index, view.place.scale, view.values.dtype)
 
 
 def whole(index: WindowMeans, places: Int[Tensor, " N"], windows: int) -> Bool[Tensor, "N M"]:
@@ -118,25 +120,29 @@ def pooled(asked: AskedBlocks, each: Float[Tensor, "H T"]) -> Float[Tensor, "H N
     )
 
 
+def chosen(asked: AskedBlocks, worth: Float[Tensor, "H N B"]) -> Bool[Tensor, "H N B"]:
+    """All blocks that are read where those that are left are worth so much."""
+    return asked.read | top_mask(worth.detach().masked_fill(~asked.left, -torch.inf), asked.wanted)
+
+
 def losses(asked: AskedBlocks, heads: Importance | None, module: Any) -> tuple[Tensor, Tensor]:
     """(importance, agreement) of one layer; `heads` None: no token has any, and the first is 0."""
     logits, (h, t, _) = asked.logits(), asked.k.shape
     full, read, ranking = logits.softmax(-1), asked.read, logits.new_zeros(())
     if heads is not None:
         slope = heads.slope(asked.v[None])[0]
-        worth = pooled(asked, slope).masked_fill(~asked.left, -torch.inf)
-        unit, number = asked.index.unit, worth.shape[-1]
+        worth, unit = pooled(asked, slope), asked.index.unit
+        number = worth.shape[-1]
         mass = F.pad(full.sum(1), (0, number * unit - t)).reshape(h, -1, number, unit).sum(-1) * asked.left
-        ways = worth.log_softmax(-1).masked_fill(~asked.left, 0.0)
+        ways = worth.masked_fill(~asked.left, -torch.inf).log_softmax(-1).masked_fill(~asked.left, 0.0)
         ranking = -(mass * ways).sum() / mass.sum().clamp(min=1e-9)
-        read = read | top_mask(worth.detach(), asked.wanted)
+        read = chosen(asked, worth)
         logits = logits + (heads.scale[:, None] * slope)[:, None, None]
     wide = read.repeat_interleave(asked.index.unit, -1)[..., :t]
     slots = F.pad(wide, (0, t - wide.shape[-1]))  # nobody asks at the text's end
     few = logits.masked_fill(~slots[:, None], -torch.inf).softmax(-1)
     outs = [(x @ asked.v[:, None]).flatten(0, 1).transpose(0, 1).flatten(1) for x in (few, full)]  # N (H G Dv)
-    dtype = next((w.dtype for w in module.parameters()), torch.float32)
-    got, want = (projected(module, out.to(dtype)).float() for out in outs)
+    got, want = (projected(module, out.to(asked.dtype)).float() for out in outs)
     return ranking, F.mse_loss(got, want) / want.square().mean().clamp(min=1e-12)
 
 

@@ -96,7 +96,7 @@ class Method:
         return {}
 
     def stamp(self, tokens: Chunk, place: Place) -> Mapping[str, Tensor]:
-        """Before a layer stores a pass's tokens: columns (B, H, Q) by keys and values. A prompt attends without them."""
+        """Before a layer stores a pass's tokens: columns (B, H, Q) by keys and values. Prompts attend without them."""
         return {}
 
     def admit(self, view: HiddenView) -> Bool[Tensor, "B H Q"] | None:

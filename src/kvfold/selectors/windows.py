@@ -120,14 +120,14 @@ class WindowMeansOf(WholeUnits):
         there = self._whole(means.shape[2])[:, :, None]
         logits = (asked.float() @ means.mT * asked.shape[-1] ** -0.5).masked_fill(~there, -torch.inf)
         given = logits.softmax(-1).nan_to_num(0.0).sum(2)  # B H M: nothing is to be seen of a row without any
-        worth = best_over_blocks(given, self.recipe.parts, self.recipe.wide).clamp(min=0.0)
+        worth = best_over_blocks(given, self.recipe.parts, self.recipe.wide)[..., :number].clamp(min=0.0)
         return behind(worth[:, :, None].expand(-1, -1, asked.shape[2], -1), units)
 
     def lasting(self, units: int) -> Float[Tensor, "B H N"]:
         """See `Lasts.lasting`: the most that a window which overlaps a unit has, on average over its tokens."""
         e = over_windows(self._held(units)[..., -1:], self.recipe.wide)[..., 0]
         e = e.masked_fill(~self._whole(e.shape[2]), -torch.inf)
-        return best_over_blocks(e, self.recipe.parts, self.recipe.wide)
+        return best_over_blocks(e, self.recipe.parts, self.recipe.wide)[..., :units]
 
     def _held(self, units: int) -> Float[Tensor, "B H N E"]:
         """What is held of so many units, float32."""
@@ -156,9 +156,10 @@ def over_windows(means: Float[Tensor, "*b N W"], wide: int) -> Float[Tensor, "*b
 def best_over_blocks(x: Float[Tensor, "*b M"], parts: int, wide: int) -> Float[Tensor, "*b N"]:
     """Of windows of `wide` strides the largest number among those that overlap a block of `parts` strides.
 
-    Those of block b are parts b - wide + 1 to parts b + parts - 1, as far as they are there.
+    Those of block b are parts b - wide + 1 to parts b + parts - 1, as far as they are there; the last block may be cut.
     """
-    padded = F.pad(x, (wide - 1, wide - 1), value=-torch.inf)
+    number = -(-(x.shape[-1] + wide - 1) // parts)
+    padded = F.pad(x, (wide - 1, max(1, number) * parts - x.shape[-1]), value=-torch.inf)
     return padded.unfold(-1, parts + wide - 1, parts).amax(-1)
 
 
