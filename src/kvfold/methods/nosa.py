@@ -52,7 +52,7 @@ class NOSA(Method):
     overlaps it. Its importance is that of such a window, the mean of its tokens' e: of a token a number for each KV
     head, by a linear map of the values of all KV heads, worked out once, added to its logit for good, and stored with
     it. So most of what is read stays the same from step to step, and only what the query chooses need be moved. At
-    4,096 tokens: 18 blocks, 15, and 31. `kvfold calibrate nosa` trains the maps on the frozen model.
+    4,096 tokens: 18 blocks, 15, and 31. `kvfold calibrate nosa` trains the maps on the frozen model; none ship.
     Without them (a model that nobody trained) e has no meaning: it is 0 and the query chooses all that is free, which
     is InfLLM-V2's choice (arXiv:2509.24663); `query` is 1 then.
     Differs from the paper: a prompt is read whole and exactly, its queries without e, where the paper reads it by such
