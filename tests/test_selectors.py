@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvfold
-from kvfold.formats import POSITION, Chunk, Dense, Indexed, Remembered, Segment, Separable, Spec
+from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, Indexed, Remembered, Segment, Separable, Spec
 from kvfold.hf.rope import find_ropes
 from kvfold.methods import parse
 from kvfold.selectors import (
@@ -24,6 +24,7 @@ from kvfold.selectors import (
     Heaviest,
     Hierarchical,
     Keys,
+    Lasting,
     Means,
     Odd,
     Products,
@@ -35,6 +36,7 @@ from kvfold.selectors import (
     Unremembered,
     Vectors,
     Vote,
+    WindowMeans,
     looked,
 )
 from kvfold.selectors.held import HeldUnits
@@ -62,6 +64,14 @@ FORMS = {
     "no-heads": Indexed(Dense(page_size=4), SomeHeads(Selection(Bounds(4), 12), (False, False), Always(4, 4))),
     "vectors": Indexed(Dense(page_size=4), Selection(Vectors("book"), 6, Vote("union"), Always(1, 1))),
     "values": Indexed(Dense(page_size=4), Heaviest(Unremembered(1), 6, Vote("sum"))),
+    "windows": Indexed(Dense(page_size=4), Selection(WindowMeans(4, 4, 2), 12, Vote("max"))),
+    "windows-weighed": Indexed(
+        Dense(page_size=4),
+        Selection(WindowMeans(6, 6, 2, True), 24, Vote("max"), Always(4, 4, 0.5), lasting=Lasting(0.5)),
+    ),
+    "windows-every": Indexed(
+        Dense(page_size=4), Selection(WindowMeans(6, 2, 2, True), 24, Vote("max"), reuse=Every(3), lasting=Lasting(0.5))
+    ),
     "products": Indexed(Dense(page_size=4), Selection(Products(2, 2, 1), 6, Vote("sum", softmax=True), Proportions(2))),
 }
 
@@ -76,7 +86,8 @@ def some(counts: list[list[int]], seed: int, start: int = 0) -> Chunk:
     sentence = 2 * (places // 3) + (places % 3 == 2).to(torch.int32)
     keys, values = (torch.randn(b, H, t, D, generator=rng) for _ in range(2))
     given = {looked(head): torch.rand(b, H, t, generator=rng) for head in range(G)}
-    return Chunk(keys, values, valid, {POSITION: places, SENTENCE: sentence, **given})
+    mass = torch.randn(b, H, t, generator=rng)
+    return Chunk(keys, values, valid, {POSITION: places, SENTENCE: sentence, LOG_MASS: mass, **given})
 
 
 def spec(rows: int = B) -> Spec:
@@ -232,6 +243,7 @@ def test_a_segment_that_is_told_of_its_rows_is_refused():
     [
         ({"budget": 0}, "budget=0"), ({"least": 0}, "least=0"),
         ({"far": -1}, "far=-1"), ({"far": 4, "slots": True}, "far=4 says where keys stand"),
+        ({"lasting": Lasting()}, r"lasting=Lasting\(.* needs an index that knows what lasts"),
         ({"odd": Odd(1)}, r"odd=Odd\(.* needs an index that knows which units it stands for badly"),
     ],
 )  # fmt: skip
@@ -253,6 +265,10 @@ def test_bad_options_are_named(options, said):
         (Representatives, {"number": 0}, "number=0"), (Representatives, {"distance": -1}, "distance=-1"),
         (Hierarchical, {"unit": 0}, "unit=0"),
         (Hierarchical, {"logical": 24}, "logical=24 must divide unit=64"),
+        (WindowMeans, {"unit": 0}, "unit=0"),
+        (WindowMeans, {"stride": 24}, "stride=24 must divide unit=64 and window=32"),
+        (WindowMeans, {"window": 24}, "stride=16 must divide unit=64 and window=24"),
+        (Lasting, {"query": 1.5}, "query=1.5"),
         (Unremembered, {"unit": 0}, "unit=0"),
         (SomeHeads, {"selection": FORM.selection, "heads": ()}, "a bool for each KV head"),
         (SomeHeads, {"selection": FORMS["keys"].selection, "heads": (True,)}, "is of all heads together"),

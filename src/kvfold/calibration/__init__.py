@@ -17,6 +17,7 @@ from kvfold.calibration.elite import elitekv_tensors
 from kvfold.calibration.errors import compresskv_tables
 from kvfold.calibration.gate import train_attention_gates
 from kvfold.calibration.heads import headkv_tables
+from kvfold.calibration.importance import train_importance
 from kvfold.calibration.less import train_feature_maps
 from kvfold.calibration.levels import kvquant_levels
 from kvfold.calibration.memory import memory_table
@@ -37,11 +38,12 @@ CALIBRATIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "kvquant": kvquant_levels,
     "less": train_feature_maps,
     "memory": memory_table,
+    "nosa": train_importance,
     "razorattention": razor_tables,
     "turboquant": turboquant_basis,
 }
 """What measures, by the slug of the method that needs it; "memory" is what `Cache(memory=)` chooses formats by."""
-TRAINED = {"a2ats", "attention-gate", "elitekv", "kvquant", "less", "turboquant"}
+TRAINED = {"a2ats", "attention-gate", "elitekv", "kvquant", "less", "nosa", "turboquant"}
 """Those that give tensors, which lie in safetensors files."""
 
 

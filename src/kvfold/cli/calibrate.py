@@ -13,7 +13,7 @@ def calibrate_command(
         str,
         typer.Argument(
             help="a2ats, attention-gate, compresskv, duoattention, elitekv, epicache, headkv, kvquant, less, "
-            "razorattention, turboquant; memory: what --memory chooses formats by."
+            "nosa, razorattention, turboquant; memory: what --memory chooses formats by."
         ),
     ],
     model: common.Model = "smollm2-135m-instruct",

@@ -17,6 +17,7 @@ from kvfold.layer.parts import Parts, shares
 from kvfold.layer.plan import DEFERRED, Plan
 from kvfold.layer.rows import Rows
 from kvfold.layer.segments import new_tokens
+from kvfold.layer.stamping import stamped
 from kvfold.layer.stored import Stored
 from kvfold.rotation import Compact
 from kvfold.views import ATTENTION, LayerView, Queries, Site, fade_of, faded
@@ -67,7 +68,7 @@ class KVLayer(Held):
             everyone = torch.ones(places.shape, dtype=torch.bool, device=q.device)
         if valid is None and places.shape[1] == 1 and not plan.prefill:
             asking = Asking(q, places[:, :1], scale, self._compact(k.device))
-            self.stored.append(new_tokens(k, v, None, places, moment.labels()), even=True)
+            self.stored.append(stamped(moment, new_tokens(k, v, None, places, moment.labels())), even=True)
             read = moment.read(q, places)
             weights = ATTENTION in plan.asks and asking.compact is None and read is None
             handed = plan.handed if read is None else None
@@ -87,7 +88,7 @@ class KVLayer(Held):
         self._read(asking, parts, valid, counted, admitted, moment.streams(), plan.block)
         if parts.last:
             chunk = new_tokens(parts.so_far("k"), parts.so_far("v"), valid, places, moment.labels())
-            chunk = chunk if admitted is None else chunk.but(admitted)
+            chunk = stamped(moment, chunk if admitted is None else chunk.but(admitted))
             queries = Queries(parts.so_far("q"), everyone, parts.so_far("lse"), places, read=parts.so_far("out"))
             left = parts.sums()
             memo = {} if left is None or fade is None else {faded(fade): left}
@@ -185,6 +186,7 @@ class KVLayer(Held):
             tokens = view.tokens
             wide = {name: label[:, None].expand(tokens.valid.shape) for name, label in labels.items()}
             view = replace(view, tokens=tokens.but(tokens.valid, {**tokens.columns, **wide}))
+        view = replace(view, tokens=stamped(moment, view.tokens))
         if plan.parts:
             view = moment.decide(view)
         commit(self.stored, view, view.tokens)

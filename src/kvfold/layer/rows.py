@@ -109,7 +109,7 @@ class Rows:
         plan.late = plan.listen and (self.listens("after_layer") or self.listens("after_forward"))
         moved = any(group.method.compact for group in self.groups)
         busy = plan.prefill or plan.defer or plan.observe is not None or moved
-        asked = self.listens("label") or (plan.listen and self.listens("before_attend"))
+        asked = self.listens("label") or self.listens("stamp") or (plan.listen and self.listens("before_attend"))
         plan.step = count == 1 and plan.ones and not busy and not asked
 
     def turned(self, plan: Plan) -> None:

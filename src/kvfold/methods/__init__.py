@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # for editors; a test holds the list
     from kvfold.methods.minicache import MiniCache as MiniCache
     from kvfold.methods.mpcache import MPCache as MPCache
     from kvfold.methods.mustafar import Mustafar as Mustafar
+    from kvfold.methods.nosa import NOSA as NOSA
     from kvfold.methods.pqcache import PQCache as PQCache
     from kvfold.methods.prefixkv import PrefixKV as PrefixKV
     from kvfold.methods.pyramidkv import PyramidKV as PyramidKV

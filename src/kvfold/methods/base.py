@@ -10,10 +10,10 @@ from typing import Any, ClassVar, TypeVar
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kvfold.formats import Format, Reader
+from kvfold.formats import Chunk, Format, Reader
 from kvfold.methods.events import EVENTS, TRAITS, Event
 from kvfold.rotation import Frame, Measured
-from kvfold.views import CacheView, HiddenView, LayerView, NewWords, PromptView, RawPrompt, Requests, Site
+from kvfold.views import CacheView, HiddenView, LayerView, NewWords, Place, PromptView, RawPrompt, Requests, Site
 from kvfold.views.decisions import Decisions, Read, Streams, decided
 
 __all__ = ["Compound", "Decisions", "Method", "MethodInfo", "Pipeline", "decided", "method", "registry"]
@@ -92,10 +92,11 @@ class Method:
         return None
 
     def label(self, words: NewWords) -> Mapping[str, Tensor]:
-        """Before the first layer stores a pass's tokens: columns of them (B, Q), by what they say; all heads have them.
+        """Before the first layer stores a pass's tokens: columns (B, Q) by what they say. ValueError without ids."""
+        return {}
 
-        Raises ValueError where the pass brings no ids, as `words.ids` does.
-        """
+    def stamp(self, tokens: Chunk, place: Place) -> Mapping[str, Tensor]:
+        """Before a layer stores a pass's tokens: columns (B, H, Q) by keys and values. Prompts attend without them."""
         return {}
 
     def admit(self, view: HiddenView) -> Bool[Tensor, "B H Q"] | None:
@@ -363,7 +364,7 @@ class Pipeline(Compound):
 
     def _deciding(self) -> list[Method]:
         """The stages that may drop tokens."""
-        reading = ("read_order", "label", "before_attend", "selection")
+        reading = ("read_order", "label", "stamp", "before_attend", "selection")
         return [stage for stage in self.stages if any(stage.listens(e) for e in EVENTS if e not in reading)]
 
     def _at_most_one(self, what: str, stages: list[Method]) -> None:

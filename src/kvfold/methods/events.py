@@ -10,9 +10,9 @@ from typing import Any
 from jaxtyping import Bool
 from torch import Tensor
 
-from kvfold.formats import Format
+from kvfold.formats import Chunk, Format
 from kvfold.rotation import Frame
-from kvfold.views import CacheView, HiddenView, LayerView, PromptView, Requests
+from kvfold.views import CacheView, HiddenView, LayerView, Place, PromptView, Requests
 from kvfold.views.decisions import Decision, Decisions, Read, Share, decided
 
 Heard = Sequence[Callable[..., Any]]
@@ -47,6 +47,10 @@ def _read_for_all(heard: Heard, view: LayerView) -> Read | None:
 
 def _all_labels(heard: Heard, given: Any) -> Mapping[str, Tensor]:
     return {name: column for ask in heard for name, column in ask(given).items()}
+
+
+def _all_stamps(heard: Heard, tokens: Chunk, place: Place) -> Mapping[str, Tensor]:
+    return {name: column for ask in heard for name, column in ask(tokens, place).items()}
 
 
 def _gathered(maps: Iterable[Mapping[int, Decisions]]) -> Found:
@@ -97,6 +101,7 @@ EVENTS: dict[str, Event] = {
         "before a forward pass over a prompt", _first, wrapped=True, alone="that choose what the model reads"
     ),
     "label": Event("before the first layer stores a pass's tokens", _all_labels, wrapped=True),
+    "stamp": Event("before a layer stores a pass's tokens", _all_stamps, wrapped=True),
     "admit": Event("before a prompt's new tokens attend, layer by layer", _let_in_by_all, wrapped=True),
     "streams": Event(
         "before a prompt's new tokens attend, layer by layer", _first, wrapped=True, alone="whose heads stream"

@@ -8,6 +8,7 @@ from kvfold.selectors.heads import SomeHeads
 from kvfold.selectors.heaviest import Heaviest
 from kvfold.selectors.hierarchical import Hierarchical
 from kvfold.selectors.keys import Keys
+from kvfold.selectors.lasting import Lasting
 from kvfold.selectors.means import Means
 from kvfold.selectors.odd import Odd
 from kvfold.selectors.products import Products
@@ -18,6 +19,7 @@ from kvfold.selectors.sentences import SENTENCE, Sentences
 from kvfold.selectors.unremembered import Unremembered
 from kvfold.selectors.vectors import Vectors
 from kvfold.selectors.votes import HEADS, Vote
+from kvfold.selectors.windows import WindowMeans
 
 __all__ = [
     "HEADS",
@@ -32,6 +34,7 @@ __all__ = [
     "Heaviest",
     "Hierarchical",
     "Keys",
+    "Lasting",
     "Means",
     "Odd",
     "Products",
@@ -45,5 +48,6 @@ __all__ = [
     "Unremembered",
     "Vectors",
     "Vote",
+    "WindowMeans",
     "looked",
 ]

@@ -15,6 +15,7 @@ from kvfold.ops import choose_units, top_mask, vote_units
 from kvfold.options import check_choice, check_int
 from kvfold.selectors.always import Always, Exempt
 from kvfold.selectors.bounds import BoundsOf
+from kvfold.selectors.lasting import Lasting
 from kvfold.selectors.odd import Odd
 from kvfold.selectors.reuse import Reuse
 from kvfold.selectors.votes import Vote
@@ -30,6 +31,7 @@ class Selection:
     in its order, as if nothing lay between, the query at the last of them; where all is read positions are the text's.
     `far`: what is further than so many tokens behind a query stands all at the distance of the last of them, far - 1,
     and what is nearer at its own. `odd`: units that the index can't speak for (`Unlike`), which are read, too.
+    `lasting`: the query has a share of the choice, the rest goes by what units are worth whoever asks (`Lasts`).
     """
 
     index: Index
@@ -41,6 +43,7 @@ class Selection:
     slots: bool = False
     odd: Odd | None = None
     far: int = 0
+    lasting: Lasting | None = None
     heads = None
 
     def __post_init__(self) -> None:
@@ -52,6 +55,8 @@ class Selection:
             raise ValueError(f"far={self.far} says where keys stand, and slots=True does, too; at most one is possible")
         if self.odd is not None and not getattr(self.index, "unlike", False):
             raise ValueError(f"odd={self.odd} needs an index that knows which units it stands for badly: {self.index}")
+        if self.lasting is not None and not getattr(self.index, "lasting", False):
+            raise ValueError(f"lasting={self.lasting} needs an index that knows what lasts: {self.index}")
 
     @property
     def unit(self) -> int:
@@ -108,7 +113,7 @@ class Selection:
         asks &= ~short  # a row that reads all chooses nothing
         picked = np.zeros((0,), dtype=bool) if last is None else last.wide(number)
         if asks.any():
-            fresh = self._best(remembered, asked, units, there & ~always, room[:, None] - always.sum(-1))
+            fresh = self._best(remembered, asked, units, there & ~always, room, room[:, None] - always.sum(-1))
             picked = fresh if last is None else np.where(asks[:, None, None, None], fresh, picked)
         read = picked | (always | (there & ~chooses[..., None]))[:, :, None]
         if self.reuse is None:
@@ -138,12 +143,13 @@ class Selection:
     def plain(self) -> bool:
         """Whether lists of the best are all that there is to it: nothing is shared out, voted on or used again."""
         simple = isinstance(self.always, Always) and self.always.share == 1.0
-        return self.reuse is None and self.odd is None and self.vote.plain and simple
+        return self.reuse is None and self.odd is None and self.lasting is None and self.vote.plain and simple
 
     @cached_property
     def soft(self) -> bool:
         """Whether softmaxes are all that there is to it."""
-        return self.reuse is None and self.odd is None and self.vote.soft and isinstance(self.always, Always)
+        alone = self.reuse is None and self.odd is None and self.lasting is None
+        return alone and self.vote.soft and isinstance(self.always, Always)
 
     def _voted(
         self, scores: Float[Tensor, "B H G N"], units: Int[np.ndarray, "B H"], room: Int[np.ndarray, " B"], size: int
@@ -180,14 +186,21 @@ class Selection:
         return (last.made == NEVER) | self.reuse.stale(last, query, seen), query
 
     def _best(
-        self, remembered: Remembered, asked: Tensor, units: np.ndarray, about: np.ndarray, room: Int[np.ndarray, "B H"]
-    ) -> Bool[np.ndarray, "B H S N"]:
-        """Of the units that are asked `about` those that the heads say are worth most, `room[b, h]` of them."""
+        self, remembered: Remembered, asked: Tensor, units: np.ndarray, about: np.ndarray, room: Int[np.ndarray, " B"],
+        free: Int[np.ndarray, "B H"],
+    ) -> Bool[np.ndarray, "B H S N"]:  # fmt: skip
+        """Of the units that are asked `about` those that the heads say are worth most, `free[b, h]` of them.
+
+        With `lasting` those are fewer, and of the others come those that last.
+        """
         scores = remembered.scores(asked, units)
         worth = self.vote.worth(scores, torch.from_numpy(about).to(scores.device), asked.shape[-1])
         b, h, lists, n = worth.shape
-        wide = torch.from_numpy(np.maximum(room, 0).repeat(lists, 1)).to(scores.device)
+        asks = free if self.lasting is None else self.lasting.asked(room, free)
+        wide = torch.from_numpy(np.maximum(asks, 0).repeat(lists, 1)).to(scores.device)
         best: np.ndarray = top_mask(worth.reshape(b, h * lists, n), wide).view(b, h, lists, n).cpu().numpy()
+        if self.lasting is not None:
+            best = best | self.lasting.among(remembered, about[:, :, None] & ~best, free - asks)
         return best
 
 

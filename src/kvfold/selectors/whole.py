@@ -125,10 +125,14 @@ class WholeUnits(HeldUnits):
 
 def check_whole(
     spec: Spec, tensors: Mapping[str, Tensor], counts: Int[np.ndarray, "B H"], unit: int, width: int, told: int,
-    kind: torch.dtype,
+    kind: torch.dtype, within: int = 1,
 ) -> None:  # fmt: skip
-    """Raise ValueError unless `tensors` are what `WholeUnits.state` gives of rows with so many tokens."""
-    check_held(spec, {n: x for n, x in tensors.items() if n not in (OPEN, KNOWN)}, counts, unit, width)
+    """Raise ValueError unless `tensors` are what `WholeUnits.state` gives of rows with so many tokens.
+
+    `within`: there is room for so many units at a time.
+    """
+    numbers, step = {n: x for n, x in tensors.items() if n not in (OPEN, KNOWN)}, unit * within
+    check_held(spec, numbers, -(-counts // step) * step, unit, width)
     shape = spec.rows, spec.heads, int((counts % unit).max(initial=0)), told
     want = {OPEN: (shape, kind), KNOWN: (counts.shape, torch.int64)}
     found = {name: (tuple(x.shape), x.dtype) for name, x in tensors.items() if name in want}
