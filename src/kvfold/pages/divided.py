@@ -1,0 +1,117 @@
+"""The bytes of a device that a fast memory has, divided into slots for each layout of pages."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kvfold.pages.lane import Lane
+from kvfold.pages.on_host import OnHost
+from kvfold.pages.pool import PagePool
+from kvfold.pages.slots import Layout, Slots, layout_of
+
+TRANSIT = 32
+"""One part in so many of the device's room is for what is on its way there, another for what comes to stand beside."""
+UNEVEN = 1.5
+"""Times its share of the slots that a layout may come to want before they are divided anew."""
+
+
+class Divided(OnHost):
+    """At most `nbytes` on a device: one buffer, made at the first token, with the slots of all layouts in it.
+
+    It is made anew, and nothing is in it, where a layout joins, shares have changed, or more stands beside.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device, policy: str):
+        super().__init__(Lane(device, max(1, nbytes // TRANSIT)))
+        self.nbytes, self.device, self.policy = nbytes, device, policy
+        self._layouts: dict[Layout, Slots] = {}
+        self._beside: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
+
+    @property
+    def resident_nbytes(self) -> int:
+        """Bytes on the device: slots, used or not, what is on its way, and what stands beside."""
+        return self._buffer.nbytes + (self.lane.room if len(self._buffer) else 0) + self.beside_nbytes
+
+    @property
+    def beside_nbytes(self) -> int:
+        """Bytes of what counts in the limit and lies in no plane: indexes, tables, windows."""
+        return sum(self._beside.values())
+
+    @property
+    def hits(self) -> int:
+        """Pages that were on the device when they were read or written."""
+        return sum(some.residency.hits for some in self._layouts.values())
+
+    @property
+    def misses(self) -> int:
+        """Those that were not."""
+        return sum(some.residency.misses for some in self._layouts.values())
+
+    def least(self, pools: Sequence[PagePool], rows: int) -> int:
+        """Bytes that must have room together in the worst case: a page of each of so many rows in each pool."""
+        layouts = [Slots(layout_of(pool), torch.device("cpu"), self.policy) for pool in pools]
+        return self.lane.room + sum(some.nbytes_of(rows) for some in layouts)
+
+    def hold(self, owner: Any, nbytes: int) -> None:
+        """So much stands beside the slots on `owner`'s account; as long as it lives."""
+        self._beside[owner] = nbytes
+        if len(self._buffer) and self.resident_nbytes > self.nbytes:
+            self._divide()
+
+    def settle(self, pool: PagePool) -> None:
+        """All that was written of a pool is on the host; slots are where pages are."""
+        self._arrive(pool)
+        every = sum(some.wanted * some.page_nbytes for some in self._layouts.values())
+        shares = [(some, some.wanted * some.page_nbytes / max(1, every)) for some in self._layouts.values()]
+        if any(some.share and not 1 / UNEVEN < share / some.share < UNEVEN for some, share in shares):
+            self._divide()
+
+    def _slots(self, pool: PagePool) -> Slots:
+        """Those for a pool's pages."""
+        layout, known = layout_of(pool), self._of.get(pool)
+        if known is not None and known.layout == layout:
+            return known
+        if known is not None:
+            known.leave(pool)
+        some = self._layouts.get(layout)
+        if some is None:
+            some = self._layouts[layout] = Slots(layout, self.device, self.policy)
+        self._of[pool] = some
+        some.base(pool)
+        if not some.share:
+            self._divide()
+        return some
+
+    def _check_fits(self, some: Slots, blocks: int) -> None:
+        if blocks > some.residency.room:
+            raise ValueError(
+                f"fast_memory={self.nbytes} is too little: {blocks} pages of {some.page_nbytes} bytes are read at "
+                f"once, and {some.residency.room} have room beside {self.beside_nbytes} bytes of indexes, tables and "
+                "windows"
+            )
+
+    def _divide(self) -> None:
+        """Slots anew: for each layout what it must have, and of the rest its share. Nothing is in them."""
+        layouts, room = list(self._layouts.values()), self.nbytes - self.beside_nbytes - self.lane.room
+        room -= min(self.nbytes // TRANSIT, max(0, room) // 2)  # so that more may come to stand beside
+        needs = [some.wanted * some.page_nbytes for some in layouts]
+        rest, every = room - sum(some.nbytes_of(some.least) for some in layouts), max(1, sum(needs))
+        counts = list[int]()
+        for some, need in zip(layouts, needs, strict=True):
+            some.share = max(need / every, 1e-9)
+            counts.append(max(0, some.least + int(rest * some.share) // some.page_nbytes))
+        self.lane.finish(self.lane.mark())
+        for some in layouts:
+            some.lay(self._buffer[:0], 0, 0)
+        self._buffer = self._buffer[:0].clone()  # what was there is free before there is more
+        total = sum(some.nbytes_of(count) for some, count in zip(layouts, counts, strict=True))
+        if total > max(0, room):
+            counts, total = [0] * len(layouts), 0  # whoever reads says what is missing
+        with torch.inference_mode(False):
+            self._buffer = torch.empty(total, dtype=torch.uint8, device=self.device)
+        start = 0
+        for some, count in zip(layouts, counts, strict=True):
+            start = some.lay(self._buffer, start, count)
