@@ -101,18 +101,18 @@ class Spilled:
         SpillFull where the disk is full; ValueError where a page of each row, a (sequence, KV head), has no room in
         memory beside indexes, tables and windows.
         """
+        memory = self.memory
         for core in cores:
-            memory, rows = self.memory, batch * core.stored.spec.heads
+            rows = batch * core.stored.spec.heads
             _check_least(memory.nbytes, memory.beside_nbytes, memory.least, self._pools(core), core, rows)
         needed = sum(max(0, pages - pool.free) * pool.page_nbytes for pool, pages in wanted.items())
         for core, spec in zip(cores, self.shapes, strict=False):
             for group in core.rows.groups if not core.segments else ():
                 rows = batch if group.rows is None else len(group.rows)
-                segment, more = (
-                    empty_segment(format_of(group.method, core.site), spec),
-                    np.full((1, spec.heads), tokens),
-                )
-                needed += rows * sum(pages * pool.page_nbytes for pool, pages in segment.pages_for(more).items())
+                segment = empty_segment(format_of(group.method, core.site), spec)
+                more = segment.pages_for(np.full((1, spec.heads), tokens))
+                needed += rows * sum(pages * pool.page_nbytes for pool, pages in more.items())
+                _check_least(memory.nbytes, memory.beside_nbytes, memory.least, [*more], core, batch * spec.heads)
         self.memory.check_room(needed)
 
     def left(self, core: KVLayer, *, settle: bool) -> None:
