@@ -87,7 +87,7 @@ def test_run_keeps_the_rest_on_the_host(folder: Path, document: Path) -> None:
     assert there["answer"] == here["answer"] and spilled["host_nbytes"] > 64 * 1024 and spilled["disk_nbytes"] == 0
     assert there["resident_nbytes_at_end"] <= 64 * 1024 == spilled["fast_memory"] and spilled["brought_nbytes"]
     told = runner.invoke(app, [*words, "--fast-memory", "64KiB"])
-    assert "host" in told.stderr and "written for a token" in told.stderr and "of blocks were in memory" in told.stderr
+    assert "host" in told.stderr and "written a token" in told.stderr and "of blocks were in memory" in told.stderr
 
 
 def test_run_keeps_to_a_memory(folder: Path, document: Path) -> None:

@@ -149,9 +149,9 @@ def moved_rows(before: Any, after: Any, steps: int) -> Iterator[tuple[str, str]]
         getattr(end, name) - getattr(start, name) for name in ("hits", "misses", "brought_nbytes", "written_nbytes")
     )
     if steps > 0:
-        each = f"{kibi(brought / steps)} read and {kibi(written / steps)} written for a token"
-        share = f"{hits / max(1, hits + misses):.0%} of blocks were in memory"
-        yield "host" if end.host_nbytes else "disk", f"{each}; {share}"
+        name = "host" if end.host_nbytes else "disk"
+        yield name, f"{kibi(brought / steps)} read, {kibi(written / steps)} written a token"
+        yield "", f"{hits / max(1, hits + misses):.0%} of blocks were in memory"
 
 
 def kibi(nbytes: float) -> str:

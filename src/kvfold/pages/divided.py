@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kvfold.pages.lane import Lane
+from kvfold.pages.transfer import Transfer
 from kvfold.pages.on_host import OnHost
 from kvfold.pages.pool import PagePool
 from kvfold.pages.slots import Layout, Slots, layout_of
@@ -24,7 +24,7 @@ class Divided(OnHost):
     """
 
     def __init__(self, nbytes: int, device: torch.device, policy: str):
-        super().__init__(Lane(device, max(1, nbytes // TRANSIT)))
+        super().__init__(Transfer(device, max(1, nbytes // TRANSIT)))
         self.nbytes, self.device, self.policy = nbytes, device, policy
         self._layouts: dict[Layout, Slots] = {}
         self._beside: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -33,7 +33,7 @@ class Divided(OnHost):
     @property
     def resident_nbytes(self) -> int:
         """Bytes on the device: slots, used or not, what is on its way, and what stands beside."""
-        return self._buffer.nbytes + (self.lane.room if len(self._buffer) else 0) + self.beside_nbytes
+        return self._buffer.nbytes + (self.transfer.room if len(self._buffer) else 0) + self.beside_nbytes
 
     @property
     def beside_nbytes(self) -> int:
@@ -53,7 +53,7 @@ class Divided(OnHost):
     def least(self, pools: Sequence[PagePool], rows: int) -> int:
         """Bytes that must have room together in the worst case: a page of each of so many rows in each pool."""
         layouts = [Slots(layout_of(pool), torch.device("cpu"), self.policy) for pool in pools]
-        return self.lane.room + sum(some.nbytes_of(rows) for some in layouts)
+        return self.transfer.room + sum(some.nbytes_of(rows) for some in layouts)
 
     def hold(self, owner: Any, nbytes: int) -> None:
         """So much stands beside the slots on `owner`'s account; as long as it lives."""
@@ -95,7 +95,7 @@ class Divided(OnHost):
 
     def _divide(self) -> None:
         """Slots anew: for each layout what it must have, and of the rest its share. Nothing is in them."""
-        layouts, room = list(self._layouts.values()), self.nbytes - self.beside_nbytes - self.lane.room
+        layouts, room = list(self._layouts.values()), self.nbytes - self.beside_nbytes - self.transfer.room
         room -= min(self.nbytes // TRANSIT, max(0, room) // 2)  # so that more may come to stand beside
         needs = [some.wanted * some.page_nbytes for some in layouts]
         rest, every = room - sum(some.nbytes_of(some.least) for some in layouts), max(1, sum(needs))
@@ -103,7 +103,7 @@ class Divided(OnHost):
         for some, need in zip(layouts, needs, strict=True):
             some.share = max(need / every, 1e-9)
             counts.append(max(0, some.least + int(rest * some.share) // some.page_nbytes))
-        self.lane.finish(self.lane.mark())
+        self.transfer.finish(self.transfer.mark())
         for some in layouts:
             some.lay(self._buffer[:0], 0, 0)
         self._buffer = self._buffer[:0].clone()  # what was there is free before there is more

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvfold.pages.divided import Divided
 from kvfold.pages.few import FewPages, ReadPages
-from kvfold.pages.on_host import Pending
+from kvfold.pages.on_host import Arriving
 from kvfold.pages.planes import Planes
 from kvfold.pages.pool import PagePool
 from kvfold.pages.residency import Blocks
@@ -36,7 +36,7 @@ class HostMemory(Divided):
     def __init__(self, nbytes: int, device: torch.device, policy: str = "lfu"):
         super().__init__(nbytes, device, policy)
         self._last: weakref.WeakKeyDictionary[PagePool, np.ndarray] = weakref.WeakKeyDictionary()  # read, and again
-        self._ready: Any = None  # when what was fetched ahead is there
+        self._ready: Any = None  # when what is on its way is there
 
     def in_turn(
         self, table: Planes, read: Tensor | None = None, *, shares: bool = False
@@ -115,8 +115,8 @@ class HostMemory(Divided):
             else:
                 some.spoil(set(new), blocks)
             ids, at = (torch.from_numpy(x.reshape(-1).astype(np.int64)) for x in (pages, offsets))
-            down = {name: self.lane.down(numbers) for name, numbers in new.items()}
-            self._pending.setdefault(pool, []).append(Pending(self.lane.mark(), ids, at, down))
+            down = {name: self.transfer.down(numbers) for name, numbers in new.items()}
+            self._pending.setdefault(pool, []).append(Arriving(self.transfer.mark(), ids, at, down))
             if count > 1:  # what waits is memory, too
                 self._arrive(pool)
         yield from ()
@@ -139,17 +139,23 @@ class HostMemory(Divided):
         self, some: Slots, pool: PagePool, blocks: Blocks, fresh: Blocks | None = None, *, ahead: bool = False
     ) -> None:  # fmt: skip
         """Blocks of a pool are on the device, and up to date; what computes waits for that, unless it is `ahead`."""
+        if not ahead:  # a slot that is given to somebody else may be one that something is on its way to
+            self._await()
         slots, pages = some.place(blocks, fresh, ahead=ahead), blocks - some.base(pool)
         old = pages[some.stale_in(slots)]
-        if len(old):
-            waiting = self._pending.get(pool, ())
-            if any(np.isin(old, each.pages.numpy()).any() for each in waiting):
-                self._arrive(pool)
-            some.freshen(self.lane, pool.planes, pages, slots)
-            self._ready = self.lane.mark()
-        if not ahead and self._ready is not None:
-            self.lane.wait(self._ready)
-            self._ready = None
+        if not len(old):
+            return
+        if any(np.isin(old, each.pages.numpy()).any() for each in self._pending.get(pool, ())):
+            self._arrive(pool)
+        some.freshen(self.transfer, pool.planes, pages, slots)
+        self._ready = self.transfer.mark()
+        if not ahead:
+            self._await()
+
+    def _await(self) -> None:
+        """What computes waits for what is on its way."""
+        self.transfer.wait(self._ready)
+        self._ready = None
 
     def _new(self, spec: Plane, given: Tensor | None, rows: int, first: int, last: int) -> Tensor:
         """Tokens `first` to `last` of each row as a plane has them, (R * N, ...)."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.pages.lane import Lane
+from kvfold.pages.transfer import Transfer
 from kvfold.pages.planes import Planes
 from kvfold.pages.pool import PagePool
 from kvfold.pages.slots import Slots
@@ -20,7 +20,7 @@ AHEAD = 1.25
 
 
 @dataclass
-class Pending:
+class Arriving:
     """Tokens that the device has written, and that are on their way to where their pages lie."""
 
     mark: Any
@@ -30,12 +30,12 @@ class Pending:
 
 
 class OnHost:
-    """What planes lie in: tensors on the host, and the way from `lane.device` to them."""
+    """What planes lie in: tensors on the host, and the way from `transfer.device` to them."""
 
-    def __init__(self, lane: Lane):
-        self.lane = lane
+    def __init__(self, transfer: Transfer):
+        self.transfer = transfer
         self._of: weakref.WeakKeyDictionary[PagePool, Slots] = weakref.WeakKeyDictionary()  # who has copies
-        self._pending: weakref.WeakKeyDictionary[PagePool, list[Pending]] = weakref.WeakKeyDictionary()
+        self._pending: weakref.WeakKeyDictionary[PagePool, list[Arriving]] = weakref.WeakKeyDictionary()
 
     def blank(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A plane of zeros on the host, with some room behind it."""
@@ -73,11 +73,11 @@ class OnHost:
 
     def lift(self, x: Tensor) -> Tensor:
         """What was gathered on the host, where it is wanted."""
-        return self.lane.lift(x)
+        return self.transfer.lift(x)
 
     def lower(self, x: Tensor) -> Tensor:
         """What is to be written on the host."""
-        return self.lane.lower(x)
+        return self.transfer.lower(x)
 
     def holds(self, table: Planes) -> bool:
         """Whether all of a table's pages can be written on the host at once."""
@@ -88,7 +88,7 @@ class OnHost:
         """What the device has written (of a pool) is on the host from now on."""
         for each in list(self._pending) if pool is None else [pool]:
             for some in self._pending.pop(each, ()):
-                self.lane.finish(some.mark)
+                self.transfer.finish(some.mark)
                 for name, numbers in some.planes.items():
                     each.planes[name][some.pages, some.offsets] = numbers
 
@@ -100,12 +100,12 @@ class OnHost:
     @property
     def brought_nbytes(self) -> int:
         """Bytes that were copied to the device."""
-        return self.lane.brought_nbytes
+        return self.transfer.brought_nbytes
 
     @property
     def written_nbytes(self) -> int:
         """Bytes that were copied to the host."""
-        return self.lane.written_nbytes
+        return self.transfer.written_nbytes
 
     def check_room(self, nbytes: int) -> None:
         """The host says itself when it has no memory left."""

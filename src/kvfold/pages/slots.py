@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kvfold.pages.lane import Lane
+from kvfold.pages.transfer import Transfer
 from kvfold.pages.pool import PagePool
 from kvfold.pages.residency import Blocks, Residency
 from kvfold.pages.storage import Plane, Storage
@@ -181,14 +181,14 @@ class Slots:
             if name in names:
                 self._stale[i, slots] = True
 
-    def freshen(self, lane: Lane, planes: Mapping[str, Tensor], pages: np.ndarray, slots: np.ndarray) -> None:
+    def freshen(self, transfer: Transfer, planes: Mapping[str, Tensor], pages: np.ndarray, slots: np.ndarray) -> None:
         """Whatever is stale in `slots`, where pages of `planes` are, is copied."""
         old = self._stale[:, slots]
         if not old.any():
             return
         for stale, (name, _) in zip(old, self.layout[1], strict=True):
             if stale.any():
-                lane.up(self.store.planes[name], slots[stale], planes[name], pages[stale])
+                transfer.up(self.store.planes[name], slots[stale], planes[name], pages[stale])
         self._stale[:, slots] = False
 
     def stale_in(self, slots: np.ndarray) -> np.ndarray:

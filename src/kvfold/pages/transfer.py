@@ -17,7 +17,7 @@ BUFFERS = 2
 """While one is on its way the next is filled."""
 
 
-class Lane:
+class Transfer:
     """The way between the host and `device`; a copy to the device takes at most `room` bytes there on its way.
 
     `brought_nbytes` and `written_nbytes`: what was copied to the device, and from it.
