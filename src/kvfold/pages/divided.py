@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
-from kvfold.pages.transfer import Transfer
 from kvfold.pages.on_host import OnHost
 from kvfold.pages.pool import PagePool
 from kvfold.pages.slots import Layout, Slots, layout_of
+from kvfold.pages.transfer import Transfer
 
 TRANSIT = 32
 """One part in so many of the device's room is for what is on its way there, another for what comes to stand beside."""
+LEAST = 1e-9
+"""The share of a layout of which there is nothing yet."""
 UNEVEN = 1.5
 """Times its share of the slots that a layout may come to want before they are divided anew."""
 
@@ -64,24 +66,22 @@ class Divided(OnHost):
     def settle(self, pool: PagePool) -> None:
         """All that was written of a pool is on the host; slots are where pages are."""
         self._arrive(pool)
-        every = sum(some.wanted * some.page_nbytes for some in self._layouts.values())
-        shares = [(some, some.wanted * some.page_nbytes / max(1, every)) for some in self._layouts.values()]
-        if any(some.share and not 1 / UNEVEN < share / some.share < UNEVEN for some, share in shares):
+        if pool.pages:
+            self._slots(pool)  # it may have taken another one's place
+        shares = zip(self._layouts.values(), self._shares(), strict=True)
+        if any(not 1 / UNEVEN < share / some.share < UNEVEN for some, share in shares if some.share and share):
             self._divide()
 
-    def _slots(self, pool: PagePool) -> Slots:
-        """Those for a pool's pages."""
-        layout, known = layout_of(pool), self._of.get(pool)
-        if known is not None and known.layout == layout:
-            return known
-        if known is not None:
-            known.leave(pool)
-        some = self._layouts.get(layout)
-        if some is None:
-            some = self._layouts[layout] = Slots(layout, self.device, self.policy)
-        self._of[pool] = some
-        some.base(pool)
-        if not some.share:
+    def _slots(self, pool: PagePool, rows: int = 1) -> Slots:
+        """Those for a pool's pages, of which one for each of so many rows is wanted at once."""
+        layout, some = layout_of(pool), self._of.get(pool)
+        if some is None or some.layout != layout:
+            if some is not None:
+                some.leave(pool)
+            some = self._of[pool] = self._layouts.setdefault(layout, Slots(layout, self.device, self.policy))
+            some.base(pool)
+        some.least = max(some.least, rows)
+        if not some.share or (rows > some.residency.capacity and len(self._layouts) > 1):
             self._divide()
         return some
 
@@ -96,13 +96,12 @@ class Divided(OnHost):
     def _divide(self) -> None:
         """Slots anew: for each layout what it must have, and of the rest its share. Nothing is in them."""
         layouts, room = list(self._layouts.values()), self.nbytes - self.beside_nbytes - self.transfer.room
-        room -= min(self.nbytes // TRANSIT, max(0, room) // 2)  # so that more may come to stand beside
-        needs = [some.wanted * some.page_nbytes for some in layouts]
-        rest, every = room - sum(some.nbytes_of(some.least) for some in layouts), max(1, sum(needs))
-        counts = list[int]()
-        for some, need in zip(layouts, needs, strict=True):
-            some.share = max(need / every, 1e-9)
-            counts.append(max(0, some.least + int(rest * some.share) // some.page_nbytes))
+        least = sum(some.nbytes_of(some.least) for some in layouts)
+        room -= min(self.nbytes // TRANSIT, max(0, room - least))  # so that more may come to stand beside
+        rest, counts = room - least, list[int]()
+        for some, share in zip(layouts, self._shares(), strict=True):
+            some.share = max(share, LEAST)
+            counts.append(max(0, some.least + int(rest * share) // some.page_nbytes))
         self.transfer.finish(self.transfer.mark())
         for some in layouts:
             some.lay(self._buffer[:0], 0, 0)
@@ -115,3 +114,9 @@ class Divided(OnHost):
         start = 0
         for some, count in zip(layouts, counts, strict=True):
             start = some.lay(self._buffer, start, count)
+
+    def _shares(self) -> list[float]:
+        """What of all pages' bytes those of each layout are; as much each where there are none."""
+        needs = [some.wanted * some.page_nbytes for some in self._layouts.values()]
+        every = sum(needs)
+        return [need / every if every else 1 / len(needs) for need in needs]

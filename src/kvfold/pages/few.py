@@ -80,6 +80,10 @@ class Singles:
         """See `PagePool.planes`."""
         return {name: plane.flatten(0, 1)[:, None] for name, plane in self.pool.planes.items()}
 
+    def lifted(self, x: Tensor) -> Tensor:
+        """See `Storage.lifted`: it lies where it is read."""
+        return x
+
     def array(self, name: str) -> np.ndarray:
         """See `PagePool.array`."""
         found: np.ndarray = self.pool.array(name)

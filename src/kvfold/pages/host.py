@@ -51,7 +51,7 @@ class HostMemory(Divided):
             asked = ReadPages(table, read.flatten(0, 1).numpy(force=True))
             read, table = torch.from_numpy(asked.marks).to(read.device).view(*read.shape[:2], -1), asked
         pool, size, pages = table.pool, table.pool.page_size, table.table.shape[1]
-        some = self._slots(pool)
+        some = self._slots(pool, 1 if isinstance(table, FewPages) else table.rows)
         base = some.base(pool)
         filled = np.arange(pages) * size < table.lengths[:, None]
 
@@ -87,7 +87,7 @@ class HostMemory(Divided):
             self.wrote(pool, pool.specs, pages)
             yield 0, count
             return
-        some = self._slots(pool)
+        some = self._slots(pool, table.rows)
         base = some.base(pool)
         self._arrive(pool)  # the last token's are there since long
 
@@ -98,7 +98,6 @@ class HostMemory(Divided):
         def wanted(first: int, last: int) -> Blocks:
             return base + np.unique(place(first, last)[0])
 
-        some.least = max(some.least, table.rows)
         for first, last, blocks in in_turn(count, wanted, lambda: some.residency.room, WRITTEN):
             pages, offsets = place(first, last)
             new = {

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.pages.transfer import Transfer
 from kvfold.pages.planes import Planes
 from kvfold.pages.pool import PagePool
 from kvfold.pages.slots import Slots
 from kvfold.pages.storage import copy_pages
+from kvfold.pages.transfer import Transfer
 
 AHEAD = 1.25
 """Times what a plane takes that it can grow to in place; then it is copied."""

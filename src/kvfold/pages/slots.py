@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kvfold.pages.transfer import Transfer
 from kvfold.pages.pool import PagePool
 from kvfold.pages.residency import Blocks, Residency
 from kvfold.pages.storage import Plane, Storage
+from kvfold.pages.transfer import Transfer
 
 ALIGNED = 64
 """Bytes at whose multiples planes begin."""
