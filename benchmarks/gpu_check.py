@@ -30,6 +30,7 @@ NO_GPU = 3
 TESTS = (
     "tests/hf/test_cuda.py",
     "tests/hf/test_graph.py",
+    "tests/hf/test_host_memory.py",
     "tests/ops/test_gpu_glue.py",
     "tests/ops/test_triton_codes.py",
     "tests/ops/test_triton_formats.py",

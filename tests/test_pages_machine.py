@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvfold.formats import POSITION, Chunk, Dense, DenseSegment, Spec
 from kvfold.ops.dispatch import use
-from kvfold.pages import Arena, FastMemory, OutOfPages, PagePool, PageTable, Plane
+from kvfold.pages import Arena, FastMemory, HostMemory, OutOfPages, PagePool, PageTable, Plane
 
-HEADS, WIDTH, PAGE = 2, 3, 4
+HEADS, PAGE = 2, 4
 Token = tuple[int, float]  # its number, and the column "score" (0 where nobody set one)
 CPU = torch.device("cpu")
 
@@ -40,12 +40,14 @@ def check_pools(pools: dict[int, PagePool], tables: list[PageTable]) -> None:
 class Segments(RuleBasedStateMachine):
     """`live` holds segments beside what they must contain, one list of tokens for each (sequence, head)."""
 
+    width = 3  # of keys and values: no kernel takes it
+
     def __init__(self):
         super().__init__()
         self.live: list[tuple[DenseSegment, list[list[Token]]]] = []
         self.pools: dict[int, PagePool] = {}
         self.arena: Arena | None = None
-        self.memory: FastMemory | None = None
+        self.memory: FastMemory | HostMemory | None = None
         self.kernels = ExitStack()
         self.next = 0
 
@@ -56,7 +58,7 @@ class Segments(RuleBasedStateMachine):
         columns = {POSITION: numbers}
         if scored:
             columns["score"] = numbers.float() / 2
-        keys = numbers[..., None].expand(b, h, t, WIDTH).float()
+        keys = numbers[..., None].expand(b, h, t, self.width).float()
         new = [
             [(n, n / 2 if scored else 0.0) for n in numbers[row, head][valid[row, head]].tolist()]
             for row, head in np.ndindex(b, h)
@@ -130,7 +132,11 @@ class Segments(RuleBasedStateMachine):
             torch.where(valid, torch.arange(valid.shape[-1]), -1).amax(-1, keepdim=True) if segment.longest else None
         )
         if slots is not None:
-            keys = torch.arange(self.next, self.next + slots.numel()).view(*slots.shape, 1).expand(-1, -1, -1, WIDTH)
+            keys = (
+                torch.arange(self.next, self.next + slots.numel())
+                .view(*slots.shape, 1)
+                .expand(*slots.shape, self.width)
+            )
             segment.amend(slots, keys.float(), -keys.float())
             segment.amend(slots, None, None)
             positions = segment.columns()[1][POSITION]
@@ -195,7 +201,8 @@ class Segments(RuleBasedStateMachine):
         """A state is a segment of its own."""
         segment, model = self.pick(data)
         said, tensors = segment.state()
-        spec = Spec(len(model) // HEADS, HEADS, WIDTH, WIDTH, torch.float32, CPU, arena=self.arena, memory=self.memory)
+        sizes = len(model) // HEADS, HEADS, self.width, self.width
+        spec = Spec(*sizes, torch.float32, CPU, arena=self.arena, memory=self.memory)
         self.live = [(x, y) for x, y in self.live if x is not segment]
         self.live.append((Dense(page_size=PAGE).restore(spec, said, tensors), model))
 
@@ -222,8 +229,8 @@ class Segments(RuleBasedStateMachine):
             for i, row in enumerate(model):
                 numbers, scores = [n for n, _ in row], [s for _, s in row]
                 assert columns[POSITION][i][valid[i]].tolist() == numbers
-                assert keys[i][valid[i]].tolist() == [[float(n)] * WIDTH for n in numbers]
-                assert values[i][valid[i]].tolist() == [[-float(n)] * WIDTH for n in numbers]
+                assert keys[i][valid[i]].tolist() == [[float(n)] * self.width for n in numbers]
+                assert values[i][valid[i]].tolist() == [[-float(n)] * self.width for n in numbers]
                 if "score" in columns:
                     assert columns["score"][i][valid[i]].tolist() == scores
                 else:
@@ -238,6 +245,8 @@ class Segments(RuleBasedStateMachine):
         for segment, _ in self.live:
             table, pool = segment.table, segment.pool
             tensors = sum(plane.untyped_storage().nbytes() for plane in pool.planes.values()) + pool.refs.nbytes
+            if isinstance(self.memory, HostMemory):  # planes have some room behind them
+                tensors -= sum(plane.untyped_storage().nbytes() - plane.nbytes for plane in pool.planes.values())
             assert pool.nbytes == tensors == pool.pages * pool.page_nbytes
             if self.arena is not None:
                 tensors = len(set(table.held.tolist())) * pool.page_nbytes

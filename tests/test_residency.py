@@ -47,16 +47,20 @@ class Dictionary:
         self.written += len(back)
         return back
 
-    def use(self, read: list[int], written: list[int], score: float) -> tuple[list[int], list[int], list[int]] | None:
+    def use(
+        self, read: list[int], written: list[int], score: float, ahead: bool = False
+    ) -> tuple[list[int], list[int], list[int]] | None:
         every = sorted(set(read) | set(written))
         if len(set(every) | {b for b, n in self.pins.items() if n}) > self.capacity:
             return None
         new = [block for block in every if block not in self.here]
-        self.hits, self.misses = self.hits + len(every) - len(new), self.misses + len(new)
-        fresh = {b: {"at": 0, "uses": 0, "score": 0.0, "dirty": False} for b in new}
+        self.hits += sum(not self.here[b]["early"] for b in every if b not in new) if not ahead else 0
+        self.misses += len(new)
+        fresh = {b: {"at": 0, "uses": 0, "score": 0.0, "dirty": False, "early": ahead} for b in new}
         for place, block in enumerate(every):
             one = fresh.get(block) or self.here[block]
-            one["at"], one["uses"], one["score"] = self.clock + place, one["uses"] + 1, score
+            one["at"], one["uses"], one["score"] = self.clock + place, one["uses"] + (not ahead), score
+            one["early"] = one["early"] and ahead
         self.clock += len(every)
         go, back = self.leave(len(self.here) + len(new) - self.capacity, set(every))
         self.here |= fresh
@@ -76,12 +80,13 @@ class Residents(RuleBasedStateMachine):
 
     numbers = st.lists(st.integers(0, KINDS - 1), max_size=6)
 
-    @rule(read=numbers, written=numbers, score=st.sampled_from([0.0, 1.0, 2.0]))
-    def use(self, read, written, score):
-        expected = self.known.use(read, written, score)
+    @rule(read=numbers, written=numbers, score=st.sampled_from([0.0, 1.0, 2.0]), ahead=st.booleans())
+    def use(self, read, written, score, ahead):
+        written = [] if ahead else written
+        expected = self.known.use(read, written, score, ahead)
         before = self.real.here(np.arange(KINDS)).tolist(), self.real.hits, self.real.written_nbytes
         try:
-            moves = self.real.use(blocks(*read), written=blocks(*written), score=score)
+            moves = self.real.use(blocks(*read), written=blocks(*written), score=score, ahead=ahead)
         except ValueError as error:
             assert expected is None and "can be had" in str(error)
             assert before == (self.real.here(np.arange(KINDS)).tolist(), self.real.hits, self.real.written_nbytes)

@@ -68,7 +68,7 @@ def test_run_reads_from_disk(folder: Path, document: Path, tmp_path: Path) -> No
     assert there["resident_nbytes_at_end"] <= 256 * 1024 == there["spilled"]["fast_memory"]
     assert here["resident_nbytes_at_end"] == here["nbytes_at_end"] and not list(spill.iterdir())
     told = runner.invoke(app, fast)
-    assert "in memory" in told.stderr and "of blocks were in memory" in told.stderr
+    assert "in memory" in told.stderr and "of blocks were in memory" in told.stderr and "disk" in told.stderr
     for wrong, said in (
         (["--spill", "."], "spill='.' is for fast_memory="),
         (["--fast-memory", "0.5"], "fast_memory='0.5' must be bytes"),
@@ -76,6 +76,18 @@ def test_run_reads_from_disk(folder: Path, document: Path, tmp_path: Path) -> No
     ):
         result = runner.invoke(app, [*words, *wrong])
         assert result.exit_code and said in str(result.exception)
+
+
+def test_run_keeps_the_rest_on_the_host(folder: Path, document: Path) -> None:
+    """Without a folder; what a token moved is said, and the answer is that of memory."""
+    words = ["run", "--model", str(folder), "--file", str(document), "--method", "full", "--max-new-tokens", "12"]
+    here = json.loads(runner.invoke(app, [*words, "--json"]).stdout)
+    there = json.loads(runner.invoke(app, [*words, "--fast-memory", "64KiB", "--json"]).stdout)
+    spilled = there["spilled"]
+    assert there["answer"] == here["answer"] and spilled["host_nbytes"] > 64 * 1024 and spilled["disk_nbytes"] == 0
+    assert there["resident_nbytes_at_end"] <= 64 * 1024 == spilled["fast_memory"] and spilled["brought_nbytes"]
+    told = runner.invoke(app, [*words, "--fast-memory", "64KiB"])
+    assert "host" in told.stderr and "written a token" in told.stderr and "of blocks were in memory" in told.stderr
 
 
 def test_run_keeps_to_a_memory(folder: Path, document: Path) -> None:

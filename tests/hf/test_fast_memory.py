@@ -168,7 +168,6 @@ def test_what_is_beside_the_pages_counts(tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"fast_memory": "1MiB"}, "fast_memory='1MiB' goes with spill="),
         ({"spill": "."}, "spill='.' goes with fast_memory="),
         ({"fast_memory": 0, "spill": "."}, "fast_memory=0 must be bytes"),
         ({"fast_memory": 0.5, "spill": "."}, "fast_memory=0.5 must be bytes"),
@@ -192,7 +191,7 @@ def test_what_can_not_be_is_refused_before_anything_is_made(tmp_path, monkeypatc
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_model_on_a_gpu_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is for models on the CPU"):
+    with pytest.raises(ValueError, match=r"spill=.* is for models on the CPU"):
         kvfold.Cache(build("llama").to("cuda"), fast_memory="1MiB", spill=tmp_path)
 
 

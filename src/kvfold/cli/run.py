@@ -1,7 +1,6 @@
 """`kvfold run`: read a document with one method, answer a question, say what it took."""
 
 from collections.abc import Iterator
-from tempfile import gettempdir
 from typing import Annotated, Any
 
 import typer
@@ -22,11 +21,11 @@ def run(
         bool, typer.Option("--quantize/--no-quantize", help="With --memory: choose bits with tokens.")
     ] = True,
     fast_memory: Annotated[
-        str | None, typer.Option("--fast-memory", help="What of the cache may be in memory, 256MiB; the rest on disk.")
+        str | None, typer.Option("--fast-memory", help="What of the cache may be in fast memory, 256MiB.")
     ] = None,
     spill: Annotated[
         str | None,
-        typer.Option("--spill", help="With --fast-memory: the folder for the rest (temporary files' own)."),
+        typer.Option("--spill", help="With --fast-memory: a folder for the rest; without, it is on the host."),
     ] = None,
     option: Annotated[list[str], typer.Option("--option", "-o", help="Method option name=value.")] = [],  # noqa: B006
     ask: common.Ask = None,
@@ -59,7 +58,7 @@ def run(
         raise ValueError(f"spill={spill!r} is for fast_memory=, which is not given")
     if fast_memory is not None:
         common.memory(fast_memory, "fast_memory")
-        spill = str(check_folder(gettempdir() if spill is None else spill, "spill"))
+        spill = None if spill is None else str(check_folder(spill, "spill"))
     if limit is None and not quantize:
         raise ValueError("quantize=False is for memory=, which is not given")
     if limit is not None and "budget" in given:
@@ -130,7 +129,7 @@ def run(
         ("kept", f"{kept:.0f} tokens per KV head"),
         ("KV cache", f"{common.size(held.nbytes)} of {common.size(held.dense_nbytes)} ({held.ratio:.3f})"),
         ("decode", f"{rate}, fast linears" if fast_linears else rate),
-        *moved_rows(cache.report()),
+        *moved_rows(held, cache.report(), len(answer.tokens) - 1),
     ):
         table.add_row(f"[dim]{name}[/dim]", value)
     common.stderr.print(table)
@@ -140,11 +139,21 @@ def run(
         common.stderr.print(held.table())
 
 
-def moved_rows(report: Any) -> Iterator[tuple[str, str]]:
-    """What of a cache is in memory, and what came and went, where some of it is on disk."""
-    some = report.spilled
-    if some is not None:
-        yield "in memory", f"{common.size(report.resident_nbytes)} of {common.size(some.fast_memory)}"
-        share = some.hits / max(1, some.hits + some.misses)
-        moved = f"{common.size(some.brought_nbytes)} read, {common.size(some.written_nbytes)} written"
-        yield "disk", f"{moved}; {share:.0%} of blocks were in memory"
+def moved_rows(before: Any, after: Any, steps: int) -> Iterator[tuple[str, str]]:
+    """Where some of a cache is elsewhere: what of it is here, and what a step of the answer moved, of `steps`."""
+    start, end = before.spilled, after.spilled
+    if end is None:
+        return
+    yield "in memory", f"{common.size(after.resident_nbytes)} of {common.size(end.fast_memory)}"
+    hits, misses, brought, written = (
+        getattr(end, name) - getattr(start, name) for name in ("hits", "misses", "brought_nbytes", "written_nbytes")
+    )
+    if steps > 0:
+        name = "host" if end.host_nbytes else "disk"
+        yield name, f"{kibi(brought / steps)} read, {kibi(written / steps)} written a token"
+        yield "", f"{hits / max(1, hits + misses):.0%} of blocks were in memory"
+
+
+def kibi(nbytes: float) -> str:
+    """Bytes in KiB."""
+    return f"{nbytes / 2**10:,.1f} KiB"

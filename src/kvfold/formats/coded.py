@@ -93,8 +93,9 @@ class CodedPages(PagedSegment):
         planes = self.encode_keys(whole)
         self.table.write(holders, index, {"keys": planes.pop("keys")})
         numbers = self.place(self.table.table[pages[0], pages[1]])  # they may just have been copied
-        for name, plane in planes.items():
-            self.pool.planes[name][numbers] = plane
+        for some in self.pool.visits(planes, numbers.numpy(force=True), written=True):
+            for name, plane in planes.items():
+                self.pool.planes[name][numbers[some]] = plane[some]
 
     def set_columns(self, columns: Mapping[str, Tensor]) -> None:
         """Set columns (B, H, T) on all tokens; pages that others hold are copied, where that changes anything."""

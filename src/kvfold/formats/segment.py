@@ -62,7 +62,7 @@ class Spec:
     arena: Any = None
     """The `kvfold.pages.Arena` that the pages come from; None: they are the segment's own."""
     memory: Any = None
-    """The `kvfold.pages.FastMemory` that its pages lie in; None: they are in memory."""
+    """The `kvfold.pages.FastMemory` or `HostMemory` that its pages lie in; None: they are where they are read."""
 
     @classmethod
     def of(cls, chunk: Chunk, **more: Any) -> "Spec":

@@ -64,9 +64,11 @@ class Cache(Counted):
     With `memory` (bytes, "512MiB", or a share of a dense float16 cache of `context` tokens) the budget is the largest
     with which `batch` rows never hold more, all included (hf/memory.py); more rows are refused. With `context` and no
     format bits are chosen, too (hf/bits.py), unless `quantize=False`.
-    With `fast_memory` (bytes, or "256MiB") no more than that is in memory, prompts included, and the rest in a file in
-    the folder `spill`, for this process alone and gone with it: on the CPU, for all methods but those that let layers
-    share memory (`minicache`). SpillFull where the disk is full.
+    With `fast_memory` (bytes, or "256MiB") no more than that is on the model's device, prompts included, and the rest
+    on the host; on the CPU, where both are one memory, pages are copied and counted as for a device. With a folder
+    `spill`, on the CPU alone, no more than that is in memory and the rest in a file there, for this process alone and
+    gone with it; SpillFull where the disk is full. For all methods but those that let layers share memory
+    (`minicache`), on CUDA for those that hold tokens as they are.
     A wrapper around a model (a PeftModel, torch.compile's) will do: the cache belongs to the model in it.
     Raises ValueError for a model that can't work, naming what is missing, and for options that don't fit.
     """

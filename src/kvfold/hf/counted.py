@@ -3,7 +3,7 @@
 from kvfold.hf.adopting import Adopting
 from kvfold.hf.layers import PagedLayer, dense_bytes, held_bytes
 from kvfold.hf.report import Report, layer_report
-from kvfold.pages import FastMemory
+from kvfold.pages import FastMemory, HostMemory
 
 
 class Counted(Adopting):
@@ -15,13 +15,13 @@ class Counted(Adopting):
         return sum(held_bytes(self.layers))
 
     @property
-    def fast(self) -> FastMemory | None:
-        """What brings the pages from a disk, for this cache and its forks; None: they are in memory."""
+    def fast(self) -> FastMemory | HostMemory | None:
+        """What brings the pages from a disk or from the host, for this cache and its forks; None: they are here."""
         return None if self.spilled is None else self.spilled.memory
 
     @property
     def resident_nbytes(self) -> int:
-        """Those of them in memory: all, or with `fast_memory` no more than that, forks and what they share included."""
+        """Those of them in memory, or on the device: with `fast_memory` no more than that, shared forks included."""
         return self.nbytes if self.fast is None else self.fast.resident_nbytes
 
     @property

@@ -51,6 +51,8 @@ class DecodeGraph:
         other = sorted({type(layer).__name__ for layer in cache.layers if not isinstance(layer, PagedLayer)})
         if other:
             raise ValueError(f"{type(model).__name__} has layers that are no pages ({', '.join(other)}): no graph")
+        if cache.fast is not None:
+            raise ValueError(f"fast_memory={cache.fast.nbytes}: who is on the device changes at every step: no graph")
         groups, sites = cache.rows.groups, [core.site for core in cache.paged]
         formats = [str(g.method) for g in groups for site in sites if not format_of(g.method, site).traits.graphs]
         if formats:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvfold.hf.layers import WindowLayer, dense_bytes, held_bytes
-from kvfold.pages import FastMemory
+from kvfold.pages import FastMemory, HostMemory
 
 
 @dataclass(frozen=True)
@@ -26,24 +26,26 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class SpillReport:
-    """What came and went between a fast memory of so many bytes and a disk, since the cache was made.
+    """What came and went between a fast memory of so many bytes and a disk, or the host, since the cache was made.
 
-    `hits` and `misses`: blocks that were in memory when they were read or written, and those that were not.
+    `hits` and `misses`: blocks that were there when they were read or written, and those that were not. A block is
+    64 KB on disk, and a page on the host.
     """
 
     fast_memory: int
     disk_nbytes: int
+    host_nbytes: int
     hits: int
     misses: int
     brought_nbytes: int
     written_nbytes: int
 
     @classmethod
-    def of(cls, memory: FastMemory) -> "SpillReport":
+    def of(cls, memory: FastMemory | HostMemory) -> "SpillReport":
         """What was counted so far."""
-        some = memory.residency
-        moved = some.hits, some.misses, some.brought_nbytes, some.written_nbytes
-        return cls(memory.nbytes, memory.file.nbytes, *moved)
+        moved = memory.hits, memory.misses, memory.brought_nbytes, memory.written_nbytes
+        there = (0, memory.slow_nbytes) if isinstance(memory, HostMemory) else (memory.slow_nbytes, 0)
+        return cls(memory.nbytes, *there, *moved)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Reportable(Protocol):
     def resident_nbytes(self) -> int: ...
 
     @property
-    def fast(self) -> FastMemory | None: ...
+    def fast(self) -> FastMemory | HostMemory | None: ...
 
     @property
     def dense_nbytes(self) -> int: ...

@@ -12,44 +12,45 @@ from kvfold.ops.cpu import floats, threads
 
 
 def attend_rows(
-    kernel: Callable[..., None], planes: tuple[Any, ...], q: Tensor, table: Any, scale: float, *, dv: int,
-    mass: str | None, read: Tensor | None, weights: bool, here: bool = False,
+    kernel: Callable[..., None], planes: Callable[[Any], tuple[Any, ...]], q: Tensor, table: Any, scale: float, *,
+    dv: int, mass: str | None, read: Tensor | None, weights: bool, here: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """What `attend_pages` returns, by a kernel over `planes` of a table's pages; values have `dv` numbers.
+    """What `attend_pages` returns, by a kernel over the `planes` of a pool; values have `dv` numbers.
 
-    Where not all of them have room in memory at once, stretches of them answer in turn; `here`: all are in memory.
-    A step asks once a layer: NumPy makes its arrays in a tenth of the time of torch.
+    Where not all of a table's pages have room in memory at once, stretches of them answer in turn; `here`: all are
+    there. A step asks once a layer: NumPy makes its arrays in a tenth of the time of torch.
     """
     if table.pool.memory is not None and not here:
-        return _in_turn(kernel, planes, q, table, scale, dv=dv, mass=mass, read=read, weights=weights)
+
+        def answer(part: Any, some: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+            return attend_rows(kernel, planes, q, part, scale, dv=dv, mass=mass, read=some, weights=weights, here=True)
+
+        return in_turn(answer, table, read, weights=weights)
     (b, h, g, n, d), pool, t = q.shape, table.pool, table.longest
     rows = b * h, g * n
     out = np.empty((b, h, g, n, dv), dtype=np.float32)
     lse = np.empty((b, h, g, n), dtype=np.float32)
     probabilities = np.empty((b, h, g, n, t), dtype=np.float32) if weights else None
     kernel(
-        floats(q).reshape(*rows, d), *planes, None if mass is None else pool.array(mass),
+        floats(q).reshape(*rows, d), *planes(pool), None if mass is None else pool.array(mass),
         None if read is None else read.reshape(b * h, -1).contiguous().numpy(),
         table.table, table.lengths, table.holes, table.hole_count, pool.page_size, scale, threads(),
         out.reshape(*rows, dv), lse.reshape(rows), None if probabilities is None else probabilities.reshape(*rows, t),
     )  # fmt: skip
-    answer = torch.from_numpy(out)
+    found = torch.from_numpy(out)
     return (
-        answer if q.dtype == torch.float32 else answer.to(q.dtype),
+        found if q.dtype == torch.float32 else found.to(q.dtype),
         torch.from_numpy(lse),
         None if probabilities is None else torch.from_numpy(probabilities),
     )
 
 
-def _in_turn(
-    kernel: Callable[..., None], planes: tuple[Any, ...], q: Tensor, table: Any, scale: float, *, read: Tensor | None,
-    **more: Any,
+def in_turn(
+    answer: Callable[[Any, Tensor | None], tuple[Tensor, Tensor, Tensor | None]], table: Any, read: Tensor | None, *,
+    weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """`attend_rows` of one stretch after the other, as the memory brings them."""
-    found = []
-    for start, part in table.pool.memory.in_turn(table):
-        some = None if read is None else read[..., start : start + part.longest]
-        found.append(attend_rows(kernel, planes, q, part, scale, read=some, here=True, **more))
+    """What `answer` says of one stretch of a table after the other, as its memory brings them, under one softmax."""
+    found = [answer(part, some) for part, some in table.pool.memory.in_turn(table, read, shares=weights)]
     return found[0] if len(found) == 1 else _merged(found)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 from torch import Tensor
 
 from kvfold.pages.planes import Planes
@@ -39,6 +39,34 @@ class FewSlots(FewPages):
         self._pool: Any = Singles(table.pool)
 
 
+class ReadPages(Planes):
+    """The pages of each row on which `read` marks a slot with a token, as rows of their own; `marks`: those slots."""
+
+    def __init__(self, table: Planes, read: Bool[np.ndarray, "R T"]):
+        size, pages, rows = table.pool.page_size, table.table.shape[1], len(table.table)
+        marks: np.ndarray = np.zeros((rows, pages * size), dtype=bool)
+        marks[:, : read.shape[1]] = read
+        for row, count in enumerate(table.hole_count.tolist() if table.holed else ()):
+            marks[row, table.holes[row, :count]] = False
+        marks &= np.arange(pages * size) < table.lengths[:, None]
+        wide = marks.reshape(rows, pages, size)
+        asked = wide.any(2)
+        most = int(asked.sum(1).max(initial=0))
+        order = np.argsort(~asked, axis=1, kind="stable")[:, :most]  # those in front, and in their order
+        mine = np.take_along_axis(asked, order, 1)
+        filled = np.clip(table.lengths[:, None] - order * size, 0, size) * mine  # the row's last page comes last, too
+        self._pool, self.scattered, self.regular = table.pool, True, False
+        self.table = np.where(mine, np.take_along_axis(table.table, order, 1), -1).astype(np.int32)
+        self.lengths = filled.sum(1).astype(np.int32)
+        self.fill_holes()
+        some = np.take_along_axis(wide, order[..., None], 1).reshape(rows, most * size)
+        self.marks: np.ndarray = some[:, : self.longest]
+        self._room, self._known, self._sent = 0, [None] * 4, [None] * 4
+
+    def __del__(self) -> None:
+        return
+
+
 class Singles:
     """A pool whose pages are the slots of another's, where they lie. What a page has once can't be read so."""
 
@@ -51,6 +79,10 @@ class Singles:
     def planes(self) -> Mapping[str, Tensor]:
         """See `PagePool.planes`."""
         return {name: plane.flatten(0, 1)[:, None] for name, plane in self.pool.planes.items()}
+
+    def lifted(self, x: Tensor) -> Tensor:
+        """See `Storage.lifted`: it lies where it is read."""
+        return x
 
     def array(self, name: str) -> np.ndarray:
         """See `PagePool.array`."""

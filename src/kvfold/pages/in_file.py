@@ -2,7 +2,7 @@
 
 import ctypes
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,12 +12,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kvfold.pages.pool import PagePool
-from kvfold.pages.residency import Blocks, Residency
+from kvfold.pages.residency import NONE, Blocks, Residency
 from kvfold.pages.spill import UNIT, Range, SpillFile
 
 ROOM = 2
 """Times what a plane takes that it can grow to in place; then it is copied."""
-NONE: Blocks = np.zeros(0, dtype=np.int64)
 
 
 class InFile:
@@ -95,6 +94,46 @@ class InFile:
             some = self._ranges.get(plane.data_ptr()) if len(plane) else None
             if some is not None:
                 yield np.arange(some.nbytes // UNIT) + some.start // UNIT
+
+    def wrote(self, pool: PagePool, names: Iterable[str], pages: np.ndarray) -> None:
+        """What is written in memory is written in the file."""
+
+    def lift(self, x: Tensor) -> Tensor:
+        """What was gathered is in memory."""
+        return x
+
+    def lower(self, x: Tensor) -> Tensor:
+        """What is to be written is in memory."""
+        return x
+
+    @property
+    def slow_nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.file.nbytes
+
+    @property
+    def hits(self) -> int:
+        """Blocks that were in memory when they were read or written."""
+        return self.residency.hits
+
+    @property
+    def misses(self) -> int:
+        """Those that were not."""
+        return self.residency.misses
+
+    @property
+    def brought_nbytes(self) -> int:
+        """Bytes that were read from the disk."""
+        return self.residency.brought_nbytes
+
+    @property
+    def written_nbytes(self) -> int:
+        """Bytes that were written there."""
+        return self.residency.written_nbytes
+
+    def check_room(self, nbytes: int) -> None:
+        """Raise SpillFull unless the disk has room for so many bytes more."""
+        self.file.check_room(nbytes)
 
 
 def over(memory: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,8 @@ class Planes(TableRows):
         valid = torch.arange(self.longest, device=self.pool.device) < lengths[:, None]
         if self.holed:
             rows, slots = spans(np.zeros_like(self.hole_count), self.hole_count)
-            valid[self._index(rows), self._index(self.holes[rows, slots])] = False
+            at = tuple(torch.from_numpy(x.astype(np.int64)).to(valid.device) for x in (rows, self.holes[rows, slots]))
+            valid[at] = False
         return valid
 
     def dense(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -42,7 +43,7 @@ class Planes(TableRows):
         held = np.maximum(self.table[:, first:last], 0)
         ids = torch.from_numpy(held.reshape(-1)).to(plane.device)
         found = [plane.index_select(0, ids[some]) for some in self._visits((name,), ids)]
-        return _joined(found).view(*held.shape, *plane.shape[1:])
+        return self.pool.lifted(_joined(found)).view(*held.shape, *plane.shape[1:])
 
     def block(self, name: str) -> Tensor:
         """A plane of a regular table as (R, M * P, ...), to read or to write in place."""
@@ -67,7 +68,7 @@ class Planes(TableRows):
             for name in wanted:
                 plane, once = self.pool.planes[name], self.pool.specs[name].per_page
                 found[name].append(plane[here[at == 0]] if once else plane[here, at])
-        return {name: _joined(parts) for name, parts in found.items()}
+        return {name: self.pool.lifted(_joined(parts)) for name, parts in found.items()}
 
     def _visits(self, names: Iterable[str], pages: Tensor, *, written: bool = False) -> Iterator[slice]:
         """See `Storage.visits`; of an empty list one, too."""
@@ -92,7 +93,7 @@ class Planes(TableRows):
         for some in self._visits(planes, pages, written=True):
             for name, new in planes.items():
                 plane = self.pool.planes[name]
-                plane[pages[some], offsets[some]] = new[some].to(plane.dtype)
+                plane[pages[some], offsets[some]] = self.pool.lowered(new[some].to(plane.dtype))
 
     def _at(self, rows: np.ndarray, slots: np.ndarray) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
         """Page and offset of slots."""
@@ -100,7 +101,7 @@ class Planes(TableRows):
         return self._index(pages), self._index(offsets)
 
     def _index(self, numbers: np.ndarray) -> Tensor:
-        return torch.from_numpy(numbers.astype(np.int64)).to(self.pool.device)
+        return torch.from_numpy(numbers.astype(np.int64)).to(self.pool.home)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

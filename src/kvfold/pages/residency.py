@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 Blocks = Int[np.ndarray, " _"]
+NONE: Blocks = np.zeros(0, dtype=np.int64)
 OFTEN = 1 << 14
 """Uses that are counted of a block; whoever has as many has all counts halved."""
 LATEST = 1 << 48
@@ -46,7 +47,8 @@ class Residency:
         self.capacity = nbytes // block_nbytes  # blocks
         self.hits = self.misses = 0  # blocks that were here when they were used, and those that were not
         self.brought_nbytes = self.written_nbytes = 0
-        self._here = self._dirty = self._known = np.zeros(0, dtype=bool)  # known: it lies elsewhere, too
+        # known: it lies elsewhere, too; early: it came ahead, and was not read since
+        self._here = self._dirty = self._known = self._early = np.zeros(0, dtype=bool)
         self._pins = np.zeros(0, dtype=np.int32)
         self._at = self._uses = np.zeros(0, dtype=np.int64)
         self._score = np.zeros(0)
@@ -69,9 +71,10 @@ class Residency:
         found[some] = self._here[blocks[some]]
         return found
 
-    def use(self, blocks: Blocks, *, written: Blocks | None = None, score: float = 0.0) -> Moves:
+    def use(self, blocks: Blocks, *, written: Blocks | None = None, score: float = 0.0, ahead: bool = False) -> Moves:
         """These are about to be read, and `written` (some of them, or others) written: what that asks for.
 
+        `ahead`: they are only expected to be read. Who comes so is a miss, and no hit when it is read.
         Raises ValueError, and changes nothing, where they are more than there is room for.
         """
         every = np.unique(blocks if written is None else np.concatenate([blocks, written]))
@@ -85,10 +88,12 @@ class Residency:
                 f"{len(every)} blocks of {self.block_nbytes} bytes are wanted at once; {self.capacity - pinned} of "
                 f"{self.capacity} can be had"
             )
-        self.hits, self.misses = self.hits + int(held.sum()), self.misses + int((~held).sum())
+        self.hits += 0 if ahead else int((held & ~self._early[every]).sum())
+        self.misses += int((~held).sum())
+        self._early[every] = ahead & (~held | self._early[every])
         self._at[every] = self._clock + np.arange(len(every))
         self._clock += len(every)
-        self._uses[every] = np.where(held, self._uses[every] + 1, 1)
+        self._uses[every] = np.where(held, self._uses[every], 0) + (not ahead)
         if int(self._uses[every].max()) >= OFTEN:
             self._uses //= 2
         self._score[every] = score
@@ -135,6 +140,14 @@ class Residency:
         self._count -= int(self._here[some].sum())
         self._here[some] = self._dirty[some] = self._known[some] = False
 
+    def renumber(self, before: Blocks, after: Blocks) -> None:
+        """Each block has another number from now on, which no block has that is here; its old one is free."""
+        if len(before):
+            self._reach(int(max(before.max(), after.max())) + 1)
+            for array in self._all():
+                array[after] = array[before]
+                array[before] = 0
+
     def _leave(self, count: int, spared: Blocks) -> tuple[Blocks, Blocks]:
         """`count` blocks (none if negative) go, but no pinned one and none of `spared`; of those the written ones."""
         none = np.zeros(0, dtype=np.int64)
@@ -157,10 +170,13 @@ class Residency:
         more = max(0, blocks - len(self._here))
         if more:
             more += len(self._here) // 4
-            self._here, self._dirty, self._known, self._pins, self._at, self._uses, self._score = (
-                np.pad(x, (0, more))
-                for x in (self._here, self._dirty, self._known, self._pins, self._at, self._uses, self._score)
-            )
+            padded = [np.pad(x, (0, more)) for x in self._all()]
+            self._here, self._dirty, self._known, self._early, self._pins, self._at, self._uses, self._score = padded
+
+    def _all(self) -> tuple[np.ndarray, ...]:
+        """What is known of blocks, by their numbers."""
+        flags = self._here, self._dirty, self._known, self._early
+        return *flags, self._pins, self._at, self._uses, self._score
 
     def oldest(self, blocks: Blocks) -> Blocks:
         """Their order under "lru", who goes first in front."""

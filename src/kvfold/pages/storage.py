@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from kvfold.pages.runs import stretches
 
 PAGE_SIZE = 16
 """Tokens per page: the last page of a row is half empty on average, 8 tokens of each (row, head)."""
+HOST = torch.device("cpu")
 BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 """As what the CPU kernels read a dtype that NumPy lacks."""
 
@@ -41,7 +42,7 @@ class Plane:
 
 @runtime_checkable
 class Memory(Protocol):
-    """Where planes lie that need not be in memory: see `kvfold.pages.FastMemory`."""
+    """Where planes lie that are read elsewhere: see `kvfold.pages.FastMemory` and `HostMemory`."""
 
     def blank(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A plane of zeros."""
@@ -57,6 +58,18 @@ class Memory(Protocol):
 
     def visits(self, planes: Iterable[Tensor], pages: np.ndarray, *, written: bool = False) -> Iterator[slice]:
         """Stretches of a list of pages; each is there until the next is asked for."""
+        ...
+
+    def wrote(self, pool: Any, names: Iterable[str], pages: np.ndarray) -> None:
+        """Pages of a pool's planes are written where they lie."""
+        ...
+
+    def lift(self, x: Tensor) -> Tensor:
+        """What was gathered where planes lie, where it is wanted."""
+        ...
+
+    def lower(self, x: Tensor) -> Tensor:
+        """What is to be written where planes lie, there."""
         ...
 
 
@@ -108,7 +121,28 @@ class Storage:
 
     def visits(self, names: Iterable[str], pages: np.ndarray, *, written: bool = False) -> Iterator[slice]:
         """Stretches of a list of pages to be read or written in planes; each before the next is asked for."""
-        return self._visited([self.planes[name] for name in names], pages, written=written)
+        wanted = list(names)
+        if written:
+            self.wrote(wanted, pages)
+        return self._visited([self.planes[name] for name in wanted], pages, written=written)
+
+    def wrote(self, names: Iterable[str], pages: np.ndarray) -> None:
+        """Pages are about to be written in planes, all at once."""
+        if self.memory is not None:
+            self.memory.wrote(self, names, pages)
+
+    def lifted(self, x: Tensor) -> Tensor:
+        """What was gathered from planes, on the device that wants it."""
+        return x if self.memory is None else self.memory.lift(x)
+
+    def lowered(self, x: Tensor) -> Tensor:
+        """What is to be written to planes, on the device where they lie."""
+        return x if self.memory is None else self.memory.lower(x)
+
+    @property
+    def home(self) -> torch.device:
+        """Where planes lie."""
+        return self.device if self.memory is None else HOST
 
     def _visited(self, planes: Iterable[Tensor], pages: np.ndarray, *, written: bool) -> Iterator[slice]:
         return iter((slice(None),)) if self.memory is None else self.memory.visits(planes, pages, written=written)
@@ -123,6 +157,7 @@ class Storage:
     def remake(self, pages: int, ids: np.ndarray | None = None, origin: np.ndarray | None = None) -> None:
         """So many pages from now on: see `made`."""
         if self.memory is not None:  # all or none: a disk may be full
+            self.wrote(self.specs, np.arange(0 if ids is None else pages))  # numbered anew they are other pages
             planes = {name: self._resized(name, pages, ids, origin) for name in self.specs}
             self._arrays.clear()
             self.planes.update(planes)
@@ -142,10 +177,11 @@ class Storage:
 
     def copy(self, ids: np.ndarray, source: "Storage", origin: np.ndarray) -> None:
         """Our pages `ids` get what pages `origin` of `source` hold; a plane that it lacks gets its fill."""
+        self.wrote(self.planes, ids)
         for name, plane in self.planes.items():
             known = source.planes.get(name)
             if known is None:
-                here = torch.from_numpy(ids.astype(np.int64)).to(self.device)
+                here = torch.from_numpy(ids.astype(np.int64)).to(self.home)
                 for some in self._visited((plane,), ids, written=True):
                     plane[here[some]] = self.specs[name].fill
             else:

@@ -1,20 +1,33 @@
 """Some pages of a table's rows that follow each other, read as rows of their own: nothing is held, nothing copied."""
 
+from typing import Any
+
 import numpy as np
+from jaxtyping import Int32
 
 from kvfold.pages.planes import Planes
 from kvfold.pages.rows import TableRows
 
 
 class PageStretch(Planes):
-    """Pages `first` to `last` of each row, with its holes there; to be read before the table's next write."""
+    """Pages `first` to `last` of each row, with its holes there; to be read before the table's next write.
 
-    def __init__(self, table: TableRows, first: int, last: int):
+    They lie in the table's pool, or in another `store`, where `numbers` says.
+    """
+
+    def __init__(
+        self,
+        table: TableRows,
+        first: int,
+        last: int,
+        store: Any = None,
+        numbers: Int32[np.ndarray, "R N"] | None = None,
+    ):
         size = table.pool.page_size
         start, room = first * size, (last - first) * size
         # No pool knows of it, and nothing is let go of when it goes.
-        self._pool, self.scattered, self.regular = table.pool, True, False
-        self.table = table.table[:, first:last].copy()
+        self._pool, self.scattered, self.regular = table.pool if store is None else store, True, False
+        self.table = table.table[:, first:last].copy() if numbers is None else numbers
         self.lengths = np.clip(table.lengths - start, 0, room).astype(np.int32)
         self.fill_holes()
         if table.holed:

@@ -96,7 +96,7 @@ class PageTable(Moving):
                 plane, new = self.pool.planes[name], planes.get(name)
                 place = (begun[0],) if spec.per_page else (pages[some], offsets[some])
                 mine = begun[1] if spec.per_page else some
-                plane[place] = spec.fill if new is None else new[mine].to(plane.dtype)
+                plane[place] = spec.fill if new is None else self.pool.lowered(new[mine].to(plane.dtype))
 
     def fork(self) -> "PageTable":
         """A second table over the same pages."""

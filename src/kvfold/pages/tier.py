@@ -1,20 +1,21 @@
 """Planes that lie in a file, and as much of them in memory as is allowed: who touches them says so first."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
-from kvfold.pages.in_file import NONE, InFile
+from kvfold.pages.in_file import InFile
 from kvfold.pages.planes import Planes
 from kvfold.pages.pool import PagePool
-from kvfold.pages.residency import Blocks, Moves, Residency
+from kvfold.pages.residency import NONE, Blocks, Moves, Residency
 from kvfold.pages.spill import UNIT, SpillFile
 from kvfold.pages.storage import copy_pages
 from kvfold.pages.stretch import PageStretch
+from kvfold.pages.turns import in_turn
 
 WRITTEN = 1024
 """Tokens of a row that are written at once: kernels take them in copies, which are memory, too."""
@@ -63,10 +64,12 @@ class FastMemory(InFile):
         for start, stop in self._in_turn(len(pages), wanted):
             yield slice(start, stop)
 
-    def in_turn(self, table: Planes) -> Iterator[tuple[int, Planes]]:
-        """Stretches of a table's rows that have room together, to be read, each with its first slot: all at once or so.
+    def in_turn(
+        self, table: Planes, read: Tensor | None = None, *, shares: bool = False
+    ) -> Iterator[tuple[Planes, Tensor | None]]:
+        """Stretches of a table's rows that have room together, each with its part of `read`: all at once or so.
 
-        Each is there until the next is asked for.
+        `shares`: whoever asks wants to know what each slot got. Each is there until the next is asked for.
         """
         size, planes = table.pool.page_size, list(table.pool.planes.values())
         held, pages, whole = table.table, table.table.shape[1], self._whole.get(table.pool)
@@ -84,19 +87,22 @@ class FastMemory(InFile):
 
         addresses = [plane.data_ptr() for plane in planes]
         if not pages:
-            yield 0, table
+            yield table, read
         self._last[table.pool] = NONE
         for start, stop in self._in_turn(pages, wanted, table.pool):
             part = table if stop - start == pages else PageStretch(table, start, stop)
             if part.longest or part is table:  # else room that no token has taken yet
-                yield start * size, part
+                at = start * size
+                yield part, None if read is None else read[..., at : at + part.longest]
 
-    def appended(self, table: Planes, start: Int[np.ndarray, " R"], count: int) -> Iterator[tuple[int, int]]:
-        """Stretches of the `count` tokens that are written behind slot `start[r]` of each row, 1,024 at most.
+    def appended(
+        self, table: Planes, start: Int[np.ndarray, " R"], count: int, planes: Mapping[str, Tensor]
+    ) -> Iterator[tuple[int, int]]:
+        """Stretches of the `count` tokens that the caller writes behind slot `start[r]` of each row, 1,024 at most.
 
         A block that rows have filled goes to the disk, once; till then it is written in memory.
         """
-        pool, planes = table.pool, list(table.pool.planes.values())
+        pool, mine = table.pool, list(table.pool.planes.values())
         size, index = pool.page_size, np.arange(table.table.shape[1])
 
         now = NONE
@@ -105,7 +111,7 @@ class FastMemory(InFile):
             nonlocal now
             low, high = (start + first) // size, (start + last - 1) // size
             some = table.table[(index >= low[:, None]) & (index <= high[:, None])]
-            now = np.concatenate([NONE, *(self.blocks(plane, some) for plane in planes)])
+            now = np.concatenate([NONE, *(self.blocks(plane, some) for plane in mine)])
             return NONE, now
 
         for first, last in self._in_turn(count, wanted, most=WRITTEN):
@@ -128,8 +134,15 @@ class FastMemory(InFile):
         return True
 
     @staticmethod
-    def least(pool: PagePool, rows: int) -> int:
-        """Bytes that must have room together in the worst case: a page of each of so many rows, wherever they lie."""
+    def least(pools: Sequence[PagePool], rows: int) -> int:
+        """Bytes that must have room together in the worst case: a page of each of so many rows, in some pool of these.
+
+        Wherever they lie.
+        """
+        return max((FastMemory._least(pool, rows) for pool in pools), default=0)
+
+    @staticmethod
+    def _least(pool: PagePool, rows: int) -> int:
         blocks = 0
         for spec in pool.specs.values():
             size = spec.page_nbytes(pool.page_size)
@@ -140,15 +153,14 @@ class FastMemory(InFile):
     def _in_turn(
         self, count: int, wanted: Wanted, pool: PagePool | None = None, most: int | None = None
     ) -> Iterator[tuple[int, int]]:
-        todo = [(0, count)] if count else []
-        while todo:
-            start, stop = todo.pop()
-            long = most is not None and stop - start > most
-            read, written = (NONE, NONE) if long else wanted(start, stop)
-            if long or (len(read) + len(written) > self.residency.room and stop - start > 1):
-                middle = (start + stop) // 2
-                todo += [(middle, stop), (start, middle)]
-                continue
+        every = dict[tuple[int, int], tuple[Blocks, Blocks]]()
+
+        def both(start: int, stop: int) -> Blocks:
+            every[start, stop] = wanted(start, stop)
+            return np.concatenate(every[start, stop])
+
+        for start, stop, _ in in_turn(count, both, lambda: self.residency.room, most):
+            read, written = every.pop((start, stop))
             if pool is not None:
                 self._last[pool] = np.concatenate([self._last[pool], read])
             self._use(read, written)
@@ -178,6 +190,9 @@ class FastMemory(InFile):
         """Let go of what of a pool's planes is here and was not to be."""
         for every in self._own(pool):
             self._each(every[~self.residency.here(every)], self.file.let_go)
+
+    def fetch(self, pool: PagePool) -> None:
+        """A pool is read next: the disk has begun, see `expect`."""
 
     def expect(self, pool: PagePool) -> None:
         """A pool is read next, most likely as it was last: the disk may begin."""

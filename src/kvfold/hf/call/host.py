@@ -95,6 +95,8 @@ class Host(Checked):
             self._late_events(ordinal, plan)
         if self.spilled is not None:
             self.spilled.left(self.paged[ordinal], settle=not plan.step)
+            if plan.step:
+                self.spilled.fetch(self.paged[(ordinal + 1) % len(self.paged)])
 
     def expect(self, ordinal: int) -> None:
         """A paged layer is about to read what it has stored; the next one's is brought meanwhile."""

@@ -27,5 +27,7 @@ def attend_float8(
         )
     from kvfold.ops import _cpu
 
-    planes = (kind == torch.float8_e5m2, *(pool.array(name) for name in PLANES))
+    def planes(pool: Any) -> tuple[Any, ...]:
+        return (kind == torch.float8_e5m2, *(pool.array(name) for name in PLANES))
+
     return attend_rows(_cpu.attend_float8, planes, q, table, scale, dv=dv, mass=mass, read=read, weights=weights)

@@ -31,9 +31,12 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     from kvfold.ops import _cpu
 
-    pool = table.pool
-    planes, dv = (pool.array("keys"), pool.array("values")), pool.specs["values"].width
-    return attend_rows(_cpu.attend, planes, q, table, scale, dv=dv, mass=mass, read=read, weights=weights)
+    dv = table.pool.specs["values"].width
+    return attend_rows(_cpu.attend, _planes, q, table, scale, dv=dv, mass=mass, read=read, weights=weights)
+
+
+def _planes(pool: Any) -> tuple[np.ndarray, np.ndarray]:
+    return pool.array("keys"), pool.array("values")
 
 
 @register("step_pages", "cpu", rank=10, fits=fits)
@@ -62,7 +65,7 @@ def append(table: Any, planes: Mapping[str, Tensor], count: int) -> None:
     from kvfold.ops import _cpu
 
     start, pool = table.extend(count), table.pool
-    for first, last in ((0, count),) if pool.memory is None else pool.memory.appended(table, start, count):
+    for first, last in ((0, count),) if pool.memory is None else pool.memory.appended(table, start, count, planes):
         begin, stop = start + np.int32(first), start + np.int32(last)
         for name, spec in pool.specs.items():
             new = planes[name][:, first:last] if name in planes else _fill(spec, table.rows, last - first)
@@ -78,7 +81,8 @@ def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor], *, slack
         return
     from kvfold.ops import _cpu
 
-    keep, before, pool = mask.contiguous().numpy(), table.lengths, table.pool
+    before, pool = table.lengths, table.pool
+    keep = pool.lowered(mask).contiguous().numpy()
     if slack:
         holes, hole_count = table.copy_holes()
         if _cpu.punch_holes(keep, before, holes, hole_count):
@@ -92,9 +96,18 @@ def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor], *, slack
     counts = keep.sum(1).astype(np.int32)
     if (counts == before).all():
         return
+    pool.wrote(pool.planes, _behind_gaps(table, keep))
     for name in pool.planes:
         _cpu.close_gaps(pool.array(name), keep, table.table, before, pool.page_size, threads())
     naive.shorten(table, counts)
+
+
+def _behind_gaps(table: Any, keep: np.ndarray) -> np.ndarray:
+    """The pages from the first on of which each row drops a token."""
+    gaps = np.where(~keep, np.arange(keep.shape[1]), table.lengths[:, None]).min(1, initial=keep.shape[1])
+    index = np.arange(table.table.shape[1])
+    pages: np.ndarray = table.table[(index >= (gaps // table.pool.page_size)[:, None]) & (table.table >= 0)]
+    return pages
 
 
 def _fill(spec: Any, rows: int, count: int) -> Tensor:
@@ -109,10 +122,10 @@ def _set_columns(table: Any, columns: Mapping[str, Tensor]) -> None:
     from kvfold.ops import _cpu
 
     pool, start = table.pool, np.zeros(table.rows, dtype=np.int32)
+    pool.wrote(columns, table.held)
     for name, new in columns.items():
-        _cpu.write(
-            pool.array(name), _rows(new, pool.specs[name].dtype), table.table, start, table.lengths, pool.page_size
-        )
+        rows = _rows(pool.lowered(new), pool.specs[name].dtype)
+        _cpu.write(pool.array(name), rows, table.table, start, table.lengths, pool.page_size)
 
 
 def _rows(new: Tensor, dtype: torch.dtype) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import Tensor
 from kvfold.ops.dispatch import register
 from kvfold.ops.gpu import answers, attend_rows, fits
 from kvfold.ops.paged import naive
+from kvfold.ops.rows import in_turn
 
 
 @register("attend_pages", "triton", rank=20, fits=fits)
@@ -21,6 +22,14 @@ def attend_pages(
     q: Tensor, table: Any, scale: float, *,
     mass: str | None, read: Tensor | None, compact: Any, position: str, weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    if table.pool.memory is not None and compact is None:
+
+        def answer(part: Any, some: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+            return attend_pages(
+                q, part, scale, mass=mass, read=some, compact=None, position=position, weights=weights
+            )  # fmt: skip
+
+        return in_turn(answer, table, read, weights=weights)
     planes = table.pool.planes
     dv = planes["values"].shape[-1]
     if compact is not None or not answers(q, table, mass, q.shape[4], dv):
@@ -41,6 +50,8 @@ def step_pages(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     from kvfold.ops.paged import triton_kernels
 
+    if table.pool.memory is not None:
+        return naive.step_pages(q, table, planes, scale, mass=mass, weights=weights)
     pages, lengths, *_ = table.step()
     new = {name: plane[:, 0].to(table.pool.planes[name].dtype) for name, plane in planes.items()}
     fills = {name: spec.fill for name, spec in table.pool.specs.items()}

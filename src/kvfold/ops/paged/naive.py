@@ -57,6 +57,9 @@ def step_pages(
 @register("append_pages", "naive", rank=0)
 def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Tensor | None) -> None:
     count = planes["keys"].shape[1]
+    if table.pool.memory is not None:
+        _append_elsewhere(table, planes, valid)
+        return
     place = table.tail(count) if valid is None else None
     if place is not None:
         for name, spec in table.pool.specs.items():
@@ -71,6 +74,23 @@ def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Tensor | None)
             continue
         new = planes[name].flatten(0, 1) if valid is None else planes[name][valid]
         plane[pages, offsets] = new.to(plane.dtype)
+
+
+def _append_elsewhere(table: Any, planes: Mapping[str, Tensor], valid: Tensor | None) -> None:
+    """`append_pages` where pages are elsewhere: their memory takes the tokens of even rows, or says which to write."""
+    count = planes["keys"].shape[1]
+    if valid is not None:
+        table.add(valid.sum(1).cpu().numpy(), {name: new[valid] for name, new in planes.items()})
+        return
+    start = table.extend(count)
+    for first, last in table.pool.memory.appended(table, start, count, planes):
+        rows = np.repeat(np.arange(table.rows), last - first)
+        slots = (start[:, None] + np.arange(first, last)).reshape(-1)
+        new = {name: plane[:, first:last].flatten(0, 1) for name, plane in planes.items()}
+        for name, spec in table.pool.specs.items():
+            wide = () if spec.width is None else (spec.width,)
+            new.setdefault(name, torch.full((len(rows), *wide), spec.fill, dtype=spec.dtype))
+        table.write(rows, slots, new)
 
 
 @register("keep_pages", "naive", rank=0)

@@ -25,7 +25,9 @@ def attend_sparse(
         )  # fmt: skip
     from kvfold.ops import _cpu
 
-    planes = tuple(pool.array(name) for name in PLANES)
+    def planes(pool: Any) -> tuple[Any, ...]:
+        return tuple(pool.array(name) for name in PLANES)
+
     return attend_rows(
         _cpu.attend_sparse, planes, q, table, scale, dv=value_size, mass=mass, read=read, weights=weights
     )

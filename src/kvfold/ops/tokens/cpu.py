@@ -23,7 +23,9 @@ def attend_tokens(
         return naive.attend_tokens(q, table, scale, keys=keys, values=values, mass=mass, read=read, weights=weights)
     from kvfold.ops import _cpu
 
-    planes = (*_side(pool, "keys", keys), *_side(pool, "values", values))
+    def planes(pool: Any) -> tuple[Any, ...]:
+        return (*_side(pool, "keys", keys), *_side(pool, "values", values))
+
     return attend_rows(
         _cpu.attend_tokens, planes, q, table, scale, dv=values.size, mass=mass, read=read, weights=weights
     )
