@@ -14,10 +14,14 @@ query heads each for itself), over what is stored there; `index` what indexes ta
 Milliseconds are of a step of one row, over those that nobody looks at, and `times` the full cache's over them, of the
 same document, the median of documents. Intervals: bootstrap over documents. `--out` is a folder to go on in. `kvfold
 bench reading` prints the same of one text.
+
+`--needles FOLDER`: what `kvfold eval --tasks niah --out FOLDER` found of the model with these methods is a column more,
+the share of the needles and how many there were.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
@@ -25,6 +29,8 @@ from long_runs import Contender, RunFolder, arguments, load, long_documents, nam
 
 from kvfold.bench.reading import measure_reading
 from kvfold.evaluation.escaping import code_cell
+from kvfold.evaluation.report import make_report
+from kvfold.evaluation.report.cells import ALL_LENGTHS
 from kvfold.evaluation.statistics import bootstrap_interval
 from kvfold.methods import parse
 
@@ -37,12 +43,28 @@ def shown(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def report(kept: RunFolder, ran: Sequence[Contender], docs: Sequence[str]) -> tuple[dict[str, Any], str]:
+def needles_in(folder: Path, model: str) -> dict[str, tuple[float, int]]:
+    """Percent of the needles that each method found of a model, and how many there were. Raises ValueError for none."""
+    cells = make_report([folder]).cells
+    found = {
+        cell.contender.method: (cell.score, cell.n)
+        for cell in cells
+        if cell.task == "niah" and cell.setup.model == model and cell.score is not None and cell.length != ALL_LENGTHS
+    }
+    if not found:
+        raise ValueError(f"needles={str(folder)!r} has no results of {model} with the task niah")
+    return found
+
+
+def report(
+    kept: RunFolder, ran: Sequence[Contender], docs: Sequence[str], needles: Mapping[str, tuple[float, int]] | None
+) -> tuple[dict[str, Any], str]:
     """Summary by method, and the table, over these documents."""
+    more = ("", "") if needles is None else (" needles |", " ---: |")
     lines = [
         "| method | documents | KL [95 %] | equal greedy tokens | recall | attention | read | index | ms a step "
-        "| times |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| times |{more[0]}",
+        f"| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |{more[1]}",
     ]
     summary: dict[str, Any] = {}
     for one in ran:
@@ -60,6 +82,9 @@ def report(kept: RunFolder, ran: Sequence[Contender], docs: Sequence[str]) -> tu
             *("-" if s[key] is None else f"{s[key]:.3f}" for key in ("recall", "attention")),
             *(f"{s[key]:.3f}" for key in ("read", "index")), f"{1e3 * s['step_seconds']:.1f}", f"{s['times']:.2f}",
         ]  # fmt: skip
+        if needles is not None:
+            score, count = s["needles"], s["needles_of"] = needles.get(one.name, (None, 0))
+            cells.append("-" if score is None else f"{score:.0f} % of {count}")
         lines.append("| " + " | ".join(cells) + " |")
     return summary, "\n".join(lines) + "\n"
 
@@ -71,7 +96,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=6144)
     parser.add_argument("--tokens", type=int, default=48, help="fed one by one")
     parser.add_argument("--watched", type=int, default=16, help="of them, whose choices are looked at")
+    parser.add_argument("--needles", type=Path, help="results of kvfold eval with the task niah")
     args = parser.parse_args()
+    needles = None if args.needles is None else needles_in(args.needles, args.model)
     model, tokenizer = load(args)
     docs = long_documents(tokenizer, args.data, args.context + args.tokens, args.docs)
     about = {name: getattr(args, name) for name in ("model", "dtype", "context", "tokens", "watched", "device")}
@@ -87,7 +114,7 @@ def main() -> None:
             kept.add(ran[row.method], [{**row.to_dict(), "document": name, "times": times}])
         told(f"{number}/{len(docs)} {name} ({time.perf_counter() - started:.0f} s)")
     names = [name for name, _ in docs]
-    summary, table = report(kept, list(ran.values()), names)
+    summary, table = report(kept, list(ran.values()), names, needles)
     write_table(args.out, summary, table)
     print(f"{args.model}, {args.dtype}, {args.context} tokens read, {args.tokens} fed one by one\n\n{table}", end="")
 
