@@ -41,7 +41,7 @@ inline void fill(float* line, int64_t from, int64_t to, float x) {
 }
 
 // The scores of a list's units, -inf behind them as far as one glances.
-void line_of(const UnitChoice& on, int64_t row, int64_t list, int64_t units, float* line) {
+void line_of(const UnitChoice& on, int64_t row, int64_t list, int64_t units, int64_t most, float* line) {
     const float* from = on.scores + (row * on.g + list) * on.width;
     const int64_t heads = on.reduce == Reduce::each ? 1 : on.g;
     int64_t u = 0;
@@ -56,8 +56,9 @@ void line_of(const UnitChoice& on, int64_t row, int64_t list, int64_t units, flo
         line[u] = tamed(x)[0];
     }
     fill(line, units, units + GLANCE, -INFINITY);
-    fill(line, units - 1 - on.recent, units - 1, HIGH / 4);
-    fill(line, 0, smaller(units - 1, on.sinks), HIGH / 2);
+    const int64_t sinks = smaller(on.sinks, most - 1), recent = smaller(on.recent, most - 1 - sinks);  // the nearest
+    fill(line, units - 1 - recent, units - 1, HIGH / 4);
+    fill(line, 0, smaller(units - 1, sinks), HIGH / 2);
     line[units - 1] = HIGH;
 }
 
@@ -105,7 +106,7 @@ void choose_list(const void* context, int64_t index) {
     if (most > 0) {
         const int64_t length = line_length(units);
         float* line = scratch(4 * length);
-        line_of(on, row, index % lists, units, line);
+        line_of(on, row, index % lists, units, most, line);
         count = best_of(line, units, most, line + length, out);
     }
     for (int64_t i = count; i < on.most; i++) out[i] = -1;

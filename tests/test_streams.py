@@ -97,3 +97,20 @@ def test_a_head_of_a_prompt_that_streams_is_asked_less(monkeypatch):
     asking = Asking(q, torch.zeros(1, 1, dtype=torch.int32), 0.3)
     asking.prompt(None, k, k, None, None, streams=Streams((True, False), 4, 16))
     assert asked == [((1, 3, 90, 8), {"window": 0}), ((1, 3, 90, 8), {"window": 16}), ((1, 1, 4, 8),)]
+
+
+@pytest.mark.parametrize("text", ["{}", "h2o(budget=0.9) | {}"])
+def test_what_tokens_got_of_heads_that_stream_adds_up(text):
+    """Whoever looks at such a prompt sees attention over all that the view shows, a share of 1 for each query."""
+    method = kvfold.parse(text.format(str(long_and_short(4, 12))))
+    cache, seen, prompt = kvfold.Cache(subject("llama"), method), [], tokens(60)
+    with cache.observed(lambda view: seen.append(view.column_sums().sum(-1))):
+        feed(subject("llama"), cache, *prompt.values())
+    group = 60 * subject("llama").config.num_attention_heads // subject("llama").config.num_key_value_heads
+    for sums in seen:
+        assert_close(sums, torch.full_like(sums, group), atol=1e-2, rtol=0)
+
+
+def test_heads_that_stream_and_tokens_that_are_let_in_are_refused_together():
+    with pytest.raises(ValueError, match="that say what a prompt's tokens see of it"):
+        kvfold.parse("attention-gate | lserve(static_sparsity=0.5)")

@@ -86,6 +86,35 @@ def test_turns_crops_beams_and_copies(method):
     assert caches[1].resident_nbytes <= LIMIT and caches[1].fast.brought_nbytes > 0
 
 
+@pytest.mark.parametrize(
+    "method", ["quest(budget=8,page=8,dense=0) | kivi(bits=4)", "quest(budget=16,page=16,dense=0)"]
+)
+def test_a_part_of_which_nothing_is_read(method):
+    """All that is chosen lies in the tail that is still exact, so that no page of codes is brought."""
+    prompt = tokens(300)
+    model, *caches = both(method, limit=400 << 10)
+    given = prompt["input_ids"], prompt["attention_mask"], testing.steps(1, 6)
+    close(*(follow(model, cache, *given) for cache in caches))
+
+
+@pytest.mark.parametrize("method", [*KEPT, "kivi(bits=4)"])
+def test_in_and_out_of_inference_mode(method):
+    """Slots are made in the mode of the first pass, and written in those of later ones."""
+    model, *caches = both(method)
+    prompt, found = tokens(1200), []
+    for cache in caches:
+        mask, logits = prompt["attention_mask"], []
+        for ids, mode in (
+            (prompt["input_ids"], torch.inference_mode), (testing.steps(1, 1), torch.no_grad),
+            (testing.steps(1, 9), torch.inference_mode), (testing.steps(1, 1), torch.enable_grad),
+        ):  # fmt: skip
+            mask = mask if ids is prompt["input_ids"] else grow(mask, ids.shape[1])
+            with mode():
+                logits.append(model(ids, past_key_values=cache, attention_mask=mask).logits[:, -1].detach().clone())
+        found.append(torch.stack(logits))
+    close(*found)
+
+
 @pytest.mark.parametrize("method", KEPT)
 def test_generate_with_beams_and_with_chunks(method):
     model, ids = subject("llama"), tokens(1000)["input_ids"]

@@ -246,6 +246,10 @@ def test_turns_that_are_remembered_are_those_of_the_steps_and_the_dtype():
     y = x.clone().requires_grad_()
     rope.shift(y, some).sum().backward()  # made in inference mode, and of use here too
     assert y.grad.abs().sum() > 0
+    with torch.no_grad():
+        rope.rotary.inv_freq.mul_(0.5)
+    assert not torch.equal(rope.shift(x, more), found)
+    rope.rotary.inv_freq.mul_(2.0)
     count = len(asked)
     rope.rotary.to(torch.bfloat16)
     assert not torch.equal(rope.shift(x, more), found) and len(asked) == count + 1

@@ -207,7 +207,9 @@ def test_soft_votes_of_many_threads_are_those_of_one():
 
 def chosen_of(line: np.ndarray, units: int, room: int, sinks: int, recent: int) -> list[int]:
     """One by one: the last, the first, the newest before the last, then the highest."""
-    ranks = list[tuple[float, float, int]]()
+    ranks, most = list[tuple[float, float, int]](), min(room, units)
+    sinks = min(sinks, most - 1)
+    recent = min(recent, most - 1 - sinks)  # the nearest
     for place, score in enumerate(line[:units].tolist()):
         worth = -float(np.finfo(np.float32).max) if score != score else score
         kind = 3 if place == units - 1 else 2 if place < sinks else 1 if place >= units - 1 - recent else 0

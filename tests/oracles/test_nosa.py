@@ -1,5 +1,6 @@
 """NOSA against its card: what windows see, what a block is worth, which are forced, and what importance does."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import kvfold
 from kvfold import artefacts, testing
 from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, Indexed, Spec
 from kvfold.methods.nosa import NOSA, Importance, heads_of
+from kvfold.pages import Residency
 from kvfold.selectors import Lasting, Selection, WindowMeans
 from kvfold.selectors.windows import best_over_blocks, over_windows
 from kvfold.testing import steps as forced
@@ -95,10 +97,10 @@ def test_oracle_2_which_windows_a_query_sees(place, windows):
     assert seen.sum(-1).eq(windows).all()
     for j in range(windows):
         assert_close(means[:, :, j], keys[:, :, 16 * j : 16 * j + 32].mean(2), atol=1e-6, rtol=0)
-    scores = index.scores(random(1, H, G, D, seed=1), full(1))
-    assert_close(scores.amax((2, 3)), torch.full((1, H), float(G > 0 and windows > 0) * G) if windows == 1 else
-                 scores.amax((2, 3)))  # fmt: skip
-    assert bool(scores.eq(0).all()) == (windows == 0)
+    q = random(1, H, G, D, seed=1)
+    given = torch.einsum("bhgd,bhjd->bhgj", q, means[:, :, :windows]) * D**-0.5
+    want = given.softmax(-1).sum(2).amax(-1) if windows else torch.zeros(1, H)  # nothing is to be seen
+    assert_close(index.scores(q, full(1))[:, :, :, 0], want[:, :, None].expand(-1, -1, G))
 
 
 def test_oracle_3_eighteen_blocks_are_forced():
@@ -219,11 +221,43 @@ def test_oracle_5_with_a_of_zero_it_is_plain_sparse_attention(tmp_path):
 
 def test_oracle_6_of_two_steps_only_what_is_missing_is_moved():
     """Old slots 5, 9, 2, 7 and wanted 2, 11, 5, 8: two copies."""
-    held, wanted = {5, 9, 2, 7}, {2, 11, 5, 8}
-    form = Indexed(Dense(), Selection(WindowMeans(8, 4, 2), 64))
-    segment = form.open(spec())
+    memory = Residency(4, 1)
+    old, new = np.array([5, 9, 2, 7]), np.array([2, 11, 5, 8])
+    memory.use(old, written=old)
+    memory.clean(old)  # all lie elsewhere, too
+    memory.use(new, written=new)
+    memory.clean(new)
+    memory.use(old)
+    moves = memory.use(new)
+    assert moves.come.tolist() == [8, 11] and moves.go.tolist() == [7, 9] and not len(moves.back)
+
+
+def test_a_change_within_a_block_renews_the_block():
+    segment = Indexed(Dense(), Selection(WindowMeans(8, 4, 2), 64)).open(spec())
     segment.append(chunk(random(1, H, 200, D)))
-    assert len(wanted - held) == 2 and segment.index.begins(full(77)).tolist() == [[72] * H]
+    assert segment.index.begins(full(77)).tolist() == [[72] * H]
+
+
+@pytest.mark.parametrize("before", ["", "h2o(budget=0.9) | "])
+def test_what_tokens_got_adds_up_though_they_have_an_importance(before, tmp_path):
+    """A prompt attends without it; whoever looks sees attention with the masses that the view shows."""
+    model, seen, prompt = subject("llama"), [], tokens(80)
+    cache = kvfold.Cache(model, f"{before}nosa(budget=1.0, calibration={artefact(model, tmp_path, 0.7)!r})")
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    mask = prompt["attention_mask"]
+    with cache.observed(lambda view: seen.append((view.column_sums().sum(-1), view.new))):
+        feed(model, cache, *prompt.values())
+        feed(model, cache, forced(1, 9), grow(mask, 9))
+    for sums, new in seen:
+        assert_close(sums, torch.full_like(sums, new * group), atol=1e-2, rtol=0)
+
+
+def test_a_calibration_of_another_number_of_layers_is_refused_first(tmp_path):
+    model = subject("llama")
+    where, wide = artefact(model, tmp_path, 0.7), NOSA(calibration=None)
+    method = replace(wide, calibration=where)
+    with pytest.raises(ValueError, match=r"of nosa has 3 layers, the model 2"):
+        method.selection(Site(0, 0, (0, 1), 2))
 
 
 def test_a_step_attends_with_the_importance_of_its_own_token_too(tmp_path):

@@ -88,6 +88,6 @@ def step_by_bounds(
 
 
 def _lies_in_units(segment: DenseSegment, unit: int) -> bool:
-    """Whether units are whole pages that are in memory: what is elsewhere must be brought first."""
-    table = segment.table
-    return not (table.holed or unit % table.pool.page_size) and table.pool.memory is None
+    """Whether units are whole pages in memory, which a kernel reads: what is elsewhere must be brought first."""
+    table, pool = segment.table, segment.table.pool
+    return not (table.holed or unit % pool.page_size) and pool.memory is None and pool.device.type == "cpu"

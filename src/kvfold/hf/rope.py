@@ -41,8 +41,8 @@ CLOSE, COARSE = 1e-3, 0.05
 FEW = 512
 """Steps of which cos and sin are remembered until others come."""
 
-Turned = tuple[str | None, Tensor, tuple[Tensor, ...], tuple[Tensor, Tensor]]
-"""Layer type, steps, the module's buffers, which change with its dtype, and cos and sin of those."""
+Turned = tuple[str | None, Tensor, tuple[tuple[Tensor, int], ...], tuple[Tensor, Tensor]]
+"""Layer type, steps, the module's buffers and how often each was written, and cos and sin of those."""
 _known: WeakKeyDictionary[nn.Module, tuple[Turned, ...]] = WeakKeyDictionary()
 _found: WeakKeyDictionary[nn.Module, dict[int, Rope]] = WeakKeyDictionary()
 _failed: WeakSet[nn.Module] = WeakSet()
@@ -79,10 +79,11 @@ class ModelRope:
         """cos and sin of so many steps, for vectors like `x`. All layers of a decode step ask for the same few."""
         if x.device.type != "cpu" or steps.numel() > FEW:  # to compare them would wait for a GPU
             return self._made(x, steps)
-        known, buffers = _known.get(self.rotary, ()), tuple(self.rotary.buffers())
+        known, buffers = _known.get(self.rotary, ()), tuple((x, _version(x)) for x in self.rotary.buffers())
         for layer_type, asked, of, found in known:
             same = layer_type == self.layer_type and asked.shape == steps.shape and len(of) == len(buffers)
-            if same and all(one is two for one, two in zip(of, buffers, strict=True)) and torch.equal(asked, steps):
+            same = same and all(a[0] is b[0] and a[1] == b[1] for a, b in zip(of, buffers, strict=True))
+            if same and torch.equal(asked, steps):
                 return found
         with torch.inference_mode(False), torch.no_grad():  # whoever asks next may want gradients
             made = self._made(x, steps.clone())
@@ -98,6 +99,11 @@ class ModelRope:
     def _scaling(self) -> float:
         name = "attention_scaling" if self.layer_type is None else f"{self.layer_type}_attention_scaling"
         return float(getattr(self.rotary, name, 1.0))
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was written in place, as far as that is counted."""
+    return -1 if x.is_inference() else x._version
 
 
 @cache

@@ -85,11 +85,13 @@ class KVLayer(Held):
         fade = fade_of(plan.asks) if narrow is None else None
         asking = Asking(q, places[:, :1], scale, self._compact(k.device))
         counted = None if fade is None else parts.of(shares(everyone, fade))
-        self._read(asking, parts, valid, counted, admitted, moment.streams(), plan.block)
+        streams = moment.streams()
+        self._read(asking, parts, valid, counted, admitted, streams, plan.block)
         if parts.last:
-            chunk = new_tokens(parts.so_far("k"), parts.so_far("v"), valid, places, moment.labels())
-            chunk = stamped(moment, chunk if admitted is None else chunk.but(admitted))
-            queries = Queries(parts.so_far("q"), everyone, parts.so_far("lse"), places, read=parts.so_far("out"))
+            new = new_tokens(parts.so_far("k"), parts.so_far("v"), valid, places, moment.labels())
+            new = new if admitted is None else new.but(admitted)
+            chunk, asked = stamped(moment, new), (parts.so_far("q"), everyone, parts.so_far("lse"), places)
+            queries = Queries(*asked, read=parts.so_far("out"), plain=streams is None and chunk is new)
             left = parts.sums()
             memo = {} if left is None or fade is None else {faded(fade): left}
             self._store(moment, queries, chunk, memo, even=valid is None)
@@ -186,7 +188,8 @@ class KVLayer(Held):
             tokens = view.tokens
             wide = {name: label[:, None].expand(tokens.valid.shape) for name, label in labels.items()}
             view = replace(view, tokens=tokens.but(tokens.valid, {**tokens.columns, **wide}))
-        view = replace(view, tokens=stamped(moment, view.tokens))
+        if (tokens := stamped(moment, view.tokens)) is not view.tokens:
+            view = replace(view, tokens=tokens, queries=replace(view.queries, plain=False))
         if plan.parts:
             view = moment.decide(view)
         commit(self.stored, view, view.tokens)

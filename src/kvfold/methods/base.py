@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from kvfold.formats import Chunk, Format, Reader
-from kvfold.methods.events import EVENTS, TRAITS, Event
+from kvfold.methods.events import EVENTS, PROMPTS, TRAITS, Event
 from kvfold.rotation import Frame, Measured
 from kvfold.views import CacheView, HiddenView, LayerView, NewWords, Place, PromptView, RawPrompt, Requests, Site
 from kvfold.views.decisions import Decisions, Read, Streams, decided
@@ -107,10 +107,7 @@ class Method:
         return None
 
     def streams(self, site: Site) -> Streams | None:
-        """Before a prompt's new tokens attend, layer by layer: which KV heads see little of what is before a token.
-
-        None: all see all of it.
-        """
+        """Before a prompt's new tokens attend, layer by layer: which KV heads see little of it; None: all see all."""
         return None
 
     def after_prefill(self, view: LayerView) -> Decisions:
@@ -302,6 +299,7 @@ class Pipeline(Compound):
             object.__setattr__(self, "stages", tuple(stage.of_prompts() for stage in self.stages))
         for name, event in EVENTS.items():
             self._at_most_one(event.alone, [stage for stage in self.stages if stage.listens(name)])
+        self._at_most_one(PROMPTS, [stage for stage in self.stages if any(map(stage.listens, ("admit", "streams")))])
         for name, trait in TRAITS.items():
             self._at_most_one(trait.alone, [stage for stage in self.stages if getattr(stage, name)])
         self._check_whole()

@@ -116,6 +116,8 @@ EVENTS: dict[str, Event] = {
     "after_prompt": Event("after the forward pass over a prompt is over", _after_questions, stored=True),
 }
 """All events. A new one is a line here, and a method of `Method`."""
+PROMPTS = "that say what a prompt's tokens see of it"
+"""What at most one stage of a composition may do, by whichever event."""
 
 
 def _union(said: Sequence[frozenset[str]]) -> frozenset[str]:

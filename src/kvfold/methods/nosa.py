@@ -76,7 +76,8 @@ class NOSA(Method):
             check_int(name, getattr(self, name), 1)
         for name in ("sinks", "local"):
             check_int(name, getattr(self, name), 0)
-        WindowMeans(self.block, self.window, self.stride)
+        if self.block % self.stride or self.window % self.stride:
+            raise ValueError(f"stride={self.stride} must divide block={self.block} and window={self.window}")
 
     def bind(self, model: Any) -> "NOSA":
         """Raises ValueError for a calibration that is damaged, of another model, or given and missing."""
@@ -103,6 +104,10 @@ class NOSA(Method):
 
     def selection(self, site: Site) -> Selection:
         weighed = self.calibration is not None
+        if weighed and len(self.heads) != len(site.paged):
+            raise ValueError(
+                f"calibration={self.calibration!r} of nosa has {len(self.heads)} layers, the model {len(site.paged)}"
+            )
         return choice(self, weighed, Lasting(float(self.query)) if weighed and self.query < 1 else None)
 
 

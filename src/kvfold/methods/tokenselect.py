@@ -33,7 +33,8 @@ class TokenSelect(Method):
     """Reads the first and the last tokens and those between that all query heads together attend to most.
 
     Keys are asked before RoPE, by a query that stands `recent` tokens behind all of them, so that distance has no say;
-    a copy of them so is what it remembers, half of what keys and values take. Each head votes by its softmax over the
+    a copy of them so, in 16 bits, is what it remembers (`Keys`): half of what keys and values take, or a quarter of
+    float32. Each head votes by its softmax over the
     tokens between, in float32 and without 1 / sqrt(D), as in the official code. What is read attends as if it stood
     side by side: nothing is further than the budget, and a context may be longer than the model was trained on. With
     fewer tokens than 128 + 2,048 + 512 sinks and recent ones keep their shares of them. Reuse follows the paper's text;

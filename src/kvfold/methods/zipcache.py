@@ -171,7 +171,7 @@ def _picked(queries: Queries, at: Int[Tensor, "B W"], valid: Bool[Tensor, "B W"]
         2, at[:, None, :, None].expand(-1, queries.states.shape[1], -1, queries.states.shape[3])
     )
     lse = queries.lse.gather(2, at[:, None].expand(-1, queries.lse.shape[1], -1))
-    return Queries(states, valid, lse, queries.positions.gather(1, at))
+    return Queries(states, valid, lse, queries.positions.gather(1, at), plain=queries.plain)
 
 
 def channel_weights(view: LayerView) -> Float[Tensor, "B H D"]:

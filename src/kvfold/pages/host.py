@@ -58,6 +58,10 @@ class HostMemory(Divided):
         def wanted(start: int, stop: int) -> Blocks:
             return base + np.unique(table.table[:, start:stop][filled[:, start:stop]])
 
+        if not pages:  # nothing of it is read
+            none = np.full((len(table.table), 0), -1, dtype=np.int32)
+            yield PageStretch(table, 0, 0, some.store, none), None if read is None else read[..., :0]
+            return
         first = True
         for start, stop, blocks in in_turn(pages, wanted, lambda: some.residency.room):
             self._check_fits(some, len(blocks))
@@ -105,10 +109,7 @@ class HostMemory(Divided):
             }
             if len(blocks) <= some.residency.room:
                 self._bring(some, pool, blocks, base + np.unique(pages[offsets == 0]))
-                here, at = (
-                    torch.from_numpy(x.reshape(-1).astype(np.int64)).to(self.device)
-                    for x in (some.at(base + pages), offsets)
-                )
+                here, at = (self.transfer.numbers(x.reshape(-1)) for x in (some.at(base + pages), offsets))
                 for name, numbers in new.items():
                     some.store.planes[name][here, at] = numbers
             else:

@@ -68,11 +68,12 @@ class Slots:
 
     def lay(self, buffer: Tensor, start: int, count: int) -> int:
         """So many slots in a buffer of bytes, from `start` on, and nothing in them; where they end."""
-        for name, spec in self.layout[1]:
-            size = spec.page_nbytes(self.layout[0]) * count
-            shape = spec.shape(count, self.layout[0])
-            self.store.planes[name] = buffer[start : start + size].view(spec.dtype).view(shape)
-            start += -(-size // ALIGNED) * ALIGNED
+        with torch.inference_mode(False):  # slots are written outside, too
+            for name, spec in self.layout[1]:
+                size = spec.page_nbytes(self.layout[0]) * count
+                shape = spec.shape(count, self.layout[0])
+                self.store.planes[name] = buffer[start : start + size].view(spec.dtype).view(shape)
+                start += -(-size // ALIGNED) * ALIGNED
         self._clear(count)
         return start
 

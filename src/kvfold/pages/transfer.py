@@ -38,12 +38,18 @@ class Transfer:
         step = max(1, self.room // max(1, size))
         with self._beside():
             for start in range(0, len(pages), step):
-                here, there = (torch.from_numpy(x[start : start + step].astype(np.int64)) for x in (slots, pages))
+                here = self.numbers(slots[start : start + step])
+                there = torch.from_numpy(pages[start : start + step].astype(np.int64))
                 buffer = self._buffer(max(self.room, size))[: len(there) * size].view(len(there), size)
                 torch.index_select(origin, 0, there, out=buffer)
-                to.index_copy_(0, here.to(self.device), buffer.to(self.device, non_blocking=True))
+                to.index_copy_(0, here, buffer.to(self.device, non_blocking=True))
                 self._buffers[-1] = self._buffers[-1][0], self.mark()
                 self.brought_nbytes += buffer.nbytes
+
+    def numbers(self, x: Int[np.ndarray, " N"]) -> Int[Tensor, " N"]:
+        """Numbers of slots on the device, for which the host does not wait."""
+        here = torch.from_numpy(x.astype(np.int64))
+        return here if self._stream is None else here.pin_memory().to(self.device, non_blocking=True)
 
     def lift(self, x: Tensor) -> Tensor:
         """What was gathered on the host, on the device, for whoever asked for it."""

@@ -19,7 +19,7 @@ class Hierarchical:
     """Of each `logical` tokens of a unit what `Bounds` remembers, and the most that one of these promises for the unit.
 
     Two levels of LServe (arXiv:2502.14866): a unit is a page of the size that kernels like, and its bound is no looser
-    than that of its logical pages. 1 / `logical` of the cache in its model's dtype. Raises ValueError where `logical`
+    than that of its logical pages. 1 / `logical` of the cache of a model of 16 bits. Raises ValueError where `logical`
     does not divide `unit`.
     """
 

@@ -21,9 +21,10 @@ class WindowMeans:
     """Of each `window` tokens, one every `stride`, the mean of their keys after RoPE; such as are whole alone.
 
     What InfLLM-V2 (arXiv:2509.24663) asks of a block, `unit` tokens, is the most that a group's query heads together
-    give a window that overlaps it, each by its softmax over all windows. Held is the mean of each `stride` tokens, of
-    which a window's is the mean: D numbers for `stride` keys and values, 1 / (2 stride) of the cache. `weighed`: the
-    mean of the logs of their masses, too, by which a block is worth something whoever asks (NOSA, arXiv:2510.13602).
+    give a window that overlaps it, each by its softmax over all windows. Held, in the model's dtype, is the mean of
+    each `stride` tokens, of which a window's is the mean: D numbers for `stride` keys and values, 1 / (2 stride) of the
+    cache. `weighed`: the mean of the logs of their masses, too, by which a block is worth something whoever asks (NOSA,
+    arXiv:2510.13602); in a model of 16 bits some that differ by little are the same, and the earlier block is read.
     Raises ValueError where `stride` divides not both of the others.
     """
 

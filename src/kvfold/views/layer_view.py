@@ -43,7 +43,7 @@ class LayerView(TokenView):
     @property
     def _differs(self) -> bool:
         """Whether the pass's log-sum-exps and answers are not those of the keys and values as they stand here."""
-        return self.rewritten or bool(self.amended) or self.place.compact
+        return self.rewritten or bool(self.amended) or self.place.compact or not self.queries.plain
 
     def attention(self, window: int) -> Float[Tensor, "B H G W T"]:
         """Attention probabilities of each row's last `window` queries over all tokens, float32.

@@ -20,6 +20,9 @@ class Queries:
     """Slot of the first query's own token, the others' follow; None: the view's last Q slots."""
     read: Float[Tensor, "B Hq Q Dv"] | None = None
     """What the pass gave each of them, before the output projection; None: nobody kept it."""
+    plain: bool = True
+    """Whether each attended to all that the view shows before it, by the masses there; else `lse` and `read` are of
+    something else: heads that streamed over a prompt, masses that tokens got when they were stored."""
 
     def pick(self, which: Int[Tensor, " N"]) -> "Queries":
         """Some of them, the same in every row."""
@@ -35,7 +38,8 @@ class Queries:
     def of_rows(self, rows: Int[Tensor, " N"]) -> "Queries":
         """Those of some rows of the batch."""
         start, read = (None if x is None else x[rows] for x in (self.start, self.read))
-        return Queries(self.states[rows], self.valid[rows], self.lse[rows], self.positions[rows], start, read)
+        states, valid, lse, positions = (x[rows] for x in (self.states, self.valid, self.lse, self.positions))
+        return replace(self, states=states, valid=valid, lse=lse, positions=positions, start=start, read=read)
 
     def last(self, count: int) -> "Queries":
         """The last `count` of each row, padding before them; the first of a row that has fewer are not valid."""
@@ -47,6 +51,7 @@ class Queries:
             self.lse.gather(2, which),
             self.positions.gather(1, slots),
             read=None if self.read is None else self.read.gather(2, wide(which, self.read)),
+            plain=self.plain,
         )
 
 

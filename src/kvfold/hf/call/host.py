@@ -94,8 +94,9 @@ class Host(Checked):
         elif plan.late:
             self._late_events(ordinal, plan)
         if self.spilled is not None:
-            self.spilled.left(self.paged[ordinal], settle=not plan.step)
-            if plan.step:
+            one_each = not (plan.prefill or plan.turn)  # a generated token for each row, whoever looks at it
+            self.spilled.left(self.paged[ordinal], settle=not one_each)
+            if one_each:
                 self.spilled.fetch(self.paged[(ordinal + 1) % len(self.paged)])
 
     def expect(self, ordinal: int) -> None:

@@ -66,7 +66,7 @@ def keep_pages(table: Any, mask: Tensor, columns: Mapping[str, Tensor], *, slack
     """After a prompt what stays moves to a pool of its own, at the cost of what stays; one wait, for the counts."""
     counts = mask.sum(1).cpu().numpy().astype(np.int32)
     in_place = table.pool.arena is not None  # which may have no room for both
-    if slack or in_place or not counts.any() or bool((counts == table.lengths).all()):
+    if slack or in_place or table.pool.memory is not None or not counts.any() or bool((counts == table.lengths).all()):
         naive.keep_pages(table, mask, columns, slack=slack)
         return
     from kvfold.ops.paged import triton_kernels

@@ -123,7 +123,7 @@ def choose_units(
     """The best `room[b]` of `units[b, h]` units of each list: their numbers, ascending and then -1, and how many.
 
     `heads`: "each" query head has a list (S = G), or all share that of the "sum" or the "max" of their scores (S = 1).
-    The last unit comes first, then the first `sinks` units, then the `recent` before the last, then the highest scores:
+    The last unit comes first, then the first `sinks` units, then the `recent` nearest before it, then the best scores:
     ties go to the earlier unit, -inf is never chosen, and what is not a number counts as the lowest number.
     """
     found: tuple[np.ndarray, np.ndarray] = select("choose_units", scores)(

@@ -118,9 +118,12 @@ def choose_units(
     worth = scores.clamp(max=high / 8)  # NaN stays, which is never chosen before a number
     place = torch.arange(scores.shape[-1], device=scores.device)
     behind = (torch.from_numpy(np.ascontiguousarray(units)).to(scores.device)[..., None] - 1 - place)[:, :, None]
-    worth = worth.masked_fill((behind >= 0) & (behind <= recent), high / 4)
-    worth = worth.masked_fill((behind >= 0) & (place < sinks), high / 2).masked_fill(behind == 0, high)
     (b, h, lists, n), wide = worth.shape, np.broadcast_to(room[:, None], units.shape).repeat(worth.shape[2], 1)
+    most = np.maximum(np.minimum(room[:, None], units), 1) - 1
+    ends = np.minimum(sinks, most), np.minimum(recent, most - np.minimum(sinks, most))
+    first, near = (torch.from_numpy(x)[:, :, None, None].to(scores.device) for x in ends)
+    worth = worth.masked_fill((behind >= 0) & (behind <= near), high / 4)
+    worth = worth.masked_fill((behind >= 0) & (place < first), high / 2).masked_fill(behind == 0, high)
     best = top_mask(worth.reshape(b, h * lists, n), torch.from_numpy(wide.copy()).to(worth.device))
     return listed(best.view(b, h, lists, n).cpu().numpy())
 
