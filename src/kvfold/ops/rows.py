@@ -12,10 +12,11 @@ from kvfold.ops.cpu import floats, threads
 
 
 def attend_rows(
-    kernel: Callable[..., None], planes: Callable[[Any], tuple[Any, ...]], q: Tensor, table: Any, scale: float, *,
-    dv: int, mass: str | None, read: Tensor | None, weights: bool, here: bool = False,
+    kernel: Callable[..., None], planes: tuple[str, ...] | Callable[[Any], tuple[Any, ...]], q: Tensor, table: Any,
+    scale: float, *, dv: int, mass: str | None, read: Tensor | None, weights: bool, here: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """What `attend_pages` returns, by a kernel over the `planes` of a pool; values have `dv` numbers.
+    """What `attend_pages` returns, by a kernel over the `planes` of a pool (their names, or what gives the kernel's
+    arguments); values have `dv` numbers.
 
     Where not all of a table's pages have room in memory at once, stretches of them answer in turn; `here`: all are
     there. A step asks once a layer: NumPy makes its arrays in a tenth of the time of torch.
@@ -31,8 +32,9 @@ def attend_rows(
     out = np.empty((b, h, g, n, dv), dtype=np.float32)
     lse = np.empty((b, h, g, n), dtype=np.float32)
     probabilities = np.empty((b, h, g, n, t), dtype=np.float32) if weights else None
+    arrays = map(pool.array, planes) if isinstance(planes, tuple) else planes(pool)  # a step asks once a layer
     kernel(
-        floats(q).reshape(*rows, d), *planes(pool), None if mass is None else pool.array(mass),
+        floats(q).reshape(*rows, d), *arrays, None if mass is None else pool.array(mass),
         None if read is None else read.reshape(b * h, -1).contiguous().numpy(),
         table.table, table.lengths, table.holes, table.hole_count, pool.page_size, scale, threads(),
         out.reshape(*rows, dv), lse.reshape(rows), None if probabilities is None else probabilities.reshape(*rows, t),

@@ -19,8 +19,8 @@ class Planes(TableRows):
         valid = torch.arange(self.longest, device=self.pool.device) < lengths[:, None]
         if self.holed:
             rows, slots = spans(np.zeros_like(self.hole_count), self.hole_count)
-            at = tuple(torch.from_numpy(x.astype(np.int64)).to(valid.device) for x in (rows, self.holes[rows, slots]))
-            valid[at] = False
+            holes = torch.from_numpy(np.stack([rows, self.holes[rows, slots]]).astype(np.int64)).to(valid.device)
+            valid[holes[0], holes[1]] = False
         return valid
 
     def dense(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:

@@ -12,6 +12,8 @@ from kvfold.ops.dispatch import register
 from kvfold.ops.paged import naive
 from kvfold.ops.rows import attend_rows
 
+PLANES = ("keys", "values")
+
 
 @register("attend_pages", "cpu", rank=10, fits=fits)
 def attend_pages(
@@ -32,11 +34,7 @@ def _attend(
     from kvfold.ops import _cpu
 
     dv = table.pool.specs["values"].width
-    return attend_rows(_cpu.attend, _planes, q, table, scale, dv=dv, mass=mass, read=read, weights=weights)
-
-
-def _planes(pool: Any) -> tuple[np.ndarray, np.ndarray]:
-    return pool.array("keys"), pool.array("values")
+    return attend_rows(_cpu.attend, PLANES, q, table, scale, dv=dv, mass=mass, read=read, weights=weights)
 
 
 @register("step_pages", "cpu", rank=10, fits=fits)
@@ -54,7 +52,7 @@ def step_pages(
 @register("append_pages", "cpu", rank=10, fits=holds)
 def append_pages(table: Any, planes: Mapping[str, Tensor], valid: Tensor | None) -> None:
     count = planes["keys"].shape[1]
-    if valid is not None or (count > 1 and table.regular and table.even):  # torch copies many tokens on all threads
+    if valid is not None or (table.regular and table.even):
         naive.append_pages(table, planes, valid)
         return
     append(table, planes, count)
