@@ -67,11 +67,11 @@ def test_bytes_in_an_arena_are_those_of_the_pages_held(form):
 
 EMPTY = np.zeros(0)
 BYTES = {
-    "bounds": lambda d, dv, n: n * (d + dv) + 4 + 2 * n * d / 4,
-    "bounds-kivi": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n * dv / 8 + 2 * n * d / 8,
+    "bounds": lambda d, dv, n: n * (d + dv) + 4 + 2 * min(n, 2) * d / 4,
+    "bounds-kivi": lambda d, dv, n: (d + dv) / 2 + 4 + 2 * n * d / 8 + 2 * n * dv / 8 + 2 * min(n, 2) * d / 8,
     "balanced": lambda d, dv, n: (d + dv) / 2 + 4 + 8 * n,
     "dense": lambda d, dv, n: n * (d + dv) + 4,
-    "hierarchical-heads": lambda d, dv, n: n * (d + dv) + 4 + n * d / 4,  # of one head of two
+    "hierarchical-heads": lambda d, dv, n: n * (d + dv) + 4 + min(n, 2) * d / 4,  # of one head of two
     "takes": lambda d, dv, n: n * (d + dv) + 4,
     "bf16": lambda d, dv, n: 2 * (d + dv) + 4,
     "depth": lambda d, dv, n: n * (d + dv) + 4 + 2 * 4,

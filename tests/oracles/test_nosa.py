@@ -1,6 +1,5 @@
 """NOSA against its card: what windows see, what a block is worth, which are forced, and what importance does."""
 
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -252,14 +251,6 @@ def test_what_tokens_got_adds_up_though_they_have_an_importance(before, tmp_path
         assert_close(sums, torch.full_like(sums, new * group), atol=1e-2, rtol=0)
 
 
-def test_a_calibration_of_another_number_of_layers_is_refused_first(tmp_path):
-    model = subject("llama")
-    where, wide = artefact(model, tmp_path, 0.7), NOSA(calibration=None)
-    method = replace(wide, calibration=where)
-    with pytest.raises(ValueError, match=r"of nosa has 3 layers, the model 2"):
-        method.selection(Site(0, 0, (0, 1), 2))
-
-
 def test_a_step_attends_with_the_importance_of_its_own_token_too(tmp_path):
     """What a generated token reads, by definition: the bias is e as it is, of every token, its own among them."""
     model, prompt = subject("llama"), tokens(120)
@@ -366,7 +357,7 @@ def test_what_was_not_trained_is_refused():
 
 @pytest.mark.parametrize(
     ("options", "said"), [({"budget": 0}, "budget=0"), ({"query": 2.0}, "query=2"), ({"block": 0}, "block=0"),
-                          ({"stride": 48}, "stride=48 must divide unit=64"), ({"sinks": -1}, "sinks=-1"),
+                          ({"stride": 48}, "stride=48 must divide block=64"), ({"sinks": -1}, "sinks=-1"),
                           ({"local": -1}, "local=-1")]
 )  # fmt: skip
 def test_bad_options_are_named(options, said):

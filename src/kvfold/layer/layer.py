@@ -17,7 +17,7 @@ from kvfold.layer.parts import Parts, shares
 from kvfold.layer.plan import DEFERRED, Plan
 from kvfold.layer.rows import Rows
 from kvfold.layer.segments import new_tokens
-from kvfold.layer.stamping import stamped
+from kvfold.layer.stamping import labelled, stamped
 from kvfold.layer.stored import Stored
 from kvfold.rotation import Compact
 from kvfold.views import ATTENTION, LayerView, Queries, Site, fade_of, faded
@@ -184,12 +184,7 @@ class KVLayer(Held):
         self.number, self.scale, self.module = plan.number, view.place.scale, view.place.module
         moment = self.moment(plan)
         view = replace(view, place=moment.place(), bounds=(0,), held=(self.segments[0][0],))
-        if labels := moment.labels():
-            tokens = view.tokens
-            wide = {name: label[:, None].expand(tokens.valid.shape) for name, label in labels.items()}
-            view = replace(view, tokens=tokens.but(tokens.valid, {**tokens.columns, **wide}))
-        if (tokens := stamped(moment, view.tokens)) is not view.tokens:
-            view = replace(view, tokens=tokens, queries=replace(view.queries, plain=False))
+        view = labelled(moment, view)
         if plan.parts:
             view = moment.decide(view)
         commit(self.stored, view, view.tokens)

@@ -1,11 +1,14 @@
 """The columns that methods give new tokens by their keys and values, before a layer stores them."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from kvfold.formats import Chunk, LateChunk
 from kvfold.layer.deciding import Moment
+from kvfold.views import LayerView
 
 
 def stamped(moment: Moment, tokens: Chunk) -> Chunk:
@@ -25,6 +28,18 @@ def stamped(moment: Moment, tokens: Chunk) -> Chunk:
         if rows is not None:
             moment.rows.remember(number, frozenset(columns))
     return tokens.but(tokens.valid, {**tokens.columns, **found})
+
+
+def labelled(moment: Moment, view: LayerView) -> LayerView:
+    """A view of a prompt that another cache has read, with the columns that our methods give its tokens."""
+    if labels := moment.labels():
+        tokens = view.tokens
+        wide = {name: label[:, None].expand(tokens.valid.shape) for name, label in labels.items()}
+        view = replace(view, tokens=tokens.but(tokens.valid, {**tokens.columns, **wide}))
+    tokens = stamped(moment, view.tokens)
+    if tokens is view.tokens:
+        return view
+    return replace(view, tokens=tokens, queries=replace(view.queries, plain=False))
 
 
 def _of_rows(tokens: Chunk, rows: Int[Tensor, " N"]) -> Chunk:

@@ -299,7 +299,8 @@ class Pipeline(Compound):
             object.__setattr__(self, "stages", tuple(stage.of_prompts() for stage in self.stages))
         for name, event in EVENTS.items():
             self._at_most_one(event.alone, [stage for stage in self.stages if stage.listens(name)])
-        self._at_most_one(PROMPTS, [stage for stage in self.stages if any(map(stage.listens, ("admit", "streams")))])
+        if streaming := [stage for stage in self.stages if stage.listens("streams")]:
+            self._at_most_one(PROMPTS, streaming + [stage for stage in self.stages if stage.listens("admit")])
         for name, trait in TRAITS.items():
             self._at_most_one(trait.alone, [stage for stage in self.stages if getattr(stage, name)])
         self._check_whole()

@@ -97,17 +97,14 @@ class NOSA(Method):
         return super().listens(event) and (event != "stamp" or self.calibration is not None)
 
     def stamp(self, tokens: Chunk, place: Place) -> Mapping[str, Tensor]:
-        if place.ordinal >= len(self.heads):
-            raise ValueError(f"the calibration of nosa has {len(self.heads)} layers, not number {place.ordinal}")
+        if len(self.heads) != place.layers:  # said by the first layer
+            given = f"calibration={self.calibration!r} of nosa has {len(self.heads)} layers"
+            raise ValueError(f"{given}, the cache {place.layers}")
         values = tokens.values.masked_fill(~tokens.valid[..., None], 0.0)
         return {LOG_MASS: self.heads[place.ordinal].to(values.device)(values)}
 
     def selection(self, site: Site) -> Selection:
         weighed = self.calibration is not None
-        if weighed and len(self.heads) != len(site.paged):
-            raise ValueError(
-                f"calibration={self.calibration!r} of nosa has {len(self.heads)} layers, the model {len(site.paged)}"
-            )
         return choice(self, weighed, Lasting(float(self.query)) if weighed and self.query < 1 else None)
 
 
