@@ -32,7 +32,8 @@ def test_the_table_is_what_the_results_say(script, model, tmp_path):
     names = list(dict.fromkeys(record["method"] for record in kept.found.values()))
     known = read_json(folder / "summary.json")
     ran = [script["Contender"](name, None, None) for name in sorted(names, key=list(known).index)]
-    summary, table = script["report"](kept, ran, docs, script["needles_in"](RESULTS / "reading" / "needles", model))
+    needles = None if model != MODELS[1] else script["needles_in"](RESULTS / "reading" / "needles", model)
+    summary, table = script["report"](kept, ran, docs, needles)
     assert summary.keys() == known.keys() and {s["documents"] for s in summary.values()} == {10}
     assert table == (folder / "table.md").read_text(encoding="utf-8")
     assert summary["full"]["kl"] < 1e-6 and summary["quest(budget=0.12)"]["read"] < 0.6
