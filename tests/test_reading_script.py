@@ -30,7 +30,7 @@ def test_the_table_is_what_the_results_say(script, model, tmp_path):
     kept = script["RunFolder"](tmp_path, {}, "document")
     docs = list(dict.fromkeys(record["document"] for record in kept.found.values()))
     names = list(dict.fromkeys(record["method"] for record in kept.found.values()))
-    known = read_json(folder / "summary.json")
+    known = read_json(folder / "summary.json", "summary.json")
     ran = [script["Contender"](name, None, None) for name in sorted(names, key=list(known).index)]
     needles = None if model != MODELS[1] else script["needles_in"](RESULTS / "reading" / "needles", model)
     summary, table = script["report"](kept, ran, docs, needles)
