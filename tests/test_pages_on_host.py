@@ -9,13 +9,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant
 
-from kvfold.formats import LOG_MASS, POSITION, Chunk, Dense, Fp8, Kivi, Segment, Spec
+from elsewhere import CPU, HEADS, WIDTH, chunk, twins
+from kvfold.formats import LOG_MASS, Dense, Fp8, Kivi, Segment, Spec
 from kvfold.ops.dispatch import use
 from kvfold.pages import HostMemory
 from test_pages_machine import Segments
 
-CPU = torch.device("cpu")
-HEADS, WIDTH, PAGE = 3, 64, 16
+PAGE = 16
 LITTLE = 6144
 TOKEN = HEADS * (2 * WIDTH + 1) * 4
 """Bytes of a token of all heads: keys, values, positions."""
@@ -60,21 +60,10 @@ TestHostSegments = pytest.mark.slow(HostSegments.TestCase)
 TestHostSegments.settings = settings(max_examples=20, stateful_step_count=25, deadline=None, derandomize=False)
 
 
-def chunk(tokens: int, start: int = 0, seed: int = 0) -> Chunk:
-    generator = torch.Generator().manual_seed(seed)
-    keys, values = (torch.randn(1, HEADS, tokens, WIDTH, generator=generator) for _ in range(2))
-    places = torch.arange(start, start + tokens, dtype=torch.int32).expand(1, HEADS, tokens)
-    return Chunk(keys, values, torch.ones(1, HEADS, tokens, dtype=torch.bool), {POSITION: places})
-
-
 def pair(form, limit: int, tokens: int) -> tuple[Segment, Segment, HostMemory]:
     """A segment in memory, and one on the host, of the same tokens."""
     little = HostMemory(limit, CPU)
-    spec = Spec(1, HEADS, WIDTH, WIDTH, torch.float32, CPU)
-    both = form.open(spec), form.open(Spec(1, HEADS, WIDTH, WIDTH, torch.float32, CPU, memory=little))
-    for each in both:
-        each.append(chunk(tokens), even=True)
-    return *both, little
+    return *twins(form, little, tokens), little
 
 
 def same(there: Segment, here: Segment, atol: float = 1e-5, **options) -> None:

@@ -15,15 +15,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant
 
+from elsewhere import CPU, HEADS, WIDTH, chunk, twins
 from kvfold.files import NAMELESS, nameless, remove_stale
-from kvfold.formats import POSITION, Chunk, Dense, Fp8, Kivi, Segment, Spec
+from kvfold.formats import POSITION, Dense, Fp8, Kivi, Segment, Spec
 from kvfold.ops.dispatch import use
 from kvfold.pages import FastMemory, PagePool, Plane, SpillFile, SpillFull
 from kvfold.pages.spill import UNIT
 from test_pages_machine import Segments
-
-CPU = torch.device("cpu")
-HEADS, WIDTH = 3, 64
 
 
 def memory(nbytes: int, folder: Path) -> FastMemory:
@@ -53,21 +51,10 @@ TestSpilledSegments.settings = settings(max_examples=25, stateful_step_count=30,
 # -- what has no room at once ----------------------------------------------------------------------------------
 
 
-def chunk(tokens: int, start: int = 0, seed: int = 0) -> Chunk:
-    generator = torch.Generator().manual_seed(seed)
-    keys, values = (torch.randn(1, HEADS, tokens, WIDTH, generator=generator) for _ in range(2))
-    places = torch.arange(start, start + tokens, dtype=torch.int32).expand(1, HEADS, tokens)
-    return Chunk(keys, values, torch.ones(1, HEADS, tokens, dtype=torch.bool), {POSITION: places})
-
-
 def pair(form, folder: Path, room: int, tokens: int) -> tuple[Segment, Segment, FastMemory]:
     """A segment in memory, and one that has room for little of itself, of the same tokens."""
     little = memory(room * UNIT, folder)
-    spec = Spec(1, HEADS, WIDTH, WIDTH, torch.float32, CPU)
-    both = form.open(spec), form.open(Spec(1, HEADS, WIDTH, WIDTH, torch.float32, CPU, memory=little))
-    for each in both:
-        each.append(chunk(tokens), even=True)
-    return *both, little
+    return *twins(form, little, tokens), little
 
 
 @pytest.mark.parametrize("form", [Dense(), Dense(dtype=torch.float16), Fp8(), Kivi(bits=4, residual=32)], ids=str)

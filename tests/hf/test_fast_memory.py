@@ -14,6 +14,7 @@ import torch
 
 import kvfold
 from calibrated import SMALL
+from elsewhere import life
 from families import LIMITED, METHODS
 from kvfold import testing
 from kvfold.pages import SpillFull
@@ -87,24 +88,7 @@ def test_a_layer_that_has_no_room_is_read_in_stretches(tmp_path, method):
 @pytest.mark.parametrize("method", ["full", "quest(budget=64, page=16)"])
 def test_turns_crops_beams_and_copies(tmp_path, method):
     model, *caches = both(tmp_path, method)
-    prompt, found = tokens(1500), ([], [])
-    for cache, logits in zip(caches, found, strict=True):
-        mask = prompt["attention_mask"]
-        logits.append(feed(model, cache, prompt["input_ids"], mask))
-        mask = grow(mask, 40)
-        logits.append(feed(model, cache, steps(1, 40), mask))  # a second turn
-        cache.crop(-25)
-        mask = mask[:, :-25]
-        copy = cache.fork()
-        for each, seed in ((cache, 1), (copy, 2)):
-            more = testing.steps(1, 5, seed=seed)
-            logits.append(follow(model, each, more[:, :1], grow(mask), more[:, 1:]))
-        copy.reorder_cache(torch.zeros(2, dtype=torch.int64))
-        logits.append(feed(model, copy, testing.steps(2, 1), grow(mask, 6).expand(2, -1)))
-        cache.join(copy.take([1]))
-        wide = grow(mask, 7).repeat(2, 1)
-        wide[0, 0] = 0
-        logits.append(feed(model, cache, testing.steps(2, 1), wide))
+    found = [life(model, cache, 1500) for cache in caches]
     for theirs, mine in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
     assert moved(caches[1]) and caches[1].resident_nbytes <= 1400 << 10
@@ -274,6 +258,7 @@ CHILD = """
 import sys, time, pathlib
 sys.path.insert(0, {tests!r})
 import torch, kvfold
+from elsewhere import life
 from models import build, tokens, feed
 if {named}:
     unlink = pathlib.Path.unlink

@@ -10,6 +10,7 @@ import torch
 
 import kvfold
 from calibrated import SMALL
+from elsewhere import life
 from families import LIMITED, METHODS
 from kvfold import testing
 from kvfold.hf.graph import decode_graph
@@ -63,24 +64,7 @@ def test_every_method_says_what_it_says_in_memory(slug):
 @pytest.mark.parametrize("method", KEPT)
 def test_turns_crops_beams_and_copies(method):
     model, *caches = both(method)
-    prompt, found = tokens(1200), ([], [])
-    for cache, logits in zip(caches, found, strict=True):
-        mask = prompt["attention_mask"]
-        logits.append(feed(model, cache, prompt["input_ids"], mask))
-        mask = grow(mask, 40)
-        logits.append(feed(model, cache, testing.steps(1, 40), mask))  # a second turn
-        cache.crop(-25)
-        mask = mask[:, :-25]
-        copy = cache.fork()
-        for each, seed in ((cache, 1), (copy, 2)):
-            more = testing.steps(1, 5, seed=seed)
-            logits.append(follow(model, each, more[:, :1], grow(mask), more[:, 1:]))
-        copy.reorder_cache(torch.zeros(2, dtype=torch.int64))
-        logits.append(feed(model, copy, testing.steps(2, 1), grow(mask, 6).expand(2, -1)))
-        cache.join(copy.take([1]))
-        wide = grow(mask, 7).repeat(2, 1)
-        wide[0, 0] = 0
-        logits.append(feed(model, cache, testing.steps(2, 1), wide))
+    found = [life(model, cache, 1200) for cache in caches]
     for theirs, mine in zip(*found, strict=True):
         close(mine, theirs)
     assert caches[1].resident_nbytes <= LIMIT and caches[1].fast.brought_nbytes > 0

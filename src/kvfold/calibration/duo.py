@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kvfold.calibration.by_layer import frozen
 from kvfold.calibration.run import Run
 from kvfold.hf.cache import Cache
 
@@ -61,17 +62,14 @@ def streaming_mask(total: int, device: torch.device) -> Tensor:
 def mixing(model: Any, mixer: Callable[..., Any]) -> Iterator[None]:
     """The model attends through the mixer; weights take no gradient."""
     before = model.config.get_text_config(decoder=True)._attn_implementation
-    wanted = [(weight, weight.requires_grad) for weight in model.parameters()]
     AttentionInterface.register(NAME, mixer)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
     try:
-        model.requires_grad_(False)
-        yield
+        with frozen(model):
+            yield
     finally:
         model.set_attn_implementation(before)
-        for weight, grad in wanted:
-            weight.requires_grad_(grad)
 
 
 def train_gates(run: Run) -> dict[str, Any]:

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from kvfold.calibration.by_layer import ByLayer, frozen, views_of
 from kvfold.calibration.gate import halves, window
 from kvfold.calibration.run import Run
 from kvfold.hf.anatomy import projected
-from kvfold.hf.cache import Cache
 from kvfold.methods.nosa import NOSA, Importance, choice
 from kvfold.ops import top_mask
 from kvfold.selectors import Lasting
@@ -146,44 +146,36 @@ def losses(asked: AskedBlocks, heads: Importance | None, module: Any) -> tuple[T
     return ranking, F.mse_loss(got, want) / want.square().mean().clamp(min=1e-12)
 
 
-class ImportanceTrainer:
-    """The heads of all layers, an optimiser for each: layers learn from what they see in passes of the full model."""
+class ImportanceTrainer(ByLayer):
+    """The heads of all layers."""
 
     def __init__(self, views: list[LayerView], rate: float = RATE):
-        self.rate, self.layers = rate, list[dict[str, nn.Parameter]]()
+        layers = list[dict[str, nn.Parameter]]()
         for view in views:
             h, width = view.heads, view.heads * view.values.shape[-1]
             made = {
                 "delta": torch.zeros(h, width, dtype=torch.float32),
                 "scale": torch.full((h,), FLOOR, dtype=torch.float32),
             }
-            self.layers.append({name: nn.Parameter(x.to(view.valid.device)) for name, x in made.items()})
-        self.adams = [torch.optim.Adam(layer.values(), lr=rate) for layer in self.layers]
+            layers.append({name: nn.Parameter(x.to(view.valid.device)) for name, x in made.items()})
+        super().__init__(layers, rate)
 
     def heads(self, ordinal: int) -> Importance:
         """One layer's."""
         return Importance(**self.layers[ordinal])
-
-    def slow_down(self, done: float) -> None:
-        """Set the rate for a training of which so much is done, 0 to 1."""
-        for adam in self.adams:
-            for group in adam.param_groups:
-                group["lr"] = self.rate * min(1.0, max(0.1, 3.0 * (1.0 - done)))
 
     def learn(self, view: LayerView, asked: AskedBlocks) -> tuple[float, float]:
         """A step of one layer; its losses before the step."""
         ordinal = view.place.ordinal
         with torch.enable_grad():
             ranking, error = losses(asked, self.heads(ordinal), view.place.module)
-            self.adams[ordinal].zero_grad()
-            torch.autograd.backward(ranking + error)
-        self.adams[ordinal].step()
+            self.descend(ordinal, ranking + error)
         self.layers[ordinal]["scale"].data.clamp_(min=FLOOR)
         return float(ranking.detach()), float(error.detach())
 
     def data(self) -> dict[str, Tensor]:
         """All layers', in float32: e is added to logits."""
-        return {name: torch.stack([layer[name].detach().cpu() for layer in self.layers]) for name in ("delta", "scale")}
+        return self.stacked()
 
 
 def train_importance(run: Run) -> dict[str, Any]:
@@ -193,10 +185,8 @@ def train_importance(run: Run) -> dict[str, Any]:
     query's choice alone, without e, at the same budgets.
     """
     steps, length = run.sizes(60, 2048)
-    model, rng, texts = run.model, random.Random(run.seed), halves(run)
-    wanted = [(weight, weight.requires_grad) for weight in model.parameters()]
-    try:
-        model.requires_grad_(False)
+    rng, texts = random.Random(run.seed), halves(run)
+    with frozen(run.model):
         trainer = ImportanceTrainer(views_of(run, window(texts[0], random.Random(run.seed), length, run.first)))
         before = judged(trainer, run, texts[1], length)
         for step in range(steps):
@@ -208,20 +198,8 @@ def train_importance(run: Run) -> dict[str, Any]:
             ranking, error = np.mean(found, 0)
             run.tick(f"step {step + 1} of {steps}: importance {ranking:.3f}, error {error:.4f}")
         after = judged(trainer, run, texts[1], length)
-    finally:
-        for weight, grad in wanted:
-            weight.requires_grad_(grad)
     run.about.update(budgets=BUDGETS, rate=RATE, queries=QUERIES, **{"held out before": before, "held out": after})
     return trainer.data()
-
-
-def views_of(run: Run, ids: Int[Tensor, "1 T"]) -> list[LayerView]:
-    """What each paged layer sees of a text, by the full model."""
-    views: list[LayerView] = []
-    cache = Cache(run.model, "full", part_size=0)
-    with torch.no_grad(), cache.observed(views.append):
-        run.model(ids.to(run.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return views
 
 
 def cases(

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kvfold.artefacts import text_config
+from kvfold.calibration.by_layer import ByLayer, frozen, views_of
 from kvfold.calibration.gate import halves, window
 from kvfold.calibration.run import Run
 from kvfold.formats import LateChunk
@@ -115,33 +116,24 @@ def start(model: Any, layers: int, rank: int = RANK, hidden: int = HIDDEN) -> di
     return {name: nn.Parameter(weight.to(model.device)) for name, weight in made.items()}
 
 
-class Trainer:
-    """The maps of all layers, an optimiser for each: layers learn from what they see in passes of the full model."""
+class Trainer(ByLayer):
+    """The maps of all layers."""
 
     def __init__(self, model: Any, layers: int, rate: float = RATE):
         stacked = start(model, layers)
-        self.layers = [{n: nn.Parameter(x[i].detach().clone()) for n, x in stacked.items()} for i in range(layers)]
-        self.adams = [torch.optim.Adam(layer.values(), lr=rate) for layer in self.layers]
-        self.rate = rate
+        each = [{n: nn.Parameter(x[i].detach().clone()) for n, x in stacked.items()} for i in range(layers)]
+        super().__init__(each, rate)
 
     def maps(self, ordinal: int) -> FeatureMaps:
         """One layer's."""
         return FeatureMaps(**self.layers[ordinal])
-
-    def slow_down(self, done: float) -> None:
-        """Set the rate for a training of which so much is done, 0 to 1."""
-        for adam in self.adams:
-            for group in adam.param_groups:
-                group["lr"] = self.rate * min(1.0, max(0.1, 3.0 * (1.0 - done)))
 
     def learn(self, view: LayerView, case: CutPrompt) -> tuple[float, float]:
         """A step of one layer; its errors before the step."""
         ordinal, module = view.place.ordinal, view.place.module
         with torch.enable_grad():
             error, alone, size = errors(module, case, answer(self.maps(ordinal), case))
-            self.adams[ordinal].zero_grad()
-            torch.autograd.backward(error / size.clamp(min=1e-12))  # so that all layers learn at one rate
-        self.adams[ordinal].step()
+            self.descend(ordinal, error / size.clamp(min=1e-12))  # so that all layers learn at one rate
         return float(error.detach()), float(alone.detach())
 
     @torch.no_grad()
@@ -152,8 +144,7 @@ class Trainer:
 
     def data(self) -> dict[str, Tensor]:
         """All layers', in bfloat16."""
-        stacked = {name: torch.stack([layer[name].detach() for layer in self.layers]) for name in self.layers[0]}
-        return {name: each.to("cpu", torch.bfloat16).contiguous() for name, each in stacked.items()}
+        return {name: each.to(torch.bfloat16).contiguous() for name, each in self.stacked().items()}
 
 
 def train_feature_maps(run: Run) -> dict[str, Any]:
@@ -166,10 +157,8 @@ def train_feature_maps(run: Run) -> dict[str, Any]:
     """
     steps, length = run.sizes(60, 1024)
     model, rng, texts = run.model, random.Random(run.seed), halves(run)
-    layers, wanted = len(Cache(model, "full").paged), [(w, w.requires_grad) for w in model.parameters()]
-    trainer = Trainer(model, layers)
-    try:
-        model.requires_grad_(False)
+    trainer = Trainer(model, len(Cache(model, "full").paged))
+    with frozen(model):
         before = judged(trainer, run, texts[1], length)
         for step in range(steps):
             trainer.slow_down(step / steps)
@@ -182,9 +171,6 @@ def train_feature_maps(run: Run) -> dict[str, Any]:
             for name, weight in weights.items():
                 weight.data.copy_(data[name][layer])
         after = judged(trainer, run, texts[1], length)
-    finally:
-        for weight, grad in wanted:
-            weight.requires_grad_(grad)
     run.about.update(
         rank=RANK, hidden=HIDDEN, score="h2o", budgets=BUDGETS, rate=RATE, draws=DRAWS, queries=QUERIES,
         **{"loss at the start": before, "loss at the end": after},
@@ -200,11 +186,7 @@ def cases(run: Run, ids: Tensor, rng: random.Random, draws: int = 1) -> Iterator
         places = sorted(rng.sample(range(prompt, total), min(QUERIES, total - prompt)))
         drawn.append((prompt, torch.tensor(places, dtype=torch.int64, device=run.model.device)))
     methods = [H2O(budget=budget) for budget in BUDGETS]
-    views: list[LayerView] = []
-    cache = Cache(run.model, "full", part_size=0)
-    with torch.no_grad(), cache.observed(views.append):
-        run.model(ids.to(run.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    for view in views:
+    for view in views_of(run, ids):
         for prompt, later in drawn:
             with torch.no_grad():
                 found = list(cases_of(view, prompt, methods, later.to(view.valid.device)))

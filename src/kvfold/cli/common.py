@@ -213,6 +213,11 @@ def end(complete: bool) -> NoReturn:
     raise typer.Exit(0 if complete else 1)
 
 
+def kibi(nbytes: float) -> str:
+    """Bytes in KiB: of what a step moves."""
+    return f"{nbytes / 2**10:,.1f} KiB"
+
+
 def size(nbytes: int) -> str:
     """Bytes in MiB."""
     return f"{nbytes / 2**20:.1f} MiB"

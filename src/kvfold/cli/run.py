@@ -150,10 +150,5 @@ def moved_rows(before: Any, after: Any, steps: int) -> Iterator[tuple[str, str]]
     )
     if steps > 0:
         name = "host" if end.host_nbytes else "disk"
-        yield name, f"{kibi(brought / steps)} read, {kibi(written / steps)} written a token"
+        yield name, f"{common.kibi(brought / steps)} read, {common.kibi(written / steps)} written a token"
         yield "", f"{hits / max(1, hits + misses):.0%} of blocks were in memory"
-
-
-def kibi(nbytes: float) -> str:
-    """Bytes in KiB."""
-    return f"{nbytes / 2**10:,.1f} KiB"

@@ -28,15 +28,9 @@ class AtOnce(Choosing):
     index: Remembered
     seen: Int[np.ndarray, " B"]
 
-    @property
-    def bounding(self) -> Bounding | None:
-        """The selection, where a kernel may make its choice."""
-        found: Bounding | None = self.form.bounding
-        return found
-
     def attend_at_once(self, q: Tensor, scale: float, counts: Int[np.ndarray, "B H"]) -> Answer | None:
         """What bounds alone choose among so many tokens, read; None where there is more to it."""
-        bounding = self.bounding
+        bounding: Bounding | None = self.form.bounding
         by = None if bounding is None else bounding.by_bounds(self.index, counts, self.seen)
         return None if by is None else attend_by_bounds(self.inner, q, scale, by, self.form.selection.unit)
 
@@ -44,7 +38,8 @@ class AtOnce(Choosing):
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool, handed: Handed
     ) -> Answer:  # fmt: skip
         """See `Choosing.step_few`; all of it at once where bounds alone choose among tokens with nothing beside."""
-        bounding, inner, unit = self.bounding, self.inner, self.form.selection.unit
+        bounding: Bounding | None = self.form.bounding
+        inner, unit = self.inner, self.form.selection.unit
         if bounding is not None and not (weights or SEEN) and steps_by_bounds(inner, unit):
             seen = np.maximum(self.seen, positions[:, 0].cpu().numpy().astype(np.int64) + 1)
             by = bounding.by_bounds(self.index, inner.counts() + 1, seen)

@@ -51,7 +51,7 @@ class DenseSegment(TokenSegment):
     @property
     def mass(self) -> str | None:
         """The plane that is added to logits, if tokens have a mass."""
-        return LOG_MASS if self.weighed else None
+        return LOG_MASS if LOG_MASS in self.table.pool.planes else None
 
     def encode(self, what: str, states: Tensor) -> dict[str, Tensor]:
         return {what: states}
@@ -63,18 +63,14 @@ class DenseSegment(TokenSegment):
         self, q: Tensor, scale: float, *, read: Tensor | None = None, compact: Compact | None = None,
         weights: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        mass = LOG_MASS if self.weighed else None
         return ops.attend_pages(
-            q, self.table, scale, mass=mass, read=read, compact=compact, position=POSITION, weights=weights
+            q, self.table, scale, mass=self.mass, read=read, compact=compact, position=POSITION, weights=weights
         )
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        wide = positions[:, None].expand(-1, self.heads, -1)
-        planes = {"keys": k.flatten(0, 1), "values": v.flatten(0, 1), POSITION: wide.reshape(-1, 1)}
-        mass = LOG_MASS if self.weighed else None  # in place: a layer asks at every step
-        return ops.step_pages(q, self.table, planes, scale, mass=mass, weights=weights)
+        return ops.step_pages(q, self.table, self.token(k, v, positions), scale, mass=self.mass, weights=weights)
 
     def token(self, k: Tensor, v: Tensor, positions: Tensor) -> dict[str, Tensor]:
         """What planes hold of one token of each row, (B, H, 1, D) at text positions (B, 1)."""

@@ -40,6 +40,11 @@ class Chunk:
         columns = {name: column.gather(-1, slots) for name, column in self.columns.items()}
         return self._each(taken, self.valid.gather(-1, slots), columns)
 
+    def of_rows(self, rows: Int[Tensor, " N"]) -> "Chunk":
+        """The tokens of some rows of the batch."""
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        return self._each(lambda states: states[rows], self.valid[rows], columns)
+
     def but(self, valid: Bool[Tensor, "B H T"], columns: Mapping[str, Tensor] | None = None) -> "Chunk":
         """The same keys and values with other slots valid, and other columns."""
         return self._each(lambda states: states, valid, self.columns if columns is None else columns)

@@ -84,9 +84,8 @@ class Asking:
                     continue
                 heads = (queries if little else ~queries).nonzero()[:, :1]
                 q, keys, values = self.q[row, heads, asking], k[row, some][:, here], v[row, some][:, here]
-                own = ops.causal(q[None], keys[None], values[None], self.scale, window=streams.recent if little else 0)[
-                    :2
-                ]
+                window = streams.recent if little else 0
+                own = ops.causal(q[None], keys[None], values[None], self.scale, window=window)[:2]
                 if little:
                     own = self._with_sinks(q, keys, values, own, sinks[row], streams.recent)
                 out[row, heads, asking], lse[row, heads, asking] = own[0][0], own[1][0]

@@ -3,10 +3,9 @@
 from dataclasses import replace
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
-from kvfold.formats import Chunk, LateChunk
+from kvfold.formats import Chunk
 from kvfold.layer.deciding import Moment
 from kvfold.views import LayerView
 
@@ -19,7 +18,7 @@ def stamped(moment: Moment, tokens: Chunk) -> Chunk:
     found = dict[str, Tensor]()
     for number, group in heard:
         rows = None if group.rows is None else torch.from_numpy(group.rows).to(tokens.valid.device)
-        some = tokens if rows is None else _of_rows(tokens, rows)
+        some = tokens if rows is None else tokens.of_rows(rows)
         with torch.autocast(tokens.valid.device.type, enabled=False):
             columns = group.method.stamp(some, moment.place(number, group.rows))
         for name, column in columns.items():
@@ -40,9 +39,3 @@ def labelled(moment: Moment, view: LayerView) -> LayerView:
     if tokens is view.tokens:
         return view
     return replace(view, tokens=tokens, queries=replace(view.queries, plain=False))
-
-
-def _of_rows(tokens: Chunk, rows: Int[Tensor, " N"]) -> Chunk:
-    """The tokens of some rows."""
-    columns = {name: column[rows] for name, column in tokens.columns.items()}
-    return LateChunk(lambda: tokens.keys[rows], lambda: tokens.values[rows], tokens.valid[rows], columns)

@@ -2,7 +2,7 @@
 
 from kvfold.ops.alike import most_alike
 from kvfold.ops.attend import attend, merge
-from kvfold.ops.choose import top_mask
+from kvfold.ops.choose import top_lists, top_mask
 from kvfold.ops.codes import attend_codes
 from kvfold.ops.float8 import attend_float8
 from kvfold.ops.linear import linear
@@ -48,6 +48,7 @@ __all__ = [
     "raise_bounds",
     "step_pages",
     "step_units",
+    "top_lists",
     "top_mask",
     "vote_units",
     "window_attention",

@@ -7,28 +7,20 @@ import numpy as np
 from jaxtyping import Bool, Int32
 from torch import Tensor
 
-from kvfold.pages.planes import Planes
+from kvfold.pages.planes import Aside, Planes
 from kvfold.pages.rows import TableRows
 
 
-class FewPages(Planes):
+class FewPages(Aside):
     """Rows of `lengths` slots on `listed` pages of a table's pool, some of those that its rows hold.
 
-    To be read before the table's next write; kernels take it for a table of shorter rows. Raises ValueError where the
-    table has holes, whose slots would not be known here.
+    Raises ValueError where the table has holes, whose slots would not be known here.
     """
 
     def __init__(self, table: TableRows, listed: Int32[np.ndarray, "L M"], lengths: Int32[np.ndarray, " L"]):
         if table.holed:
             raise ValueError("table has holes; its rows must be closed before some of their pages are listed")
-        # No pool knows of it, and nothing is let go of when it goes.
-        self._pool, self.scattered, self.regular = table.pool, True, False
-        self.table, self.lengths = listed, lengths
-        self.fill_holes()
-        self._room, self._known, self._sent = 0, [None] * 4, [None] * 4
-
-    def __del__(self) -> None:
-        return
+        super().__init__(table.pool, listed, lengths)
 
 
 class FewSlots(FewPages):
@@ -39,7 +31,7 @@ class FewSlots(FewPages):
         self._pool: Any = Singles(table.pool)
 
 
-class ReadPages(Planes):
+class ReadPages(Aside):
     """The pages of each row on which `read` marks a slot with a token, as rows of their own; `marks`: those slots."""
 
     def __init__(self, table: Planes, read: Bool[np.ndarray, "R T"]):
@@ -55,16 +47,10 @@ class ReadPages(Planes):
         order = np.argsort(~asked, axis=1, kind="stable")[:, :most]  # those in front, and in their order
         mine = np.take_along_axis(asked, order, 1)
         filled = np.clip(table.lengths[:, None] - order * size, 0, size) * mine  # the row's last page comes last, too
-        self._pool, self.scattered, self.regular = table.pool, True, False
-        self.table = np.where(mine, np.take_along_axis(table.table, order, 1), -1).astype(np.int32)
-        self.lengths = filled.sum(1).astype(np.int32)
-        self.fill_holes()
+        listed = np.where(mine, np.take_along_axis(table.table, order, 1), -1).astype(np.int32)
+        super().__init__(table.pool, listed, filled.sum(1).astype(np.int32))
         some = np.take_along_axis(wide, order[..., None], 1).reshape(rows, most * size)
         self.marks: np.ndarray = some[:, : self.longest]
-        self._room, self._known, self._sent = 0, [None] * 4, [None] * 4
-
-    def __del__(self) -> None:
-        return
 
 
 class Singles:

@@ -1,6 +1,7 @@
 """What lies on the pages that rows hold: planes read and written as dense tensors, or slot by slot."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,6 +103,22 @@ class Planes(TableRows):
 
     def _index(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers.astype(np.int64)).to(self.pool.home)
+
+
+class Aside(Planes):
+    """Rows over pages of somebody else's, to be read before their next write: nothing is held, and nothing let go of.
+
+    Kernels take it for a table. `pool` is what the pages lie in.
+    """
+
+    def __init__(self, pool: Any, table: Int[np.ndarray, "R M"], lengths: Int[np.ndarray, " R"]):
+        self._pool, self.scattered, self.regular = pool, True, False
+        self.table, self.lengths = table, lengths
+        self.fill_holes()
+        self._room, self._known, self._sent = 0, [None] * 4, [None] * 4
+
+    def __del__(self) -> None:  # no pool knows of it
+        return
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

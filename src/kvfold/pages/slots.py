@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kvfold.pages.pool import PagePool
+from kvfold.pages.ranges import Ranges
 from kvfold.pages.residency import Blocks, Residency
 from kvfold.pages.storage import Plane, Storage
 from kvfold.pages.transfer import Transfer
@@ -49,7 +50,7 @@ class Slots:
         self.least = 1  # blocks that are wanted together in any case
         self.share = 0.0  # of all that could be here, when slots were divided
         self._numbers: weakref.WeakKeyDictionary[PagePool, Numbers] = weakref.WeakKeyDictionary()
-        self._unused, self._top = list[Numbers](), 0  # numbers below `top` that are no pool's
+        self._ranges = Ranges()  # of numbers
         self._gone = list[Numbers]()  # those of pools that are no more
         self.residency = Residency(0, self.page_nbytes, policy)
         self._clear(0)
@@ -58,7 +59,7 @@ class Slots:
         before = self.residency
         self.residency = Residency(count * self.page_nbytes, self.page_nbytes, self.policy)
         self.residency.hits, self.residency.misses = before.hits, before.misses
-        self._at: np.ndarray = np.full(self._top, -1, dtype=np.int32)  # the slot of each block
+        self._at: np.ndarray = np.full(self._ranges.top, -1, dtype=np.int32)  # the slot of each block
         self._free = list(range(count - 1, -1, -1))
         self._stale: np.ndarray = np.zeros((len(self.layout[1]), count), dtype=bool)
 
@@ -105,28 +106,15 @@ class Slots:
         if numbers is not None:
             self._gone.append(numbers)
 
-    def _take(self, room: int) -> "Numbers":
-        for some in self._unused:
-            if some.room >= room:
-                made = Numbers(some.start, room)
-                some.start, some.room = some.start + room, some.room - room
-                return made
-        made, self._top = Numbers(self._top, room), self._top + room
-        self._at = np.pad(self._at, (0, self._top - len(self._at)), constant_values=-1)
+    def _take(self, room: int) -> Numbers:
+        made = Numbers(self._ranges.take(room), room)
+        self._at = np.pad(self._at, (0, self._ranges.top - len(self._at)), constant_values=-1)
         return made
 
-    def _free_numbers(self, numbers: "Numbers") -> None:
-        """They are nobody's. Neighbours become one."""
-        if numbers.room:
-            self._at[numbers.start : numbers.start + numbers.room] = -1
-            self._unused = sorted([*self._unused, Numbers(numbers.start, numbers.room)], key=lambda some: some.start)
-            merged = list[Numbers]()
-            for some in self._unused:
-                if merged and merged[-1].start + merged[-1].room == some.start:
-                    merged[-1].room += some.room
-                elif some.room:
-                    merged.append(some)
-            self._unused = merged
+    def _free_numbers(self, numbers: Numbers) -> None:
+        """They are nobody's."""
+        self._at[numbers.start : numbers.start + numbers.room] = -1
+        self._ranges.give_back(numbers.start, numbers.room)
 
     def _tidy(self) -> None:
         """Numbers of pools that are gone are free; Python may have collected those at any moment."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from kvfold.pages.ranges import Ranges
+
 UNIT = 1 << 16
 """Bytes: ranges begin and end at multiples of it. As many the system maps around a page that is read."""
 VAST = 1 << 40
@@ -58,24 +60,18 @@ class SpillFile:
         except BaseException:
             os.close(file)
             raise
-        self.top, self._free = 0, list[tuple[int, int]]()  # (start, bytes) below `top` that are nobody's
+        self._ranges = Ranges()
         weakref.finalize(self, closed, file, self.address, self.room).atexit = False
 
     def take(self, nbytes: int, room: int) -> Range:
         """A range of zeros, `nbytes` on disk, that can grow in place up to `room`. Raises SpillFull."""
         room = -(-max(room, nbytes) // UNIT) * UNIT
-        place = next((i for i, (_, length) in enumerate(self._free) if length >= room), None)
-        start = self.top if place is None else self._free[place][0]
+        start = self._ranges.find(room)
         if start + room > self.room:
             raise SpillFull(self.folder, room, self.room - start, errno.ENOMEM)
         made = Range(start, room, self.address + start)
-        self.resize(made, nbytes)
-        if place is None:
-            self.top += room
-        else:
-            _, length = self._free.pop(place)
-            if length > room:
-                self._free.insert(place, (start + room, length - room))
+        self.resize(made, nbytes)  # which may fail, and then nothing is taken
+        self._ranges.take(room)
         return made
 
     def resize(self, some: Range, nbytes: int) -> None:
@@ -91,23 +87,16 @@ class SpillFile:
     def give_back(self, some: Range) -> None:
         """The range is nobody's: its part of the disk is free."""
         self.resize(some, 0)
-        self._free.append((some.start, some.room))
-        self._free.sort()
-        merged = list[tuple[int, int]]()
-        for start, length in self._free:
-            if merged and sum(merged[-1]) == start:
-                start, length = merged[-1][0], merged.pop()[1] + length
-            merged.append((start, length))
-        self._free = merged
+        self._ranges.give_back(some.start, some.room)
 
     def check_room(self, nbytes: int) -> None:
         """Raise SpillFull unless the disk has room for so many bytes now: they are allocated, and given back."""
         if nbytes > 0:
             start = self.room - -(-nbytes // UNIT) * UNIT
-            if start < self.top:
-                raise SpillFull(self.folder, nbytes, self.room - self.top, errno.ENOMEM)
-            self._allocate(self.top, nbytes)
-            self._punch(self.top, nbytes)
+            if start < self._ranges.top:
+                raise SpillFull(self.folder, nbytes, self.room - self._ranges.top, errno.ENOMEM)
+            self._allocate(self._ranges.top, nbytes)
+            self._punch(self._ranges.top, nbytes)
 
     def let_go(self, start: int, nbytes: int) -> None:
         """The process holds these bytes no more; what was written of them is the file's."""

@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from kvfold.pages.planes import Planes
+from kvfold.pages.planes import Aside
 from kvfold.pages.rows import TableRows
 
 
-class PageStretch(Planes):
-    """Pages `first` to `last` of each row, with its holes there; to be read before the table's next write.
+class PageStretch(Aside):
+    """Pages `first` to `last` of each row, with its holes there.
 
     They lie in the table's pool, or in another `store`, where `numbers` says.
     """
@@ -25,18 +25,12 @@ class PageStretch(Planes):
     ):
         size = table.pool.page_size
         start, room = first * size, (last - first) * size
-        # No pool knows of it, and nothing is let go of when it goes.
-        self._pool, self.scattered, self.regular = table.pool if store is None else store, True, False
-        self.table = table.table[:, first:last].copy() if numbers is None else numbers
-        self.lengths = np.clip(table.lengths - start, 0, room).astype(np.int32)
-        self.fill_holes()
+        pages = table.table[:, first:last].copy() if numbers is None else numbers
+        lengths = np.clip(table.lengths - start, 0, room).astype(np.int32)
+        super().__init__(table.pool if store is None else store, pages, lengths)
         if table.holed:
             known = np.arange(table.holes.shape[1]) < table.hole_count[:, None]
             inside = known & (table.holes >= start) & (table.holes < start + room)
             order = np.argsort(~inside, axis=1, kind="stable")
             self.holes = np.take_along_axis(np.where(inside, table.holes - start, 0), order, 1).astype(np.int32)
             self.hole_count = inside.sum(1).astype(np.int32)
-        self._room, self._known, self._sent = 0, [None] * 4, [None] * 4
-
-    def __del__(self) -> None:
-        return

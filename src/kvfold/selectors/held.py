@@ -125,6 +125,33 @@ class HeldUnits(Unfitted):
             self.held = F.pad(self.held, (0, 0, 0, more), value=self.fill)
 
 
+class OfParts(HeldUnits):
+    """What holds numbers of parts of units: `recipe.parts` of `recipe.unit` tokens are a unit of its recipe."""
+
+    @property
+    def unit(self) -> int:
+        """Tokens of what is remembered apart."""
+        unit: int = self.recipe.unit // self.recipe.parts
+        return unit
+
+    def nbytes_with(self, units: int) -> int:
+        """See `Remembered.nbytes_with`."""
+        return super().nbytes_with(units * self.recipe.parts)
+
+    def begins(self, first: Int[np.ndarray, "B H"]) -> Int[np.ndarray, "B H"]:
+        """See `Remembered.begins`: where a unit of the recipe does."""
+        start: np.ndarray = first // self.recipe.unit * self.recipe.unit
+        return start
+
+    def forget(self, units: Int[np.ndarray, "B H"]) -> None:
+        """See `Remembered.forget`."""
+        super().forget(units * self.recipe.parts)
+
+    def reach(self, units: int) -> None:
+        """See `HeldUnits.reach`; room is for whole units."""
+        super().reach(-(-units // self.recipe.parts) * self.recipe.parts)
+
+
 def narrow(dtype: torch.dtype) -> torch.dtype:
     """What copies of keys, and bounds of them, are held in: 16 bits, bfloat16 where the model has more."""
     return dtype if dtype.itemsize == 2 else torch.bfloat16
@@ -160,15 +187,6 @@ def from_behind(
     assert spec.rope is not None
     steps = torch.from_numpy(distance - (seen - 1)).to(q.device, torch.int32)
     return spec.rope.shift(q, steps[:, None, None].expand(q.shape[:3]))
-
-
-def behind(scores: Float[Tensor, "B H G N"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
-    """Scores with -inf behind each row's units."""
-    number = scores.shape[-1]
-    if (units == number).all():
-        return scores
-    none = torch.arange(number) >= torch.from_numpy(np.ascontiguousarray(units))[..., None]
-    return scores.masked_fill(none.to(scores.device)[:, :, None], -torch.inf)
 
 
 def check_held(

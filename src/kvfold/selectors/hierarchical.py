@@ -11,7 +11,7 @@ from torch import Tensor
 from kvfold.formats import Spec, register
 from kvfold.options import check_int
 from kvfold.selectors.bounds import BoundsOf
-from kvfold.selectors.held import HELD, check_held, narrow, nothing
+from kvfold.selectors.held import HELD, OfParts, check_held, narrow, nothing
 
 
 @dataclass(frozen=True)
@@ -49,31 +49,8 @@ class Hierarchical:
         return HierarchicalOf(self, spec, tensors[HELD].to(spec.device).clone())
 
 
-class HierarchicalOf(BoundsOf):
+class HierarchicalOf(OfParts, BoundsOf):
     """`held` (B, H, N, 2 D) as in `BoundsOf`, N logical pages, of which the recipe's `parts` are a unit."""
-
-    @property
-    def unit(self) -> int:
-        """Tokens of what is remembered apart: a logical page."""
-        logical: int = self.recipe.logical
-        return logical
-
-    def nbytes_with(self, units: int) -> int:
-        """See `Remembered.nbytes_with`."""
-        return super().nbytes_with(units * self.recipe.parts)
-
-    def begins(self, first: Int[np.ndarray, "B H"]) -> Int[np.ndarray, "B H"]:
-        """See `Remembered.begins`: where a unit of the recipe does."""
-        start: np.ndarray = first // self.recipe.unit * self.recipe.unit
-        return start
-
-    def forget(self, units: Int[np.ndarray, "B H"]) -> None:
-        """See `Remembered.forget`."""
-        super().forget(units * self.recipe.parts)
-
-    def reach(self, units: int) -> None:
-        """See `HeldUnits.reach`; room is for whole units."""
-        super().reach(-(-units // self.recipe.parts) * self.recipe.parts)
 
     def scores(self, asked: Float[Tensor, "B H G D"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
         """See `Remembered.scores`; not scaled, which changes no order."""

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.formats import Remembered, register
-from kvfold.ops import top_mask
+from kvfold.ops import top_lists
 from kvfold.options import check_number
 
 
@@ -46,12 +46,8 @@ class Lasting:
     ) -> Bool[np.ndarray, "B H S N"]:
         """Those of the units `about` that each list reads, `left[b, h]` of them; ties go to the earlier one."""
         assert isinstance(remembered, Lasts)  # as `Selection` has seen of its recipe
-        b, h, lists, n = about.shape
-        scores = remembered.lasting(n)[:, :, None].expand(about.shape)
-        scores = scores.masked_fill(~torch.from_numpy(about).to(scores.device), -torch.inf)
-        wide = torch.from_numpy(np.maximum(left, 0).repeat(lists, 1)).to(scores.device)
-        found: np.ndarray = top_mask(scores.reshape(b, h * lists, n), wide).view(b, h, lists, n).cpu().numpy()
-        return found
+        scores = remembered.lasting(about.shape[-1])[:, :, None].expand(about.shape)
+        return top_lists(scores.masked_fill(~torch.from_numpy(about).to(scores.device), -torch.inf), left)
 
 
 register("lasting", Lasting)

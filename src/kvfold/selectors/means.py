@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kvfold.formats import Chunk, Spec, register
 from kvfold.formats.chunks import chunk_means
+from kvfold.ops.units.naive import behind
 from kvfold.options import check_int
-from kvfold.selectors.held import behind
 from kvfold.selectors.whole import WholeUnits, check_whole
 
 

@@ -10,9 +10,10 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from kvfold.formats import Chunk, Spec, register
+from kvfold.ops.units.naive import behind
 from kvfold.options import check_int
 from kvfold.selectors.clusters import drawn, kmeans, nearest
-from kvfold.selectors.held import HELD, HeldUnits, behind, check_held, ends, nothing
+from kvfold.selectors.held import HELD, HeldUnits, check_held, ends, nothing
 
 BOOKS, LEARNED = "books", "learned"
 """What its tensors are called in a state, beside the codes."""

@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvfold.formats import Chunk, Spec, register
+from kvfold.ops.units.naive import behind
 from kvfold.options import check_int
-from kvfold.selectors.held import behind, from_behind
+from kvfold.selectors.held import from_behind
 from kvfold.selectors.whole import WholeUnits, check_whole
 
 LOOKED = "looked"

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvfold.budgets import Budget, check_budget, is_all
 from kvfold.formats import ByBounds, Chosen, Index, Picked, Remembered, Spec, register
 from kvfold.formats.picked import NEVER
-from kvfold.ops import choose_units, top_mask, vote_units
+from kvfold.ops import choose_units, top_lists, vote_units
 from kvfold.options import check_choice, check_int
 from kvfold.selectors.always import Always, Exempt
 from kvfold.selectors.bounds import BoundsOf
@@ -101,10 +101,11 @@ class Selection:
         if not chooses.any():
             return None, None
         short = ~chooses.any(1)
-        if self.plain and (chooses | (units <= room[:, None])).all():
-            return self._lists(remembered.scores(asked, units), units, room), None
-        if self.soft and (chooses | (units <= room[:, None])).all() and (not self.vote.layer or _alike(units)):
-            return self._voted(remembered.scores(asked, units), units, room, asked.shape[-1]), None
+        if (self.plain or self.soft) and (chooses | (units <= room[:, None])).all():
+            if self.plain:
+                return self._lists(remembered.scores(asked, units), units, room), None
+            if not self.vote.layer or _alike(units):
+                return self._voted(remembered.scores(asked, units), units, room, asked.shape[-1]), None
         number, always = int(units.max()), self.always.units(self.unit, units, room)
         there = np.arange(number) < units[..., None]
         if self.odd is not None:
@@ -195,10 +196,8 @@ class Selection:
         """
         scores = remembered.scores(asked, units)
         worth = self.vote.worth(scores, torch.from_numpy(about).to(scores.device), asked.shape[-1])
-        b, h, lists, n = worth.shape
         asks = free if self.lasting is None else self.lasting.asked(room, free)
-        wide = torch.from_numpy(np.maximum(asks, 0).repeat(lists, 1)).to(scores.device)
-        best: np.ndarray = top_mask(worth.reshape(b, h * lists, n), wide).view(b, h, lists, n).cpu().numpy()
+        best = top_lists(worth, asks)
         if self.lasting is not None:
             best = best | self.lasting.among(remembered, about[:, :, None] & ~best, free - asks)
         return best

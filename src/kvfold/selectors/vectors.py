@@ -9,9 +9,10 @@ from jaxtyping import Float, Int, Int16, UInt8
 from torch import Tensor
 
 from kvfold.formats import Chunk, Spec, register
+from kvfold.ops.units.naive import behind
 from kvfold.options import check_name, shown
 from kvfold.selectors.codebook import Codebook
-from kvfold.selectors.held import HELD, HeldUnits, before_rope, behind, check_held, ends, from_behind, nothing
+from kvfold.selectors.held import HELD, HeldUnits, before_rope, check_held, ends, from_behind, nothing
 
 BOOK = "book"
 """What a state calls the digest of the codebook."""

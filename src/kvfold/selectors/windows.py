@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kvfold.formats import LOG_MASS, Chunk, Spec, register
 from kvfold.ops.attend import blocked
+from kvfold.ops.units.naive import behind
 from kvfold.options import check_int
-from kvfold.selectors.held import behind
+from kvfold.selectors.held import OfParts
 from kvfold.selectors.whole import WholeUnits, check_whole
 
 
@@ -70,7 +71,7 @@ class WindowMeans:
         return width, width, torch.promote_types(spec.dtype, torch.float32) if self.weighed else spec.dtype
 
 
-class WindowMeansOf(WholeUnits):
+class WindowMeansOf(OfParts, WholeUnits):
     """`held` (B, H, N, D) or (B, H, N, D + 1): of N strides the mean key, and the mean log of a mass."""
 
     recipe: WindowMeans
@@ -79,28 +80,6 @@ class WindowMeansOf(WholeUnits):
     def columns(self) -> tuple[str, ...]:
         """See `Remembered.columns`."""
         return (LOG_MASS,) if self.recipe.weighed else ()
-
-    @property
-    def unit(self) -> int:
-        """Tokens of what is remembered apart: a stride."""
-        return self.recipe.stride
-
-    def nbytes_with(self, units: int) -> int:
-        """See `Remembered.nbytes_with`."""
-        return super().nbytes_with(units * self.recipe.parts)
-
-    def begins(self, first: Int[np.ndarray, "B H"]) -> Int[np.ndarray, "B H"]:
-        """See `Remembered.begins`: where a unit of the recipe does."""
-        start: np.ndarray = first // self.recipe.unit * self.recipe.unit
-        return start
-
-    def forget(self, units: Int[np.ndarray, "B H"]) -> None:
-        """See `Remembered.forget`."""
-        super().forget(units * self.recipe.parts)
-
-    def reach(self, units: int) -> None:
-        """See `HeldUnits.reach`; room is for whole units."""
-        super().reach(-(-units // self.recipe.parts) * self.recipe.parts)
 
     def told(self, tokens: Chunk) -> Float[Tensor, "B H T W"]:
         """See `WholeUnits.told`: keys as they attend, and the log of each token's mass."""

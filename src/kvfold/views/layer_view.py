@@ -116,10 +116,9 @@ class LayerView(TokenView):
 
     def of_rows(self, rows: Int[Tensor, " N"], place: Place, names: Collection[str]) -> "LayerView":
         """Some rows of the batch, at their `place`, with the columns `names`: what the method sees that decides."""
-        tokens = self.tokens
-        columns = {name: column[rows] for name, column in tokens.columns.items() if name in names}
+        columns = {name: column for name, column in self.tokens.columns.items() if name in names}
         return LayerView(
-            LateChunk(lambda: tokens.keys[rows], lambda: tokens.values[rows], tokens.valid[rows], columns),
+            self.tokens.but(self.valid, columns).of_rows(rows),
             self.queries.of_rows(rows),
             place,
             order=None if self.order is None else self.order[rows],

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int, Int32
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
 from kvfold.ops.attend import attend
-from kvfold.ops.choose import top_mask
+from kvfold.ops.choose import top_lists, top_mask
 from kvfold.ops.dispatch import register, select
 
 
@@ -44,16 +44,16 @@ def raise_bounds(held: Tensor, keys: Tensor, valid: Tensor, start: np.ndarray, u
 def bound_scores(q: Tensor, held: Tensor, units: np.ndarray) -> Tensor:
     number = int(units.max(initial=0))
     asked = torch.cat([q.relu(), (-q).relu()], -1).float()
-    return _behind(asked @ held[:, :, :number].float().mT, units)
+    return behind(asked @ held[:, :, :number].float().mT, units)
 
 
 @register("key_scores", "naive", rank=0)
 def key_scores(q: Tensor, held: Tensor, units: np.ndarray, steps: int) -> Tensor:
     found = q.float() @ held[:, :, : int(units.max(initial=0))].float().mT
-    return _behind(torch.round(found * steps) / steps, units)
+    return behind(torch.round(found * steps) / steps, units)
 
 
-def _behind(scores: Tensor, units: np.ndarray) -> Tensor:
+def behind(scores: Float[Tensor, "B H G N"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
     """Scores with -inf behind each row's units."""
     number = scores.shape[-1]
     if (units == number).all():
@@ -118,14 +118,12 @@ def choose_units(
     worth = scores.clamp(max=high / 8)  # NaN stays, which is never chosen before a number
     place = torch.arange(scores.shape[-1], device=scores.device)
     behind = (torch.from_numpy(np.ascontiguousarray(units)).to(scores.device)[..., None] - 1 - place)[:, :, None]
-    (b, h, lists, n), wide = worth.shape, np.broadcast_to(room[:, None], units.shape).repeat(worth.shape[2], 1)
     most = np.maximum(np.minimum(room[:, None], units), 1) - 1
     ends = np.minimum(sinks, most), np.minimum(recent, most - np.minimum(sinks, most))
     first, near = (torch.from_numpy(x)[:, :, None, None].to(scores.device) for x in ends)
     worth = worth.masked_fill((behind >= 0) & (behind <= near), high / 4)
     worth = worth.masked_fill((behind >= 0) & (place < first), high / 2).masked_fill(behind == 0, high)
-    best = top_mask(worth.reshape(b, h * lists, n), torch.from_numpy(wide.copy()).to(worth.device))
-    return listed(best.view(b, h, lists, n).cpu().numpy())
+    return listed(top_lists(worth, np.broadcast_to(room[:, None], units.shape)))
 
 
 @register("vote_units", "naive", rank=0)
