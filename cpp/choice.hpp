@@ -58,9 +58,6 @@ struct Candidate {
 
 // The number that is in place `most`, counted from 1, from the highest on.
 float highest_of(float* numbers, int64_t most, int64_t count);
-// The `most` best of `count` come first, in any order: of equal scores the earlier units.
-void best_first(Candidate* of, int64_t most, int64_t count);
-void ascending(const Candidate* of, int64_t count, int32_t* units);
 
 void list_pages(const PageLists& on);
 void raise_bounds(const RaiseBounds& on);

@@ -92,9 +92,17 @@ int64_t best_of(const float* line, int64_t units, int64_t most, float* beside, i
             count += line[i] >= bar;
         }
     }
-    if (count > most) best_first(able, most, count), count = most;
-    ascending(able, count, out);
-    return count;
+    float least = -INFINITY;  // that is chosen
+    int64_t alike = 0;        // of these the earlier ones, so many
+    if (count > most) {
+        for (int64_t i = 0; i < count; i++) beside[i] = able[i].score;
+        least = highest_of(beside, alike = most, count);
+        for (int64_t i = 0; i < count; i++) alike -= able[i].score > least;
+    }
+    int64_t chosen = 0;
+    for (int64_t i = 0; i < count && chosen < most; i++)
+        if (able[i].score > least || (able[i].score == least && alike-- > 0)) out[chosen++] = able[i].unit;
+    return chosen;
 }
 
 void choose_list(const void* context, int64_t index) {
@@ -118,54 +126,96 @@ void choose_units(const UnitChoice& on) {
     for_each(lists, on.rows * on.g * on.width < 4096 ? 1 : on.threads, choose_list, &on);
 }
 
-// worth[u] becomes what it is with this head's softmax over units `from` to `to`, whose exponentials are kept meanwhile.
-void count_vote(const float* scores, int64_t from, int64_t to, float scale, Reduce how, bool first, float* kept, float* worth) {
+constexpr int64_t VOTED = 4096;  // units of one task: a multiple of LANES
+
+// A vote while it is counted: what each head's softmax is over, and what units are worth to each list.
+struct Count {
+    const UnitVote& on;
+    float *kept, *shares, *worth;  // (lists, heads, width) exponentials, (lists, heads), (lists, length)
+    int64_t length, parts;
+
+    // Units that are voted on: from the first on, and behind the last.
+    int64_t from(int64_t list) const { return smaller(on.first[list], on.units[list] > 0 ? on.units[list] - 1 : 0); }
+    int64_t to(int64_t list) const {
+        const int64_t first = from(list), behind = on.units[list] - 1 - on.before[list];
+        return behind > first ? behind : first;
+    }
+    bool chooses(int64_t list) const { return smaller(on.room[list], on.units[list]) > 0; }
+
+};
+
+// A head's exponentials, and one over their sum.
+void sum_votes(const void* context, int64_t index) {
+    const Count& all = *static_cast<const Count*>(context);
+    const UnitVote& on = all.on;
+    const int64_t list = index / on.heads;
+    if (!all.chooses(list)) return;
+    const float* scores = on.scores + index * on.width;
+    float* kept = all.kept + index * on.width;
+    const int64_t from = all.from(list), to = all.to(list);
     vec high = everywhere(-INFINITY), total{};
     int64_t u = from;
     for (; u + LANES <= to; u += LANES) high = larger(high, load(scores + u));
     float top = highest(high), rest = 0;
     for (; u < to; u++) top = larger(top, scores[u]);
     for (u = from; u + LANES <= to; u += LANES) {
-        const vec x = exponential((load(scores + u) - top) * scale);
+        const vec x = exponential((load(scores + u) - top) * on.scale);
         store(kept + u, x);
         total += x;
     }
-    for (; u < to; u++) rest += kept[u] = exponential((scores[u] - top) * scale);
-    const float share = 1 / (sum(total) + rest);
-    for (u = from; u + LANES <= to; u += LANES) {
-        const vec x = load(kept + u) * share;
-        store(worth + u, first ? x : reduced(how, load(worth + u), x));
+    for (; u < to; u++) rest += kept[u] = exponential((scores[u] - top) * on.scale);
+    all.shares[index] = 1 / (sum(total) + rest);
+}
+
+// What some units are worth to all heads of a list together.
+void count_votes(const void* context, int64_t task) {
+    const Count& all = *static_cast<const Count*>(context);
+    const UnitVote& on = all.on;
+    const int64_t list = task / all.parts, from = all.from(list) + task % all.parts * VOTED, to = smaller(all.to(list), from + VOTED);
+    if (!all.chooses(list)) return;
+    const float *kept = all.kept + list * on.heads * on.width, *shares = all.shares + list * on.heads;
+    float* worth = all.worth + list * all.length;
+    int64_t u = from;
+    for (; u + LANES <= to; u += LANES) {
+        vec x = load(kept + u) * shares[0];
+        for (int64_t h = 1; h < on.heads; h++) x = reduced(on.reduce, x, load(kept + h * on.width + u) * shares[h]);
+        store(worth + u, tamed(x));
     }
     for (; u < to; u++) {
-        const float x = kept[u] * share;
-        worth[u] = first ? x : reduced(how, everywhere(worth[u]), everywhere(x))[0];
+        vec x = everywhere(kept[u] * shares[0]);
+        for (int64_t h = 1; h < on.heads; h++) x = reduced(on.reduce, x, everywhere(kept[h * on.width + u] * shares[h]));
+        worth[u] = tamed(x)[0];
     }
 }
 
 void vote_list(const void* context, int64_t list) {
-    const UnitVote& on = *static_cast<const UnitVote*>(context);
-    const int64_t units = on.units[list], most = smaller(on.room[list], units);
+    const Count& all = *static_cast<const Count*>(context);
+    const UnitVote& on = all.on;
+    const int64_t units = on.units[list];
     int32_t* out = on.numbers + list * on.most;
     int64_t count = 0;
-    if (most > 0) {
-        const int64_t length = line_length(units), from = smaller(on.first[list], units - 1);
-        const int64_t behind = units - 1 - on.before[list], to = behind > from ? behind : from;
-        float* line = scratch(5 * length);
-        for (int64_t h = 0; h < on.heads; h++)
-            count_vote(on.scores + (list * on.heads + h) * on.width, from, to, on.scale, on.reduce, h == 0, line + 4 * length, line);
-        for (int64_t u = from; u < to; u++) line[u] = tamed(everywhere(line[u]))[0];
+    if (all.chooses(list)) {
+        const int64_t from = all.from(list), to = all.to(list);
+        float* line = all.worth + list * all.length;
         fill(line, units, units + GLANCE, -INFINITY);
         fill(line, to, units - 1, HIGH / 4);
         fill(line, 0, from, HIGH / 2);
         line[units - 1] = HIGH;
-        count = best_of(line, units, most, line + length, out);
+        count = best_of(line, units, smaller(on.room[list], units), scratch(3 * all.length), out);
     }
     for (int64_t i = count; i < on.most; i++) out[i] = -1;
     on.counts[list] = static_cast<int32_t>(count);
 }
 
 void vote_units(const UnitVote& on) {
-    for_each(on.lists, on.lists * on.heads * on.width < 4096 ? 1 : on.threads, vote_list, &on);
+    const int64_t length = line_length(on.width), heads = on.lists * on.heads;
+    const Taken<float> room(on.lists * length + heads * (on.width + 1));
+    float *kept = room.at + on.lists * length, *shares = kept + heads * on.width;
+    const Count all{on, kept, shares, room.at, length, (on.width + VOTED - 1) / VOTED};
+    const int threads = heads * on.width < 4096 ? 1 : on.threads;
+    for_each(heads, threads, sum_votes, &all);
+    for_each(on.lists * all.parts, threads, count_votes, &all);
+    for_each(on.lists, threads, vote_list, &all);
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include "singles.hpp"
 #include "sparse.hpp"
 #include "tokens.hpp"
+#include "turning.hpp"
 
 namespace kvfold::ISA {
 namespace {
@@ -175,7 +176,7 @@ double multiply_add(const MultiplyAdd& on) {
 extern const Kernels kernels;
 const Kernels kernels{TEXT(ISA),     LANES,      attend,         attend_singles, attend_codes,
                       attend_sparse, attend_tokens, causal,      column_sums,    most_alike,
-                      linear,        bound_scores,  choose_units, vote_units,     exponential_of,
-                      widen,         read,          read_pages,   multiply_add};
+                      linear,        bound_scores,  choose_units, vote_units,    turn,
+                      exponential_of, widen,        read,        read_pages,     multiply_add};
 
 }  // namespace kvfold::ISA

@@ -25,6 +25,14 @@ struct Rows {
     const int32_t* hole_count;  // (rows,)
 };
 
+// How vectors turn with positions (RoPE): channels i and i + half, or 2 i and 2 i + 1 where those are `neighbours`, counted
+// from `first` on, by angles[i] (radians) for each step.
+struct Turning {
+    const float* angles;  // (half,)
+    int64_t half, first;  // half 0: not at all
+    bool neighbours;
+};
+
 struct Attend {
     Rows on;
     int64_t g, d, dv;
@@ -40,6 +48,9 @@ struct Attend {
     float *out, *lse;  // (rows, g, dv), (rows, g)
     float* weights;    // (rows, g, weights_width) or null
     int64_t weights_width;
+    // Pages of one token alone: keys stand at the numbers of their slots in the row, and not where `places` says.
+    Turning turning;
+    const int32_t* places;  // (pages,)
 };
 
 // Bytes of a vector of codes: units of 16 bytes, and the last one as short as it may be (see ops/codes/packing.py).
@@ -132,6 +143,17 @@ struct BoundScores {
     float steps;
 };
 
+// Vectors (rows, heads, count, d), those of one token by the same steps (rows, count), as floats.
+struct Turn {
+    int64_t rows, heads, count, d;
+    const void* x;
+    Kind kind;
+    const int32_t* steps;
+    Turning by;
+    int threads;
+    float* out;
+};
+
 // Pages in the order in which rows hold them, to be read and nothing else.
 struct Pages {
     const char *keys, *values;
@@ -167,6 +189,7 @@ struct Kernels {
     void (*bound_scores)(const BoundScores&);
     void (*choose_units)(const UnitChoice&);
     void (*vote_units)(const UnitVote&);
+    void (*turn)(const Turn&);
     void (*exponential)(const float* x, float* out, int64_t count);         // for tests
     void (*widen)(const void* x, Kind kind, float* out, int64_t count);     // for tests
     double (*read)(const float* x, int64_t count, int threads);             // a plain read, for benchmarks

@@ -191,6 +191,44 @@ void attend(Array<const float, 3> q, Const2 keys, Const2 values, std::optional<A
     (page_size == 1 ? set.attend_singles : set.attend)(on);
 }
 
+using Floats = Array<const float, 1>;
+
+// Angles of one step, of channels of vectors of d numbers from `first` on.
+Turning turning_of(const Floats& angles, int64_t first, bool neighbours, int64_t d) {
+    const Turning by{angles.data(), static_cast<int64_t>(angles.shape(0)), first, neighbours};
+    check(by.half > 0 && first >= 0 && first + 2 * by.half <= d, "angles must be of channels that vectors have");
+    return by;
+}
+
+// Of rows of slots, each of them a page of its own: keys stand at slots 0, 1, 2, ... and not where `places` says.
+void attend_turned(Array<const float, 3> q, Const2 keys, Const2 values, Array<const int32_t, 2> places, Floats angles,
+                   int64_t first, bool neighbours, std::optional<Array<const float, 2>> mass, Table table, Counts lengths,
+                   Table holes, Counts hole_count, float scale, int threads, Array<float, 3> out, Array<float, 2> lse) {
+    Attend on{};
+    on.on = rows_of(table, lengths, holes, hole_count, 1, true);
+    check(keys.shape(1) == q.shape(2) && keys.shape(0) == values.shape(0) && places.shape(0) == keys.shape(0) && places.shape(1) == 1,
+          "shapes of q, keys, values, places, out and lse don't fit");
+    ask(on, q, values.shape(0), values.shape(1), mass, {}, table, lengths, holes, hole_count, scale, threads, out, lse, {});
+    on.keys = keys.data(), on.values = values.data(), on.key_kind = kind_of(keys), on.value_kind = kind_of(values);
+    on.turning = turning_of(angles, first, neighbours, on.d), on.places = places.data();
+    const Kernels& set = kernels_for({on.d, on.dv, on.turning.half, on.turning.first});
+    const Free free;
+    set.attend_singles(on);
+}
+
+// Vectors x (rows, heads, count, d), those of one token turned by the same steps (rows, count).
+void turn(nb::ndarray<nb::ro, nb::ndim<4>, nb::c_contig, nb::device::cpu> x, Array<const int32_t, 2> steps, Floats angles,
+          int64_t first, bool neighbours, int threads, Array<float, 4> out) {
+    const Turning by = turning_of(angles, first, neighbours, x.shape(3));
+    check(steps.shape(0) == x.shape(0) && steps.shape(1) == x.shape(2), "steps must be of x's rows and tokens");
+    for (size_t i = 0; i < 4; i++) check(out.shape(i) == x.shape(i), "out must have the shape of x");
+    const Turn on{static_cast<int64_t>(x.shape(0)), static_cast<int64_t>(x.shape(1)), static_cast<int64_t>(x.shape(2)),
+                  static_cast<int64_t>(x.shape(3)), x.data(), kind_of(x), steps.data(), by, threads, out.data()};
+    const Kernels& set = kernels_for({on.d, by.half, by.first});
+    const Free free;
+    set.turn(on);
+}
+
 using Bytes = Array<const uint8_t, 2>;
 
 // Keys and values in 8 bits, e5m2 or e4m3, of which each has a number that it is multiplied by.
@@ -266,8 +304,6 @@ void attend_sparse(Array<const float, 3> q, Const2 keys, Bytes key_map, Const2 v
     const Free free;
     set.attend_sparse(on);
 }
-
-using Floats = Array<const float, 1>;
 
 Vectors vectors_of(int bits, const Bytes& codes, const std::optional<Floats>& levels, const Const2& scale,
                    const std::optional<Const2>& zero, size_t slots, int64_t size) {
@@ -710,6 +746,124 @@ void step_units(Array<const float, 3> q, const Const3 k, const Const3 v, Array<c
                  each, scale, threads, out, lse);
 }
 
+// A float as bfloat16, to the nearest, ties to even; NaN stays NaN.
+uint16_t nearest(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
+    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+// Floats as bfloat16 has them.
+void round_all(std::vector<float>& x) {
+    for (float& each : x) {
+        const uint32_t bits = uint32_t{nearest(each)} << 16;
+        std::memcpy(&each, &bits, sizeof each);
+    }
+}
+
+// A whole decode step that every key is asked for: k, v (N, 1, D) and place (N, 1, 1) become the last token of each row,
+// which `lengths` count already; `held` (N, room, D), bfloat16, gets its key as it is before it turns. Then heads, those of
+// all N / B rows of a batch row together where `layer`, vote, as queries `distance` behind all keys (see `voted_units`), and
+// the tokens of their lists are read. `slots`: at places 0, 1, 2, ..., the query at the last of them. `rounds`: what is
+// turned of a query is bfloat16. `seen`: the query is token seen[b] - 1 of its text.
+void step_keys(Array<const float, 3> q, bool rounds, const Const3 k, const Const3 v, Array<const int32_t, 3> place,
+               Array<uint16_t, 3> held, float steps, int64_t distance, Array<const int64_t, 1> seen,
+               Array<const int64_t, 1> room, Array<const int64_t, 1> first, Array<const int64_t, 1> before,
+               const std::string& heads, bool layer, float vote_scale, bool slots, Floats angles, int64_t channel, bool neighbours,
+               Any2 keys, Any2 values, Array<int32_t, 2> places, Table table, Counts lengths, int64_t page_size, float scale, int threads,
+               Array<float, 3> out, Array<float, 2> lse) {
+    const int64_t rows = q.shape(0), g = q.shape(1), d = q.shape(2), batch = room.shape(0), known = keys.shape(0);
+    check(batch > 0 && rows % batch == 0 && g > 0, "q must have KV heads of each row");
+    check(reduce_of(heads) != Reduce::each && distance >= 0, "heads must be sum or max, and distance at least 0");
+    for (const Array<const int64_t, 1>* each : {&seen, &first, &before})
+        check(static_cast<int64_t>(each->shape(0)) == batch, "seen, room, first and before must have the batch's rows");
+    for (const Const3* each : {&k, &v})
+        check(static_cast<int64_t>(each->shape(0)) == rows && each->shape(1) == 1, "k and v must have one token of each row");
+    check(static_cast<int64_t>(place.shape(0)) == rows && place.shape(1) == 1 && place.shape(2) == 1 &&
+              static_cast<int64_t>(table.shape(0)) == rows && static_cast<int64_t>(lengths.shape(0)) == rows &&
+              static_cast<int64_t>(held.shape(0)) == rows && static_cast<int64_t>(held.shape(2)) == d,
+          "place, held, table and lengths must have the rows of q");
+    check(static_cast<int64_t>(k.shape(2)) == d && keys.shape(1) == k.shape(2) && v.shape(2) == values.shape(1) &&
+              values.shape(0) == keys.shape(0) && places.shape(0) == keys.shape(0) && places.shape(1) == 1 &&
+              k.dtype() == keys.dtype() && v.dtype() == values.dtype() && page_size > 0,
+          "shapes or dtypes of k, v and the planes don't fit");
+    check(out.shape(0) == q.shape(0) && out.shape(1) == q.shape(1) && out.shape(2) == values.shape(1) &&
+              lse.shape(0) == q.shape(0) && lse.shape(1) == q.shape(1),
+          "shapes of q, out and lse don't fit");
+    const Turning by = turning_of(angles, channel, neighbours, d);
+    const Kernels& set = kernels_for({d, static_cast<int64_t>(values.shape(1)), by.half, by.first});
+    const int64_t of = rows / batch, lists = layer ? batch : rows;
+    std::vector<int64_t> units(rows);
+    std::vector<int64_t> at(rows);
+    std::vector<int32_t> back(rows), asked(batch);
+    int64_t width = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t length = units[r] = lengths.data()[r], index = (length - 1) / page_size;
+        check(length > 0 && index < static_cast<int64_t>(table.shape(1)) && length <= static_cast<int64_t>(held.shape(1)),
+              "lengths go beyond the table or held");
+        check(!layer || length == units[r / of * of], "the heads of a row must have as many tokens where they vote together");
+        const int64_t page = table.data()[r * table.shape(1) + index];
+        check(page >= 0 && (page + 1) * page_size <= known, "the table names a page that the pool does not have");
+        at[r] = page * page_size + (length - 1) % page_size;
+        back[r] = -place.data()[r];
+        width = std::max(width, length);
+    }
+    std::vector<int64_t> many(lists), able(lists), begin(lists), end(lists), none(rows, 0);
+    int64_t most = 0;
+    for (int64_t l = 0; l < lists; l++) {
+        const int64_t b = layer ? l : l / of;
+        many[l] = units[layer ? l * of : l], begin[l] = first.data()[b], end[l] = before.data()[b];
+        able[l] = std::max<int64_t>(0, std::min(many[l], room.data()[b]));
+        check(begin[l] >= 0 && end[l] >= 0, "first and before must be at least 0");
+        most = std::max(most, able[l]);
+    }
+    // The token, and what is remembered of it.
+    const size_t key = d * bytes_of(k), value = v.shape(2) * bytes_of(v);
+    std::vector<float> plain(rows * d), asks(rows * g * d), turned(slots ? rows * g * d : 0);
+    set.turn({rows, 1, 1, d, k.data(), kind_of(k), back.data(), by, 1, plain.data()});
+    for (int64_t r = 0; r < rows; r++) {
+        std::memcpy(static_cast<char*>(keys.data()) + at[r] * key, static_cast<const char*>(k.data()) + r * key, key);
+        std::memcpy(static_cast<char*>(values.data()) + at[r] * value, static_cast<const char*>(v.data()) + r * value, value);
+        places.data()[at[r]] = place.data()[r];
+        uint16_t* line = held.data() + (r * held.shape(1) + units[r] - 1) * d;
+        for (int64_t i = 0; i < d; i++) line[i] = nearest(plain[r * d + i]);
+    }
+    // What heads say, and what is read by that.
+    for (int64_t b = 0; b < batch; b++) asked[b] = static_cast<int32_t>(distance - (seen.data()[b] - 1));
+    set.turn({batch, of * g, 1, d, q.data(), Kind::f32, asked.data(), by, 1, asks.data()});
+    if (rounds) round_all(asks);
+    const std::unique_ptr<float[]> scores(new float[rows * g * width]);
+    const std::unique_ptr<int32_t[]> ints(new int32_t[lists * (most + 1) + rows * (2 * most + 2)]);
+    int32_t *numbers = ints.get(), *counts = numbers + lists * most, *wide = counts + lists, *listed = wide + rows * most;
+    int32_t *read = listed + rows * most, *holes = read + rows;
+    std::fill(holes, holes + rows, 0);
+    {
+        const Free free;
+        set.bound_scores({rows, g, d, static_cast<int64_t>(held.shape(1)), width, asks.data(), held.data(), Kind::bf16,
+                          units.data(), threads, scores.get(), true, steps});
+        set.vote_units({lists, rows / lists * g, width, scores.get(), many.data(), able.data(), begin.data(), end.data(),
+                        reduce_of(heads), vote_scale, most, threads, numbers, counts});
+        for (int64_t r = 0; r < rows; r++) std::copy_n(numbers + (layer ? r / of : r) * most, most, wide + r * most);
+        const Rows all{rows, page_size, table.data(), static_cast<int64_t>(table.shape(1)), lengths.data(), nullptr, 0, nullptr};
+        list_pages({all, true, rows, most, 1, wide, none.data(), listed, read});
+    }
+    Attend on{};
+    on.on = {rows, 1, listed, most, read, nullptr, 0, holes};
+    check_pages(on.on, known);
+    on.g = g, on.d = d, on.dv = values.shape(1), on.q = q.data(), on.keys = keys.data(), on.values = values.data();
+    on.key_kind = kind_of(keys), on.value_kind = kind_of(values), on.scale = scale, on.threads = threads;
+    on.out = out.data(), on.lse = lse.data();
+    if (slots) {
+        for (int64_t r = 0; r < rows; r++) back[r] = static_cast<int32_t>(read[r] - seen.data()[r / of]);
+        set.turn({rows, g, 1, d, q.data(), Kind::f32, back.data(), by, 1, turned.data()});
+        if (rounds) round_all(turned);
+        on.q = turned.data(), on.turning = by, on.places = places.data();
+    }
+    const Free free;
+    set.attend_singles(on);
+}
+
 // Bounds of units (N, room, 2 D) rise to hold keys (N, T, D) too; token i of those that are valid is number start + i.
 void raised(Held held, Const3 keys, Array<const bool, 2> valid,
             Array<const int64_t, 1> start, int64_t unit, int threads) {
@@ -828,11 +982,14 @@ NB_MODULE(_cpu, m) {
           "threads"_a, "best"_a.noconvert(), "first"_a.noconvert());
     m.def("linear", linear, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(), "threads"_a,
           "out"_a.noconvert());
+    m.def("attend_turned", attend_turned, "q"_a.noconvert(), "keys"_a.noconvert(), "values"_a.noconvert(), "places"_a.noconvert(), "angles"_a.noconvert(), "first"_a, "neighbours"_a, "mass"_a.noconvert().none(), "table"_a.noconvert(), "lengths"_a.noconvert(), "holes"_a.noconvert(), "hole_count"_a.noconvert(), "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert());
+    m.def("turn", turn, "x"_a.noconvert(), "steps"_a.noconvert(), "angles"_a.noconvert(), "first"_a, "neighbours"_a, "threads"_a, "out"_a.noconvert());
     m.def("bound_scores", bound_scores, "q"_a.noconvert(), "held"_a.noconvert(), "units"_a.noconvert(), "plain"_a, "steps"_a, "threads"_a, "scores"_a.noconvert());
     m.def("vote_units", voted_units, "scores"_a.noconvert(), "units"_a.noconvert(), "room"_a.noconvert(), "first"_a.noconvert(), "before"_a.noconvert(), "heads"_a, "scale"_a, "threads"_a, "numbers"_a.noconvert(), "counts"_a.noconvert());
     m.def("choose_units", chosen_units, "scores"_a.noconvert(), "units"_a.noconvert(), "room"_a.noconvert(), "heads"_a, "sinks"_a, "recent"_a, "threads"_a, "numbers"_a.noconvert(), "counts"_a.noconvert());
     m.def("list_pages", listed_pages, "numbers"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "slots"_a, "each"_a, "before"_a.noconvert(), "listed"_a.noconvert(), "list_lengths"_a.noconvert());
     m.def("attend_units", attend_units, "q"_a.noconvert(), "held"_a.noconvert(), "room"_a.noconvert(), "heads"_a, "sinks"_a, "recent"_a, "keys"_a.noconvert(), "values"_a.noconvert(), "mass"_a.noconvert().none(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "each"_a, "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert());
+    m.def("step_keys", step_keys, "q"_a.noconvert(), "rounds"_a, "k"_a.noconvert(), "v"_a.noconvert(), "place"_a.noconvert(), "held"_a.noconvert(), "steps"_a, "distance"_a, "seen"_a.noconvert(), "room"_a.noconvert(), "first"_a.noconvert(), "before"_a.noconvert(), "heads"_a, "layer"_a, "vote_scale"_a, "slots"_a, "angles"_a.noconvert(), "channel"_a, "neighbours"_a, "keys"_a.noconvert(), "values"_a.noconvert(), "places"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert());
     m.def("step_units", step_units, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "place"_a.noconvert(), "held"_a.noconvert(), "room"_a.noconvert(), "heads"_a, "sinks"_a, "recent"_a, "keys"_a.noconvert(), "values"_a.noconvert(), "places"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "each"_a, "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert());
     m.def("raise_bounds", raised, "held"_a.noconvert(), "keys"_a.noconvert(), "valid"_a.noconvert(), "start"_a.noconvert(), "unit"_a, "threads"_a);
     m.def("read", [](Array<const float, 1> x, int threads) {

@@ -4,6 +4,7 @@
 #include "kernels.hpp"
 #include "lanes.hpp"
 #include "paged.hpp"
+#include "turning.hpp"
 
 namespace kvfold::ISA {
 namespace {
@@ -33,26 +34,49 @@ struct SingleReader : Part<Attend> {
     const K* key(int64_t slot) const { return static_cast<const K*>(on.keys) + pages()[slot] * on.d; }
     const V* value(int64_t slot) const { return static_cast<const V*>(on.values) + pages()[slot] * on.dv; }
 
-    // Logits (g, BLOCK) of the slots from `block`, NEVER where no token is to be seen.
-    void look(const float* q, int64_t block, int64_t count, float* logits) const {
+    // Logits of four keys, for all heads of a group.
+    template <class T>
+    void look_at_keys(const float* q, const T* const (&keys)[4], const T* const (&soon)[4], float* logits) const {
+        for (int64_t h = 0; h < on.g;) {
+            const int64_t now = rows_of_four(on.g - h);
+            const float* from = q + h * on.d;
+            float* to = logits + h * BLOCK;
+            switch (now) {
+                case 4: look_at_four<4>(from, keys, soon, on.d, to); break;
+                case 3: look_at_four<3>(from, keys, soon, on.d, to); break;
+                case 2: look_at_four<2>(from, keys, soon, on.d, to); break;
+                default: look_at_four<1>(from, keys, soon, on.d, to);
+            }
+            h += now;
+        }
+    }
+
+    // A slot's key where it is to stand; `turned` is what turned the last one, by `steps`.
+    void turn_key(int64_t slot, float& steps, float* turned, float* out) const {
+        const float more = static_cast<float>(slot - on.places[pages()[slot]]);
+        if (more != steps) cos_sin(steps = more, on.turning, turned);  // what lay side by side turns alike
+        turn_one(key(slot), turned, on.turning, on.d, out);
+    }
+
+    // Logits (g, BLOCK) of the slots from `block`, NEVER where no token is to be seen. `beside`: four keys, and what turns one.
+    void look(const float* q, int64_t block, int64_t count, float* beside, float* logits) const {
         const int64_t d = on.d, last = block + count - 1;
+        float steps = NAN;
         for (int64_t at = 0; at < count; at += 4) {
             const K *keys[4], *soon[4];
             for (int t = 0; t < 4; t++) {
                 keys[t] = key(smaller(block + at + t, last));  // those behind the last are hidden
                 soon[t] = key(smaller(block + at + t + SOON, on.on.lengths[row] - 1));
             }
-            for (int64_t h = 0; h < on.g;) {
-                const int64_t now = rows_of_four(on.g - h);
-                const float* from = q + h * d;
-                float* to = logits + h * BLOCK + at;
-                switch (now) {
-                    case 4: look_at_four<4>(from, keys, soon, d, to); break;
-                    case 3: look_at_four<3>(from, keys, soon, d, to); break;
-                    case 2: look_at_four<2>(from, keys, soon, d, to); break;
-                    default: look_at_four<1>(from, keys, soon, d, to);
+            if (on.turning.half) {
+                const float* const turned[4] = {beside, beside + d, beside + 2 * d, beside + 3 * d};
+                for (int t = 0; t < 4; t++) {
+                    for (int64_t i = 0; i < d; i += 64 / static_cast<int64_t>(sizeof(K))) __builtin_prefetch(soon[t] + i);
+                    turn_key(smaller(block + at + t, last), steps, beside + 4 * d, beside + t * d);
                 }
-                h += now;
+                look_at_keys(q, turned, turned, logits + at);
+            } else {
+                look_at_keys(q, keys, soon, logits + at);
             }
         }
         if (on.mass)
@@ -64,17 +88,18 @@ struct SingleReader : Part<Attend> {
     // One row's slots from `start` to `stop` by online softmax.
     void attend(float* out, float* lse) const {
         const int64_t d = on.d, g = on.g, dv = on.dv, bytes = dv * static_cast<int64_t>(sizeof(V));
-        float* q = scratch(g * (d + BLOCK + 2));
-        float *logits = q + g * d, *top = logits + g * BLOCK, *total = top + g;
+        float* q = scratch(g * (d + BLOCK + 2) + 6 * d);
+        float *logits = q + g * d, *top = logits + g * BLOCK, *total = top + g, *beside = total + g;
         for (int64_t h = 0; h < g; h++) {
-            apart<K>(on.q + (row * g + h) * d, q + h * d, d);
+            const float* from = on.q + (row * g + h) * d;
+            on.turning.half ? apart<float>(from, q + h * d, d) : apart<K>(from, q + h * d, d);
             for (int64_t i = 0; i < d; i++) q[h * d + i] *= on.scale;
         }
         for (int64_t h = 0; h < g; h++) top[h] = NEVER, total[h] = 0;
         for (int64_t i = 0; i < g * dv; i++) out[i] = 0;
         for (int64_t block = start; block < stop; block += BLOCK) {
             const int64_t count = smaller(BLOCK, stop - block);
-            look(q, block, count, logits);
+            look(q, block, count, beside, logits);
             tell(block, count, logits, true);
             Page<V> held[BLOCK];
             int64_t used = 0;

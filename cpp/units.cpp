@@ -51,17 +51,6 @@ float highest_of(float* numbers, int64_t most, int64_t count) {
     return numbers[most - 1];
 }
 
-void best_first(Candidate* of, int64_t most, int64_t count) {
-    std::nth_element(of, of + most - 1, of + count, [](const Candidate& a, const Candidate& b) {
-        return a.score > b.score || (a.score == b.score && a.unit < b.unit);
-    });
-}
-
-void ascending(const Candidate* of, int64_t count, int32_t* units) {
-    for (int64_t i = 0; i < count; i++) units[i] = of[i].unit;
-    std::sort(units, units + count);
-}
-
 void list_pages(const PageLists& on) {
     const int64_t lists = on.on.rows ? on.lists / on.on.rows : 0, most = on.most * on.each, size = on.on.page_size;
     for (int64_t list = 0; list < on.lists; list++) {

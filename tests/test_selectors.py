@@ -19,20 +19,22 @@ from kvfold.selectors import (
     Always,
     Bounds,
     Codebook,
+    Corners,
     Every,
-    Gives,
     Heaviest,
     Hierarchical,
     Keys,
     Lasting,
     Means,
     Odd,
+    OfStretches,
     Products,
     Proportions,
     Representatives,
     Selection,
     Sentences,
     SomeHeads,
+    Stretches,
     Unremembered,
     Vectors,
     Vote,
@@ -72,6 +74,8 @@ FORMS = {
     "windows-every": Indexed(
         Dense(page_size=4), Selection(WindowMeans(6, 2, 2, True), 24, Vote("max"), reuse=Every(3), lasting=Lasting(0.5))
     ),
+    "stretches": Indexed(Dense(page_size=4), Stretches(1, Corners(4, 2), 0.5, 0.3)),
+    "of-stretches": Indexed(Dense(page_size=4), OfStretches(Stretches(1, Corners(3, 2)))),
     "products": Indexed(Dense(page_size=4), Selection(Products(2, 2, 1), 6, Vote("sum", softmax=True), Proportions(2))),
 }
 
@@ -135,6 +139,8 @@ def agrees(segment: Segment) -> None:
     for name, x in fresh.state().items():
         if name == "open":  # tokens of units that are not whole; there may be room for more
             assert torch.equal(own[name][:, :, : x.shape[2]], x) and not own[name][:, :, x.shape[2] :].any()
+        elif name == "places":  # the same
+            assert torch.equal(own[name][:, :, : x.shape[2]], x) and own[name][:, :, x.shape[2] :].eq(2**31 - 1).all()
         elif name not in ("held", "book"):
             assert torch.equal(own[name], x)
     if segment.choice is not None:
@@ -236,54 +242,6 @@ def test_what_is_rewound_was_never_read_of_the_text():
 def test_a_segment_that_is_told_of_its_rows_is_refused():
     with pytest.raises(ValueError, match=r"form=Separable\(.*can't be read in parts"):
         Indexed(Separable(4), Selection(Bounds(16), 32)).open(Spec(1, 1, 32, 32, torch.float32, torch.device("cpu")))
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"budget": 0}, "budget=0"), ({"least": 0}, "least=0"),
-        ({"far": -1}, "far=-1"), ({"far": 4, "slots": True}, "far=4 says where keys stand"),
-        ({"lasting": Lasting()}, r"lasting=Lasting\(.* needs an index that knows what lasts"),
-        ({"odd": Odd(1)}, r"odd=Odd\(.* needs an index that knows which units it stands for badly"),
-    ],
-)  # fmt: skip
-def test_bad_options_are_named(options, said):
-    with pytest.raises(ValueError, match=said):
-        Selection(Bounds(4), **{"budget": 4, **options})
-
-
-@pytest.mark.parametrize(
-    ("part", "options", "said"),
-    [
-        (Vote, {"heads": "all"}, "heads='all'"), (Vote, {"pool": 0}, "pool=0"),
-        (Vote, {"layer": True}, "layer=True lets all heads read the same"), (Always, {"sinks": -1}, "sinks=-1"),
-        (Always, {"recent": -5}, "recent=-5"), (Always, {"share": 1.5}, "share=1.5"),
-        (Every, {"steps": 0}, "steps=0"),
-        (Alike, {"cosine": -2.0}, "cosine=-2"), (Keys, {"distance": -1}, "distance=-1"),
-        (Bounds, {"unit": 0}, "unit=0"), (Means, {"unit": 0}, "unit=0"), (Odd, {"units": -1}, "units=-1"),
-        (Odd, {"share": 2.0}, "share=2"), (Representatives, {"unit": 0}, "unit=0"),
-        (Representatives, {"number": 0}, "number=0"), (Representatives, {"distance": -1}, "distance=-1"),
-        (Hierarchical, {"unit": 0}, "unit=0"),
-        (Hierarchical, {"logical": 24}, "logical=24 must divide unit=64"),
-        (WindowMeans, {"unit": 0}, "unit=0"),
-        (WindowMeans, {"stride": 24}, "stride=24 must divide unit=64 and window=32"),
-        (WindowMeans, {"window": 24}, "stride=16 must divide unit=64 and window=24"),
-        (Lasting, {"query": 1.5}, "query=1.5"),
-        (Unremembered, {"unit": 0}, "unit=0"),
-        (SomeHeads, {"selection": FORM.selection, "heads": ()}, "a bool for each KV head"),
-        (SomeHeads, {"selection": FORMS["keys"].selection, "heads": (True,)}, "is of all heads together"),
-        (Gives, {"layer": 0, "selection": FORM.selection}, "must go by nothing that is remembered"),
-        (Gives, {"layer": -1, "selection": Selection(Unremembered(4), 8)}, "layer=-1"),
-        (Products, {"parts": 0}, "parts=0"), (Products, {"bits": 9}, "bits=9"), (Products, {"sinks": -1}, "sinks=-1"),
-        (Products, {"iterations": 0}, "iterations=0"), (Products, {"seed": -1}, "seed=-1"),
-        (Proportions, {"recent": 1.5}, "recent=1.5"),
-        (Proportions, {"sinks": -1}, "sinks=-1"),
-        (Proportions, {"most": 2.0}, "most=2"),
-    ],
-)  # fmt: skip
-def test_bad_options_of_parts_are_named(part, options, said):
-    with pytest.raises(ValueError, match=said):
-        part(**options)
 
 
 def test_what_is_always_read_counts_in_the_budget():

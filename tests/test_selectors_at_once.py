@@ -12,39 +12,51 @@ import kvfold
 from kvfold import ops
 from kvfold.formats import POSITION, Chunk, Dense, Indexed
 from kvfold.formats.indexed import choices_seen
-from kvfold.selectors import Always, Bounds, Hierarchical, Means, Selection, Vote
+from kvfold.selectors import Always, Bounds, Hierarchical, Keys, Means, Selection, Vote
 from kvfold.testing import feed, grow, steps, tokens
 from models import subject
 from test_selectors import STEPS, B, D, G, H, agrees, fresh, some
 
 
 @pytest.mark.parametrize("watched", [False, True])
-def test_a_step_costs_what_it_reads(monkeypatch, watched):
-    """The kernel is handed few pages, or finds them, and never a mask of all slots."""
+@pytest.mark.parametrize(
+    ("text", "whole", "layers"),
+    [("quest(budget=48, dense=0)", "step_units", 3), ("tokenselect(budget=48)", "step_keys", 3),
+     ("tokenselect(budget=48, positions='text', vote='group')", "step_keys", 3)],
+)  # fmt: skip
+def test_a_step_costs_what_it_reads(monkeypatch, watched, text, whole, layers):
+    """The kernel is handed few pages or tokens, or finds them, and never a mask of all slots."""
     model, seen, at_once = subject("llama"), [], []
-    cache = kvfold.Cache(model, "quest(budget=48, dense=0)")
+    cache = kvfold.Cache(model, text)
     prompt = tokens(400)
     feed(model, cache, *prompt.values())
-    plain, whole = ops.attend_pages, ops.step_units
+    plain, once = ops.attend_pages, getattr(ops, whole)
 
     def counted(q, table, *args, read=None, **more):
         seen.append((int(table.lengths.max()), read))
         return plain(q, table, *args, read=read, **more)
 
     monkeypatch.setattr(ops, "attend_pages", counted)
-    monkeypatch.setattr(ops, "step_units", lambda *args, **more: at_once.append(args) or whole(*args, **more))
+    monkeypatch.setattr(ops, whole, lambda *args, **more: at_once.append(args) or once(*args, **more))
     mask = prompt["attention_mask"]
     with choices_seen(lambda *given: None) if watched else nullcontext():
         for step in steps(1, 20).T:
             mask = grow(mask)
             feed(model, cache, step[:, None], mask)
-    assert len(seen) == (3 * 20 if watched else 0) and all(read is None and length <= 48 for length, read in seen)
-    assert len(at_once) == (0 if watched else 3 * 20)
+    assert len(seen) == (layers * 20 if watched else 0) and all(read is None and length <= 48 for length, read in seen)
+    assert len(at_once) == (0 if watched else layers * 20)
 
 
 def plain_of(chunk: Chunk) -> Chunk:
     """With no columns but positions."""
     return chunk.but(chunk.valid, {POSITION: chunk.columns[POSITION]})
+
+
+KEYS = {
+    "layer": Selection(Keys(6), 12, Vote("sum", layer=True, softmax=True, scaled=False), Always(3, 5, 0.6), slots=True),
+    "group": Selection(Keys(0), 0.3, Vote("max", softmax=True), Always(1, 2), slots=True),
+    "text": Selection(Keys(6), 9, Vote("sum", layer=True, softmax=True), Always(2, 3, 0.5)),
+}
 
 
 @pytest.mark.parametrize("index", [Bounds(4), Bounds(8), Bounds(6), Hierarchical(8, 4), Means(4)], ids=str)
@@ -55,7 +67,19 @@ def test_a_step_at_once_is_what_its_parts_are(index, steps, seed, heads, budget)
 
     Where units are whole pages and have bounds of their own it is one operation.
     """
-    form = Indexed(Dense(page_size=4), Selection(index, budget, Vote(heads), Always(4, 4)))
+    step_and_change(Selection(index, budget, Vote(heads), Always(4, 4)), steps, seed)
+
+
+@pytest.mark.parametrize("selection", KEYS.values(), ids=KEYS)
+@given(steps=STEPS, seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_a_step_that_asks_every_key_at_once_is_what_its_parts_are(selection, steps, seed):
+    step_and_change(selection, steps, seed)
+
+
+def step_and_change(selection, steps, seed):
+    """Two segments of which one steps at once, and the other part by part, whatever else happens."""
+    form = Indexed(Dense(page_size=4), selection)
     pair, at = [fresh(form=form), fresh(form=form)], 40
     for segment in pair:
         segment.append(plain_of(some([[9, 12], [30, 5]], seed)))

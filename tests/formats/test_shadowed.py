@@ -79,7 +79,7 @@ def test_of_a_higher_rank_it_is_the_nearest_product():
         apart = torch.zeros(80, dtype=torch.bool).index_fill(0, exact[head], True)
         assert apart.sum() == 8 and not apart.view(20, 4).any(1).ne(apart.view(20, 4).all(1)).any()
         assert torch.equal(got[head, apart], chunk.keys[0, head, :80][apart])
-        assert_close(got[head, ~apart], want[head, ~apart], atol=1e-4, rtol=0)
+        assert_close(got[head, ~apart], want[head, ~apart], atol=1e-3, rtol=0)  # two ways to the same decomposition
         assert float((got[head, ~apart] - chunk.keys[0, head, :80][~apart]).abs().max()) > 0.1
     assert torch.equal(segment.dense().values, chunk.values)
     assert torch.equal(segment.dense().keys[:, :, 80:], chunk.keys[:, :, 80:])
@@ -171,7 +171,7 @@ def test_a_crop_leaves_what_is_coded(left):
     assert segment.counts()[:, 0].tolist() == [left, left]
     assert segment.coded.counts()[0, 0] == (min(left, 80) // 4 * 4)
     for x, y in zip(held(segment), before, strict=True):
-        assert_close(x["keys"], y["keys"][:left], atol=1e-6, rtol=0)
+        assert_close(x["keys"], y["keys"][:left], atol=1e-5, rtol=0)
         assert torch.equal(x["values"], y["values"][:left])
     assert same(held(other), before)
     assert segment.coded.joint.bases.shape[1] == (left >= 4)

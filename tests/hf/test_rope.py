@@ -231,32 +231,46 @@ def test_models_without_a_rotary_module_and_without_weights():
     assert isinstance(find_ropes(made("llama"))[0], ModelRope)
 
 
-def test_turns_that_are_remembered_are_those_of_the_steps_and_the_dtype():
-    """What a decode step asks for again is found; other steps, and a module that was rounded since, are not it."""
-    rope, other = (find_ropes(build("llama"))[0] for _ in range(2))
-    x, asked = torch.randn(2, 2, 1, 16), []
+@pytest.mark.parametrize("name", KINDS)
+def test_pairs_of_channels_turn_as_the_model_turns_them(name):
+    """Kernels turn keys of every family here as its own code does, partly, by neighbours or with a scale beside."""
+    for rope in find_ropes(made(name)).values():
+        if rope == Still():
+            continue
+        assert rope.pairs.neighbours == (name in ("cohere", "cohere2", "glm"))
+        x, steps = torch.randn(2, 2, 9, max(16, rope.channels[1])), torch.randint(-3000, 3000, (2, 2, 9))
+        torch.testing.assert_close(rope.shift(x, steps), rope._by_model(x, steps), atol=2e-6, rtol=0)
+        assert torch.equal(rope.shift(x, steps)[..., rope.channels[1] :], x[..., rope.channels[1] :])
+
+
+def test_pairs_follow_the_module_and_gradients_do_not_go_by_them():
+    """A module that was changed since, or rounded, turns as it does now; gradients go through its own code."""
+    rope, x, steps = find_ropes(build("llama"))[0], torch.randn(2, 2, 3, 16), torch.full((2, 2, 3), 900)
+    asked: list[object] = []
     rope.rotary.register_forward_hook(lambda *given: asked.append(given))
-    some, more = (torch.full((2, 2, 1), n) for n in (5, 900))
     with torch.inference_mode():
-        first = rope.shift(x, some)
-    for steps, times in ((some, 1), (more, 2), (some.clone(), 2), (more, 2)):
-        found = rope.shift(x, steps)
-        assert len(asked) == times and torch.equal(found, unremembered(other, x, steps))
-    assert torch.equal(rope.shift(x, some), first)
+        first = rope.shift(x, steps)
+    assert torch.equal(rope.shift(x, steps), first) and not asked
     y = x.clone().requires_grad_()
-    rope.shift(y, some).sum().backward()  # made in inference mode, and of use here too
-    assert y.grad.abs().sum() > 0
+    rope.shift(y, steps).sum().backward()
+    assert y.grad.abs().sum() > 0 and len(asked) == 1
     with torch.no_grad():
         rope.rotary.inv_freq.mul_(0.5)
-    assert not torch.equal(rope.shift(x, more), found)
+    half = rope.shift(x, steps)
+    torch.testing.assert_close(half, rope._by_model(x, steps), atol=2e-6, rtol=0)
+    assert not torch.allclose(half, first, atol=1e-2)
     rope.rotary.inv_freq.mul_(2.0)
-    count = len(asked)
+    torch.testing.assert_close(rope.shift(x, steps), first, atol=0, rtol=0)
     rope.rotary.to(torch.bfloat16)
-    assert not torch.equal(rope.shift(x, more), found) and len(asked) == count + 1
+    torch.testing.assert_close(rope.shift(x, steps), rope._by_model(x, steps), atol=2e-6, rtol=0)
+    assert not torch.allclose(rope.shift(x, steps), first, atol=1e-3)
 
 
-def unremembered(other, x, steps):
-    """By as many angles as there are vectors, of which none is remembered."""
-    many = -(-600 // steps.numel()) + 1
-    wide, turns = (each.repeat(1, 1, many, *[1] * (each.dim() - 3)) for each in (x, steps))
-    return other.shift(wide, turns)[:, :, : x.shape[2]]
+def test_a_rotation_of_another_kind_is_the_models_own(monkeypatch):
+    """What does not turn by pairs as its angles say is turned by the model's code alone."""
+    rope, x, steps = find_ropes(made("llama"))[0], torch.randn(1, 2, 3, 16), torch.full((1, 2, 3), 7)
+    plain = rope.rotary.forward
+    rope.rotary.inv_freq.mul_(1.0)  # what was known is looked at anew
+    monkeypatch.setattr(rope.rotary, "forward", lambda x, position_ids: plain(x, position_ids.flip(-1) * 2))
+    assert rope.pairs is None
+    torch.testing.assert_close(rope.shift(x, steps), rope._by_model(x, steps), atol=0, rtol=0)

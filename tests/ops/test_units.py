@@ -27,7 +27,7 @@ from kvfold.ops import _cpu, dispatch
 from kvfold.ops.units import naive
 
 OPS = ("raise_bounds", "bound_scores", "choose_units", "list_pages", "list_slots", "attend_units", "step_units")
-OPS += ("key_scores", "vote_units")
+OPS += ("key_scores", "vote_units", "step_keys")
 
 
 @pytest.fixture(autouse=True, params=SETS)

@@ -14,6 +14,7 @@ from kvfold.selectors import Gives, Selection, Takes, Unremembered
 from kvfold.testing import steps as forced
 from models import dynamic, follow, greedy, reference, subject, tokens
 
+SPEC = Spec(1, 1, 8, 8, torch.float32, torch.device("cpu"))
 DENSE = Delta(1.0, FULL, page=8, recent=16)
 
 # -- the card ------------------------------------------------------------------------------------------------
@@ -30,7 +31,7 @@ def chosen(giver: Gives, got: torch.Tensor) -> list[int]:
     t, handed = got.shape[-1], {}
     unit = (torch.arange(t) // giver.unit)[None, None]
     giver.give(got[None, None], unit, np.array([[t]]), np.array([t]), handed)
-    units = Takes(giver).take(np.array([[t]]), handed)
+    units = Takes(giver).take(np.array([[t]]), handed, giver.index.open(SPEC))
     return units.numbers[0, 0, 0].tolist()
 
 
@@ -122,11 +123,11 @@ def test_oracle_5_layers_read_what_the_one_before_them_chose_in_the_same_step(le
     kept = {}
     plain = Takes.take
 
-    def late(self, counts, handed):  # what the step before has handed on
+    def late(self, counts, handed, remembered):  # what the step before has handed on
         before = kept.get(self.of)
         kept[self.of] = handed.get(self.of)
         if before is None or before[1] is None:
-            return plain(self, counts, handed)
+            return plain(self, counts, handed, remembered)
         wide = Chosen(before[1].numbers, before[1].counts, int(-(-counts.max() // self.unit)))
         return wide.of_heads(np.zeros(counts.shape[1], dtype=np.int64))
 

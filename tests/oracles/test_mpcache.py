@@ -1,46 +1,62 @@
 """MPCache against its card: the cut after the prompt, the two choices of clusters, layers that share one."""
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
+from kvfold.formats import POSITION, Chosen, Chunk, Dense, Handed, Indexed, Segment, Spec
+from kvfold.formats.indexed import choices_seen
 from kvfold.methods.mpcache import MPCache
 from kvfold.scores.peaks import peaks
-from kvfold.views import LayerView
+from kvfold.views import LayerView, Site
 from kvfold.views.decisions import Keep
-from views import asked_view, full_probabilities, kept, random_view, row_of, run, step_view, top
+from views import asked_view, full_probabilities, kept, random_view, row_of, run, top
 
 
-def step(keys: torch.Tensor, query: torch.Tensor, **options) -> LayerView:
-    """A generated token with `query` (Hq, D) over keys (T, D), its own the last."""
-    view = random_view(H=1, T=len(keys) - 1, D=keys.shape[1])
-    made = step_view(view, Keep(view.valid), torch.zeros(len(query), len(keys)))
-    states = replace(made.queries, states=query[None, :, None])
-    place = replace(made.place, step={}, **options)
-    return replace(made, tokens=replace(made.tokens, keys=keys[None, None]), queries=states, place=place)
+def stored(method: MPCache, keys: torch.Tensor, group: int, layer: int = 0, places: list[int] | None = None) -> Segment:
+    """What a layer of three holds of keys (T, D), as its method lets it read them."""
+    t, d = keys.shape
+    form = Indexed(Dense(page_size=4), method.selection(Site(layer, layer, (0, 1, 2), 3)))
+    segment = form.open(Spec(1, 1, d, d, torch.float32, torch.device("cpu"), layer, group=group))
+    at = torch.tensor(places or range(t), dtype=torch.int32)[None, None]
+    segment.append(
+        Chunk(keys[None, None], torch.randn(1, 1, t, d), torch.ones_like(at, dtype=torch.bool), {POSITION: at})
+    )
+    return segment
 
 
-def read(method: MPCache, view: LayerView) -> list[int]:
-    return method.before_attend(view).mask[0, 0].nonzero()[:, 0].tolist()
+def read(
+    method: MPCache, keys: torch.Tensor, query: torch.Tensor, handed: Handed | None = None, **where: Any
+) -> list[int]:
+    """The tokens that a query (Hq, D) of one KV head reads."""
+    segment, seen = stored(method, keys, len(query), **where), list[Chosen | None]()
+    with choices_seen(lambda segment, q, scale, chosen: seen.append(chosen)):
+        segment.attend_few(query[None, None, :, None], 0.3, handed=handed)
+    if seen[0] is None:
+        return list(range(len(keys)))
+    units = set(seen[0].numbers[0, 0, 0].tolist())
+    return [token for token in range(len(keys)) if token // method.fine in units]
 
 
 def test_oracle_1_the_linear_form_is_no_bound():
-    high, low = torch.tensor([[[[2.0, 1.0]]]]), torch.tensor([[[[0.0, 0.0]]]])
-    assert_close(MPCache()._worth(torch.tensor([[[1.0, -1.0]]]), high, low), torch.tensor([[[0.6]]]))
+    index = stored(MPCache(), torch.tensor([[2.0, 0.0], [0.0, 1.0]]), 1).index
+    asked = index.asks(torch.tensor([[[[1.0, -1.0]]]]), np.array([2]))
+    assert_close(index.scores(asked, np.array([[1]])), torch.tensor([[[[0.6]]]]))
     # The cluster of (2, 0) and (0, 1) loses against one of 0.7, though its first key alone would give 2.
     keys = torch.tensor([[0.0, 0.0]] * 2 + [[2.0, 0.0], [0.0, 1.0]] + [[0.7, 0.0]] * 2 + [[0.0, 0.0]] * 2)
-    chosen = read(MPCache(coarse=2, fine=2, coarse_ratio=1.0, ratio=0.3), step(keys, torch.tensor([[1.0, -1.0]])))
+    chosen = read(MPCache(coarse=2, fine=2, coarse_ratio=1.0, ratio=0.3), keys, torch.tensor([[1.0, -1.0]]))
     assert chosen == [0, 1, 4, 5, 6, 7]
 
 
 def test_oracle_2_a_cluster_of_one_is_its_key():
-    keys = torch.randn(12, 4)
-    query = torch.randn(1, 4)
+    keys, query = narrow(12, 4), torch.randn(1, 4)
     for alpha in (0.0, 0.6, 1.0):
         method = MPCache(coarse=1, fine=1, alpha=alpha, coarse_ratio=1.0, ratio=0.5)
-        assert read(method, step(keys, query)) == sorted({0, 11, *top((keys @ query[0]).tolist(), 6)})
+        assert read(method, keys, query) == sorted({0, 11, *top((keys @ query[0]).tolist(), 6)})
 
 
 def test_oracle_3_a_short_cache_still_sees_its_end():
@@ -49,22 +65,22 @@ def test_oracle_3_a_short_cache_still_sees_its_end():
     keys[:, 0] = -10.0
     keys[32:48, 0] = 10.0
     query = torch.tensor([[9.0, 0, 0, 0]])
-    assert read(MPCache(ratio=0.1), step(keys, query)) == [*range(16), *range(32, 48), *range(64, 80)]
-    assert read(MPCache(), step(keys[:64], query)) == list(range(64))
+    assert read(MPCache(ratio=0.1), keys, query) == [*range(16), *range(32, 48), *range(64, 80)]
+    assert read(MPCache(), keys[:64], query) == list(range(64))
 
 
 def test_oracle_4_everything_is_the_full_cache():
     view = random_view(H=2, T=50)
     assert kept(MPCache(budget=1.0), view) == kept(MPCache(budget=1.0, threshold=0.0), view) == [[list(range(50))] * 2]
     keys, query = torch.randn(50, 4), torch.randn(2, 4)
-    assert read(MPCache(coarse_ratio=1.0, ratio=1.0), step(keys, query)) == list(range(50))
-    assert MPCache(budget=1.0).before_attend(step(keys, query)) is None
+    assert read(MPCache(coarse_ratio=1.0, ratio=1.0), keys, query) == list(range(50))
+    assert MPCache(budget=1.0).selection(Site(0, 0, (0, 1, 2), 3)) is None
 
 
 def test_oracle_5_at_most_fourteen_clusters_of_a_thousand_tokens():
     for seed in range(5):
         torch.manual_seed(seed)
-        chosen = read(MPCache(), step(torch.randn(1000, 8), torch.randn(4, 8)))
+        chosen = read(MPCache(), torch.randn(1000, 8), torch.randn(4, 8))
         assert len(chosen) <= 216 and len({i // 16 for i in chosen}) <= 14
         assert set(range(16)) | set(range(992, 1000)) <= set(chosen)
 
@@ -75,6 +91,11 @@ def test_oracle_6_one_query_above_the_threshold_is_enough():
     view = replace(view, queries=replace(view.queries, positions=torch.full((1, 4), 3)))  # the card's rows see all four
     assert kept(MPCache(budget=4, threshold=0.25, asking=0.5), view) == [[[0, 1, 3]]]
     assert kept(MPCache(budget=2, threshold=0.25, asking=0.5), view) == [[[0, 3]]]
+
+
+def narrow(*shape: int) -> torch.Tensor:
+    """Random numbers that bfloat16 has, in which the index holds them."""
+    return torch.randn(*shape).bfloat16().float()
 
 
 def slow_choice(method: MPCache, keys: torch.Tensor, query: torch.Tensor) -> list[int]:
@@ -101,8 +122,8 @@ def slow_choice(method: MPCache, keys: torch.Tensor, query: torch.Tensor) -> lis
 )
 def test_the_choice_against_a_loop(n, options):
     torch.manual_seed(n)
-    method, keys, query = MPCache(**options), torch.randn(n, 8), torch.randn(3, 8)
-    assert read(method, step(keys, query)) == slow_choice(method, keys, query.mean(0))
+    method, keys, query = MPCache(**options), narrow(n, 8), torch.randn(3, 8)
+    assert read(method, keys, query) == slow_choice(method, keys, query.mean(0))
 
 
 def slow_cut(view: LayerView, row: int, budget: int, asking: float) -> list[int]:
@@ -131,41 +152,37 @@ def test_peaks_take_the_best_query_of_each_group():
 
 
 def test_layers_in_a_row_share_a_choice():
-    keys, query = torch.randn(200, 8), torch.randn(1, 8)
-    shared: dict = {}
-    views = [step(k, query, ordinal=i, paged=(0, 1, 2)) for i, k in enumerate((keys, keys.flip(0), keys.flip(0)))]
-    views = [replace(view, place=replace(view.place, step=shared)) for view in views]
-    first, second, third = (read(MPCache(), view) for view in views)
-    assert first == second != third == read(MPCache(share=1), views[1])
+    """The second reads what the first chose, the third chooses for itself; a layer that is alone reads everything."""
+    keys, query, handed = torch.randn(200, 8), torch.randn(1, 8), Handed()
+    layers = [read(MPCache(), k, query, handed, layer=i) for i, k in enumerate((keys, keys.flip(0), keys.flip(0)))]
+    assert layers[0] == layers[1] != layers[2] == read(MPCache(share=1), keys.flip(0), query, layer=1)
+    assert read(MPCache(), keys, query, layer=1) == list(range(200))
 
 
 def test_layers_of_other_lengths_share_a_choice():
-    shared: dict = {}
-    keys, query = torch.randn(90, 8), torch.randn(1, 8)
+    keys, query, handed = torch.randn(90, 8), torch.randn(1, 8), Handed()
     method = MPCache(coarse=16, fine=8, ratio=0.4)
-    first = step(keys[:88], query)
-    theirs = read(method, replace(first, place=replace(first.place, step=shared)))
-    longer = step(keys.flip(0), query, ordinal=1, paged=(0, 1))
-    chosen = read(method, replace(longer, place=replace(longer.place, step=shared)))
-    assert chosen == [*theirs, 88, 89] != read(method, longer) and len(chosen) < 60
+    theirs = read(method, keys[:88], query, handed)
+    chosen = read(method, keys.flip(0), query, handed, layer=1)
+    assert chosen == [*theirs, 88, 89] != list(range(90)) and len(chosen) < 60
 
 
 def test_layers_that_dropped_other_tokens_share_stretches_of_text():
-    """Layer 0 holds 200 tokens and reads some stretches; layer 1 holds half of them, elsewhere in its own order."""
-    keys, query = torch.randn(200, 8), torch.randn(1, 8)
-    shared: dict = {}
-    method = MPCache(coarse=16, fine=8)
-    first, second = (step(keys, query, ordinal=i, paged=(0, 1)) for i in range(2))
-    first, second = (replace(view, place=replace(view.place, step=shared)) for view in (first, second))
-    gone = torch.zeros(1, 1, 200, dtype=torch.bool)
-    gone[..., 8:120:2] = True
-    theirs, second = read(method, first), second.apply(Keep(~gone))
-    packed = replace(second, tokens=second.tokens.take(second._packed))  # as it lies in the cache
-    held = second.valid[0, 0].nonzero()[:, 0].tolist()
-    for view in (second, packed):
-        mask = method.before_attend(view).mask
-        found = view.positions[mask].tolist()
-        assert found == [p for i, p in enumerate(held) if p in theirs or i < 8 or i // 8 == (len(held) - 1) // 8]
+    """Layer 0 holds 200 tokens and reads some stretches; layer 1 holds half of them: the clusters that begin there."""
+    keys, query, handed, method = torch.randn(200, 8), torch.randn(1, 8), Handed(), MPCache(coarse=16, fine=8)
+    held = [place for place in range(200) if not 8 <= place < 120 or place % 2]
+    theirs = read(method, keys, query, handed)
+    found = read(method, keys[held], query, handed, layer=1, places=held)
+    last = (len(held) - 1) // 8
+    assert found == [i for i in range(len(held)) if i // 8 in (0, last) or held[i // 8 * 8] in theirs]
+    assert 8 < len(found) < len(held) / 2 and len(theirs) < 100
+
+
+def test_what_was_read_whole_is_read_whole_by_the_next():
+    """Two large clusters are; so a layer that holds more of the text reads all of it, too."""
+    keys, query, handed = torch.randn(300, 8), torch.randn(1, 8), Handed()
+    assert read(MPCache(), keys[:64], query, handed) == list(range(64))
+    assert read(MPCache(), keys, query, handed, layer=1) == list(range(300))
 
 
 def test_heads_that_hold_other_tokens_meet_at_text_positions():

@@ -6,6 +6,7 @@ import torch
 from torch.testing import assert_close
 
 import kvfold
+from kvfold import ops
 from kvfold.formats import POSITION, Chunk, Dense, Indexed, Spec
 from kvfold.hf.rope import find_ropes
 from kvfold.methods.tokenselect import TokenSelect
@@ -101,13 +102,16 @@ def test_oracle_4_heads_vote_alike_and_what_is_orthogonal_says_nothing():
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_oracle_5_how_often_a_choice_is_made(family, monkeypatch):
-    """Never used again: what choosing at each step gives. Always: one choice for each layer and text."""
+    """Never used again: what choosing at each step gives. Always: one choice for each layer and text.
+
+    Choosing at each step is one operation, where nothing is used again.
+    """
     prompt, said, options = tokens(60, 41), forced(2, 10), {"budget": 16, "sinks": 2, "recent": 4}
 
     def run(reuse: float) -> tuple[torch.Tensor, int]:
-        asked = []
-        plain = KeysOf.scores
+        asked, plain, whole = [], KeysOf.scores, ops.step_keys
         monkeypatch.setattr(KeysOf, "scores", lambda self, *given: asked.append(1) or plain(self, *given))
+        monkeypatch.setattr(ops, "step_keys", lambda *given: asked.append(1) or whole(*given))
         cache = kvfold.Cache(subject(family), TokenSelect(**options, reuse=reuse))
         out = follow(subject(family), cache, *prompt.values(), said)
         monkeypatch.undo()

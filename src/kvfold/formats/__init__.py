@@ -6,7 +6,7 @@ from kvfold.formats.dense import Dense, DenseSegment
 from kvfold.formats.depth import Depth, DepthSegment
 from kvfold.formats.elite import Basis, Elite, EliteSegment
 from kvfold.formats.fp8 import Fp8, Fp8Segment
-from kvfold.formats.index import ByBounds, Chooser, Giving, Handed, Index, Reader, Remembered, Taking
+from kvfold.formats.index import ByBounds, ByKeys, Chooser, Giving, Handed, Index, Reader, Remembered, Taking
 from kvfold.formats.indexed import Indexed, IndexedSegment
 from kvfold.formats.kinds import KINDS, dtype_from, format_from, format_to, register
 from kvfold.formats.kivi import Kivi, KiviSegment
@@ -34,6 +34,7 @@ __all__ = [
     "BalancedSegment",
     "Basis",
     "ByBounds",
+    "ByKeys",
     "Chooser",
     "Chosen",
     "Chunk",

@@ -1,4 +1,4 @@
-"""A generated token that is written, chooses and reads in one operation, where bounds of keys are all it goes by."""
+"""A generated token that is written, chooses and reads in one operation, where bounds or keys are all it goes by."""
 
 from collections.abc import Callable
 from typing import Any, TypeGuard
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvfold import ops
 from kvfold.formats.dense import DenseSegment
-from kvfold.formats.index import Bounding, ByBounds, Handed, Remembered
+from kvfold.formats.index import ByBounds, ByKeys, Compiled, Handed, Remembered
 from kvfold.formats.parts import Answer, Choosing
 from kvfold.formats.segment import Segment
 from kvfold.formats.tokens import POSITION
@@ -30,21 +30,26 @@ class AtOnce(Choosing):
 
     def attend_at_once(self, q: Tensor, scale: float, counts: Int[np.ndarray, "B H"]) -> Answer | None:
         """What bounds alone choose among so many tokens, read; None where there is more to it."""
-        bounding: Bounding | None = self.form.bounding
-        by = None if bounding is None else bounding.by_bounds(self.index, counts, self.seen)
-        return None if by is None else attend_by_bounds(self.inner, q, scale, by, self.form.selection.unit)
+        chooser: Compiled | None = self.form.compiled
+        by = None if chooser is None else chooser.at_once(self.index, counts, self.seen)
+        return (
+            attend_by_bounds(self.inner, q, scale, by, self.form.selection.unit) if isinstance(by, ByBounds) else None
+        )
 
     def step_few(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool, handed: Handed
     ) -> Answer:  # fmt: skip
-        """See `Choosing.step_few`; all of it at once where bounds alone choose among tokens with nothing beside."""
-        bounding: Bounding | None = self.form.bounding
+        """See `Choosing.step_few`; all of it at once where a kernel chooses among tokens with nothing beside."""
+        chooser: Compiled | None = self.form.compiled
         inner, unit = self.inner, self.form.selection.unit
-        if bounding is not None and not (weights or SEEN) and steps_by_bounds(inner, unit):
+        if chooser is not None and not (weights or SEEN) and steps_at_once(inner):
             seen = np.maximum(self.seen, positions[:, 0].cpu().numpy().astype(np.int64) + 1)
-            by = bounding.by_bounds(self.index, inner.counts() + 1, seen)
-            if by is not None:
+            by, answer = chooser.at_once(self.index, inner.counts() + 1, seen), None
+            if isinstance(by, ByBounds) and _lies_in_units(inner, unit):
                 answer = step_by_bounds(inner, q, k, v, positions, scale, by, unit)
+            elif isinstance(by, ByKeys):
+                answer = step_by_keys(inner, q, k, v, positions, scale, by, seen)
+            if answer is not None:
                 self.seen = seen
                 return answer
         return super().step_few(q, k, v, positions, scale, weights=weights, handed=handed)
@@ -63,11 +68,9 @@ def attend_by_bounds(
     return out[:, :, :, None], lse[..., None], None
 
 
-def steps_by_bounds(segment: Segment, unit: int) -> TypeGuard[DenseSegment]:
-    """Whether `step_by_bounds` can add a token to it."""
-    if not isinstance(segment, DenseSegment):
-        return False
-    return segment.table.pool.specs.keys() == PLAIN and _lies_in_units(segment, unit)
+def steps_at_once(segment: Segment) -> TypeGuard[DenseSegment]:
+    """Whether a kernel can add a token to it and read it."""
+    return isinstance(segment, DenseSegment) and segment.table.pool.specs.keys() == PLAIN and _lies_here(segment)
 
 
 def step_by_bounds(
@@ -82,7 +85,21 @@ def step_by_bounds(
     return out[:, :, :, None], lse[..., None], None
 
 
+def step_by_keys(
+    segment: DenseSegment, q: Float[Tensor, "B H G 1 D"], k: Float[Tensor, "B H 1 D"], v: Float[Tensor, "B H 1 Dv"],
+    positions: Int[Tensor, "B 1"], scale: float, by: ByKeys, seen: Int[np.ndarray, " B"],
+) -> Answer:  # fmt: skip
+    """A token for each row, its key in the index, and what votes on keys then choose and read, in one operation."""
+    out, lse = ops.step_keys(q[:, :, :, 0], segment.table, segment.token(k, v, positions), by, seen, scale)
+    return out[:, :, :, None], lse[..., None], None
+
+
 def _lies_in_units(segment: DenseSegment, unit: int) -> bool:
-    """Whether units are whole pages in memory, which a kernel reads: what is elsewhere must be brought first."""
-    table, pool = segment.table, segment.table.pool
-    return not (table.holed or unit % pool.page_size) and pool.memory is None and pool.device.type == "cpu"
+    """Whether units are whole pages in memory."""
+    return not unit % segment.table.pool.page_size and _lies_here(segment)
+
+
+def _lies_here(segment: DenseSegment) -> bool:
+    """Whether its pages are in memory, which a kernel reads, without holes: what is elsewhere must be brought first."""
+    pool = segment.table.pool
+    return not segment.table.holed and pool.memory is None and pool.device.type == "cpu"

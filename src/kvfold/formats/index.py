@@ -15,6 +15,7 @@ from kvfold.formats.chosen import Chosen
 from kvfold.formats.picked import Picked
 from kvfold.formats.segment import Spec
 from kvfold.formats.tokens import Chunk
+from kvfold.rotation import Rope
 
 Handed = dict[Any, Any]
 """What layers have chosen that later ones of the same forward pass read; it goes when the pass ends."""
@@ -202,17 +203,45 @@ class ByBounds:
     recent: int
 
 
-@runtime_checkable
-class Bounding(Chooser, Protocol):
-    """A chooser that may go by nothing but bounds of keys."""
+@dataclass(frozen=True, eq=False)
+class ByKeys:
+    """A choice of single tokens by votes on keys that have not turned, by one kernel: see `kvfold.ops.step_keys`."""
 
-    def by_bounds(
+    held: Float[Tensor, "B H N D"]
+    room: Int[np.ndarray, " B"]
+    first: Int[np.ndarray, " B"]
+    """Tokens at a row's front that are read anyhow."""
+    before: Int[np.ndarray, " B"]
+    """Those before its newest."""
+    heads: str
+    layer: bool
+    scale: float
+    steps: int
+    distance: int
+    rope: Rope
+    slots: bool
+
+
+@runtime_checkable
+class Compiled(Chooser, Protocol):
+    """A chooser that may go by so little that a kernel can make its choice, and read by it."""
+
+    def at_once(
         self, remembered: Remembered, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]
-    ) -> ByBounds | None:
+    ) -> ByBounds | ByKeys | None:
         """All that `choose` would go by; None where it goes by more, or all is read, or there is no list to make.
 
-        Bounds have room for so many tokens then, some of which may be about to come.
+        What is remembered has room for so many tokens then, some of which may be about to come.
         """
+        ...
+
+
+@runtime_checkable
+class Handing(Chooser, Protocol):
+    """A chooser whose choice later layers of the pass may read, too."""
+
+    def hand(self, remembered: Remembered, chosen: Chosen | None, handed: Handed) -> None:
+        """Hand on what was chosen; None: everything."""
         ...
 
 
@@ -236,8 +265,11 @@ class Giving(Selecting, Protocol):
 class Taking(Selecting, Protocol):
     """What lets its layer read what an earlier one has chosen in the same pass."""
 
-    def take(self, counts: Int[np.ndarray, "B H"], handed: Handed) -> Chosen | None:
-        """Which units are read; None: all. Raises ValueError where the choice was made among other tokens."""
+    def take(self, counts: Int[np.ndarray, "B H"], handed: Handed, remembered: Remembered) -> Chosen | None:
+        """Which units are read, of what is `remembered` here; None: all.
+
+        Raises ValueError where the choice was made among other tokens.
+        """
         ...
 
 

@@ -15,7 +15,7 @@ from kvfold.formats.at_once import SEEN, AtOnce
 from kvfold.formats.chosen import Chosen
 from kvfold.formats.few import attend_and_give, attend_few, near
 from kvfold.formats.few_values import attend_values
-from kvfold.formats.index import Bounding, Chooser, Giving, Handed, Reader, Remembered, Taking, Weighing
+from kvfold.formats.index import Chooser, Compiled, Giving, Handed, Handing, Reader, Remembered, Taking, Weighing
 from kvfold.formats.parts import Answer
 from kvfold.formats.picked import Picked, check_picked, joined
 from kvfold.formats.segment import Folding, Format, Hearing, Segment, Spec, Supposing, Traits, Uncaptured
@@ -57,12 +57,13 @@ class Indexed:
     @cached_property
     def way(self) -> type:
         """What kind of reader the selection is: asked once, for a protocol is slow to ask for."""
-        return next(kind for kind in (Weighing, Taking, Giving, Chooser) if isinstance(self.selection, kind))
+        kinds = (Weighing, Taking, Giving, Handing, Chooser)
+        return next(kind for kind in kinds if isinstance(self.selection, kind))
 
     @cached_property
-    def bounding(self) -> Bounding | None:
+    def compiled(self) -> Compiled | None:
         """The selection, where a kernel may make its choice."""
-        return self.selection if isinstance(self.selection, Bounding) else None
+        return self.selection if isinstance(self.selection, Compiled) else None
 
     @property
     def turns(self) -> bool:
@@ -191,14 +192,11 @@ class IndexedSegment(AtOnce, Uncaptured):
         if way is Weighing:
             return attend_values(self.inner, q, scale, cast(Weighing, selection), self.seen, weights=weights)
         if way is Taking:
-            chosen = cast(Taking, selection).take(counts, handed)
-        elif way is Chooser:
+            chosen = cast(Taking, selection).take(counts, handed, self.index)
+        elif way is not Giving:
             if not (weights or SEEN) and (answer := self.attend_at_once(q, scale, counts)) is not None:
                 return answer
-            chooser = cast(Chooser, selection)
-            if chooser.index.enough:  # something is fitted
-                self.index.learn(self.inner.dense, chooser.chooses(counts, self.seen))
-            chosen, self.choice = chooser.choose(self.index, q[:, :, :, 0], counts, self.seen, self.choice)
+            chosen = _choose(self, q, counts, handed)
         for see in SEEN:
             see(self, q, scale, chosen)
         if way is Giving:
@@ -322,6 +320,17 @@ class IndexedSegment(AtOnce, Uncaptured):
         known = mine | {f"{INDEX}{name}": x for name, x in self.index.state().items()}
         chosen = {} if self.choice is None else self.choice.state()
         return told, known | {f"{CHOICE}{name}": x for name, x in chosen.items()}
+
+
+def _choose(segment: IndexedSegment, q: Tensor, counts: Int[np.ndarray, "B H"], handed: Handed) -> Chosen | None:
+    """What a chooser says; it is remembered, and handed on, where that is wanted."""
+    chooser, index = cast(Chooser, segment.form.selection), segment.index
+    if chooser.index.enough:  # something is fitted
+        index.learn(segment.inner.dense, chooser.chooses(counts, segment.seen))
+    chosen, segment.choice = chooser.choose(index, q[:, :, :, 0], counts, segment.seen, segment.choice)
+    if segment.form.way is Handing:
+        cast(Handing, chooser).hand(index, chosen, handed)
+    return chosen
 
 
 def _read(segment: IndexedSegment, chosen: Chosen | None, q: Tensor, scale: float, weights: bool) -> Answer:

@@ -25,6 +25,8 @@ from kvfold.hf.anatomy import attention_modules, has_grid_positions, text_decode
 from kvfold.hf.argument import with_cache
 from kvfold.hf.looking import has_weights, ids_device, looking
 from kvfold.hf.tables import rotaries
+from kvfold.ops.cpu import fits
+from kvfold.ops.turn import Pairs, naive, turn
 from kvfold.rotation import Rope, Still
 
 APPLY = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave")
@@ -38,12 +40,12 @@ PARTS = (2, 3, 5, 7)
 CLOSE, COARSE = 1e-3, 0.05
 """How far a key that is turned here may be from the model's, of the largest; the second in 16 bits."""
 
-FEW = 512
-"""Steps of which cos and sin are remembered until others come."""
+STEPS = (0, 1, -1, 3, -17, 77, -1001, 4099)
+"""By which a rotation is compared with one by pairs of channels."""
 
-Turned = tuple[str | None, Tensor, tuple[tuple[Tensor, int], ...], tuple[Tensor, Tensor]]
-"""Layer type, steps, the module's buffers and how often each was written, and cos and sin of those."""
-_known: WeakKeyDictionary[nn.Module, tuple[Turned, ...]] = WeakKeyDictionary()
+Known = tuple[Tensor, int, Pairs | None]
+"""A module's angles, how often they were written, and how it turns by them."""
+_paired: WeakKeyDictionary[nn.Module, dict[Any, Known]] = WeakKeyDictionary()
 _found: WeakKeyDictionary[nn.Module, dict[int, Rope]] = WeakKeyDictionary()
 _failed: WeakSet[nn.Module] = WeakSet()
 """Models of which was said that the pass over them failed."""
@@ -62,32 +64,55 @@ class ModelRope:
 
     def shift(self, x: Tensor, steps: Tensor) -> Tensor:
         """Vectors (B, H, T, D) rotated for position p become those for p + steps (B, H, T); computed in float32."""
+        pairs = self.pairs if fits(x) else None
+        return self._by_model(x, steps) if pairs is None else turn(x, steps, pairs)
+
+    @property
+    def pairs(self) -> Pairs | None:
+        """Pairs of channels and their angles, where the model's own code does just what these say."""
+        angles = getattr(self.rotary, "inv_freq" if self.layer_type is None else f"{self.layer_type}_inv_freq", None)
+        if not isinstance(angles, Tensor) or angles.device.type != "cpu":
+            return None
+        known, key, written = (
+            _paired.setdefault(self.rotary, {}),
+            (self.layer_type, self.apply, self.channels),
+            _version(angles),
+        )
+        of, times, pairs = known.get(key, (None, 0, None))
+        if of is not angles or times != written:  # each layer asks at every step
+            pairs = self._paired(angles)
+            known[key] = angles, written, pairs
+        return pairs
+
+    def _paired(self, angles: Tensor) -> Pairs | None:
+        """What `pairs` says by these angles, worked out."""
+        start, stop = self.channels
+        if angles.shape != ((stop - start) // 2,):
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            turns = angles.detach().float().numpy().copy()
+            steps = torch.tensor(STEPS, dtype=torch.int32)[None, None]
+            x = torch.linspace(-1.0, 1.0, steps.numel() * (stop + 1), dtype=torch.float32)
+            x = x.view(1, 1, -1, stop + 1)[..., :stop]
+            want = self._by_model(x, steps)
+            both = (Pairs(turns, start, neighbours) for neighbours in (False, True))
+            return next(
+                (pairs for pairs in both if bool((naive.turn(x, steps, pairs) - want).abs().max() < 1e-5)), None
+            )
+
+    def _by_model(self, x: Tensor, steps: Tensor) -> Tensor:
+        """`shift` by the model's own code."""
         (b, h, t, d), (start, stop) = x.shape, self.channels
         alike = h > 1 and torch.equal(steps[:, 1:], steps[:, :-1]) if x.device.type == "cpu" else steps.stride(1) == 0
         rows, heads = (b, h) if alike else (b * h, 1)  # heads that turn alike need their angles once
         flat = x.reshape(rows, heads, t, d).float()
         part = flat[..., start:stop]
         both = (part,) if _alone(self.apply) else (part, part)
-        turned = self.apply(*both, *self._turn(flat, (steps[:, 0] if alike else steps).reshape(rows, t)))
+        turned = self.apply(*both, *self._made(flat, (steps[:, 0] if alike else steps).reshape(rows, t)))
         turned = turned if isinstance(turned, Tensor) else turned[0]
         if stop - start < d:
             turned = torch.cat([flat[..., :start], turned, flat[..., stop:]], -1)
         made: Tensor = turned.to(x.dtype).view(b, h, t, d)
-        return made
-
-    def _turn(self, x: Tensor, steps: Int[Tensor, "R T"]) -> tuple[Tensor, Tensor]:
-        """cos and sin of so many steps, for vectors like `x`. All layers of a decode step ask for the same few."""
-        if x.device.type != "cpu" or steps.numel() > FEW:  # to compare them would wait for a GPU
-            return self._made(x, steps)
-        known, buffers = _known.get(self.rotary, ()), tuple((x, _version(x)) for x in self.rotary.buffers())
-        for layer_type, asked, of, found in known:
-            same = layer_type == self.layer_type and asked.shape == steps.shape and len(of) == len(buffers)
-            same = same and all(a[0] is b[0] and a[1] == b[1] for a, b in zip(of, buffers, strict=True))
-            if same and torch.equal(asked, steps):
-                return found
-        with torch.inference_mode(False), torch.no_grad():  # whoever asks next may want gradients
-            made = self._made(x, steps.clone())
-            _known[self.rotary] = (*known[-3:], (self.layer_type, steps.clone(), buffers, made))
         return made
 
     def _made(self, x: Tensor, steps: Int[Tensor, "R T"]) -> tuple[Tensor, Tensor]:

@@ -396,4 +396,5 @@ def stages_of(method: Method) -> tuple[Method, ...]:
 
 def keeping(stages: Iterable[Method]) -> list[Any]:
     """Those whose `budget` is of the tokens that are kept; of others it is of what is read."""
-    return [stage for stage in stages if hasattr(stage, "budget") and not stage.listens("selection")]
+    some = (stage for stage in stages if hasattr(stage, "budget"))
+    return [stage for stage in some if stage.info.kind == "evict" or not stage.listens("selection")]

@@ -11,6 +11,7 @@ from kvfold.ops.prefill import causal, causal_admitted, causal_rows
 from kvfold.ops.scores import column_sums, window_attention
 from kvfold.ops.sparse import attend_sparse
 from kvfold.ops.tokens import attend_tokens
+from kvfold.ops.turn import turn
 from kvfold.ops.units import (
     attend_units,
     bound_scores,
@@ -19,6 +20,7 @@ from kvfold.ops.units import (
     list_pages,
     list_slots,
     raise_bounds,
+    step_keys,
     step_units,
     vote_units,
 )
@@ -46,10 +48,12 @@ __all__ = [
     "merge",
     "most_alike",
     "raise_bounds",
+    "step_keys",
     "step_pages",
     "step_units",
     "top_lists",
     "top_mask",
+    "turn",
     "vote_units",
     "window_attention",
 ]

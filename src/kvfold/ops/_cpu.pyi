@@ -40,6 +40,32 @@ def attend(
 ) -> None:
     """q (R, G, D) over each row's tokens: out (R, G, Dv), lse (R, G), weights (R, G, T)."""
 
+def attend_turned(
+    q: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    places: np.ndarray,
+    angles: np.ndarray,
+    first: int,
+    neighbours: bool,
+    mass: np.ndarray | None,
+    table: np.ndarray,
+    lengths: np.ndarray,
+    holes: np.ndarray,
+    hole_count: np.ndarray,
+    scale: float,
+    threads: int,
+    out: np.ndarray,
+    lse: np.ndarray,
+) -> None:
+    """As `attend` with pages of one token: keys stand at slots 0, 1, ... of their row, not at `places` (slots, 1)."""
+
+def turn(
+    x: np.ndarray, steps: np.ndarray, angles: np.ndarray, first: int, neighbours: bool, threads: int, out: np.ndarray
+) -> None:
+    """out, float32, as x (R, H, T, D) with channels i and half + i from `first` on, or those that are `neighbours`,
+    turned by steps (R, T) times angles (half,)."""
+
 def attend_float8(
     q: np.ndarray,
     e5m2: bool,
@@ -174,6 +200,42 @@ def attend_units(
 
     q (N, G, D), held (N, M, 2 D), room (N,) units of `each` pages that are read at most: out (N, G, Dv), lse (N, G).
     """
+
+def step_keys(
+    q: np.ndarray,
+    rounds: bool,
+    k: np.ndarray,
+    v: np.ndarray,
+    place: np.ndarray,
+    held: np.ndarray,
+    steps: float,
+    distance: int,
+    seen: np.ndarray,
+    room: np.ndarray,
+    first: np.ndarray,
+    before: np.ndarray,
+    heads: str,
+    layer: bool,
+    vote_scale: float,
+    slots: bool,
+    angles: np.ndarray,
+    channel: int,
+    neighbours: bool,
+    keys: np.ndarray,
+    values: np.ndarray,
+    places: np.ndarray,
+    table: np.ndarray,
+    lengths: np.ndarray,
+    page_size: int,
+    scale: float,
+    threads: int,
+    out: np.ndarray,
+    lse: np.ndarray,
+) -> None:
+    """k, v (N, 1, D) and place (N, 1, 1) become the last token of each row, which `lengths` count already.
+
+    held (N, room, D), bfloat16, gets its key before it turns; heads vote, those of all N / B rows of a batch row where
+    `layer`, and what they choose is read: out (N, G, Dv), lse (N, G). seen, room, first and before are (B,)."""
 
 def step_units(
     q: np.ndarray,

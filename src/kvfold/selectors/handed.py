@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvfold.formats import Chosen, Handed, Spec, register
+from kvfold.formats import Chosen, Handed, Index, Remembered, Spec, register
 from kvfold.options import check_int
 from kvfold.selectors.held import nothing
 from kvfold.selectors.selection import Selection
@@ -23,8 +23,8 @@ class OfAPass:
 
     @property
     @abstractmethod
-    def index(self) -> Unremembered:
-        """Of nothing."""
+    def index(self) -> Index:
+        """What it goes by."""
 
     @property
     def unit(self) -> int:
@@ -109,7 +109,7 @@ class Takes(OfAPass):
         """Of nothing."""
         return self.of.index
 
-    def take(self, counts: Int[np.ndarray, "B H"], handed: Handed) -> Chosen | None:
+    def take(self, counts: Int[np.ndarray, "B H"], handed: Handed, remembered: Remembered) -> Chosen | None:
         """See `Taking.take`."""
         held, chosen = handed.get(self.of, (counts, None))
         if not np.array_equal(held, counts):

@@ -9,12 +9,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.budgets import Budget, check_budget, is_all
-from kvfold.formats import ByBounds, Chosen, Index, Picked, Remembered, Spec, register
+from kvfold.formats import ByBounds, ByKeys, Chosen, Index, Picked, Remembered, Spec, register
 from kvfold.formats.picked import NEVER
 from kvfold.ops import choose_units, top_lists, vote_units
 from kvfold.options import check_choice, check_int
 from kvfold.selectors.always import Always, Exempt
 from kvfold.selectors.bounds import BoundsOf
+from kvfold.selectors.keys import STEPS, KeysOf
 from kvfold.selectors.lasting import Lasting
 from kvfold.selectors.odd import Odd
 from kvfold.selectors.reuse import Reuse
@@ -125,20 +126,28 @@ class Selection:
             query = torch.where(stale, query, last.query)
         return Chosen.of(read), Picked(picked, query, np.where(short, NEVER, made))
 
-    def by_bounds(
+    def at_once(
         self, remembered: Remembered, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]
-    ) -> ByBounds | None:
-        """See `Bounding.by_bounds`."""
-        if not self.plain or self.slots or self.far or is_all(self.budget):
+    ) -> ByBounds | ByKeys | None:
+        """See `Compiled.at_once`."""
+        if self.far or is_all(self.budget) or not (self.plain or self.soft):
             return None
-        if not isinstance(remembered, BoundsOf) or remembered.unit != self.unit:  # some are of parts of units
-            return None
-        room = self.room(seen)
+        room, always = self.room(seen), self.always
+        assert isinstance(always, Always)  # `plain`, `soft`
         if (counts <= room[:, None] * self.unit).all():
             return None
-        remembered.reach(-(-int(counts.max()) // self.unit))
-        assert isinstance(self.always, Always)  # `plain`
-        return ByBounds(remembered.held, room, self.vote.heads, *self.always.most(self.unit))
+        # Units of some bounds are made of parts.
+        if self.plain and not self.slots and isinstance(remembered, BoundsOf) and remembered.unit == self.unit:
+            remembered.reach(-(-int(counts.max()) // self.unit))
+            return ByBounds(remembered.held, room, self.vote.heads, *always.most(self.unit))
+        if not self.soft or not isinstance(remembered, KeysOf) or (self.vote.layer and not _alike(counts)):
+            return None
+        remembered.reach(int(counts.max()))
+        first, before = always.spans(1, room)
+        held, rope, vote = remembered.held, remembered.spec.rope, self.vote
+        assert rope is not None  # as `Keys.open` asks
+        scale, distance = vote.scale(held.shape[-1]), remembered.recipe.distance
+        return ByKeys(held, room, first, before, vote.heads, vote.layer, scale, STEPS, distance, rope, self.slots)
 
     @cached_property
     def plain(self) -> bool:

@@ -1,6 +1,6 @@
 """Operations on tokens that lie on pages. A kernel sees the page table: `table.table` (R, M) page numbers,
 `table.lengths` (R,), and the planes `table.pool.planes[name]` (N, P, ...). A row is one (sequence, KV head).
-`table` is a `kvfold.pages.PageTable`, `compact` a `kvfold.rotation.Compact` or None: operations import nothing else.
+`table` is a `kvfold.pages.PageTable`, `compact` a `kvfold.rotation.Compact` or None, which operations don't import.
 """
 
 from collections.abc import Mapping

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.ops.cpu import BITS, fits, holds, reads_pages, threads
+from kvfold.ops.cpu import BITS, fits, floats, holds, reads_pages, threads, widths_fit
 from kvfold.ops.dispatch import register
 from kvfold.ops.paged import naive
 from kvfold.ops.rows import attend_rows
+from kvfold.ops.turn.pairs import Pairs, pairs_of
 
 PLANES = ("keys", "values")
 
@@ -21,6 +22,10 @@ def attend_pages(
     mass: str | None, read: Tensor | None, compact: Any, position: str, weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     queries, d = q.shape[2] * q.shape[3], q.shape[4]
+    if _turns(compact, read, weights=weights) and table.pool.page_size == 1 and not table.holed:
+        pairs, able = pairs_of(compact.rope), table.longest and reads_pages(table.pool, queries, d, mass)
+        if pairs is not None and able and widths_fit(len(pairs.angles), pairs.first):
+            return _attend_turned(q, table, scale, mass, pairs, position)
     if compact is not None or not table.longest or not reads_pages(table.pool, queries, d, mass):
         return naive.attend_pages(
             q, table, scale, mass=mass, read=read, compact=compact, position=position, weights=weights
@@ -35,6 +40,30 @@ def _attend(
 
     dv = table.pool.specs["values"].width
     return attend_rows(_cpu.attend, PLANES, q, table, scale, dv=dv, mass=mass, read=read, weights=weights)
+
+
+def _turns(compact: Any, read: Tensor | None, *, weights: bool) -> bool:
+    """Whether keys turn to the numbers of their slots, and nothing else is wanted."""
+    return compact is not None and compact.slots is None and compact.rows is None and read is None and not weights
+
+
+def _attend_turned(
+    q: Tensor, table: Any, scale: float, mass: str | None, pairs: Pairs, position: str
+) -> tuple[Tensor, Tensor, None]:
+    """Over rows of tokens each of which is a page of its own: keys turn as they are read."""
+    from kvfold.ops import _cpu
+
+    (b, h, g, n, d), pool = q.shape, table.pool
+    out = np.empty((b, h, g, n, pool.specs["values"].width), dtype=np.float32)
+    lse = np.empty((b, h, g, n), dtype=np.float32)
+    _cpu.attend_turned(
+        floats(q).reshape(b * h, g * n, d), pool.array("keys"), pool.array("values"), pool.array(position),
+        pairs.angles, pairs.first, pairs.neighbours, None if mass is None else pool.array(mass), table.table,
+        table.lengths, table.holes, table.hole_count, scale, threads(), out.reshape(b * h, g * n, -1),
+        lse.reshape(b * h, -1),
+    )  # fmt: skip
+    found = torch.from_numpy(out)
+    return found if q.dtype == torch.float32 else found.to(q.dtype), torch.from_numpy(lse), None
 
 
 @register("step_pages", "cpu", rank=10, fits=fits)

@@ -21,6 +21,7 @@ __all__ = [
     "list_pages",
     "list_slots",
     "raise_bounds",
+    "step_keys",
     "step_units",
     "vote_units",
 ]
@@ -56,7 +57,7 @@ def bound_scores(
 def key_scores(
     q: Float[Tensor, "B H G D"], held: Float[Tensor, "B H N D"], units: Int[np.ndarray, "B H"], steps: int
 ) -> Float[Tensor, "B H G M"]:
-    """The products of a query with one vector of each unit, in whole steps of 1 / `steps`; float32.
+    """The products of a query with one vector of each unit, in whole steps of 1 / `steps` (0: as they are); float32.
 
     Of the M units of the longest row, -inf behind a row's own.
     """
@@ -108,6 +109,25 @@ def step_units(
     found: tuple[Tensor, Tensor] = select("step_units", q)(
         q, table, planes, held, room, scale, unit=unit, heads=heads, sinks=sinks, recent=recent
     )
+    return found
+
+
+def step_keys(
+    q: Float[Tensor, "B H G D"],
+    table: Any,
+    planes: Mapping[str, Tensor],
+    by: Any,
+    seen: Int[np.ndarray, " B"],
+    scale: float,
+) -> tuple[Float[Tensor, "B H G Dv"], Float[Tensor, "B H G"]]:
+    """One token to every row as in `step_units`, then (out, lse) over the tokens that heads vote for by all keys.
+
+    `by` is a `kvfold.formats.ByKeys`: its `held` gets the new key as it is before it turns, is asked by a query that
+    stands `distance` behind all keys, where the text's last token is `seen[b]` - 1, and those `key_scores` count in
+    `vote_units`, for each KV head, or for all of a row together (`layer`; these then have as many tokens each). With
+    `slots` what is read attends at positions 0, 1, 2, ..., the query at the last of them.
+    """
+    found: tuple[Tensor, Tensor] = select("step_keys", q)(q, table, planes, by, seen, scale)
     return found
 
 

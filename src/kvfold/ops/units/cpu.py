@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvfold.ops.cpu import FLOATS, bits, fits, floats, library, reads_pages, threads, widths_fit
 from kvfold.ops.dispatch import register
+from kvfold.ops.turn.pairs import pairs_of
 from kvfold.ops.units import naive
 
 
@@ -106,17 +107,48 @@ def step_units(
     from kvfold.ops import _cpu
 
     b, h, g, d = q.shape
-    place = np.ascontiguousarray(planes["position"].numpy(), dtype=np.int32)[..., None]
     out, lse = _answer(q, pool)
     table.extend(1)
     pool = table.pool  # which may be another one now
     _cpu.step_units(
-        floats(q).reshape(b * h, g, d), bits(keys), bits(values), place,
+        floats(q).reshape(b * h, g, d), bits(keys), bits(values), _places(planes),
         bits(held).reshape(b * h, *held.shape[2:]), room.repeat(h), heads, sinks, recent, pool.array("keys"),
         pool.array("values"), pool.array("position"), table.table, table.lengths, pool.page_size,
         unit // pool.page_size, scale, threads(), out.reshape(b * h, g, -1), lse.reshape(b * h, g),
     )  # fmt: skip
     return _of(q, out), torch.from_numpy(lse)
+
+
+@register("step_keys", "cpu", rank=10, fits=fits)
+def step_keys(
+    q: Tensor, table: Any, planes: Mapping[str, Tensor], by: Any, seen: np.ndarray, scale: float
+) -> tuple[Tensor, Tensor]:
+    pool, keys, values, pairs = table.pool, planes["keys"], planes["values"], pairs_of(by.rope)
+    known = keys.dtype == pool.specs["keys"].dtype and values.dtype == pool.specs["values"].dtype
+    asks = by.held.dtype == torch.bfloat16 and q.dtype != torch.float16 and by.heads != "each"
+    if pairs is None or not (known and asks and _reads_units(q, by.held, table, None)):
+        return naive.step_keys(q, table, planes, by, seen, scale)
+    if not widths_fit(len(pairs.angles), pairs.first):
+        return naive.step_keys(q, table, planes, by, seen, scale)
+    from kvfold.ops import _cpu
+
+    b, h, g, d = q.shape
+    out, lse = _answer(q, pool)
+    table.extend(1)
+    pool = table.pool  # which may be another one now
+    _cpu.step_keys(
+        floats(q).reshape(b * h, g, d), q.dtype == torch.bfloat16, bits(keys), bits(values), _places(planes),
+        bits(by.held).reshape(b * h, *by.held.shape[2:]), by.steps, by.distance, _whole(seen), _whole(by.room),
+        _whole(by.first), _whole(by.before), by.heads, by.layer, by.scale, by.slots, pairs.angles, pairs.first,
+        pairs.neighbours, pool.array("keys"), pool.array("values"), pool.array("position"), table.table, table.lengths,
+        pool.page_size, scale, threads(), out.reshape(b * h, g, -1), lse.reshape(b * h, g),
+    )  # fmt: skip
+    return _of(q, out), torch.from_numpy(lse)
+
+
+def _places(planes: Mapping[str, Tensor]) -> np.ndarray:
+    """Where one token of each row stands, (R, 1, 1)."""
+    return np.ascontiguousarray(planes["position"].numpy(), dtype=np.int32)[..., None]
 
 
 def _reads_units(q: Tensor, held: Tensor, table: Any, mass: str | None) -> bool:

@@ -1,12 +1,12 @@
 """Units of tokens in plain torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Int32
+from jaxtyping import Bool, Float, Int, Int32, Shaped
 from torch import Tensor
 
 from kvfold.ops.attend import attend
@@ -50,7 +50,7 @@ def bound_scores(q: Tensor, held: Tensor, units: np.ndarray) -> Tensor:
 @register("key_scores", "naive", rank=0)
 def key_scores(q: Tensor, held: Tensor, units: np.ndarray, steps: int) -> Tensor:
     found = q.float() @ held[:, :, : int(units.max(initial=0))].float().mT
-    return behind(torch.round(found * steps) / steps, units)
+    return behind(torch.round(found * steps) / steps if steps else found, units)
 
 
 def behind(scores: Float[Tensor, "B H G N"], units: Int[np.ndarray, "B H"]) -> Float[Tensor, "B H G N"]:
@@ -67,14 +67,25 @@ def attend_units(
     q: Tensor, held: Tensor, table: Any, room: np.ndarray, scale: float, *,
     unit: int, heads: str, sinks: int, recent: int, mass: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    (b, h, g, d), size, planes = q.shape, table.pool.page_size, table.pool.planes
+    (b, h), size, planes = q.shape[:2], table.pool.page_size, table.pool.planes
     units = (-(-table.lengths.astype(np.int64) // unit)).reshape(b, h)
     scores = select("bound_scores", held)(q, held, units)
     numbers, _ = select("choose_units", scores)(scores, units, room, heads=heads, sinks=sinks, recent=recent)
     listed, lengths = select("list_pages", planes["keys"])(
         table, numbers.reshape(b * h, *numbers.shape[2:]), unit // size, np.zeros(b * h, dtype=np.int64)
     )
-    at, lists = torch.from_numpy(listed).clamp(min=0).long().to(q.device), numbers.shape[2]
+    return _attend_listed(q, planes, listed, lengths, scale, mass)
+
+
+def _attend_listed(
+    q: Float[Tensor, "B H G D"], planes: Mapping[str, Shaped[Tensor, "N P *W"]], listed: np.ndarray,
+    lengths: np.ndarray, scale: float, mass: str | None = None,
+    turn: Callable[[Tensor, Tensor], Tensor] = lambda keys, at: keys,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Over the pages of lists, of so many slots each; `turn`: keys of the pages that are named, where they stand."""
+    (b, h, g, d), size = q.shape, next(iter(planes.values())).shape[1]
+    lists = len(listed) // (b * h)
+    at = torch.from_numpy(listed).clamp(min=0).long().to(q.device)
     none = (torch.arange(at.shape[1] * size) >= torch.from_numpy(lengths)[:, None]).to(q.device)
     keys, values = (
         planes[name][at].flatten(1, 2).masked_fill(none[..., None], 0.0).to(q.dtype) for name in ("keys", "values")
@@ -86,11 +97,51 @@ def attend_units(
     )
     bias = bias.masked_fill(none, -torch.inf)
     rows = b, h * lists
-    out, lse = attend(
-        q.reshape(*rows, g // lists, d), keys.view(*rows, *keys.shape[1:]), values.view(*rows, *values.shape[1:]),
-        scale, bias.view(*rows, 1, -1),
-    )  # fmt: skip
+    keys, values, bias = (
+        turn(keys.view(*rows, -1, d), at),
+        values.view(*rows, *values.shape[1:]),
+        bias.view(*rows, 1, -1),
+    )
+    out, lse = attend(q.reshape(*rows, g // lists, d), keys, values, scale, bias)
     return out.reshape(b, h, g, -1), lse.reshape(b, h, g)
+
+
+@register("step_keys", "naive", rank=0)
+def step_keys(
+    q: Tensor, table: Any, planes: Mapping[str, Tensor], by: Any, seen: np.ndarray, scale: float
+) -> tuple[Tensor, Tensor]:
+    (b, h, _, d), places = q.shape, planes["position"].view(*q.shape[:2], 1)
+    select("append_pages", planes["keys"])(table, planes, None)
+    units = table.lengths.astype(np.int64).reshape(b, h)
+    newest = torch.from_numpy(units - 1).to(q.device)[..., None, None].expand(b, h, 1, d)
+    by.held.scatter_(2, newest, by.rope.shift(planes["keys"].view(b, h, 1, d), -places).to(by.held.dtype))
+    asked = by.rope.shift(q, _steps(by.distance - (seen - 1), q))
+    scores = select("key_scores", by.held)(asked, by.held, units, by.steps)
+    lists = 1 if by.layer else h
+    room, first, before = (each.repeat(lists) for each in (by.room, by.first, by.before))
+    numbers, _ = select("vote_units", scores)(
+        scores.reshape(b * lists, -1, scores.shape[-1]), units[:, :lists].reshape(-1), room, first, before,
+        heads=by.heads, scale=by.scale,
+    )  # fmt: skip
+    wide = np.ascontiguousarray(numbers.repeat(h // lists, 0))[:, None]
+    listed, lengths = select("list_slots", planes["keys"])(table, wide, 1, np.zeros(b * h, dtype=np.int64))
+    singles = {name: plane.flatten(0, 1)[:, None] for name, plane in table.pool.planes.items()}
+    if not by.slots:
+        return _attend_listed(q, singles, listed, lengths, scale)
+
+    def turn(keys: Tensor, at: Tensor) -> Tensor:
+        stand = torch.arange(at.shape[1], device=at.device)
+        turned: Tensor = by.rope.shift(keys, (stand - singles["position"][at, 0]).view(keys.shape[:3]))
+        return turned
+
+    back = lengths.reshape(b, h) - seen[:, None]
+    return _attend_listed(by.rope.shift(q, _steps(back, q)), singles, listed, lengths, scale, turn=turn)
+
+
+def _steps(by: np.ndarray, q: Float[Tensor, "B H G D"]) -> Int[Tensor, "B H G"]:
+    """Steps of each row, (B,), or of each of its heads, (B, H), for a query's heads."""
+    found = torch.from_numpy(by.astype(np.int32)).to(q.device).view(len(q), -1, 1)
+    return found.expand(q.shape[:3])
 
 
 @register("step_units", "naive", rank=0)
