@@ -48,9 +48,11 @@ struct Attend {
     float *out, *lse;  // (rows, g, dv), (rows, g)
     float* weights;    // (rows, g, weights_width) or null
     int64_t weights_width;
-    // Pages of one token alone: keys stand at the numbers of their slots in the row, and not where `places` says.
+    // Pages of one token alone: keys stand at the numbers of their slots in the row, and not where `places` says; or there,
+    // but no further in front than `least`.
     Turning turning;
     const int32_t* places;  // (pages,)
+    const int32_t* least;   // (rows,) or null
 };
 
 // Bytes of a vector of codes: units of 16 bytes, and the last one as short as it may be (see ops/codes/packing.py).

@@ -200,17 +200,20 @@ Turning turning_of(const Floats& angles, int64_t first, bool neighbours, int64_t
     return by;
 }
 
-// Of rows of slots, each of them a page of its own: keys stand at slots 0, 1, 2, ... and not where `places` says.
+// Of rows of slots, each of them a page of its own: keys stand at slots 0, 1, 2, ... and not where `places` says, or there but
+// no further in front than `least`, (N,).
 void attend_turned(Array<const float, 3> q, Const2 keys, Const2 values, Array<const int32_t, 2> places, Floats angles,
-                   int64_t first, bool neighbours, std::optional<Array<const float, 2>> mass, Table table, Counts lengths,
-                   Table holes, Counts hole_count, float scale, int threads, Array<float, 3> out, Array<float, 2> lse) {
+                   int64_t first, bool neighbours, std::optional<Counts> least, std::optional<Array<const float, 2>> mass,
+                   Table table, Counts lengths, Table holes, Counts hole_count, float scale, int threads,
+                   Array<float, 3> out, Array<float, 2> lse) {
     Attend on{};
     on.on = rows_of(table, lengths, holes, hole_count, 1, true);
     check(keys.shape(1) == q.shape(2) && keys.shape(0) == values.shape(0) && places.shape(0) == keys.shape(0) && places.shape(1) == 1,
           "shapes of q, keys, values, places, out and lse don't fit");
     ask(on, q, values.shape(0), values.shape(1), mass, {}, table, lengths, holes, hole_count, scale, threads, out, lse, {});
     on.keys = keys.data(), on.values = values.data(), on.key_kind = kind_of(keys), on.value_kind = kind_of(values);
-    on.turning = turning_of(angles, first, neighbours, on.d), on.places = places.data();
+    check(!least || least->shape(0) == q.shape(0), "least must have the rows of q");
+    on.turning = turning_of(angles, first, neighbours, on.d), on.places = places.data(), on.least = least ? least->data() : nullptr;
     const Kernels& set = kernels_for({on.d, on.dv, on.turning.half, on.turning.first});
     const Free free;
     set.attend_singles(on);
@@ -982,7 +985,7 @@ NB_MODULE(_cpu, m) {
           "threads"_a, "best"_a.noconvert(), "first"_a.noconvert());
     m.def("linear", linear, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(), "threads"_a,
           "out"_a.noconvert());
-    m.def("attend_turned", attend_turned, "q"_a.noconvert(), "keys"_a.noconvert(), "values"_a.noconvert(), "places"_a.noconvert(), "angles"_a.noconvert(), "first"_a, "neighbours"_a, "mass"_a.noconvert().none(), "table"_a.noconvert(), "lengths"_a.noconvert(), "holes"_a.noconvert(), "hole_count"_a.noconvert(), "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert());
+    m.def("attend_turned", attend_turned, "q"_a.noconvert(), "keys"_a.noconvert(), "values"_a.noconvert(), "places"_a.noconvert(), "angles"_a.noconvert(), "first"_a, "neighbours"_a, "least"_a.noconvert().none(), "mass"_a.noconvert().none(), "table"_a.noconvert(), "lengths"_a.noconvert(), "holes"_a.noconvert(), "hole_count"_a.noconvert(), "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert());
     m.def("turn", turn, "x"_a.noconvert(), "steps"_a.noconvert(), "angles"_a.noconvert(), "first"_a, "neighbours"_a, "threads"_a, "out"_a.noconvert());
     m.def("bound_scores", bound_scores, "q"_a.noconvert(), "held"_a.noconvert(), "units"_a.noconvert(), "plain"_a, "steps"_a, "threads"_a, "scores"_a.noconvert());
     m.def("vote_units", voted_units, "scores"_a.noconvert(), "units"_a.noconvert(), "room"_a.noconvert(), "first"_a.noconvert(), "before"_a.noconvert(), "heads"_a, "scale"_a, "threads"_a, "numbers"_a.noconvert(), "counts"_a.noconvert());

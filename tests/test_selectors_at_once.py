@@ -47,6 +47,33 @@ def test_a_step_costs_what_it_reads(monkeypatch, watched, text, whole, layers):
     assert len(at_once) == (0 if watched else layers * 20)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "infllm(budget=64, block=16, sinks=8, local=24)",
+        "tokenselect(budget=48, reuse=0.9)",
+        "mpcache(budget=1.0, threshold=0.0)",
+    ],
+)
+def test_what_is_chosen_part_by_part_costs_what_it_reads(monkeypatch, text):
+    """Wherever what is read stands: the kernel is handed lists of pages or tokens, and never a mask of all slots."""
+    model, seen = subject("llama"), []
+    cache, plain = kvfold.Cache(model, text), ops.attend_pages
+    prompt = tokens(400)
+    feed(model, cache, *prompt.values())
+
+    def counted(q, table, *args, read=None, **more):
+        seen.append((int(table.lengths.max()), read))
+        return plain(q, table, *args, read=read, **more)
+
+    monkeypatch.setattr(ops, "attend_pages", counted)
+    mask = prompt["attention_mask"]
+    for step in steps(1, 20).T:
+        mask = grow(mask)
+        feed(model, cache, step[:, None], mask)
+    assert len(seen) == 3 * 20 and all(read is None and length <= 150 for length, read in seen)
+
+
 def plain_of(chunk: Chunk) -> Chunk:
     """With no columns but positions."""
     return chunk.but(chunk.valid, {POSITION: chunk.columns[POSITION]})

@@ -62,6 +62,8 @@ class Compact:
     """Where each key stands; None: in the order in which they are stored."""
     rows: Bool[Tensor, " B"] | None = None
     """The rows of the batch that are read so; None: all. The others' vectors stay as they are."""
+    least: Int[Tensor, " B"] | None = None
+    """Text positions at which keys that come before them stand, all others at their own; None: they stand at slots."""
 
     def of(self, start: int, stop: int) -> "Compact":
         """For a segment that holds the stored tokens `start` to `stop`."""
@@ -72,6 +74,8 @@ class Compact:
     ) -> Float[Tensor, "B H T D"]:
         """Each key as if it stood at its slot; `ranks`: the how-manieth stored token each is."""
         slots = ranks if self.slots is None else self.slots
+        if self.least is not None:
+            slots = positions.maximum(self.least[:, None, None].to(positions.dtype))
         return self.rope.shift(keys, self._of_rows(slots.to(positions.dtype) - positions))
 
     def rotate_queries(

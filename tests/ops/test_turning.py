@@ -72,11 +72,15 @@ def test_odd_widths_and_nothing_are_turned_by_the_definition(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mass", [None, "log_mass"])
 @pytest.mark.parametrize(("half", "neighbours"), [(8, False), (4, False), (8, True), (4, True)])
-def test_keys_turn_as_they_are_read(dtype, mass, half, neighbours, monkeypatch):
-    """Tokens of lists stand side by side; lists of more than one part, of one token and of none; no slot but theirs."""
+@pytest.mark.parametrize("least", [None, (4000, 0)])
+def test_keys_turn_as_they_are_read(dtype, mass, half, neighbours, least, monkeypatch):
+    """Tokens of lists stand side by side, or none further in front than a place; no slot but theirs is read.
+
+    Lists have more than one part, one token, or none.
+    """
     lengths = [700, 0, 1, 70]
     table, q = paged(lengths, 16, 24, dtype), torch.randn(2, 2, 3, 1, 16).to(dtype)
-    compact = Compact(Turner(half, neighbours=neighbours))
+    compact = Compact(Turner(half, neighbours=neighbours), least=None if least is None else torch.tensor(least))
     table.pool.planes["position"].copy_(torch.randint(0, 9000, table.pool.planes["position"].shape, dtype=torch.int32))
     poison(table)
     numbers = np.full((4, 1, 600), -1, dtype=np.int32)

@@ -16,7 +16,6 @@ from kvfold.formats.paged import PagedSegment
 from kvfold.formats.parts import Answer, merged
 from kvfold.formats.segment import Segment
 from kvfold.formats.tailed import TailedSegment
-from kvfold.formats.tokens import POSITION
 from kvfold.pages import FewPages, FewSlots, PageTable
 from kvfold.rotation import Compact, Rope
 
@@ -33,23 +32,21 @@ def attend_few(
     - 1, at the last of them. `compact`: where keys stand otherwise, and the query at its own place.
     """
     parts = segment.parts if isinstance(segment, TailedSegment) else (segment,)
-    if compact is None and not weights and (slots is None or len(parts) == 1):
-        pages = _pages(parts, chosen, unit)
+    if not weights and (slots is None or len(parts) == 1):
+        pages = _pages(parts, chosen, unit, turned=compact is not None)
         if pages is not None:
-            return merged([_listed(part, q, scale, some, slots, seen) for part, some in pages], weights=False)
+            return merged([_listed(part, q, scale, some, slots, seen, compact) for part, some in pages], weights=False)
     return _masked(segment, q, scale, chosen, unit, weights, slots, seen, compact)
 
 
-def near(segment: Segment, rope: Rope | None, seen: Int[np.ndarray, " B"], far: int) -> Compact | None:
+def near(device: torch.device, rope: Rope | None, seen: Int[np.ndarray, " B"], far: int) -> Compact | None:
     """Keys more than `far` (0: none) tokens behind the last of a text stand as far away as that; None: there are none.
 
     So two parts, one at true distances and one at a single distance, are read under one softmax (InfLLM).
     """
     if not far or rope is None or (seen <= far).all():
         return None
-    _, columns = segment.columns()
-    least = torch.from_numpy(seen - far).to(columns[POSITION].device)[:, None, None]
-    return Compact(rope, torch.maximum(columns[POSITION], least.to(columns[POSITION].dtype)))
+    return Compact(rope, least=torch.from_numpy(seen - far).to(device))
 
 
 def attend_and_give(
@@ -86,15 +83,20 @@ def _turned(
     return compact.rotate_queries(q, torch.from_numpy(seen - 1).to(q.device)[:, None], counts - 1)
 
 
-def _pages(parts: Sequence[object], chosen: Chosen, unit: int) -> list[tuple[PagedSegment, FewPages]] | None:
-    """Each part that holds tokens, and the pages of those units in it, or their slots; None where it reads neither."""
+def _pages(
+    parts: Sequence[object], chosen: Chosen, unit: int, *, turned: bool
+) -> list[tuple[PagedSegment, FewPages]] | None:
+    """Each part that holds tokens, and the pages of those units in it, or their slots; None where it reads neither.
+
+    Keys that are `turned` are those of slots, one by one.
+    """
     found: list[tuple[PagedSegment, FewPages]] = []
     start: Int[np.ndarray, "B H"] = np.zeros(chosen.counts.shape[:2], dtype=np.int64)
     for part in parts:
         if not isinstance(part, PagedSegment) or not part.listed or part.table.holed:
             return None
         size, counts = part.pool.page_size, part.counts()
-        whole = not (unit % size or (start % size).any())
+        whole = not (turned or unit % size or (start % size).any())
         single = part.singled and part.pool.device.type == "cpu" and part.pool.memory is None  # a block is no token's
         if not whole and not single:
             return None
@@ -122,12 +124,13 @@ def _by_row(chosen: Chosen) -> Int[np.ndarray, "R S K"]:
 
 
 def _listed(
-    part: PagedSegment, q: Tensor, scale: float, pages: FewPages, rope: Rope | None, seen: np.ndarray | None
-) -> Answer:
+    part: PagedSegment, q: Tensor, scale: float, pages: FewPages, rope: Rope | None, seen: np.ndarray | None,
+    compact: Compact | None,
+) -> Answer:  # fmt: skip
     (b, h, g, n, d), few = q.shape, copy(part)
     lists = len(pages.lengths) // (b * h)
     few.table, few.heads = cast(PageTable, pages), h * lists  # a table as far as reading goes
-    asks, compact = q.reshape(b, h * lists, g // lists, n, d), None
+    asks = q.reshape(b, h * lists, g // lists, n, d)
     if rope is not None and seen is not None:
         compact, counts = Compact(rope), torch.from_numpy(pages.lengths.astype(np.int64)).to(q.device)
         asks = _turned(asks, compact, seen, counts.view(b, -1))

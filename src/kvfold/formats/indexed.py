@@ -336,7 +336,7 @@ def _choose(segment: IndexedSegment, q: Tensor, counts: Int[np.ndarray, "B H"], 
 def _read(segment: IndexedSegment, chosen: Chosen | None, q: Tensor, scale: float, weights: bool) -> Answer:
     """Over the units that are chosen (None: all), at the positions that the selection says."""
     selection, inner, spec = segment.form.selection, segment.inner, segment.spec
-    turned = near(inner, spec.rope, segment.seen, selection.far)
+    turned = near(q.device, spec.rope, segment.seen, selection.far)
     if chosen is None:
         return inner.attend(q, scale, compact=turned, weights=weights)
     rope = spec.rope if selection.slots else None

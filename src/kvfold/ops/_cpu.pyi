@@ -48,6 +48,7 @@ def attend_turned(
     angles: np.ndarray,
     first: int,
     neighbours: bool,
+    least: np.ndarray | None,
     mass: np.ndarray | None,
     table: np.ndarray,
     lengths: np.ndarray,
@@ -58,7 +59,8 @@ def attend_turned(
     out: np.ndarray,
     lse: np.ndarray,
 ) -> None:
-    """As `attend` with pages of one token: keys stand at slots 0, 1, ... of their row, not at `places` (slots, 1)."""
+    """As `attend` with pages of one token: keys stand at slots 0, 1, ... of their row, not at `places` (slots, 1); or
+    there, but no further in front than least (N,)."""
 
 def turn(
     x: np.ndarray, steps: np.ndarray, angles: np.ndarray, first: int, neighbours: bool, threads: int, out: np.ndarray

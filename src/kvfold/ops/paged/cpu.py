@@ -25,7 +25,7 @@ def attend_pages(
     if _turns(compact, read, weights=weights) and table.pool.page_size == 1 and not table.holed:
         pairs, able = pairs_of(compact.rope), table.longest and reads_pages(table.pool, queries, d, mass)
         if pairs is not None and able and widths_fit(len(pairs.angles), pairs.first):
-            return _attend_turned(q, table, scale, mass, pairs, position)
+            return _attend_turned(q, table, scale, mass, pairs, compact.least, position)
     if compact is not None or not table.longest or not reads_pages(table.pool, queries, d, mass):
         return naive.attend_pages(
             q, table, scale, mass=mass, read=read, compact=compact, position=position, weights=weights
@@ -43,12 +43,12 @@ def _attend(
 
 
 def _turns(compact: Any, read: Tensor | None, *, weights: bool) -> bool:
-    """Whether keys turn to the numbers of their slots, and nothing else is wanted."""
+    """Whether keys turn to the numbers of their slots, or to a least place, and nothing else is wanted."""
     return compact is not None and compact.slots is None and compact.rows is None and read is None and not weights
 
 
 def _attend_turned(
-    q: Tensor, table: Any, scale: float, mass: str | None, pairs: Pairs, position: str
+    q: Tensor, table: Any, scale: float, mass: str | None, pairs: Pairs, least: Tensor | None, position: str
 ) -> tuple[Tensor, Tensor, None]:
     """Over rows of tokens each of which is a page of its own: keys turn as they are read."""
     from kvfold.ops import _cpu
@@ -58,9 +58,10 @@ def _attend_turned(
     lse = np.empty((b, h, g, n), dtype=np.float32)
     _cpu.attend_turned(
         floats(q).reshape(b * h, g * n, d), pool.array("keys"), pool.array("values"), pool.array(position),
-        pairs.angles, pairs.first, pairs.neighbours, None if mass is None else pool.array(mass), table.table,
-        table.lengths, table.holes, table.hole_count, scale, threads(), out.reshape(b * h, g * n, -1),
-        lse.reshape(b * h, -1),
+        pairs.angles, pairs.first, pairs.neighbours,
+        None if least is None else np.repeat(least.numpy().astype(np.int32), h),
+        None if mass is None else pool.array(mass), table.table, table.lengths, table.holes, table.hole_count, scale,
+        threads(), out.reshape(b * h, g * n, -1), lse.reshape(b * h, -1),
     )  # fmt: skip
     found = torch.from_numpy(out)
     return found if q.dtype == torch.float32 else found.to(q.dtype), torch.from_numpy(lse), None
