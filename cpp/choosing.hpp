@@ -141,7 +141,6 @@ struct Count {
         return behind > first ? behind : first;
     }
     bool chooses(int64_t list) const { return smaller(on.room[list], on.units[list]) > 0; }
-
 };
 
 // A head's exponentials, and one over their sum.

@@ -49,7 +49,7 @@ struct Attend {
     float* weights;    // (rows, g, weights_width) or null
     int64_t weights_width;
     // Pages of one token alone: keys stand at the numbers of their slots in the row, and not where `places` says; or there,
-    // but no further in front than `least`.
+    // but no further in front than `least`, in rows where that is no -1.
     Turning turning;
     const int32_t* places;  // (pages,)
     const int32_t* least;   // (rows,) or null

@@ -201,7 +201,7 @@ Turning turning_of(const Floats& angles, int64_t first, bool neighbours, int64_t
 }
 
 // Of rows of slots, each of them a page of its own: keys stand at slots 0, 1, 2, ... and not where `places` says, or there but
-// no further in front than `least`, (N,).
+// no further in front than `least`, (N,), where that is no -1.
 void attend_turned(Array<const float, 3> q, Const2 keys, Const2 values, Array<const int32_t, 2> places, Floats angles,
                    int64_t first, bool neighbours, std::optional<Counts> least, std::optional<Array<const float, 2>> mass,
                    Table table, Counts lengths, Table holes, Counts hole_count, float scale, int threads,
@@ -768,12 +768,12 @@ void round_all(std::vector<float>& x) {
 // A whole decode step that every key is asked for: k, v (N, 1, D) and place (N, 1, 1) become the last token of each row,
 // which `lengths` count already; `held` (N, room, D), bfloat16, gets its key as it is before it turns. Then heads, those of
 // all N / B rows of a batch row together where `layer`, vote, as queries `distance` behind all keys (see `voted_units`), and
-// the tokens of their lists are read. `slots`: at places 0, 1, 2, ..., the query at the last of them. `rounds`: what is
-// turned of a query is bfloat16. `seen`: the query is token seen[b] - 1 of its text.
+// the tokens of their lists are read. `slots`: at places 0, 1, 2, ..., the query at the last of them, in rows that choose.
+// `rounds`: what is turned of a query is bfloat16. `seen`: the query is token seen[b] - 1 of its text.
 void step_keys(Array<const float, 3> q, bool rounds, const Const3 k, const Const3 v, Array<const int32_t, 3> place,
                Array<uint16_t, 3> held, float steps, int64_t distance, Array<const int64_t, 1> seen,
                Array<const int64_t, 1> room, Array<const int64_t, 1> first, Array<const int64_t, 1> before,
-               const std::string& heads, bool layer, float vote_scale, bool slots, Floats angles, int64_t channel, bool neighbours,
+               Array<const bool, 1> chooses, const std::string& heads, bool layer, float vote_scale, bool slots, Floats angles, int64_t channel, bool neighbours,
                Any2 keys, Any2 values, Array<int32_t, 2> places, Table table, Counts lengths, int64_t page_size, float scale, int threads,
                Array<float, 3> out, Array<float, 2> lse) {
     const int64_t rows = q.shape(0), g = q.shape(1), d = q.shape(2), batch = room.shape(0), known = keys.shape(0);
@@ -781,6 +781,7 @@ void step_keys(Array<const float, 3> q, bool rounds, const Const3 k, const Const
     check(reduce_of(heads) != Reduce::each && distance >= 0, "heads must be sum or max, and distance at least 0");
     for (const Array<const int64_t, 1>* each : {&seen, &first, &before})
         check(static_cast<int64_t>(each->shape(0)) == batch, "seen, room, first and before must have the batch's rows");
+    check(static_cast<int64_t>(chooses.shape(0)) == batch, "chooses must have the batch's rows");
     for (const Const3* each : {&k, &v})
         check(static_cast<int64_t>(each->shape(0)) == rows && each->shape(1) == 1, "k and v must have one token of each row");
     check(static_cast<int64_t>(place.shape(0)) == rows && place.shape(1) == 1 && place.shape(2) == 1 &&
@@ -795,7 +796,9 @@ void step_keys(Array<const float, 3> q, bool rounds, const Const3 k, const Const
               lse.shape(0) == q.shape(0) && lse.shape(1) == q.shape(1),
           "shapes of q, out and lse don't fit");
     const Turning by = turning_of(angles, channel, neighbours, d);
-    const Kernels& set = kernels_for({d, static_cast<int64_t>(values.shape(1)), by.half, by.first});
+    const int64_t dv = values.shape(1);  // each part by the kernels that it has by itself
+    const Kernels &turns = kernels_for({d, by.half, by.first}), &asking = kernels_for({d});
+    const Kernels& reading = slots ? kernels_for({d, dv, by.half, by.first}) : kernels_for({d, dv});
     const int64_t of = rows / batch, lists = layer ? batch : rows;
     std::vector<int64_t> units(rows);
     std::vector<int64_t> at(rows);
@@ -824,7 +827,7 @@ void step_keys(Array<const float, 3> q, bool rounds, const Const3 k, const Const
     // The token, and what is remembered of it.
     const size_t key = d * bytes_of(k), value = v.shape(2) * bytes_of(v);
     std::vector<float> plain(rows * d), asks(rows * g * d), turned(slots ? rows * g * d : 0);
-    set.turn({rows, 1, 1, d, k.data(), kind_of(k), back.data(), by, 1, plain.data()});
+    turns.turn({rows, 1, 1, d, k.data(), kind_of(k), back.data(), by, 1, plain.data()});
     for (int64_t r = 0; r < rows; r++) {
         std::memcpy(static_cast<char*>(keys.data()) + at[r] * key, static_cast<const char*>(k.data()) + r * key, key);
         std::memcpy(static_cast<char*>(values.data()) + at[r] * value, static_cast<const char*>(v.data()) + r * value, value);
@@ -834,18 +837,18 @@ void step_keys(Array<const float, 3> q, bool rounds, const Const3 k, const Const
     }
     // What heads say, and what is read by that.
     for (int64_t b = 0; b < batch; b++) asked[b] = static_cast<int32_t>(distance - (seen.data()[b] - 1));
-    set.turn({batch, of * g, 1, d, q.data(), Kind::f32, asked.data(), by, 1, asks.data()});
+    turns.turn({batch, of * g, 1, d, q.data(), Kind::f32, asked.data(), by, 1, asks.data()});
     if (rounds) round_all(asks);
     const std::unique_ptr<float[]> scores(new float[rows * g * width]);
-    const std::unique_ptr<int32_t[]> ints(new int32_t[lists * (most + 1) + rows * (2 * most + 2)]);
+    const std::unique_ptr<int32_t[]> ints(new int32_t[lists * (most + 1) + rows * (2 * most + 3)]);
     int32_t *numbers = ints.get(), *counts = numbers + lists * most, *wide = counts + lists, *listed = wide + rows * most;
-    int32_t *read = listed + rows * most, *holes = read + rows;
+    int32_t *read = listed + rows * most, *holes = read + rows, *least = holes + rows;
     std::fill(holes, holes + rows, 0);
     {
         const Free free;
-        set.bound_scores({rows, g, d, static_cast<int64_t>(held.shape(1)), width, asks.data(), held.data(), Kind::bf16,
+        asking.bound_scores({rows, g, d, static_cast<int64_t>(held.shape(1)), width, asks.data(), held.data(), Kind::bf16,
                           units.data(), threads, scores.get(), true, steps});
-        set.vote_units({lists, rows / lists * g, width, scores.get(), many.data(), able.data(), begin.data(), end.data(),
+        sets.front()->vote_units({lists, rows / lists * g, width, scores.get(), many.data(), able.data(), begin.data(), end.data(),
                         reduce_of(heads), vote_scale, most, threads, numbers, counts});
         for (int64_t r = 0; r < rows; r++) std::copy_n(numbers + (layer ? r / of : r) * most, most, wide + r * most);
         const Rows all{rows, page_size, table.data(), static_cast<int64_t>(table.shape(1)), lengths.data(), nullptr, 0, nullptr};
@@ -854,17 +857,20 @@ void step_keys(Array<const float, 3> q, bool rounds, const Const3 k, const Const
     Attend on{};
     on.on = {rows, 1, listed, most, read, nullptr, 0, holes};
     check_pages(on.on, known);
-    on.g = g, on.d = d, on.dv = values.shape(1), on.q = q.data(), on.keys = keys.data(), on.values = values.data();
+    on.g = g, on.d = d, on.dv = dv, on.q = q.data(), on.keys = keys.data(), on.values = values.data();
     on.key_kind = kind_of(keys), on.value_kind = kind_of(values), on.scale = scale, on.threads = threads;
     on.out = out.data(), on.lse = lse.data();
     if (slots) {
-        for (int64_t r = 0; r < rows; r++) back[r] = static_cast<int32_t>(read[r] - seen.data()[r / of]);
-        set.turn({rows, g, 1, d, q.data(), Kind::f32, back.data(), by, 1, turned.data()});
+        for (int64_t r = 0; r < rows; r++) {
+            const bool some = chooses.data()[r / of];
+            back[r] = some ? static_cast<int32_t>(read[r] - seen.data()[r / of]) : 0, least[r] = some ? -1 : 0;
+        }
+        turns.turn({rows, g, 1, d, q.data(), Kind::f32, back.data(), by, 1, turned.data()});
         if (rounds) round_all(turned);
-        on.q = turned.data(), on.turning = by, on.places = places.data();
+        on.q = turned.data(), on.turning = by, on.places = places.data(), on.least = least;
     }
     const Free free;
-    set.attend_singles(on);
+    reading.attend_singles(on);
 }
 
 // Bounds of units (N, room, 2 D) rise to hold keys (N, T, D) too; token i of those that are valid is number start + i.
@@ -992,7 +998,7 @@ NB_MODULE(_cpu, m) {
     m.def("choose_units", chosen_units, "scores"_a.noconvert(), "units"_a.noconvert(), "room"_a.noconvert(), "heads"_a, "sinks"_a, "recent"_a, "threads"_a, "numbers"_a.noconvert(), "counts"_a.noconvert());
     m.def("list_pages", listed_pages, "numbers"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "slots"_a, "each"_a, "before"_a.noconvert(), "listed"_a.noconvert(), "list_lengths"_a.noconvert());
     m.def("attend_units", attend_units, "q"_a.noconvert(), "held"_a.noconvert(), "room"_a.noconvert(), "heads"_a, "sinks"_a, "recent"_a, "keys"_a.noconvert(), "values"_a.noconvert(), "mass"_a.noconvert().none(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "each"_a, "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert());
-    m.def("step_keys", step_keys, "q"_a.noconvert(), "rounds"_a, "k"_a.noconvert(), "v"_a.noconvert(), "place"_a.noconvert(), "held"_a.noconvert(), "steps"_a, "distance"_a, "seen"_a.noconvert(), "room"_a.noconvert(), "first"_a.noconvert(), "before"_a.noconvert(), "heads"_a, "layer"_a, "vote_scale"_a, "slots"_a, "angles"_a.noconvert(), "channel"_a, "neighbours"_a, "keys"_a.noconvert(), "values"_a.noconvert(), "places"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert());
+    m.def("step_keys", step_keys, "q"_a.noconvert(), "rounds"_a, "k"_a.noconvert(), "v"_a.noconvert(), "place"_a.noconvert(), "held"_a.noconvert(), "steps"_a, "distance"_a, "seen"_a.noconvert(), "room"_a.noconvert(), "first"_a.noconvert(), "before"_a.noconvert(), "chooses"_a.noconvert(), "heads"_a, "layer"_a, "vote_scale"_a, "slots"_a, "angles"_a.noconvert(), "channel"_a, "neighbours"_a, "keys"_a.noconvert(), "values"_a.noconvert(), "places"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert());
     m.def("step_units", step_units, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "place"_a.noconvert(), "held"_a.noconvert(), "room"_a.noconvert(), "heads"_a, "sinks"_a, "recent"_a, "keys"_a.noconvert(), "values"_a.noconvert(), "places"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "page_size"_a, "each"_a, "scale"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert());
     m.def("raise_bounds", raised, "held"_a.noconvert(), "keys"_a.noconvert(), "valid"_a.noconvert(), "start"_a.noconvert(), "unit"_a, "threads"_a);
     m.def("read", [](Array<const float, 1> x, int threads) {

@@ -53,8 +53,8 @@ struct SingleReader : Part<Attend> {
 
     // A slot's key where it is to stand; `turned` is what turned the last one, by `steps`.
     void turn_key(int64_t slot, float& steps, float* turned, float* out) const {
-        const int64_t place = on.places[pages()[slot]], stands = on.least ? on.least[row] : slot;
-        const float more = static_cast<float>(on.least && stands < place ? 0 : stands - place);
+        const int64_t place = on.places[pages()[slot]], least = on.least ? on.least[row] : -1;
+        const float more = static_cast<float>(least < 0 ? slot - place : least < place ? 0 : least - place);
         if (more != steps) cos_sin(steps = more, on.turning, turned);  // what lay side by side turns alike
         turn_one(key(slot), turned, on.turning, on.d, out);
     }

@@ -8,12 +8,12 @@ from torch.testing import assert_close
 import kvfold
 from delta_paper import METHOD, paper, six
 from kvfold.formats import Chosen, Indexed
-from kvfold.layer.layer import KVLayer
+from kvfold.layer.layer import DENSE, KVLayer
 from kvfold.layer.plan import Plan
 from kvfold.layer.rows import Rows
 from kvfold.methods.delta import Delta
 from kvfold.testing import steps as forced
-from models import dynamic, feed, follow, grow, tokens
+from models import dynamic, feed, follow, grow, subject, tokens
 
 
 def test_joined_rows_read_what_their_own_layers_chose():
@@ -33,6 +33,34 @@ def test_joined_rows_read_what_their_own_layers_chose():
         both = feed(six(), caches[0], step[:, None], mask)
         for row in range(4):
             alone = feed(six(), apart[row], step[row : row + 1, None], own[row])
+            assert_close(both[row : row + 1], alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("mpcache(budget=0.6)", "mpcache(budget=0.6) | kivi(bits=4, residual=32)"),
+        ("mpcache(budget=0.6)", "mpcache(budget=0.5) | fp8"),
+        ("mpcache(budget=0.6)", "mpcache(budget=0.6, share=3)"),
+        ("delta(budget=64)", "delta(budget=64) | fp8"),
+    ],
+)
+def test_joined_rows_of_other_formats_read_what_their_own_layers_chose(pair):
+    """What chooses is the same in both, and what is chosen is not."""
+    model, said, caches, masks = subject("llama"), forced(2, 6), [], []
+    for row, method in enumerate(pair):
+        text = tokens(300, seed=row)
+        caches.append(kvfold.Cache(model, method))
+        feed(model, caches[-1], *text.values())
+        masks.append(text["attention_mask"])
+    apart = [cache.fork() for cache in caches]
+    caches[0].join(caches[1])
+    mask = torch.cat(masks)
+    for step in said.T:
+        mask, masks = grow(mask), [grow(each) for each in masks]
+        both = feed(model, caches[0], step[:, None], mask)
+        for row in range(2):
+            alone = feed(model, apart[row], step[row : row + 1, None], masks[row])
             assert_close(both[row : row + 1], alone, atol=1e-4, rtol=0)
 
 
@@ -88,7 +116,7 @@ def test_a_layer_by_itself_reads_everything(number):
         if at == 101:  # a pass in which somebody has: its first page and its last
             some = np.zeros((1, 1, 1, 13), dtype=bool)
             some[..., [0, 12]] = True
-            plan.handed[giver] = np.full((1, 2), 102), Chosen.of(some)
+            plan.handed[DENSE] = {giver: (np.full((1, 2), 102), Chosen.of(some))}
         out = layer.attend(q, keys[:, :, at : at + 1], values[:, :, at : at + 1], None, 0.35, plan)
         read = [*range(8), *range(96, 102)] if at == 101 else range(at + 1)
         weights = (q.view(1, 2, 2, 8) @ keys[:, :, read].mT * 0.35).softmax(-1)
@@ -98,7 +126,8 @@ def test_a_layer_by_itself_reads_everything(number):
 def test_a_choice_among_other_tokens_is_refused():
     layer, keys, values = layer_alone(4)
     plan = Plan(False)
-    plan.handed[METHOD.selection(layer.site).of] = np.full((1, 2), 99), Chosen.of(np.ones((1, 1, 1, 13), dtype=bool))
+    other = np.full((1, 2), 99), Chosen.of(np.ones((1, 1, 1, 13), dtype=bool))
+    plan.handed[DENSE] = {METHOD.selection(layer.site).of: other}
     with pytest.raises(ValueError, match=r"layer 3 has chosen among \[\[99, 99.* holds \[\[101, 101\]\]"):
         layer.attend(torch.zeros(1, 4, 1, 8), keys[:, :, 100:101], values[:, :, 100:101], None, 0.35, plan)
 

@@ -12,9 +12,10 @@ import kvfold
 from kvfold import ops
 from kvfold.formats import POSITION, Chunk, Dense, Indexed
 from kvfold.formats.indexed import choices_seen
+from kvfold.ops.units import naive
 from kvfold.selectors import Always, Bounds, Hierarchical, Keys, Means, Selection, Vote
-from kvfold.testing import feed, grow, steps, tokens
-from models import subject
+from kvfold.testing import feed, follow, grow, steps, tokens
+from models import build, subject
 from test_selectors import STEPS, B, D, G, H, agrees, fresh, some
 
 
@@ -74,6 +75,60 @@ def test_what_is_chosen_part_by_part_costs_what_it_reads(monkeypatch, text):
     assert len(seen) == 3 * 20 and all(read is None and length <= 150 for length, read in seen)
 
 
+SELECTING = [
+    "tokenselect(budget=48)", "tokenselect(budget=48, pool=3)", "tokenselect(budget=48, reuse=0.9)", "quest(budget=48)",
+    "mpcache(budget=0.5)", "infllm(budget=64, block=16, sinks=8, local=24)", "nosa(budget=64)", "shadowkv(budget=48)",
+    "pqcache(budget=48)", "sentencekv(budget=48)", "lserve(budget=64)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SELECTING)
+@pytest.mark.parametrize("modes", [(True, False), (False, True)], ids=["prompt", "steps"])
+def test_passes_in_inference_mode_and_others_go_on_from_each_other(text, modes):
+    """What a prompt leaves in one mode is written in the other: the same is read, and nothing refuses."""
+    model, prompt, found = subject("llama"), tokens(200), []
+    for mixed in (modes, (False, False)):
+        cache, mask, logits = kvfold.Cache(model, text), prompt["attention_mask"], []
+        with torch.inference_mode(mixed[0]), torch.no_grad():
+            feed(model, cache, *prompt.values())
+        for number, step in enumerate(steps(1, 20).T):
+            mask = grow(mask)
+            with torch.inference_mode(mixed[number % 2]), torch.no_grad():
+                logits.append(feed(model, cache, step[:, None], mask).clone())
+        found.append(torch.cat(logits))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize(
+    "text", ["snapkv(budget=0.5) | tokenselect(budget=48, vote='group')", "tokenselect(budget=70)"]
+)
+def test_a_row_that_reads_everything_reads_it_where_it_stands(text, watched):
+    """Whoever is beside it: only rows that choose have what they read stand side by side."""
+    model, prompt, said = subject("llama"), tokens(300, 60), steps(2, 8)
+    with choices_seen(lambda *given: None) if watched else nullcontext():
+        both = follow(model, kvfold.Cache(model, text), *prompt.values(), said)
+        for row, length in enumerate((300, 60)):
+            ids, mask = (x[row : row + 1, -length:] for x in prompt.values())
+            alone = follow(model, kvfold.Cache(model, text), ids, mask, said[row : row + 1])
+            torch.testing.assert_close(both[row : row + 1], alone, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "at_once"),
+    [("llama", torch.float32, True), ("llama", torch.bfloat16, True), ("llama", torch.float16, False)],
+)
+def test_what_no_kernel_does_at_once_is_done_by_those_of_its_parts(monkeypatch, family, dtype, at_once):
+    """A step is never left to the definition, which reads all there is."""
+    model, cache_of = build(family, dtype=dtype), lambda model: kvfold.Cache(model, "tokenselect(budget=48)")
+    asked, whole = [], ops.step_keys
+    monkeypatch.setattr(ops, "step_keys", lambda *args: asked.append(1) or whole(*args))
+    monkeypatch.setattr(naive, "step_keys", None)
+    prompt = tokens(200)
+    follow(model, cache_of(model), *prompt.values(), steps(1, 3))
+    assert len(asked) == (9 if at_once else 0)
+
+
 def plain_of(chunk: Chunk) -> Chunk:
     """With no columns but positions."""
     return chunk.but(chunk.valid, {POSITION: chunk.columns[POSITION]})
@@ -82,7 +137,7 @@ def plain_of(chunk: Chunk) -> Chunk:
 KEYS = {
     "layer": Selection(Keys(6), 12, Vote("sum", layer=True, softmax=True, scaled=False), Always(3, 5, 0.6), slots=True),
     "group": Selection(Keys(0), 0.3, Vote("max", softmax=True), Always(1, 2), slots=True),
-    "text": Selection(Keys(6), 9, Vote("sum", layer=True, softmax=True), Always(2, 3, 0.5)),
+    "text": Selection(Keys(6), 21, Vote("sum", layer=True, softmax=True), Always(2, 3, 0.5)),
 }
 
 

@@ -171,7 +171,7 @@ def test_a_crop_leaves_what_is_coded(left):
     assert segment.counts()[:, 0].tolist() == [left, left]
     assert segment.coded.counts()[0, 0] == (min(left, 80) // 4 * 4)
     for x, y in zip(held(segment), before, strict=True):
-        assert_close(x["keys"], y["keys"][:left], atol=1e-5, rtol=0)
+        assert_close(x["keys"], y["keys"][:left], atol=1e-5, rtol=0)  # fewer rows of a product are rounded otherwise
         assert torch.equal(x["values"], y["values"][:left])
     assert same(held(other), before)
     assert segment.coded.joint.bases.shape[1] == (left >= 4)

@@ -1,5 +1,7 @@
 """Vectors that turn with positions, keys that turn as they are read, and a step that every key is asked for."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -103,7 +105,9 @@ def test_keys_turn_as_they_are_read(dtype, mass, half, neighbours, least, monkey
 def by_keys(held: Tensor, *, layer: bool, slots: bool, heads: str) -> ByKeys:
     """Of two rows, of which ten and seven tokens are read."""
     first, before = np.array([2, 1]), np.array([3, 2])
-    return ByKeys(held, np.array([10, 7]), first, before, heads, layer, 0.5, 256, 20, Turner(), slots)
+    return ByKeys(
+        held, np.array([10, 7]), first, before, np.array([True, True]), heads, layer, 0.5, 256, 20, Turner(), slots
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -122,6 +126,7 @@ def test_a_step_of_keys_is_its_parts_one_after_another(dtype, slots, layer, head
             q, place, seen = torch.randn(2, 2, 3, 16).to(dtype), 3 * number, np.full(2, 3 * number + 1)
             new = {"keys": torch.randn(4, 1, 16).to(dtype), "values": torch.randn(4, 1, 24).to(dtype)}
             new["position"] = torch.tensor([[place]]).expand(4, 1)
+            by = replace(by, chooses=number + 1 > by.room)
             if way == "parts":
                 said.append(in_parts(q, table, new, by, seen))
             else:
@@ -160,7 +165,8 @@ def in_parts(
     few = FewSlots(table, *ops.list_slots(table, wide, 1, np.zeros(4, dtype=np.int64)))
     asks, compact = q, None
     if by.slots:
-        asks, compact = turned(few.lengths.astype(np.int64).reshape(b, h) - seen[:, None]), Compact(by.rope)
+        back = np.where(by.chooses[:, None], few.lengths.astype(np.int64).reshape(b, h) - seen[:, None], 0)
+        asks, compact = turned(back), Compact(by.rope, rows=torch.from_numpy(by.chooses))
     out, lse, _ = ops.attend_pages(asks[:, :, :, None], few, 0.3, compact=compact)
     return [out[:, :, :, 0], lse[..., 0]]
 
@@ -194,10 +200,13 @@ def test_what_is_asked_of_every_key_must_fit():
     out, lse = np.zeros((2, 3, 8), np.float32), np.zeros((2, 3), np.float32)
     one = np.array([3], np.int64)
 
-    def step(k=new, lengths=lengths, table=table, held=held, heads="sum", layer=True, room=one, first=one, angles=4):
+    def step(
+        k=new, lengths=lengths, table=table, held=held, heads="sum", layer=True, room=one, first=one, angles=4,
+        chooses=(True,),
+    ):  # fmt: skip
         counts = np.array(lengths, dtype=np.int32)
         _cpu.step_keys(
-            q, False, k, new, place, held, 256.0, 4, one, room, first, one, heads, layer, 1.0, True,
+            q, False, k, new, place, held, 256.0, 4, one, room, first, one, np.array(chooses), heads, layer, 1.0, True,
             np.ones(angles, np.float32), 0, False, keys, keys.copy(), places, table, counts, 4, 0.3, 1, out, lse,
         )  # fmt: skip
 
@@ -217,6 +226,7 @@ def test_what_is_asked_of_every_key_must_fit():
         ({"first": np.array([3, 3], np.int64)}, "batch's rows"),
         ({"first": np.array([-1], np.int64)}, "at least 0"),
         ({"angles": 8}, "angles must be"),
+        ({"chooses": (True, False)}, "chooses must have"),
     ]:
         with pytest.raises(ValueError, match=match):
             step(**options)

@@ -170,7 +170,7 @@ def test_what_each_token_gets_is_known_of_every_format(form, leaves, monkeypatch
         plain = segment.inner.attend
         monkeypatch.setattr(segment.inner, "attend", lambda *given, weights, **more: plain(*given, **more))
     segment.attend_few(q, 0.25, handed=handed)
-    held, (counts, units) = segment.dense(), handed[giver]
+    held, (counts, units) = segment.dense(), handed[form][giver]
     assert counts.tolist() == [[100, 100], [71, 71]] and units.mask.shape == (2, 1, 1, 13)
     for row in range(2):
         own = held.keys[row][held.valid[row]].view(2, -1, 16)

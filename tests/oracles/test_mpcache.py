@@ -38,8 +38,8 @@ def read(
         segment.attend_few(query[None, None, :, None], 0.3, handed=handed)
     if seen[0] is None:
         return list(range(len(keys)))
-    units = set(seen[0].numbers[0, 0, 0].tolist())
-    return [token for token in range(len(keys)) if token // method.fine in units]
+    units, size = set(seen[0].numbers[0, 0, 0].tolist()), segment.form.selection.unit
+    return [token for token in range(len(keys)) if token // size in units]
 
 
 def test_oracle_1_the_linear_form_is_no_bound():
@@ -168,14 +168,24 @@ def test_layers_of_other_lengths_share_a_choice():
 
 
 def test_layers_that_dropped_other_tokens_share_stretches_of_text():
-    """Layer 0 holds 200 tokens and reads some stretches; layer 1 holds half of them: the clusters that begin there."""
+    """Layer 0 holds 200 tokens and reads some stretches; layer 1 holds half of them, and reads those that are there."""
     keys, query, handed, method = torch.randn(200, 8), torch.randn(1, 8), Handed(), MPCache(coarse=16, fine=8)
     held = [place for place in range(200) if not 8 <= place < 120 or place % 2]
     theirs = read(method, keys, query, handed)
     found = read(method, keys[held], query, handed, layer=1, places=held)
     last = (len(held) - 1) // 8
-    assert found == [i for i in range(len(held)) if i // 8 in (0, last) or held[i // 8 * 8] in theirs]
-    assert 8 < len(found) < len(held) / 2 and len(theirs) < 100
+    assert found == [i for i, place in enumerate(held) if i // 8 in (0, last) or place in theirs]
+    assert 16 < len(found) < len(held) / 2 and len(theirs) < 100
+
+
+def test_layers_that_hold_all_share_what_a_thinned_one_chose():
+    """A stretch of a layer that holds every third token reaches to where its next unit begins."""
+    keys, query, handed, method = torch.randn(300, 8), torch.randn(1, 8), Handed(), MPCache(coarse=16, fine=8)
+    held = list(range(0, 300, 3))
+    theirs = read(method, keys[held], query, handed, places=held)
+    found = read(method, keys, query, handed, layer=1)
+    units = {i // 8 for i in theirs}
+    assert found == [i for i in range(300) if i < 8 or i >= 296 or i // 24 in units]
 
 
 def test_what_was_read_whole_is_read_whole_by_the_next():

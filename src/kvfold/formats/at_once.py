@@ -47,7 +47,7 @@ class AtOnce(Choosing):
             by, answer = chooser.at_once(self.index, inner.counts() + 1, seen), None
             if isinstance(by, ByBounds) and _lies_in_units(inner, unit):
                 answer = step_by_bounds(inner, q, k, v, positions, scale, by, unit)
-            elif isinstance(by, ByKeys):
+            elif isinstance(by, ByKeys) and ops.steps_keys(q[:, :, :, 0], inner.table, by):
                 answer = step_by_keys(inner, q, k, v, positions, scale, by, seen)
             if answer is not None:
                 self.seen = seen

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -22,21 +23,31 @@ from kvfold.rotation import Compact, Rope
 
 def attend_few(
     segment: Segment, q: Float[Tensor, "B H G 1 D"], scale: float, chosen: Chosen, unit: int, *, weights: bool = False,
-    slots: Rope | None = None, seen: Int[np.ndarray, " B"] | None = None, compact: Compact | None = None,
+    slots: Rope | None = None, seen: Int[np.ndarray, " B"] | None = None, rows: Bool[np.ndarray, " B"] | None = None,
+    compact: Compact | None = None,
 ) -> Answer:  # fmt: skip
     """(out, lse, what each slot got) over the tokens of the units that are chosen, `unit` tokens each.
 
     Where units are whole pages of what holds them those pages are all that is read, else their tokens are, where the
     format reads tokens one by one: it costs what is read. Elsewhere the segment is told which slots to read. `slots`:
     what is read attends at positions 0, 1, 2, ... in its order, and the query, which stands at text position `seen[b]`
-    - 1, at the last of them. `compact`: where keys stand otherwise, and the query at its own place.
+    - 1, at the last of them; in `rows` alone, where not all choose. `compact`: where keys stand otherwise; the query
+    is at its own place.
     """
     parts = segment.parts if isinstance(segment, TailedSegment) else (segment,)
     if not weights and (slots is None or len(parts) == 1):
         pages = _pages(parts, chosen, unit, turned=compact is not None)
         if pages is not None:
-            return merged([_listed(part, q, scale, some, slots, seen, compact) for part, some in pages], weights=False)
-    return _masked(segment, q, scale, chosen, unit, weights, slots, seen, compact)
+            found = [_listed(part, q, scale, some, _slots(slots, rows, q), seen, compact) for part, some in pages]
+            return merged(found, weights=False)
+    return _masked(segment, q, scale, chosen, unit, weights, _slots(slots, rows, q), seen, compact)
+
+
+def _slots(rope: Rope | None, rows: Bool[np.ndarray, " B"] | None, q: Tensor) -> Compact | None:
+    """How keys come to stand side by side, in some rows or in all of them."""
+    if rope is None:
+        return None
+    return Compact(rope, rows=None if rows is None or rows.all() else torch.from_numpy(rows).to(q.device))
 
 
 def near(device: torch.device, rope: Rope | None, seen: Int[np.ndarray, " B"], far: int) -> Compact | None:
@@ -124,30 +135,30 @@ def _by_row(chosen: Chosen) -> Int[np.ndarray, "R S K"]:
 
 
 def _listed(
-    part: PagedSegment, q: Tensor, scale: float, pages: FewPages, rope: Rope | None, seen: np.ndarray | None,
+    part: PagedSegment, q: Tensor, scale: float, pages: FewPages, slots: Compact | None, seen: np.ndarray | None,
     compact: Compact | None,
 ) -> Answer:  # fmt: skip
     (b, h, g, n, d), few = q.shape, copy(part)
     lists = len(pages.lengths) // (b * h)
     few.table, few.heads = cast(PageTable, pages), h * lists  # a table as far as reading goes
     asks = q.reshape(b, h * lists, g // lists, n, d)
-    if rope is not None and seen is not None:
-        compact, counts = Compact(rope), torch.from_numpy(pages.lengths.astype(np.int64)).to(q.device)
+    if slots is not None and seen is not None:
+        compact, counts = slots, torch.from_numpy(pages.lengths.astype(np.int64)).to(q.device)
         asks = _turned(asks, compact, seen, counts.view(b, -1))
     out, lse, _ = few.attend(asks, scale, compact=compact)
     return out.reshape(b, h, g, n, -1), lse.reshape(b, h, g, n), None
 
 
 def _masked(
-    segment: Segment, q: Tensor, scale: float, chosen: Chosen, unit: int, weights: bool, rope: Rope | None,
+    segment: Segment, q: Tensor, scale: float, chosen: Chosen, unit: int, weights: bool, side_by_side: Compact | None,
     seen: np.ndarray | None, compact: Compact | None,
 ) -> Answer:  # fmt: skip
     valid, _ = segment.columns()
     slots, lists, found = read_slots(valid, chosen, unit), chosen.counts.shape[2], list[Answer]()
     for read, asked in zip(slots.unbind(2), q.chunk(lists, 2), strict=True):
         asks = asked
-        if rope is not None and seen is not None:
-            compact = Compact(rope, read.cumsum(-1) - 1)
+        if side_by_side is not None and seen is not None:
+            compact = replace(side_by_side, slots=read.cumsum(-1) - 1)
             asks = _turned(asked, compact, seen, read.sum(-1))
         found.append(segment.attend(asks, scale, read=read, compact=compact, weights=weights))
     if lists == 1:

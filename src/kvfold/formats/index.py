@@ -213,6 +213,8 @@ class ByKeys:
     """Tokens at a row's front that are read anyhow."""
     before: Int[np.ndarray, " B"]
     """Those before its newest."""
+    chooses: Bool[np.ndarray, " B"]
+    """Which rows choose; the others read everything, where it stands."""
     heads: str
     layer: bool
     scale: float

@@ -188,7 +188,7 @@ class IndexedSegment(AtOnce, Uncaptured):
     def attend_few(self, q: Tensor, scale: float, *, weights: bool = False, handed: Handed | None = None) -> Answer:
         """A generated token reads what is chosen for it; it is stored already. `handed`: see `Choosing`."""
         selection, counts, way, chosen = self.form.selection, self.inner.counts(), self.form.way, None
-        handed = {} if handed is None else handed
+        handed = {} if handed is None else handed.setdefault(self.form.form, {})  # rows of other formats have their own
         if way is Weighing:
             return attend_values(self.inner, q, scale, cast(Weighing, selection), self.seen, weights=weights)
         if way is Taking:
@@ -339,8 +339,10 @@ def _read(segment: IndexedSegment, chosen: Chosen | None, q: Tensor, scale: floa
     turned = near(q.device, spec.rope, segment.seen, selection.far)
     if chosen is None:
         return inner.attend(q, scale, compact=turned, weights=weights)
-    rope = spec.rope if selection.slots else None
-    where: dict[str, Any] = {"slots": rope, "seen": segment.seen, "compact": turned}
+    rope, rows = spec.rope if selection.slots else None, None
+    if rope is not None:
+        rows = np.any(cast(Chooser, selection).chooses(inner.counts(), segment.seen), axis=1)
+    where: dict[str, Any] = {"slots": rope, "seen": segment.seen, "rows": rows, "compact": turned}
     return attend_few(inner, q, scale, chosen, selection.unit, weights=weights, **where)
 
 

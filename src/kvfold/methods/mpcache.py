@@ -44,8 +44,8 @@ class MPCache(Scored):
     prompt's queries; `threshold` keeps only what reaches it, within the budget. When decoding, a cluster of
     consecutive tokens is worth q (alpha max k + (1 - alpha) min k): the best `coarse_ratio` of large clusters go
     on, and of their halves as many as `ratio` of all. `share` layers in a row read the stretches of text that their
-    first chose: the clusters that begin there (groups of 2, and text in place of indices, since each layer drops
-    tokens of its own: reconstructed). A budget of 1.0 without threshold is the full cache: everything is kept and read.
+    first chose (groups of 2, and text in place of indices, since each layer drops tokens of its own:
+    reconstructed). A budget of 1.0 without threshold is the full cache: everything is kept and read.
     Differs from the paper: attention is causal and scaled (the official code's is neither, and its thresholds fit
     only that); a budget instead of a threshold for each data set; the newest token always stays; the mean query of
     a group chooses, so that one KV head reads one set; the last cluster, which holds the newest, is always read, and

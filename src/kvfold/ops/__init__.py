@@ -22,6 +22,7 @@ from kvfold.ops.units import (
     raise_bounds,
     step_keys,
     step_units,
+    steps_keys,
     vote_units,
 )
 
@@ -51,6 +52,7 @@ __all__ = [
     "step_keys",
     "step_pages",
     "step_units",
+    "steps_keys",
     "top_lists",
     "top_mask",
     "turn",

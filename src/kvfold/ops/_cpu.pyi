@@ -60,7 +60,7 @@ def attend_turned(
     lse: np.ndarray,
 ) -> None:
     """As `attend` with pages of one token: keys stand at slots 0, 1, ... of their row, not at `places` (slots, 1); or
-    there, but no further in front than least (N,)."""
+    there, but no further in front than least (N,) where that is no -1."""
 
 def turn(
     x: np.ndarray, steps: np.ndarray, angles: np.ndarray, first: int, neighbours: bool, threads: int, out: np.ndarray
@@ -216,6 +216,7 @@ def step_keys(
     room: np.ndarray,
     first: np.ndarray,
     before: np.ndarray,
+    chooses: np.ndarray,
     heads: str,
     layer: bool,
     vote_scale: float,
@@ -237,7 +238,7 @@ def step_keys(
     """k, v (N, 1, D) and place (N, 1, 1) become the last token of each row, which `lengths` count already.
 
     held (N, room, D), bfloat16, gets its key before it turns; heads vote, those of all N / B rows of a batch row where
-    `layer`, and what they choose is read: out (N, G, Dv), lse (N, G). seen, room, first and before are (B,)."""
+    `layer`, and what they choose is read: out (N, G, Dv), lse (N, G). seen, room, first, before, chooses are (B,)."""
 
 def step_units(
     q: np.ndarray,

@@ -45,6 +45,15 @@ class HeldUnits(Unfitted):
         self.recipe, self.spec, self.held = recipe, replace(spec, artefact={}), held
 
     @property
+    def held(self) -> Shaped[Tensor, "B H N E"]:
+        """What is held; written in place in any mode, whichever it was made in."""
+        return self._numbers
+
+    @held.setter
+    def held(self, held: Shaped[Tensor, "B H N E"]) -> None:
+        self._numbers = writable(held)
+
+    @property
     def unit(self) -> int:
         """Tokens of a unit."""
         unit: int = self.recipe.unit
@@ -150,6 +159,26 @@ class OfParts(HeldUnits):
     def reach(self, units: int) -> None:
         """See `HeldUnits.reach`; room is for whole units."""
         super().reach(-(-units // self.recipe.parts) * self.recipe.parts)
+
+
+class Tensors(dict[str, Tensor]):
+    """Tensors by name; written in place in any mode, whichever they were made in."""
+
+    def __init__(self, given: Mapping[str, Tensor]):
+        super().__init__()
+        for name, tensor in given.items():
+            self[name] = tensor
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        super().__setitem__(name, writable(tensor))
+
+
+def writable(x: Tensor) -> Tensor:
+    """The same, or a copy where it was made in inference mode, outside which it could not be written."""
+    if not x.is_inference():
+        return x
+    with torch.inference_mode(False), torch.no_grad():
+        return x.clone()
 
 
 def narrow(dtype: torch.dtype) -> torch.dtype:

@@ -147,7 +147,10 @@ class Selection:
         held, rope, vote = remembered.held, remembered.spec.rope, self.vote
         assert rope is not None  # as `Keys.open` asks
         scale, distance = vote.scale(held.shape[-1]), remembered.recipe.distance
-        return ByKeys(held, room, first, before, vote.heads, vote.layer, scale, STEPS, distance, rope, self.slots)
+        chooses: np.ndarray = np.logical_or.reduce(counts > room[:, None], axis=1)
+        return ByKeys(
+            held, room, first, before, chooses, vote.heads, vote.layer, scale, STEPS, distance, rope, self.slots
+        )
 
     @cached_property
     def plain(self) -> bool:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvfold.formats import Chunk, Spec, register
-from kvfold.selectors.held import Unfitted, ends, landing
+from kvfold.selectors.held import Tensors, Unfitted, ends, landing
 
 SENTENCE = "sentence"
 """Column (int32): twice the number of the token's sentence in its row's text, and one more where it ends that."""
@@ -80,7 +80,7 @@ class SentencesOf(Unfitted):
     """
 
     def __init__(self, recipe: Sentences, spec: Spec, held: dict[str, Tensor]):
-        self.recipe, self.spec, self.held = recipe, spec, held
+        self.recipe, self.spec, self.held = recipe, spec, Tensors(held)
 
     @property
     def unit(self) -> int:

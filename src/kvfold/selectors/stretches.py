@@ -58,7 +58,8 @@ class Stretches(OfAPass):
         going = _best(remembered.large_scores(asked, units)[:, :, 0], -(-units // parts), self.coarse)
         rivals = worth.masked_fill(~going.repeat_interleave(parts, -1)[..., : worth.shape[-1]], -torch.inf)
         read = _best(rivals, units, self.ratio).cpu().numpy() | ~some[..., None]
-        return _chosen(read, units), None
+        read &= np.arange(read.shape[-1]) < units[..., None]
+        return Chosen.of(read[:, :, None]), None
 
     def hand(self, remembered: Remembered, chosen: Chosen | None, handed: Handed) -> None:
         """See `Handing.hand`."""
@@ -68,9 +69,9 @@ class Stretches(OfAPass):
 
 @dataclass(frozen=True)
 class OfStretches(OfAPass):
-    """Reads the units that begin in what the layer `of` has chosen in this pass, and its own first and last one.
+    """Reads the tokens of the stretches of text that layer `of` has chosen in this pass.
 
-    Everything, where that layer has read everything, or was not there.
+    Its own first and last unit, too; everything, where that layer has read everything, or was not there.
     """
 
     of: Stretches
@@ -81,21 +82,40 @@ class OfStretches(OfAPass):
 
     @property
     def index(self) -> Places:
-        """Where its units begin."""
-        return Places(self.of.unit)
+        """Where its tokens stand."""
+        return Places(1)
 
     def take(self, counts: Int[np.ndarray, "B H"], handed: Handed, remembered: Remembered) -> Chosen | None:
         """See `Taking.take`."""
         assert isinstance(remembered, PlacesOf)
         if (given := handed.get(self.of)) is None:
             return None
-        (begins, chosen), units = given, -(-counts // self.unit)
-        own = remembered.held[:, :, : int(units.max(initial=0)), 0].to(begins.device)  # layers may lie on several
-        stretch = torch.searchsorted(begins.contiguous(), own.contiguous(), right=True) - 1
-        theirs = torch.from_numpy(chosen.mask[:, :, 0]).to(begins.device)
-        read = theirs.gather(2, stretch.clamp(min=0)).cpu().numpy()
-        place = np.arange(read.shape[-1])
-        return _chosen(read | (place == 0) | (place == units[..., None] - 1), units)
+        (begins, chosen), unit = given, self.of.unit
+        begins, own = begins.cpu().numpy(), remembered.held[..., 0].cpu().numpy()  # layers may lie on several devices
+        lists = list[Int[np.ndarray, " K"]]()
+        for row, head in np.ndindex(counts.shape):
+            mine, theirs, count = own[row, head], chosen.numbers[row, head, 0], int(counts[row, head])
+            theirs = theirs[: chosen.counts[row, head, 0]]
+            ends = np.append(begins[row, head, 1:], PlacesOf.fill)
+            first, behind = np.searchsorted(mine[:count], [begins[row, head, theirs], ends[theirs]])
+            last = (count - 1) // unit * unit if count else 0
+            first, behind = np.append(first, [0, last]), np.append(behind, [min(unit, count), count])
+            lists.append(np.unique(_ranges(first, behind)))
+        most = max(map(len, lists), default=0)
+        numbers = np.full((len(lists), most), -1, dtype=np.int32)
+        for line, some in zip(numbers, lists, strict=True):
+            line[: len(some)] = some
+        sizes = np.array([len(some) for some in lists], dtype=np.int32)
+        b, h = counts.shape
+        return Chosen(numbers.reshape(b, h, 1, most), sizes.reshape(b, h, 1), int(counts.max(initial=0)))
+
+
+def _ranges(first: Int[np.ndarray, " R"], behind: Int[np.ndarray, " R"]) -> Int[np.ndarray, " K"]:
+    """All numbers from each `first` on to the one before `behind`."""
+    sizes = behind - first
+    begin = np.repeat(first - np.concatenate([[0], sizes.cumsum()[:-1]]), sizes)
+    found: np.ndarray = begin + np.arange(len(begin))
+    return found
 
 
 def _best(worth: Float[Tensor, "B H N"], number: Int[np.ndarray, "B H"], share: float) -> Bool[Tensor, "B H N"]:
@@ -104,11 +124,6 @@ def _best(worth: Float[Tensor, "B H N"], number: Int[np.ndarray, "B H"], share: 
     best: Tensor = top_mask(worth, wanted)
     at, last = torch.arange(worth.shape[-1], device=worth.device), torch.from_numpy(number - 1).to(worth.device)
     return best | (at == 0) | (at == last[..., None])
-
-
-def _chosen(read: Bool[np.ndarray, "B H N"], units: Int[np.ndarray, "B H"]) -> Chosen:
-    """Those of a row's units that are read, one list for all query heads of a group."""
-    return Chosen.of((read & (np.arange(read.shape[-1]) < units[..., None]))[:, :, None])
 
 
 register("stretches", Stretches)

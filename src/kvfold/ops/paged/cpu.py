@@ -22,10 +22,11 @@ def attend_pages(
     mass: str | None, read: Tensor | None, compact: Any, position: str, weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     queries, d = q.shape[2] * q.shape[3], q.shape[4]
-    if _turns(compact, read, weights=weights) and table.pool.page_size == 1 and not table.holed:
+    here = table.pool.page_size == 1 and table.pool.memory is None and not table.holed
+    if here and _turns(compact, read, weights=weights):
         pairs, able = pairs_of(compact.rope), table.longest and reads_pages(table.pool, queries, d, mass)
         if pairs is not None and able and widths_fit(len(pairs.angles), pairs.first):
-            return _attend_turned(q, table, scale, mass, pairs, compact.least, position)
+            return _attend_turned(q, table, scale, mass, pairs, _least(compact, q.shape[1]), position)
     if compact is not None or not table.longest or not reads_pages(table.pool, queries, d, mass):
         return naive.attend_pages(
             q, table, scale, mass=mass, read=read, compact=compact, position=position, weights=weights
@@ -44,11 +45,20 @@ def _attend(
 
 def _turns(compact: Any, read: Tensor | None, *, weights: bool) -> bool:
     """Whether keys turn to the numbers of their slots, or to a least place, and nothing else is wanted."""
-    return compact is not None and compact.slots is None and compact.rows is None and read is None and not weights
+    return compact is not None and compact.slots is None and read is None and not weights
+
+
+def _least(compact: Any, heads: int) -> np.ndarray | None:
+    """Where keys of each (row, head) stand at least, -1: at slots; None: all at slots."""
+    if compact.least is None and compact.rows is None:
+        return None
+    least = np.where(compact.rows.numpy(), -1, 0) if compact.least is None else compact.least.clamp(min=0).numpy()
+    wide: np.ndarray = np.repeat(least.astype(np.int32), heads)
+    return wide
 
 
 def _attend_turned(
-    q: Tensor, table: Any, scale: float, mass: str | None, pairs: Pairs, least: Tensor | None, position: str
+    q: Tensor, table: Any, scale: float, mass: str | None, pairs: Pairs, least: np.ndarray | None, position: str
 ) -> tuple[Tensor, Tensor, None]:
     """Over rows of tokens each of which is a page of its own: keys turn as they are read."""
     from kvfold.ops import _cpu
@@ -58,8 +68,7 @@ def _attend_turned(
     lse = np.empty((b, h, g, n), dtype=np.float32)
     _cpu.attend_turned(
         floats(q).reshape(b * h, g * n, d), pool.array("keys"), pool.array("values"), pool.array(position),
-        pairs.angles, pairs.first, pairs.neighbours,
-        None if least is None else np.repeat(least.numpy().astype(np.int32), h),
+        pairs.angles, pairs.first, pairs.neighbours, least,
         None if mass is None else pool.array(mass), table.table, table.lengths, table.holes, table.hole_count, scale,
         threads(), out.reshape(b * h, g * n, -1), lse.reshape(b * h, -1),
     )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvfold.ops.dispatch import select
 from kvfold.ops.units import cpu, naive  # noqa: F401  (each registers itself)
+from kvfold.ops.units.cpu import steps_keys
 
 __all__ = [
     "attend_units",
@@ -23,6 +24,7 @@ __all__ = [
     "raise_bounds",
     "step_keys",
     "step_units",
+    "steps_keys",
     "vote_units",
 ]
 
@@ -125,7 +127,8 @@ def step_keys(
     `by` is a `kvfold.formats.ByKeys`: its `held` gets the new key as it is before it turns, is asked by a query that
     stands `distance` behind all keys, where the text's last token is `seen[b]` - 1, and those `key_scores` count in
     `vote_units`, for each KV head, or for all of a row together (`layer`; these then have as many tokens each). With
-    `slots` what is read attends at positions 0, 1, 2, ..., the query at the last of them.
+    `slots` what is read attends at positions 0, 1, 2, ..., the query at the last of them, in rows that choose.
+    `steps_keys` says whether that is one kernel.
     """
     found: tuple[Tensor, Tensor] = select("step_keys", q)(q, table, planes, by, seen, scale)
     return found

@@ -119,16 +119,22 @@ def step_units(
     return _of(q, out), torch.from_numpy(lse)
 
 
+def steps_keys(q: Tensor, table: Any, by: Any) -> bool:
+    """Whether the kernel of `step_keys` takes such queries and tokens; else a step is better done part by part."""
+    pairs = pairs_of(by.rope) if fits(q) else None
+    if pairs is None or not widths_fit(len(pairs.angles), pairs.first) or by.heads == "each":
+        return False
+    here = by.held.dtype == torch.bfloat16 and q.dtype != torch.float16
+    return here and q.dtype == table.pool.specs["keys"].dtype and _reads_units(q, by.held, table, None)
+
+
 @register("step_keys", "cpu", rank=10, fits=fits)
 def step_keys(
     q: Tensor, table: Any, planes: Mapping[str, Tensor], by: Any, seen: np.ndarray, scale: float
 ) -> tuple[Tensor, Tensor]:
     pool, keys, values, pairs = table.pool, planes["keys"], planes["values"], pairs_of(by.rope)
     known = keys.dtype == pool.specs["keys"].dtype and values.dtype == pool.specs["values"].dtype
-    asks = by.held.dtype == torch.bfloat16 and q.dtype != torch.float16 and by.heads != "each"
-    if pairs is None or not (known and asks and _reads_units(q, by.held, table, None)):
-        return naive.step_keys(q, table, planes, by, seen, scale)
-    if not widths_fit(len(pairs.angles), pairs.first):
+    if pairs is None or not (known and steps_keys(q, table, by)):
         return naive.step_keys(q, table, planes, by, seen, scale)
     from kvfold.ops import _cpu
 
@@ -139,9 +145,9 @@ def step_keys(
     _cpu.step_keys(
         floats(q).reshape(b * h, g, d), q.dtype == torch.bfloat16, bits(keys), bits(values), _places(planes),
         bits(by.held).reshape(b * h, *by.held.shape[2:]), by.steps, by.distance, _whole(seen), _whole(by.room),
-        _whole(by.first), _whole(by.before), by.heads, by.layer, by.scale, by.slots, pairs.angles, pairs.first,
-        pairs.neighbours, pool.array("keys"), pool.array("values"), pool.array("position"), table.table, table.lengths,
-        pool.page_size, scale, threads(), out.reshape(b * h, g, -1), lse.reshape(b * h, g),
+        _whole(by.first), _whole(by.before), by.chooses, by.heads, by.layer, by.scale, by.slots, pairs.angles,
+        pairs.first, pairs.neighbours, pool.array("keys"), pool.array("values"), pool.array("position"), table.table,
+        table.lengths, pool.page_size, scale, threads(), out.reshape(b * h, g, -1), lse.reshape(b * h, g),
     )  # fmt: skip
     return _of(q, out), torch.from_numpy(lse)
 

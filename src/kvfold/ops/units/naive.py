@@ -131,10 +131,12 @@ def step_keys(
 
     def turn(keys: Tensor, at: Tensor) -> Tensor:
         stand = torch.arange(at.shape[1], device=at.device)
-        turned: Tensor = by.rope.shift(keys, (stand - singles["position"][at, 0]).view(keys.shape[:3]))
+        steps = (stand - singles["position"][at, 0]).view(keys.shape[:3])
+        still = torch.from_numpy(~by.chooses).to(at.device)[:, None, None]
+        turned: Tensor = by.rope.shift(keys, steps.masked_fill(still, 0))
         return turned
 
-    back = lengths.reshape(b, h) - seen[:, None]
+    back = np.where(by.chooses[:, None], lengths.reshape(b, h) - seen[:, None], 0)
     return _attend_listed(by.rope.shift(q, _steps(back, q)), singles, listed, lengths, scale, turn=turn)
 
 
