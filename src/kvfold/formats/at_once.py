@@ -31,10 +31,8 @@ class AtOnce(Choosing):
     def attend_at_once(self, q: Tensor, scale: float, counts: Int[np.ndarray, "B H"]) -> Answer | None:
         """What bounds alone choose among so many tokens, read; None where there is more to it."""
         chooser: Compiled | None = self.form.compiled
-        by = None if chooser is None else chooser.at_once(self.index, counts, self.seen)
-        return (
-            attend_by_bounds(self.inner, q, scale, by, self.form.selection.unit) if isinstance(by, ByBounds) else None
-        )
+        by = None if chooser is None else chooser.by_bounds(self.index, counts, self.seen)
+        return None if by is None else attend_by_bounds(self.inner, q, scale, by, self.form.selection.unit)
 
     def step_few(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *, weights: bool, handed: Handed
@@ -44,11 +42,11 @@ class AtOnce(Choosing):
         inner, unit = self.inner, self.form.selection.unit
         if chooser is not None and not (weights or SEEN) and steps_at_once(inner):
             seen = np.maximum(self.seen, positions[:, 0].cpu().numpy().astype(np.int64) + 1)
-            by, answer = chooser.at_once(self.index, inner.counts() + 1, seen), None
-            if isinstance(by, ByBounds) and _lies_in_units(inner, unit):
-                answer = step_by_bounds(inner, q, k, v, positions, scale, by, unit)
-            elif isinstance(by, ByKeys) and ops.steps_keys(q[:, :, :, 0], inner.table, by):
-                answer = step_by_keys(inner, q, k, v, positions, scale, by, seen)
+            goes_by, answer = (self.index, inner.counts() + 1, seen), None
+            if _lies_in_units(inner, unit) and (bounds := chooser.by_bounds(*goes_by)) is not None:
+                answer = step_by_bounds(inner, q, k, v, positions, scale, bounds, unit)
+            elif (keys := chooser.by_keys(*goes_by)) is not None and ops.steps_keys(q[:, :, :, 0], inner.table, keys):
+                answer = step_by_keys(inner, q, k, v, positions, scale, keys, seen)
             if answer is not None:
                 self.seen = seen
                 return answer

@@ -228,13 +228,19 @@ class ByKeys:
 class Compiled(Chooser, Protocol):
     """A chooser that may go by so little that a kernel can make its choice, and read by it."""
 
-    def at_once(
+    def by_bounds(
         self, remembered: Remembered, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]
-    ) -> ByBounds | ByKeys | None:
+    ) -> ByBounds | None:
         """All that `choose` would go by; None where it goes by more, or all is read, or there is no list to make.
 
         What is remembered has room for so many tokens then, some of which may be about to come.
         """
+        ...
+
+    def by_keys(
+        self, remembered: Remembered, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]
+    ) -> ByKeys | None:
+        """The same of one that goes by votes on keys."""
         ...
 
 

@@ -73,11 +73,8 @@ class ModelRope:
         angles = getattr(self.rotary, "inv_freq" if self.layer_type is None else f"{self.layer_type}_inv_freq", None)
         if not isinstance(angles, Tensor) or angles.device.type != "cpu":
             return None
-        known, key, written = (
-            _paired.setdefault(self.rotary, {}),
-            (self.layer_type, self.apply, self.channels),
-            _version(angles),
-        )
+        known, written = _paired.setdefault(self.rotary, {}), _version(angles)
+        key = self.layer_type, self.apply, self.channels
         of, times, pairs = known.get(key, (None, 0, None))
         if of is not angles or times != written:  # each layer asks at every step
             pairs = self._paired(angles)

@@ -126,24 +126,33 @@ class Selection:
             query = torch.where(stale, query, last.query)
         return Chosen.of(read), Picked(picked, query, np.where(short, NEVER, made))
 
-    def at_once(
+    def by_bounds(
         self, remembered: Remembered, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]
-    ) -> ByBounds | ByKeys | None:
-        """See `Compiled.at_once`."""
-        if self.far or is_all(self.budget) or not (self.plain or self.soft):
+    ) -> ByBounds | None:
+        """See `Compiled.by_bounds`."""
+        if not self.plain or self.slots or self.far or is_all(self.budget):
             return None
-        room, always = self.room(seen), self.always
-        assert isinstance(always, Always)  # `plain`, `soft`
+        if not (isinstance(remembered, BoundsOf) and remembered.unit == self.unit):  # some are of parts of units
+            return None
+        room = self.room(seen)
         if (counts <= room[:, None] * self.unit).all():
             return None
-        # Units of some bounds are made of parts.
-        if self.plain and not self.slots and isinstance(remembered, BoundsOf) and remembered.unit == self.unit:
-            remembered.reach(-(-int(counts.max()) // self.unit))
-            return ByBounds(remembered.held, room, self.vote.heads, *always.most(self.unit))
-        if not self.soft or not isinstance(remembered, KeysOf) or (self.vote.layer and not _alike(counts)):
+        remembered.reach(-(-int(counts.max()) // self.unit))
+        assert isinstance(self.always, Always)  # `plain`
+        return ByBounds(remembered.held, room, self.vote.heads, *self.always.most(self.unit))
+
+    def by_keys(
+        self, remembered: Remembered, counts: Int[np.ndarray, "B H"], seen: Int[np.ndarray, " B"]
+    ) -> ByKeys | None:
+        """See `Compiled.by_keys`."""
+        if not self.soft or self.far or is_all(self.budget) or not isinstance(remembered, KeysOf):
             return None
+        room = self.room(seen)
+        if (counts <= room[:, None]).all() or (self.vote.layer and not _alike(counts)):
+            return None
+        assert isinstance(self.always, Always)  # `soft`
         remembered.reach(int(counts.max()))
-        first, before = always.spans(1, room)
+        first, before = self.always.spans(1, room)
         held, rope, vote = remembered.held, remembered.spec.rope, self.vote
         assert rope is not None  # as `Keys.open` asks
         scale, distance = vote.scale(held.shape[-1]), remembered.recipe.distance
